@@ -1,0 +1,58 @@
+"""RLRR on VTAB-1k. `--config configs/vtab.py:cifar`, `configs/vtab.py:task=cifar,method=full`.
+
+A field that is None is filled in at start: from the task's recipe (the authors' for RLRR), else from
+the method's own defaults. What a run used is saved with it, in `config.json`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(arg=None):
+    """The configuration; `arg` is a task, or `task=...,method=...` and options of the method."""
+    config = ConfigDict()
+    config.task = placeholder(str)  # several: "hearts+digits"; None: the bundled ones
+    config.method = placeholder(str)  # several: "linear+rlrr"; None: rlrr
+    config.method_kwargs = ConfigDict()  # options of the method, such as init=damped
+    config.seeds = (0,)  # one run each
+
+    # train800val200, the test set after each epoch ("official") or once ("fast"); or train800 and
+    # val200, to choose hyper-parameters ("tune").
+    config.protocol = placeholder(str)
+    config.epochs = placeholder(int)
+    config.batch_size = 32
+    config.schedule = placeholder(str)  # "official" or "cosine"
+    config.lr = placeholder(float)
+    config.weight_decay = placeholder(float)
+    config.drop_path = placeholder(float)
+    config.drop_path_mode = "element"  # or "sample"
+    config.flip = placeholder(bool)
+
+    config.image_size = placeholder(int)  # pixels, a multiple of the patch size
+    config.model = ConfigDict()
+    config.model.variant = placeholder(str)  # "B/16"; "bundled" is the tiny one
+    config.model.gelu = "tanh"  # of the public JAX weights; the authors' PyTorch code: "exact"
+    config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
+    config.model.unroll = 1  # blocks in each step of the scan over depth
+    config.pretrained = ConfigDict()
+    config.pretrained.name = placeholder(str)  # a name, file or address; None goes by the variant
+    config.pretrained.grid = placeholder(tuple)  # of a position embedding that is not square
+    config.pretrained.cache_dir = placeholder(str)  # of downloads; None is ~/.cache/rlrr_jax
+    config.data = ConfigDict()
+    config.data.dir = placeholder(str)  # of prepared tfds datasets; None is ~/tensorflow_datasets
+
+    config.dtype = placeholder(str)  # of activations: None is float32 on CPUs, else bfloat16
+    config.precision = placeholder(str)  # of matmuls; None is "highest" with float32
+    config.eval_batch_size = 256
+    config.num_devices = placeholder(int)  # None: all
+    config.checkpoint_seconds = 10.0  # between checkpoints; 0 is after every dispatch
+
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            config.task = key
+        elif key in ("task", "method"):
+            config[key] = value
+        else:
+            config.method_kwargs[key] = value
+    return config

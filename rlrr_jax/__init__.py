@@ -1,0 +1,1 @@
+"""RLRR (Dong et al., CVPR 2024) in JAX: fine-tuning of Vision Transformers by rescaling."""

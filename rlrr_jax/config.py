@@ -1,0 +1,208 @@
+"""From a configuration to fully specified runs; all names and values are checked before any work."""
+
+import hashlib
+import json
+import pathlib
+import re
+
+import jax
+from ml_collections import ConfigDict
+
+from rlrr_jax import methods, optim, pretrained
+from rlrr_jax.data import tasks
+from rlrr_jax.errors import UserError, unknown
+from rlrr_jax.models import vit
+
+# The bundled model, see bundled/make.py.
+BUNDLED_MODEL = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
+PROTOCOLS = ("official", "fast", "tune")
+# What may differ between two starts of the same run: where and how, not what.
+PLACES = (
+    "num_devices",
+    "checkpoint_seconds",
+    "eval_batch_size",
+    "data.dir",
+    "pretrained.cache_dir",
+)
+
+
+def resolve(config):
+    """The runs a configuration asks for, as fully specified ConfigDicts: tasks x methods x seeds.
+
+    Raises UserError for any unknown name or impossible value.
+    """
+    _check_common(config)
+    names = _names(config.task) or list(tasks.BUNDLED)
+    bundled = all(tasks.get(name).source == "bundled" for name in names)
+    chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
+    kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict())
+    return [
+        _resolve_one(config, task, method, kwargs[method], seed)
+        for task in names
+        for method in chosen
+        for seed in config.seeds
+    ]
+
+
+def identity(run):
+    """A run's configuration without paths and devices, as plain values; equal for the same work."""
+    plain = run.to_dict()
+    for place in PLACES:
+        *parents, last = place.split(".")
+        node = plain
+        for parent in parents:
+            node = node[parent]
+        node.pop(last, None)
+    plain["pretrained"]["name"] = pathlib.PurePath(plain["pretrained"]["name"]).name
+    return json.loads(json.dumps(plain))
+
+
+def fingerprint(runs):
+    """Eight hex digits that name the work of these runs."""
+    text = json.dumps([identity(run) for run in runs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(old, new, prefix=""):
+    """`["lr=0.01 (now 0.02)", ...]` for two nested dicts."""
+    out = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}={a} (now {b})")
+    return out
+
+
+def build_model(run):
+    """The `vit.ViT` of a run."""
+    sizes = BUNDLED_MODEL if run.model.variant == "bundled" else vit.parse_variant(run.model.variant)
+    return vit.ViT(
+        **sizes,
+        num_classes=tasks.get(run.task).classes,
+        gelu=run.model.gelu,
+        attention=run.model.attention,
+        drop_path_mode=run.drop_path_mode,
+        unroll=run.model.unroll,
+        dtype=jax.numpy.dtype(run.dtype),
+    )
+
+
+def _names(text):
+    return [name for name in re.split(r"[+,]", text or "") if name]
+
+
+def _method_kwargs(chosen, kwargs):
+    """Options for each method; each option must be known to one of them."""
+    out = {}
+    for method in chosen:
+        _as_user_error(methods.get, method)
+        known = methods.options(method)
+        out[method] = {k: v for k, v in kwargs.items() if k in known}
+        _as_user_error(methods.get, method, **out[method])
+    for key in kwargs:
+        if not any(key in options for options in out.values()):
+            every = {option for method in chosen for option in methods.options(method)}
+            raise unknown(f"option of method {'+'.join(chosen)}", key, every | {"task", "method"})
+    return out
+
+
+def _resolve_one(config, task_name, method_name, kwargs, seed):
+    run = ConfigDict(config.to_dict())
+    del run.seeds
+    task, method = tasks.get(task_name), methods.get(method_name, **kwargs)
+    run.task, run.method, run.method_kwargs, run.seed = (
+        task_name,
+        method_name,
+        ConfigDict(kwargs),
+        seed,
+    )
+    bundled = task.source == "bundled"
+    _fill(run, "protocol", "fast" if bundled else "official")
+    _fill(run, "epochs", task.epochs)
+    _fill(run, "schedule", task.schedule)
+    _fill(run, "flip", task.flip)
+    for key, value in {**method.DEFAULTS, **task.recipes.get(method_name, {})}.items():
+        _fill(run, key, value)
+    _fill(run.model, "variant", "bundled" if bundled else "B/16")
+    _fill(run.pretrained, "name", _default_weights(run.model.variant))
+    _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
+    _fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
+    patch = build_model(run).patch_size
+    if run.image_size % patch or run.image_size < patch:
+        raise UserError(
+            f"config.image_size={run.image_size} is not divisible by the patch size {patch} of "
+            f"{run.model.variant}: {max(round(run.image_size / patch), 1) * patch} would be"
+        )
+    return run
+
+
+def _fill(node, key, value):
+    if node[key] is None:
+        node[key] = value
+
+
+def _default_weights(variant):
+    if variant == "bundled":
+        return "bundled"
+    name = pretrained.default_name(variant)
+    if name is None:
+        raise UserError(
+            f"no public weights are known for {variant}: set config.pretrained.name to a .npz file"
+        )
+    return name
+
+
+def _as_user_error(function, *args, **kwargs):
+    try:
+        return function(*args, **kwargs)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def _check_common(config):
+    """Checks every value that does not depend on task or method."""
+    if config.model.variant not in (None, "bundled"):
+        _as_user_error(vit.parse_variant, config.model.variant)
+    if config.schedule is not None:
+        _as_user_error(optim.learning_rates, config.schedule, 1.0, 1)
+    choices = {
+        "protocol": PROTOCOLS,
+        "drop_path_mode": ("element", "sample"),
+        "model.gelu": ("tanh", "exact"),
+        "model.attention": ("xla", "cudnn"),
+        "dtype": ("float32", "bfloat16"),
+        "precision": ("highest", "high", "default", "tensorfloat32", "float32", "bfloat16"),
+    }
+    for key, allowed in choices.items():
+        value = _at(config, key)
+        if value is not None and value not in allowed:
+            raise unknown(f"value of config.{key}", value, allowed)
+    positive = ("epochs", "batch_size", "eval_batch_size", "image_size", "model.unroll", "lr")
+    for key in (*positive, "num_devices"):
+        value = _at(config, key)
+        if value is not None and not value > 0:
+            raise UserError(f"config.{key}={value} must be greater than 0")
+    for key in ("weight_decay", "drop_path", "checkpoint_seconds"):
+        value = _at(config, key)
+        if value is not None and not value >= 0:
+            raise UserError(f"config.{key}={value} must not be negative")
+    if config.drop_path is not None and config.drop_path >= 1:
+        raise UserError(f"config.drop_path={config.drop_path} must be less than 1")
+    if not config.seeds or not all(isinstance(s, int) for s in config.seeds):
+        raise UserError(f"config.seeds={config.seeds} must be whole numbers, such as (0,1,2)")
+    if (config.num_devices or 1) > jax.device_count():
+        raise UserError(
+            f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "
+            f"{jax.default_backend()} device(s)"
+        )
+    if config.pretrained.name is not None:
+        pretrained.address(pretrained.split_subtree(config.pretrained.name)[0])
+
+
+def _at(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config

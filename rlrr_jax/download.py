@@ -1,0 +1,131 @@
+"""Files from https:// and gs:// addresses, cached on disk."""
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import os
+import pathlib
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+from etils import epath
+from tqdm import tqdm
+
+from rlrr_jax.errors import UserError
+
+ATTEMPTS = 5
+_BLOCK = 1 << 20
+
+
+def cache_dir():
+    """Folder of downloaded files: $RLRR_JAX_CACHE, else ~/.cache/rlrr_jax."""
+    return pathlib.Path(os.environ.get("RLRR_JAX_CACHE", "~/.cache/rlrr_jax")).expanduser()
+
+
+def sha256(path):
+    """Hex SHA-256 of a local file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cached(url, folder=None):
+    """Downloads `url` once; returns its local path and its SHA-256.
+
+    The SHA-256 is computed at download, kept beside the file as `<file>.sha256` and checked at each
+    call. A download goes on where an interrupted one stopped, and appears under its final name only
+    when it is whole. Raises UserError if the address cannot be read or the cached file has changed.
+    """
+    parts = urllib.parse.urlsplit(url)
+    path = pathlib.Path(folder or cache_dir()) / parts.netloc / parts.path.lstrip("/")
+    record = path.with_name(path.name + ".sha256")
+    with _lock(path):
+        if not path.exists():
+            part = path.with_name(path.name + ".part")
+            (_copy if parts.scheme == "gs" else _download)(url, part)
+            record.write_text(sha256(part) + "\n")
+            os.replace(part, path)
+        found = sha256(path)
+        if not record.exists():  # a file somebody put there by hand
+            record.write_text(found + "\n")
+        if found != record.read_text().strip():
+            raise UserError(
+                f"{path} has changed since it was downloaded (SHA-256 {found[:12]}... instead of "
+                f"{record.read_text()[:12]}...): delete it and its .sha256 to download it again"
+            )
+    return path, found
+
+
+@contextlib.contextmanager
+def _lock(path):
+    """Lets one process at a time write `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _copy(url, part):
+    """Copies a gs:// file."""
+    try:
+        with epath.Path(url).open("rb") as source, open(part, "wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK)
+    except ImportError as e:
+        raise UserError(f"{url} needs a package to read gs:// ({e}): pip install gcsfs") from e
+    except Exception as e:  # each storage library has its own exceptions
+        raise UserError(f"cannot read {url}: {type(e).__name__}: {e}") from e
+
+
+def _download(url, part):
+    """Downloads an http(s) file into `part`, appending to what is there."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _download_once(url, part)
+        except urllib.error.HTTPError as e:
+            if e.code == 416:  # what we have is longer than the file: start again
+                part.unlink(missing_ok=True)
+            elif e.code < 500 or attempt == ATTEMPTS:
+                raise UserError(f"cannot download {url}: {e.code} {e.reason}") from e
+        except (
+            urllib.error.URLError,
+            http.client.HTTPException,
+            ConnectionError,
+            TimeoutError,
+        ) as e:
+            if attempt == ATTEMPTS:
+                raise UserError(
+                    f"cannot download {url} ({getattr(e, 'reason', e)}): check the network, or put "
+                    f"the file at {part.with_suffix('')} and start again"
+                ) from e
+        time.sleep(min(2**attempt, 30) / 4)
+
+
+def _download_once(url, part):
+    tag = part.with_name(part.name + ".etag")  # tells whether the rest belongs to what we have
+    have = part.stat().st_size if part.exists() and tag.exists() else 0
+    request = urllib.request.Request(url)
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", tag.read_text())
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if response.status != 206:  # the server sends the whole file
+            have = 0
+            tag.unlink(missing_ok=True)
+            if response.headers.get("ETag"):
+                tag.write_text(response.headers["ETag"])
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        name = url.rsplit("/", 1)[-1]
+        with (
+            open(part, "ab" if have else "wb") as f,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name) as bar,
+        ):
+            while block := response.read(_BLOCK):
+                f.write(block)
+                bar.update(len(block))
+        if total is not None and part.stat().st_size != total:
+            raise ConnectionError(f"connection closed after {part.stat().st_size} of {total} bytes")
+    tag.unlink(missing_ok=True)

@@ -1,0 +1,56 @@
+"""`python -m rlrr_jax.main --config configs/vtab.py:cifar`: flags in, a table out."""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from rlrr_jax import report, train
+from rlrr_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the results; default runs/<hash of the configuration>"
+)
+
+BUNDLED = """\
+No task was named: this trains the bundled tasks, hearts and digits, on the bundled tiny ViT.
+A VTAB-1k task with real weights: python -m rlrr_jax.main --config configs/vtab.py:cifar
+"""
+
+
+def main(_):
+    """Runs the configuration and prints the table of results."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("no configuration was given: add --config configs/vtab.py")
+    if config.task is None:
+        print(BUNDLED, flush=True)
+    rows = train.run(config, _WORKDIR.value)
+    print(f"\n{report.table(rows)}\n\n{report.caption(rows)}", flush=True)
+
+
+def run():
+    """`main` with every error a user can mend as one sentence, and exit code 1."""
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except OSError as e:
+        where = f" {e.filename}" if e.filename else ""
+        sys.exit(f"error: cannot use{where}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+def _parse_flags(argv):
+    """absl's parser, with the errors of configuration files and keys as UserErrors."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+        raise UserError(str(e)) from e
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,29 @@
+"""Linear probe: only the head is trained."""
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.methods.base import Method
+
+DEFAULTS = dict(lr=3e-2, weight_decay=1e-4, drop_path=0.0)
+
+
+def method():
+    """The linear probe as a `Method`."""
+    return Method(init, merge, decay, DEFAULTS)
+
+
+def init(key, frozen):
+    """The head, zero."""
+    del key
+    return {"head": jax.tree.map(lambda x: jnp.zeros(x.shape), frozen["head"])}
+
+
+def merge(frozen, trainable):
+    """The frozen tree with the trained head."""
+    return {**frozen, **trainable}
+
+
+def decay(trainable):
+    """Head kernel yes, head bias no."""
+    return {"head": {"kernel": True, "bias": False}}

@@ -1,0 +1,1 @@
+"""Models: plain, without any knowledge of how they are fine-tuned."""

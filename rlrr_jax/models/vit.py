@@ -1,0 +1,209 @@
+"""The plain Vision Transformer (Dosovitskiy et al., ICLR 2021). It knows nothing of RLRR.
+
+The parameter tree is big_vision's in its scanned form: all blocks are stacked under one
+`encoderblock`, the leading axis of every leaf there is the depth.
+"""
+
+import difflib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Dosovitskiy et al. (2021), table 1; Ti and S as in DeiT and AugReg.
+VARIANTS = {
+    "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
+    "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
+    "B": dict(width=768, depth=12, mlp_dim=3072, num_heads=12),
+    "L": dict(width=1024, depth=24, mlp_dim=4096, num_heads=16),
+    "H": dict(width=1280, depth=32, mlp_dim=5120, num_heads=16),
+}
+
+
+def parse_variant(variant):
+    """`"B/16"` -> `dict(width=768, ..., patch_size=16)`.
+
+    Raises ValueError for anything that is not `<Ti|S|B|L|H>/<patch size>`.
+    """
+    size, _, patch = str(variant).partition("/")
+    if size not in VARIANTS or not patch.isdigit() or int(patch) == 0:
+        near = difflib.get_close_matches(size, VARIANTS, n=1, cutoff=0.0)[0]
+        patch = patch if patch.isdigit() and int(patch) else "16"
+        raise ValueError(
+            f"unknown ViT variant {variant!r}: write one of {', '.join(VARIANTS)}, a slash and the "
+            f"patch size, for example {near}/{patch}"
+        )
+    return dict(VARIANTS[size], patch_size=int(patch))
+
+
+def drop_path(x, rate, keys, index, mode):
+    """Drops parts of a residual branch `x` [B, T, D] and rescales the rest by `1 / (1 - rate)`.
+
+    Args:
+      x: the branch's output.
+      rate: probability of a drop, may be traced.
+      keys: one PRNG key per example, [B]; so the noise does not depend on how a batch is split.
+      index: number of the branch in the network; folded into the keys.
+      mode: "element" drops single values (the RLRR authors' code), "sample" the whole branch of an
+        example (stochastic depth, Huang et al., 2016).
+    """
+    shape = x.shape[1:] if mode == "element" else (1, 1)
+
+    def keep(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, index), 1.0 - rate, shape)
+
+    return jnp.where(jax.vmap(keep)(keys), x / (1.0 - rate).astype(x.dtype), 0)
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, Dense."""
+
+    mlp_dim: int
+    gelu: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x)
+        x = nn.gelu(x, approximate=self.gelu == "tanh")
+        return nn.Dense(width, dtype=self.dtype, name="Dense_1")(x)
+
+
+class MultiHeadDotProductAttention(nn.Module):
+    """Self-attention; `implementation` is that of `jax.nn.dot_product_attention`, "xla" or "cudnn"."""
+
+    num_heads: int
+    implementation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        heads = (self.num_heads, width // self.num_heads)
+        query, key, value = (
+            nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)  # [B, T, H, Dh]
+            for name in ("query", "key", "value")
+        )
+        x = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(x)
+
+
+class Block(nn.Module):
+    """One pre-norm encoder block, as the body of a scan over depth."""
+
+    mlp_dim: int
+    num_heads: int
+    gelu: str
+    attention: str
+    drop_path_mode: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, layer, keys):
+        index, rate = layer
+
+        def residual(x, y, branch):
+            if keys is not None:
+                y = drop_path(y, rate, keys, 1 + 2 * index + branch, self.drop_path_mode)
+            return x + y
+
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
+        y = MultiHeadDotProductAttention(
+            self.num_heads, self.attention, self.dtype, name="MultiHeadDotProductAttention_0"
+        )(y)
+        x = residual(x, y, 0)
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_1")(x)
+        y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
+        return residual(x, y, 1), None
+
+
+class Encoder(nn.Module):
+    """All blocks, scanned over depth, and the final LayerNorm."""
+
+    depth: int
+    unroll: int
+    block: dict
+
+    @nn.compact
+    def __call__(self, x, rate, keys):
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=self.depth,
+            unroll=self.unroll,
+        )(**self.block, name="encoderblock")
+        rates = jnp.linspace(0.0, 1.0, self.depth) * rate  # 0 at the first block, `rate` at the last
+        x, _ = blocks(x, (jnp.arange(self.depth), rates), keys)
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.block["dtype"], name="encoder_norm")(x)
+
+
+class ViT(nn.Module):
+    """Vision Transformer with a class token and a zero-initialised float32 head.
+
+    Attributes:
+      gelu: "tanh" (the public JAX weights were trained with it) or "exact".
+      attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn".
+      drop_path_mode: see `drop_path`.
+      unroll: how many blocks each step of the scan over depth contains.
+      dtype: of activations and matmuls; parameters are always float32.
+    """
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int
+    num_classes: int
+    gelu: str = "tanh"
+    attention: str = "xla"
+    drop_path_mode: str = "element"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_variant(cls, variant, **kwargs):
+        """`ViT.from_variant("B/16", num_classes=100)`; raises ValueError for an unknown variant."""
+        return cls(**parse_variant(variant), **kwargs)
+
+    @nn.compact
+    def __call__(self, images, drop_path=0.0, keys=None):
+        """Logits [B, num_classes], float32, of images [B, H, W, 3] in [-1, 1].
+
+        Args:
+          images: H and W must be divisible by the patch size, else ValueError.
+          drop_path: drop rate of the last block; rises linearly from 0 at the first. May be traced.
+          keys: one PRNG key per example, [B]; None switches drop path off.
+
+        The collection "intermediates" gets `encoded` [B, 1 + h*w, D], the normalised tokens.
+        """
+        b, height, width, _ = images.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"image size {height}x{width} is not divisible by the patch size {p}")
+        h, w = height // p, width // p
+        x = images.astype(self.dtype).reshape(b, h, p, w, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        # The same as a convolution of stride p, kernel [p, p, 3, D], but its gradient is one matmul.
+        x = nn.DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="embedding")(x)
+        x = x.reshape(b, h * w, self.width)  # [B, h*w, D]
+        position = self.param("pos_embedding", nn.initializers.normal(0.02), (1, h * w, self.width))
+        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+        x = x + position.astype(self.dtype)
+        x = jnp.concatenate([jnp.tile(cls.astype(self.dtype), (b, 1, 1)), x], axis=1)
+        block = dict(
+            mlp_dim=self.mlp_dim,
+            num_heads=self.num_heads,
+            gelu=self.gelu,
+            attention=self.attention,
+            drop_path_mode=self.drop_path_mode,
+            dtype=self.dtype,
+        )
+        x = Encoder(self.depth, self.unroll, block, name="Transformer")(x, drop_path, keys)
+        self.sow("intermediates", "encoded", x)
+        head = nn.Dense(
+            self.num_classes, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head"
+        )
+        return head(x[:, 0].astype(jnp.float32))

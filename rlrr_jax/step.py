@@ -1,0 +1,256 @@
+"""The train and eval steps of one device and one trial, and how they are mapped over a mesh.
+
+Shapes: T trials, N training images, S steps an epoch, B images a batch, b = ceil(B / devices) on
+each device of the axis "data". Noise is keyed by the index in the global batch, so the result does
+not depend on the number of devices.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlrr_jax import optim
+from rlrr_jax.methods import Method
+
+
+class Recipe(NamedTuple):
+    """All that is fixed while the step is traced.
+
+    Attributes:
+      model: the `vit.ViT`.
+      method: the `methods.Method`.
+      batch_size: B, over all devices.
+      num_images: N.
+      flip: whether training images are flipped left to right at random.
+      precision: of matmuls, as `jax.default_matmul_precision` names it.
+      drop_path: False leaves its noise out of the program; the rate itself is traced.
+    """
+
+    model: Any
+    method: Method
+    batch_size: int
+    num_images: int
+    flip: bool = False
+    drop_path: bool = True
+    precision: str = "highest"
+
+    @property
+    def steps(self):
+        """S: steps an epoch; the last may be short."""
+        return math.ceil(self.num_images / self.batch_size)
+
+    def images_before(self, epoch, step):
+        """Number of images seen before a step of an epoch."""
+        return epoch * self.num_images + min(step * self.batch_size, self.num_images)
+
+
+def make_mesh(devices, trials=1):
+    """A mesh with axes ("trial", "data"): as many devices for trials as divide both numbers."""
+    n = math.gcd(trials, len(devices))
+    return jax.make_mesh(
+        (n, len(devices) // n), ("trial", "data"), (AxisType.Auto, AxisType.Auto), devices=devices
+    )
+
+
+def put(mesh, spec, tree):
+    """Lays a tree on the mesh; every argument gets its final place before the first call."""
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+def put_trial(mesh, tree):
+    """The same for what a trial owns, as the only one: adds the leading trial axis."""
+    return put(mesh, P("trial"), jax.tree.map(lambda x: x[None], tree))
+
+
+def normalize(images):
+    """uint8 images to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+# One device, one trial ------------------------------------------------------------------------
+
+
+def init_state(recipe, key, frozen):
+    """`{"trainable", "opt_state"}` before training. `frozen` is in neither."""
+    trainable = recipe.method.init(key, frozen)
+    return {
+        "trainable": trainable,
+        "opt_state": optim.adamw(recipe.method, trainable, 0.0, 0.0).init(trainable),
+    }
+
+
+def init_metrics(recipe):
+    """Per-step sums of an epoch: loss and number of correct answers, [S] each."""
+    return {"loss": jnp.zeros(recipe.steps), "correct": jnp.zeros(recipe.steps)}
+
+
+def take_batch(recipe, data, order, hyper, epoch, step):
+    """This device's share of a batch: images in [-1, 1], labels, mask and noise keys, [b] each.
+
+    Slots beyond the batch or the data have mask 0.
+    """
+    local = math.ceil(recipe.batch_size / jax.lax.axis_size("data"))
+    slot = jax.lax.axis_index("data") * local + jnp.arange(local)  # in the global batch
+    index = step * recipe.batch_size + slot
+    mask = (slot < recipe.batch_size) & (index < recipe.num_images)
+    example = order[jnp.minimum(index, recipe.num_images - 1)]
+    step_key = jax.random.fold_in(hyper["noise_key"], epoch * recipe.steps + step)
+    keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(slot)
+    images = normalize(data["images"][example])
+    if recipe.flip:
+        flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
+        images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    return images, data["labels"][example], mask.astype(jnp.float32), keys
+
+
+def loss_and_grad(recipe, frozen, trainable, batch, drop_path):
+    """Mean loss over the global batch, number of correct answers, gradient; equal on all devices."""
+    images, labels, mask, keys = batch
+    keys = keys if recipe.drop_path else None
+    count = jax.lax.psum(mask.sum(), "data")
+
+    def loss_fn(trainable):
+        params = recipe.method.merge(frozen, trainable)
+        logits = recipe.model.apply({"params": params}, images, drop_path, keys)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct = ((logits.argmax(-1) == labels) * mask).sum()
+        return (losses * mask).sum() / count, correct
+
+    with jax.default_matmul_precision(recipe.precision):
+        (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    # Sums over shards of the global mean: a shard without real images adds nothing.
+    return jax.lax.psum((loss, correct, grads), "data")
+
+
+def train_step(recipe, frozen, data, order, state, hyper, epoch, step):
+    """One optimiser step; returns the state, the mean loss and the number of correct answers."""
+    batch = take_batch(recipe, data, order, hyper, epoch, step)
+    trainable = state["trainable"]
+    loss, correct, grads = loss_and_grad(recipe, frozen, trainable, batch, hyper["drop_path"])
+    tx = optim.adamw(recipe.method, trainable, hyper["lr"][epoch], hyper["weight_decay"])
+    updates, opt_state = tx.update(grads, state["opt_state"], trainable)
+    state = {"trainable": optax.apply_updates(trainable, updates), "opt_state": opt_state}
+    return state, loss, correct
+
+
+def train_steps(recipe, frozen, data, state, metrics, hyper, epoch, start, stop):
+    """Steps [start, stop) of an epoch, with traced bounds; a whole epoch is one dispatch.
+
+    Args:
+      data: `images` [N, H, W, 3] uint8 and `labels` [N], the whole training set.
+      metrics: of this epoch so far, see `init_metrics`.
+      hyper: `lr` [epochs], `weight_decay`, `drop_path`, `noise_key` and `order_key`.
+
+    Returns:
+      The new state and metrics.
+    """
+    order = jax.random.permutation(jax.random.fold_in(hyper["order_key"], epoch), recipe.num_images)
+
+    def body(i, carry):
+        state, metrics = carry
+        state, loss, correct = train_step(recipe, frozen, data, order, state, hyper, epoch, i)
+        metrics = {
+            "loss": metrics["loss"].at[i].set(loss),
+            "correct": metrics["correct"].at[i].set(correct),
+        }
+        return state, metrics
+
+    return jax.lax.fori_loop(start, stop, body, (state, metrics))
+
+
+def eval_step(model, precision, params, images, labels, mask):
+    """Sums over the global batch: loss and number of correct answers, each image counted once."""
+    with jax.default_matmul_precision(precision):
+        logits = model.apply({"params": params}, normalize(images))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = (logits.argmax(-1) == labels) * mask
+    return jax.lax.psum({"loss": (losses * mask).sum(), "correct": correct.sum()}, "data")
+
+
+# Many devices, many trials --------------------------------------------------------------------
+
+
+def map_train_steps(recipe, mesh):
+    """`train_steps` for all trials on a mesh, jitted; state and metrics are donated.
+
+    Arguments are those of `train_steps` without the recipe; state, metrics and hyper have a leading
+    trial axis.
+    """
+    trials = jax.vmap(
+        functools.partial(train_steps, recipe), in_axes=(None, None, 0, 0, 0, None, None, None)
+    )
+    mapped = jax.shard_map(
+        trials,
+        mesh=mesh,
+        in_specs=(P(), P(), P("trial"), P("trial"), P("trial"), P(), P(), P()),
+        out_specs=P("trial"),
+        check_vma=False,  # we write the collectives; else JAX adds its own and gradients double
+    )
+    return jax.jit(mapped, donate_argnums=(2, 3))
+
+
+def compile_train_steps(job):
+    """The compiled `train_steps` of a `train.Job`: called any number of times, compiled once."""
+    scalar = put(job.mesh, P(), jnp.int32(0))
+    args = (job.frozen, job.data, job.state, job.metrics, job.hyper, scalar, scalar, scalar)
+    return map_train_steps(job.recipe, job.mesh).lower(*args).compile()
+
+
+@functools.lru_cache(8)
+def map_merge(merge, mesh):
+    """A method's `merge` for all trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
+    merge = jax.vmap(merge, in_axes=(None, 0))
+    return jax.jit(merge, out_shardings=NamedSharding(mesh, P("trial")))
+
+
+@functools.lru_cache(8)
+def map_eval_step(model, precision, mesh):
+    """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
+    trials = jax.vmap(functools.partial(eval_step, model, precision), (0, None, None, None))
+    mapped = jax.shard_map(
+        trials,
+        mesh=mesh,
+        in_specs=(P("trial"), P("data"), P("data"), P("data")),
+        out_specs=P("trial"),
+        check_vma=False,
+    )
+    return jax.jit(mapped)
+
+
+def batches(images, labels, size, mesh):
+    """Slices of a split on the mesh as (images, labels, mask), all of one shape.
+
+    The last is padded, and so is each to a multiple of the devices; padding has mask 0.
+    """
+    size = min(size, len(labels))
+    slots = math.ceil(size / mesh.shape["data"]) * mesh.shape["data"]
+    for start in range(0, len(labels), size):
+        count = min(size, len(labels) - start)
+        batch = (
+            np.zeros((slots, *images.shape[1:]), images.dtype),
+            np.zeros(slots, np.int32),
+            (np.arange(slots) < count).astype(np.float32),
+        )
+        batch[0][:count] = images[start : start + count]
+        batch[1][:count] = labels[start : start + count]
+        yield put(mesh, P("data"), batch)
+
+
+def evaluate(step, params, images, labels, size, mesh):
+    """Mean loss and accuracy [T] each of a split, streamed in batches of `size`."""
+    sums = []
+    for batch in batches(images, labels, size, mesh):
+        sums.append(step(params, *batch))
+        sums[-3:-2] = jax.device_get(sums[-3:-2])  # waits, so that few batches are on the device
+    sums = jax.device_get(sums)
+    return {
+        "loss": np.sum([s["loss"] for s in sums], 0, np.float64) / len(labels),
+        "accuracy": np.sum([s["correct"] for s in sums], 0, np.float64) / len(labels),
+    }

@@ -1,0 +1,45 @@
+"""Packaging of rlrr_jax."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rlrr_jax",
+    version="0.1.0",
+    description="RLRR: parameter-efficient fine-tuning of Vision Transformers, in JAX and Flax",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rlrr_jax", "rlrr_jax.*"]),
+    package_data={"rlrr_jax.bundled": ["*.npz", "README.md"]},
+    # Lower bounds are the oldest versions the tests ran with, upper bounds the next untested minor.
+    install_requires=[
+        "absl-py>=2.5,<3",
+        "array-record>=0.8.6,<0.9; sys_platform == 'linux'",
+        "etils[epath]>=1.15,<1.16",
+        "flax>=0.12.8,<0.13",
+        "jax>=0.10.2,<0.13",
+        "matplotlib>=3.11,<3.12",
+        "ml-collections>=1.1,<1.2",
+        "numpy>=2.4,<2.6",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=13,<14",
+        "safetensors>=0.8,<0.9",
+        "scipy>=1.17,<1.19",
+        "tensorflow-datasets>=4.9.10,<4.10",
+        "tqdm>=4.70,<5",
+    ],
+    extras_require={
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "test": [
+            "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
+            "ruff==0.17.6",
+            "scikit-learn>=1.9,<1.10",
+        ],
+    },
+)
