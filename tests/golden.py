@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax.models import vit
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parent / "golden_files"
 MODULES = {
     "attn.query": "MultiHeadDotProductAttention_0/query",
     "attn.key": "MultiHeadDotProductAttention_0/key",

@@ -28,7 +28,8 @@ def parse_variant(variant):
     """
     size, _, patch = str(variant).partition("/")
     if size not in VARIANTS or not patch.isdigit() or int(patch) == 0:
-        near = difflib.get_close_matches(size, VARIANTS, n=1, cutoff=0.0)[0]
+        names = {name.upper(): name for name in VARIANTS}
+        near = names[difflib.get_close_matches(size.upper(), names, n=1, cutoff=0.0)[0]]
         patch = patch if patch.isdigit() and int(patch) else "16"
         raise ValueError(
             f"unknown ViT variant {variant!r}: write one of {', '.join(VARIANTS)}, a slash and the "

@@ -1,0 +1,126 @@
+"""RLRR's merge against the paper's own form, its start, and what it trains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax.traverse_util import flatten_dict
+from models.test_vit import SMALL, apply, images, random_tree
+
+from rlrr_jax import methods
+from rlrr_jax.models import vit
+
+MODEL = vit.ViT(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return random_tree(MODEL, 48)
+
+
+def noisy(tree, seed=3):
+    """Every leaf moved, as after training."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        structure, [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    )
+
+
+def test_merged_tree_equals_adapters_beside_the_weights(frozen):
+    method = methods.get("rlrr")
+    trainable = noisy(method.init(jax.random.key(0), frozen))
+    with jax.default_matmul_precision("highest"):
+        merged = jax.jit(method.merge)(frozen, trainable)
+        ours = apply(MODEL, merged, images())
+        second = jax.jit(lambda p, a=None: reference.forward(p, images(), 8, "tanh", adapter=a))
+        plain, beside = second(merged), second(frozen, trainable)
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(ours, beside, rtol=0, atol=5e-5)
+
+
+def test_merging_zero_scales_changes_no_bit(frozen):
+    method = methods.get("rlrr")
+    zero = jax.tree.map(jnp.zeros_like, method.init(jax.random.key(0), frozen))
+    names = flatten_dict(zero, sep="/")
+    ones = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.ones_like(x) if path[-1].key == "scale" else x, zero
+    )
+    ones["head"] = frozen["head"]
+    merged = method.merge(frozen, ones)
+    jax.tree.map(np.testing.assert_array_equal, merged, frozen)
+    assert sum(name.endswith("/scale") for name in names) == 4
+
+
+def test_identity_start_changes_no_bit_and_has_a_gradient(frozen):
+    method = methods.get("rlrr", init="identity")
+    trainable = method.init(jax.random.key(0), frozen)
+    merged = method.merge(frozen, {**trainable, "head": frozen["head"]})
+    jax.tree.map(np.testing.assert_array_equal, merged, frozen)
+
+    def loss(trainable):
+        params = {**method.merge(frozen, trainable), "head": frozen["head"]}
+        return MODEL.apply({"params": params}, images()).var()
+
+    grads = flatten_dict(jax.jit(jax.grad(loss))(trainable), sep="/")
+    assert all(jnp.abs(v).max() > 0 for k, v in grads.items() if k.endswith("scale_in"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "count", "head"),
+    [("B/16", 224, 288_768, 76_900), ("L/16", 224, 765_952, 102_500), ("H/14", 224, 1_274_880, 128_100)],
+)
+def test_published_counts(variant, size, count, head):
+    model = vit.ViT.from_variant(variant, num_classes=100)
+    shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    frozen = jax.eval_shape(model.init, jax.random.key(0), shape)["params"]
+    trainable = jax.eval_shape(methods.get("rlrr").init, jax.random.key(0), frozen)
+    assert methods.trainable_count(trainable) == count
+    assert methods.head_count(trainable) == head
+
+
+def test_start_has_the_authors_distribution():
+    model = vit.ViT(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8, num_classes=2)
+    frozen = random_tree(model, 48)
+    tree = methods.get("rlrr").init(jax.random.key(5), frozen)
+    fan_in = {"query": 96, "key": 96, "value": 96, "out": 96, "Dense_0": 96, "Dense_1": 384}
+    for name, x in flatten_dict(tree, sep="/").items():
+        module, leaf = name.split("/")[-2:]
+        x = np.asarray(x)
+        if leaf in ("scale_in", "scale_out"):
+            bound = np.sqrt(6 / fan_in[module]) if leaf == "scale_in" else np.sqrt(6)
+            assert 0.95 * bound < np.abs(x).max() <= bound, name
+            assert abs(x.std() / bound - 1 / np.sqrt(3)) < 0.06, name
+        elif module != "head" and leaf in ("scale", "shift") and "kernel" not in name and (
+            "Norm" in module or module in ("encoder_norm", "embedding")
+        ):
+            assert abs(x.mean() - (leaf == "scale")) < 0.01, name
+            assert 0.014 < x.std() < 0.026, name
+        else:
+            assert (x == 0).all(), name
+
+
+def test_damped_is_the_paper_start_with_a_tenth_of_scale_in(frozen):
+    paper, damped = (
+        flatten_dict(methods.get("rlrr", init=i).init(jax.random.key(0), frozen), sep="/")
+        for i in ("paper", "damped")
+    )
+    for name, x in paper.items():
+        factor = 0.1 if name.endswith("scale_in") else 1.0
+        np.testing.assert_allclose(damped[name], factor * x, rtol=1e-6, err_msg=name)
+
+
+def test_leaves_draw_different_numbers(frozen):
+    tree = flatten_dict(methods.get("rlrr").init(jax.random.key(0), frozen), sep="/")
+    first = [float(x.ravel()[0]) for k, x in tree.items() if k.endswith(("scale_in", "scale_out", "/scale"))]
+    assert len(set(first)) == len(first)
+
+
+def test_shapes_have_the_kernels_axes(frozen):
+    tree = methods.get("rlrr").init(jax.random.key(0), frozen)
+    attention = tree["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
+    shapes = jax.tree.map(jnp.shape, attention, is_leaf=lambda x: hasattr(x, "shape"))
+    assert shapes["query"] == {"scale_in": (3, 32), "scale_out": (3, 4, 8), "shift": (3, 4, 8)}
+    assert shapes["out"] == {"scale_in": (3, 4, 8), "scale_out": (3, 32), "shift": (3, 32)}
+    assert tree.keys() == {"embedding", "Transformer", "head"}

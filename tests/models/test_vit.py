@@ -1,0 +1,130 @@
+"""The ViT against a second formulation of it, and its drop path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from rlrr_jax.models import vit
+
+SMALL = dict(width=32, depth=3, mlp_dim=64, num_heads=4, patch_size=8, num_classes=7)
+
+
+def random_tree(model, size, seed=0):
+    """A tree whose every leaf is random, so that none can be forgotten unseen."""
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def apply(model, params, *args):
+    return jax.jit(model.apply)({"params": params}, *args)
+
+
+def images(number=5, size=48, seed=1):
+    return jax.random.uniform(jax.random.key(seed), (number, size, size, 3), minval=-1)
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_logits_equal_the_second_formulation(gelu):
+    model = vit.ViT(**SMALL, gelu=gelu)
+    params = random_tree(model, 48)
+    with jax.default_matmul_precision("highest"):
+        ours = apply(model, params, images())
+        other = jax.jit(lambda p: reference.forward(p, images(), 8, gelu))(params)
+    np.testing.assert_allclose(ours, other, rtol=0, atol=2e-5)
+
+
+def test_gelus_differ():
+    params = random_tree(vit.ViT(**SMALL), 48)
+    tanh, exact = (apply(vit.ViT(**SMALL, gelu=g), params, images()) for g in ("tanh", "exact"))
+    assert 1e-5 < float(jnp.abs(tanh - exact).max()) < 1e-2
+
+
+def test_unroll_changes_no_result():
+    params = random_tree(vit.ViT(**SMALL), 48)
+    one, three = (apply(vit.ViT(**SMALL, unroll=n), params, images()) for n in (1, 3))
+    np.testing.assert_allclose(one, three, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_computes_low_and_answers_in_float32():
+    params = random_tree(vit.ViT(**SMALL), 48)
+    low = apply(vit.ViT(**SMALL, dtype=jnp.bfloat16), params, images())
+    high = apply(vit.ViT(**SMALL), params, images())
+    assert low.dtype == jnp.float32
+    gap = float(jnp.abs(low - high).max())
+    assert 1e-4 < gap < 0.2 * float(jnp.abs(high).max())
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "millions"),
+    [("Ti/16", 224, 5.5), ("S/32", 224, 22.5), ("B/16", 224, 85.8), ("L/16", 384, 303.7), ("H/14", 224, 630.8)],
+)
+def test_variants_have_the_published_sizes(variant, size, millions):
+    model = vit.ViT.from_variant(variant, num_classes=1)
+    shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), shape)["params"]
+    params.pop("head")
+    assert sum(x.size for x in jax.tree.leaves(params)) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["b/16", "B16", "XL/16", "B/", "B/0", "B/-1"])
+def test_unknown_variant_names_the_nearest(name):
+    with pytest.raises(ValueError, match=r"unknown ViT variant .* for example (B|L)/\d+"):
+        vit.parse_variant(name)
+
+
+def test_size_that_the_patch_does_not_divide():
+    with pytest.raises(ValueError, match="50x50 is not divisible by the patch size 8"):
+        vit.ViT(**SMALL).init(jax.random.key(0), jnp.zeros((1, 50, 50, 3)))
+
+
+def keys(number):
+    return jax.vmap(jax.random.key)(jnp.arange(number))
+
+
+@pytest.mark.parametrize("mode", ["element", "sample"])
+def test_drop_path_of_one_branch(mode):
+    x = jnp.ones((400, 4, 6))
+    out = vit.drop_path(x, jnp.float32(0.25), keys(400), 3, mode)
+    kept = np.asarray(out) > 0
+    np.testing.assert_allclose(np.asarray(out)[kept], 1 / 0.75, rtol=1e-6)
+    per_example = kept.reshape(400, -1).mean(1)
+    if mode == "sample":
+        assert set(per_example) == {0.0, 1.0}
+    else:
+        assert 0.3 < per_example.min() and per_example.max() < 1.01 and per_example.std() > 0
+    assert abs(kept.mean() - 0.75) < 0.06
+
+
+def test_drop_path_rate_zero_changes_no_bit():
+    model = vit.ViT(**SMALL)
+    params = random_tree(model, 48)
+    plain = apply(model, params, images())
+    assert (apply(model, params, images(), 0.0, keys(5)) == plain).all()
+    assert (apply(model, params, images(), 0.5, keys(5)) != plain).any()
+
+
+def test_drop_path_rises_from_zero_at_the_first_block():
+    model = vit.ViT(**{**SMALL, "depth": 1})
+    params = random_tree(model, 48)
+    out = apply(model, params, images(), 0.9, keys(5))
+    assert (out == apply(model, params, images())).all()
+
+
+def test_drop_path_noise_belongs_to_the_example_not_to_the_batch():
+    model = vit.ViT(**SMALL)
+    params = random_tree(model, 48)
+    whole = apply(model, params, images(), 0.5, keys(5))
+    parts = [apply(model, params, images()[s], 0.5, keys(5)[s]) for s in (np.s_[:2], np.s_[2:])]
+    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=0, atol=1e-5)
+
+
+def test_branches_and_blocks_draw_different_noise():
+    x = jnp.ones((50, 4, 6))
+    draws = [np.asarray(vit.drop_path(x, jnp.float32(0.5), keys(50), i, "element")) for i in range(1, 7)]
+    agreement = [(a == b).mean() for i, a in enumerate(draws) for b in draws[:i]]
+    assert max(agreement) < 0.6

@@ -1,0 +1,113 @@
+"""Downloads from a real server on loopback that answers, breaks off or lies."""
+
+import hashlib
+import http.server
+import re
+import threading
+
+import numpy as np
+import pytest
+
+from rlrr_jax import download, pretrained
+from rlrr_jax.errors import UserError
+
+BODY = bytes(np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `self.server.body`; `script` holds what to do with the coming requests."""
+
+    def do_GET(self):
+        server = self.server
+        server.ranges.append(self.headers.get("Range"))
+        action = server.script.pop(0) if server.script else "answer"
+        if action in (404, 503):
+            return self.send_error(action)
+        start = 0
+        match = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        fresh = self.headers.get("If-Range") == server.etag
+        if match and server.resumes and fresh:
+            start = int(match[1])
+            if start >= len(server.body):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(server.body) - start))
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        stop = len(server.body) // 2 if action == "break" else len(server.body)
+        self.wfile.write(server.body[start:stop])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as s:
+        s.body, s.etag, s.script, s.ranges, s.resumes = BODY, '"one"', [], [], True
+        s.url = f"http://127.0.0.1:{s.server_port}/models/w.npz"
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield s
+        s.shutdown()
+
+
+def test_download_is_kept_with_its_digest_and_not_repeated(server, tmp_path):
+    path, digest = download.cached(server.url, tmp_path)
+    assert path.read_bytes() == BODY
+    assert digest == hashlib.sha256(BODY).hexdigest()
+    assert path.with_name("w.npz.sha256").read_text().strip() == digest
+    assert download.cached(server.url, tmp_path) == (path, digest)
+    assert len(server.ranges) == 1
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_broken_download_goes_on_where_it_stopped(server, tmp_path):
+    server.script = ["break"]
+    path, _ = download.cached(server.url, tmp_path)
+    assert path.read_bytes() == BODY
+    assert server.ranges == [None, f"bytes={len(BODY) // 2}-"]
+
+
+def test_a_file_changed_meanwhile_is_fetched_anew(server, tmp_path):
+    server.script = ["break"] + [404]
+    with pytest.raises(UserError, match="404"):
+        download.cached(server.url, tmp_path)
+    server.body, server.etag = BODY[::-1], '"two"'
+    path, _ = download.cached(server.url, tmp_path)
+    assert path.read_bytes() == BODY[::-1]
+
+
+def test_server_that_cannot_resume(server, tmp_path):
+    server.resumes, server.script = False, ["break", "break"]
+    path, _ = download.cached(server.url, tmp_path)
+    assert path.read_bytes() == BODY
+
+
+def test_server_errors_are_tried_again_and_missing_files_are_not(server, tmp_path):
+    server.script = [503, 503]
+    assert download.cached(server.url, tmp_path)[0].read_bytes() == BODY
+    server.script, server.ranges = [404], []
+    with pytest.raises(UserError, match=r"cannot download .*/other.npz: 404"):
+        download.cached(server.url.replace("w.npz", "other.npz"), tmp_path)
+    assert len(server.ranges) == 1
+
+
+def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match=r"check the network, or put the file at .*/models/w.npz and"):
+        download.cached("http://127.0.0.1:9/models/w.npz", tmp_path)
+
+
+def test_changed_file_is_refused(server, tmp_path):
+    path, _ = download.cached(server.url, tmp_path)
+    path.write_bytes(BODY[:-1])
+    with pytest.raises(UserError, match="has changed since it was downloaded.*delete it"):
+        download.cached(server.url, tmp_path)
+
+
+def test_load_through_the_network(server, tmp_path):
+    server.body = pretrained.BUNDLED.read_bytes()
+    path, digest = pretrained.fetch(server.url + ":params", tmp_path)
+    assert path.endswith("/models/w.npz:params")
+    assert digest == pretrained.fetch("bundled")[1]

@@ -1,0 +1,255 @@
+"""Every public layout gives the same tree; what does not fit is refused by name."""
+
+import hashlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import scipy.ndimage
+from flax.traverse_util import flatten_dict
+from models.test_vit import SMALL, random_tree
+
+from rlrr_jax import pretrained
+from rlrr_jax.errors import UserError
+from rlrr_jax.models import vit
+
+MODEL = vit.ViT(**SMALL)
+SIZE = 48  # 6 x 6 patches
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return jax.tree.map(np.asarray, random_tree(MODEL, SIZE))
+
+
+def scanned(tree, prefix=""):
+    return {prefix + k: v for k, v in flatten_dict(tree, sep="/").items()}
+
+
+def numbered(tree, prefix=""):
+    out = {}
+    for name, value in scanned(tree).items():
+        if "encoderblock/" in name:
+            for i, part in enumerate(value):
+                out[prefix + name.replace("encoderblock", f"encoderblock_{i}")] = part
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def original(tree, prefix="", position="Transformer/posembed_input/pos_embedding"):
+    """The layout of 2020: other module numbers, and a class-token row in the position embedding."""
+    out = {}
+    for name, value in numbered(tree).items():
+        name = name.replace("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1")
+        name = name.replace("LayerNorm_1", "LayerNorm_2").replace("MlpBlock_0", "MlpBlock_3")
+        out[prefix + name] = value
+    row = np.full((1, 1, SMALL["width"]), 0.25, np.float32)
+    out[prefix + "cls"] = out[prefix + "cls"] - row
+    out[prefix + position] = np.concatenate([row, out.pop(prefix + "pos_embedding")], 1)
+    return out
+
+
+LAYOUTS = {
+    "original": original,
+    "original, old position": lambda t: original(t, position="Transformer/pos_embedding"),
+    "original, opt/target": lambda t: original(t, "opt/target/") | {"opt/state/step": np.int64(3)},
+    "original, pre_logits": lambda t: original(t) | {"pre_logits/kernel": np.ones((2, 2), np.float32)},
+    "numbered": numbered,
+    "numbered, params": lambda t: numbered(t, "params/") | {"opt/0/count": np.int32(7)},
+    "scanned": scanned,
+    "scanned, params": lambda t: scanned(t, "params/"),
+    "without a head": lambda t: {k: v for k, v in scanned(t).items() if not k.startswith("head")},
+}
+
+
+def load(path, size=SIZE, **kwargs):
+    return pretrained.load(str(path), model=MODEL, image_size=size, **kwargs)
+
+
+def assert_is(loaded, tree, atol=1e-6):
+    expected = {**tree, "head": jax.tree.map(np.zeros_like, tree["head"])}
+    loaded, expected = flatten_dict(loaded, sep="/"), flatten_dict(expected, sep="/")
+    assert loaded.keys() == expected.keys()
+    for name, value in loaded.items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, tree, tmp_path):
+    np.savez(tmp_path / "w.npz", **LAYOUTS[layout](tree))
+    assert_is(load(tmp_path / "w.npz"), tree)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(np.float16, 2e-3), (ml_dtypes.bfloat16, 2e-2)])
+def test_half_precision_files(dtype, atol, tree, tmp_path):
+    np.savez(tmp_path / "w.npz", **{k: v.astype(dtype) for k, v in scanned(tree).items()})
+    assert_is(load(tmp_path / "w.npz"), tree, atol)
+
+
+def test_subtree(tree, tmp_path):
+    other = jax.tree.map(lambda x: x + 1, tree)
+    np.savez(tmp_path / "w.npz", **scanned(tree, "ema/net/"), **scanned(other, "raw/net/"))
+    assert_is(load(f"{tmp_path}/w.npz:ema/net"), tree)
+    assert_is(load(f"{tmp_path}/w.npz:raw"), other)
+    with pytest.raises(UserError, match="several trees of weights: write .*ema/net or .*raw/net"):
+        load(tmp_path / "w.npz")
+    with pytest.raises(UserError, match="no array 'emma/embedding/kernel'"):
+        load(f"{tmp_path}/w.npz:emma")
+
+
+def test_save_and_load(tree, tmp_path):
+    pretrained.save(tmp_path / "w.npz", tree)
+    assert_is(load(tmp_path / "w.npz"), tree, atol=0)
+
+
+# Position embedding: the class-token row and the resize.
+
+
+def with_position(tree, rows, cls=True):
+    flat = scanned(tree)
+    position = np.random.default_rng(0).normal(size=(1, rows, SMALL["width"])).astype(np.float32)
+    flat["pos_embedding"] = position
+    if not cls:
+        del flat["cls"]
+    return flat, position
+
+
+@pytest.mark.parametrize(("rows", "row"), [(16, False), (17, True), (64, False), (65, True)])
+def test_position_is_resized_by_linear_zoom(rows, row, tree, tmp_path):
+    flat, position = with_position(tree, rows)
+    np.savez(tmp_path / "w.npz", **flat)
+    loaded = load(tmp_path / "w.npz")
+    side = int((rows - row) ** 0.5)
+    square = position[0, row:].reshape(side, side, -1)
+    expected = scipy.ndimage.zoom(square, (6 / side, 6 / side, 1), order=1).reshape(1, 36, -1)
+    np.testing.assert_allclose(loaded["pos_embedding"], expected, rtol=0, atol=1e-6)
+    moved = position[:, :1] if row else 0
+    np.testing.assert_allclose(loaded["cls"], tree["cls"] + moved, rtol=0, atol=1e-6)
+
+
+def test_position_that_fits_is_taken_as_it_is(tree, tmp_path):
+    flat, position = with_position(tree, 36)
+    np.savez(tmp_path / "w.npz", **flat)
+    loaded = load(tmp_path / "w.npz")
+    np.testing.assert_array_equal(loaded["pos_embedding"], position)
+    np.testing.assert_array_equal(loaded["cls"], tree["cls"])
+
+
+def test_grid_says_what_an_oblong_position_is(tree, tmp_path):
+    flat, position = with_position(tree, 4 * 9 + 1)
+    np.savez(tmp_path / "w.npz", **flat)
+    loaded = load(tmp_path / "w.npz", grid=(4, 9))
+    zoom = scipy.ndimage.zoom(position[0, 1:].reshape(4, 9, -1), (6 / 4, 6 / 9, 1), order=1)
+    np.testing.assert_allclose(loaded["pos_embedding"], zoom.reshape(1, 36, -1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "grid"), [(18, None), (20, (4, 4)), (37, (5, 7))])
+def test_position_that_does_not_fit_names_its_rows(rows, grid, tree, tmp_path):
+    flat, _ = with_position(tree, rows)
+    np.savez(tmp_path / "w.npz", **flat)
+    with pytest.raises(UserError, match=f"has {rows} rows.*config.pretrained.grid"):
+        load(tmp_path / "w.npz", grid=grid)
+
+
+# What is refused.
+
+
+def test_missing_unknown_and_mis_shaped_names_are_all_listed(tree, tmp_path):
+    flat = numbered(tree)
+    del flat["Transformer/encoderblock_1/LayerNorm_0/scale"]
+    flat["Transformer/encoderblock_7/LayerNorm_0/scale"] = np.ones(32, np.float32)
+    flat["embedding/bias"] = np.ones(31, np.float32)
+    np.savez(tmp_path / "w.npz", **flat)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "w.npz")
+    text = str(error.value)
+    assert "missing: Transformer/encoderblock_1/LayerNorm_0/scale;" in text
+    assert "unknown: Transformer/encoderblock_7/LayerNorm_0/scale;" in text
+    assert "wrong shape: embedding/bias is (31,) instead of (32,)" in text
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match="there is no weight file /nowhere/w.npz"):
+        load("/nowhere/w.npz")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_file(part, tree, tmp_path):
+    np.savez(tmp_path / "w.npz", **scanned(tree))
+    data = (tmp_path / "w.npz").read_bytes()
+    (tmp_path / "w.npz").write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(UserError, match="w.npz (is no readable|holds pickled)"):
+        load(tmp_path / "w.npz")
+
+
+def test_flipped_byte_in_an_array(tree, tmp_path):
+    np.savez(tmp_path / "w.npz", **scanned(tree))
+    data = bytearray((tmp_path / "w.npz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "w.npz").write_bytes(data)
+    with pytest.raises(UserError, match="w.npz is no readable .npz file"):
+        load(tmp_path / "w.npz")
+
+
+class Trap:
+    def __reduce__(self):
+        return (open, ("/tmp/rlrr_jax_trap", "w"))
+
+
+def test_pickle_is_not_opened(tree, tmp_path):
+    flat = scanned(tree) | {"cls": np.array([Trap()], dtype=object)}
+    np.savez(tmp_path / "w.npz", **flat)
+    with pytest.raises(UserError, match="a pickle can run code"):
+        load(tmp_path / "w.npz")
+    import os
+
+    assert not os.path.exists("/tmp/rlrr_jax_trap")
+
+
+def test_an_array_file_is_no_archive(tmp_path):
+    with open(tmp_path / "w.npz", "wb") as f:
+        np.save(f, np.ones(3))
+    with pytest.raises(UserError, match="w.npz is no readable .npz file"):
+        load(tmp_path / "w.npz")
+
+
+def test_integer_weights(tree, tmp_path):
+    np.savez(tmp_path / "w.npz", **scanned(tree) | {"cls": np.array(["a"])})
+    with pytest.raises(UserError, match="cls in .* has type <U1"):
+        load(tmp_path / "w.npz")
+
+
+def test_size_that_the_patch_does_not_divide(tree, tmp_path):
+    np.savez(tmp_path / "w.npz", **scanned(tree))
+    with pytest.raises(UserError, match="image size 50 is not divisible by the patch size 8.* 48"):
+        load(tmp_path / "w.npz", size=50)
+
+
+# Names.
+
+
+def test_names_resolve_to_public_addresses():
+    base = "https://storage.googleapis.com/vit_models/"
+    assert pretrained.address("ViT-B_16") == base + "imagenet21k/ViT-B_16.npz"
+    assert pretrained.address("imagenet21k/ViT-H_14.npz") == base + "imagenet21k/ViT-H_14.npz"
+    assert pretrained.address("howto-i21k-Ti/16") == (
+        base + "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz"
+    )
+    assert pretrained.address("gs://bucket/x.npz") == "gs://bucket/x.npz"
+    assert pretrained.default_name("L/16") == "imagenet21k/ViT-L_16"
+    assert pretrained.default_name("S/16").startswith("augreg/S_16-i21k-300ep-lr_0.001-aug_light1")
+    assert pretrained.default_name("B/4") is None
+
+
+def test_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'ViT-B_16'"):
+        pretrained.address("ViT-B16")
+
+
+def test_bundled_weights_and_their_digest():
+    path, digest = pretrained.fetch("bundled")
+    assert digest == hashlib.sha256(open(path, "rb").read()).hexdigest()
+    assert pretrained.BUNDLED.stat().st_size < 1_500_000

@@ -1,0 +1,296 @@
+"""One device equals many, chunks equal whole epochs, trials equal single runs."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec as P
+from models.test_vit import SMALL, random_tree
+
+from rlrr_jax import methods, optim, step
+from rlrr_jax.models import vit
+
+MODEL = vit.ViT(**{**SMALL, "depth": 2})
+METHOD = methods.get("rlrr")
+SIZE, NUMBER, BATCH = 16, 22, 6  # 4 steps an epoch, the last of 4 images
+FROZEN = jax.tree.map(np.asarray, random_tree(MODEL, SIZE))
+RNG = np.random.default_rng(0)
+DATA = {
+    "images": RNG.integers(0, 256, (NUMBER, SIZE, SIZE, 3), np.uint8),
+    "labels": RNG.integers(0, SMALL["num_classes"], NUMBER).astype(np.int32),
+}
+
+
+def recipe(**kwargs):
+    return step.Recipe(MODEL, METHOD, BATCH, NUMBER, **{"flip": True, "drop_path": True, **kwargs})
+
+
+def hyper(seed=0, lr=1e-2, weight_decay=1e-2, drop_path=0.4, epochs=5):
+    noise, order = jax.random.split(jax.random.key(seed))
+    return {
+        "lr": jnp.full(epochs, lr),
+        "weight_decay": jnp.float32(weight_decay),
+        "drop_path": jnp.float32(drop_path),
+        "noise_key": noise,
+        "order_key": order,
+    }
+
+
+def stack(*trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+@functools.cache
+def mapped_steps(devices, trials):
+    r, mesh = recipe(), step.make_mesh(jax.devices()[:devices], trials)
+    return r, mesh, step.map_train_steps(r, mesh)
+
+
+class Run:
+    """The mapped step on some devices, with its arguments in place."""
+
+    def __init__(self, devices, hypers=None):
+        hypers = hypers or [hyper()]
+        self.recipe, self.mesh, self.steps = mapped_steps(devices, len(hypers))
+        states = [step.init_state(self.recipe, jax.random.key(i), FROZEN) for i in range(len(hypers))]
+        put = functools.partial(step.put, self.mesh)
+        self.frozen, self.data = put(P(), FROZEN), put(P(), DATA)
+        self.hyper = put(P("trial"), stack(*hypers))
+        self.state = put(P("trial"), stack(*states))
+        self.metrics = put(P("trial"), stack(*[step.init_metrics(self.recipe)] * len(hypers)))
+
+    def __call__(self, epoch, start, stop):
+        scalars = [step.put(self.mesh, P(), jnp.int32(i)) for i in (epoch, start, stop)]
+        self.state, self.metrics = self.steps(
+            self.frozen, self.data, self.state, self.metrics, self.hyper, *scalars
+        )
+
+
+def one_gradient(r, frozen, data, hyper, trainable, number):
+    """Gradient and plain SGD step of batch `number` of epoch 1, on one device of the axis "data"."""
+    order = jax.random.permutation(jax.random.fold_in(hyper["order_key"], 1), r.num_images)
+    batch = step.take_batch(r, data, order, hyper, 1, number)
+    loss, correct, grads = step.loss_and_grad(r, frozen, trainable, batch, hyper["drop_path"])
+    return loss, correct, grads, jax.tree.map(lambda x, g: x - 0.1 * g, trainable, grads)
+
+
+@pytest.fixture(scope="module")
+def trainable():
+    tree = METHOD.init(jax.random.key(0), FROZEN)
+    head = random_tree(MODEL, SIZE, seed=9)["head"]  # a zero head would hide most gradients
+    return {**tree, "head": head}
+
+
+@functools.cache
+def mapped_gradient(devices, flip, drop_path):
+    mesh = step.make_mesh(jax.devices()[:devices])
+    mapped = jax.shard_map(
+        functools.partial(one_gradient, recipe(flip=flip, drop_path=drop_path)),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return jax.jit(mapped)
+
+
+def gradient_on(devices, trainable, number, flip, drop_path):
+    return mapped_gradient(devices, flip, drop_path)(FROZEN, DATA, hyper(), trainable, number)
+
+
+@pytest.mark.parametrize("number", [0, 3])  # a whole batch of 6 and the last of 4
+@pytest.mark.parametrize("noise", [False, True])
+def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable):
+    kwargs = dict(flip=noise, drop_path=noise)
+    one = gradient_on(1, trainable, number, **kwargs)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one[2])) > 0.1
+    for devices in (2, 4):  # with 4 devices a slot each is empty, at the end a whole shard
+        many = gradient_on(devices, trainable, number, **kwargs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, many)
+    pmapped = jax.pmap(
+        functools.partial(one_gradient, recipe(**kwargs)),
+        axis_name="data",
+        in_axes=(None, None, None, None, 0),
+    )(FROZEN, jax.tree.map(jnp.asarray, DATA), hyper(), trainable, jnp.full(4, number))
+    for shard in range(jax.device_count()):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b[shard], rtol=0, atol=1e-6), one, pmapped
+        )
+
+
+def test_gradient_is_that_of_the_plain_mean(trainable):
+    """Against a formulation without masks, sums and devices."""
+    r, h = recipe(flip=False, drop_path=False), hyper()
+    order = jax.random.permutation(jax.random.fold_in(h["order_key"], 1), NUMBER)
+
+    @jax.jit
+    @jax.value_and_grad
+    def plain(trainable):
+        images = jnp.asarray(DATA["images"])[order[18:22]] / 127.5 - 1
+        with jax.default_matmul_precision("highest"):
+            logits = MODEL.apply({"params": METHOD.merge(FROZEN, trainable)}, images)
+        labels = jnp.asarray(DATA["labels"])[order[18:22]]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+
+    loss, grads = plain(trainable)
+    ours = gradient_on(4, trainable, 3, flip=r.flip, drop_path=r.drop_path)
+    np.testing.assert_allclose(ours[0], loss, rtol=0, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), ours[2], grads)
+
+
+def test_noise_matters(trainable):
+    """The equality above would also hold for noise that is never applied."""
+    losses = {
+        (f, d): float(gradient_on(1, trainable, 0, flip=f, drop_path=d)[0])
+        for f in (False, True)
+        for d in (False, True)
+    }
+    assert len(set(losses.values())) == 4
+
+
+def test_twenty_steps_of_adamw_on_many_devices():
+    losses = {}
+    for devices in (1, 2, 4):
+        run, losses[devices] = Run(devices), []
+        for epoch in range(5):
+            run(epoch, 0, 4)
+            losses[devices].extend(np.asarray(run.metrics["loss"][0]))
+    assert len(losses[1]) == 20 and np.mean(losses[1][-4:]) < np.mean(losses[1][:4])
+    np.testing.assert_allclose(losses[2], losses[1], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(losses[4], losses[1], rtol=0, atol=2e-4)
+
+
+def test_chunks_change_no_bit_and_nothing_is_compiled_twice(caplog):
+    mapped_steps.cache_clear()
+    parts = Run(1)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for epoch in range(2):
+            for start, stop in ((0, 1), (1, 3), (3, 4)):
+                parts(epoch, start, stop)
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+    assert sum("train_steps" in text or "jit(trials)" in text for text in compiled) == 1, compiled
+    whole = Run(1)
+    for epoch in range(2):
+        whole(epoch, 0, 4)
+    jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
+    np.testing.assert_array_equal(whole.metrics["loss"], parts.metrics["loss"])
+
+
+def test_trials_equal_single_runs_whatever_the_mesh():
+    hypers = [hyper(0), hyper(1, lr=3e-3, drop_path=0.1)]
+    single = []
+    for i, h in enumerate(hypers):
+        run = Run(1, [h])
+        run.state = step.put(run.mesh, P("trial"), stack(step.init_state(run.recipe, jax.random.key(i), FROZEN)))
+        run(0, 0, 4)
+        single.append(np.asarray(run.metrics["loss"][0]))
+    assert np.abs(single[0] - single[1]).max() > 1e-3
+    for devices in (1, 4):
+        run = Run(devices, hypers)
+        assert run.mesh.shape["trial"] == min(devices, 2)
+        run(0, 0, 4)
+        np.testing.assert_allclose(run.metrics["loss"], single, rtol=0, atol=1e-5)
+
+
+def test_frozen_weights_stay_and_are_in_no_state():
+    run = Run(2)
+    run(0, 0, 4)
+    jax.tree.map(np.testing.assert_array_equal, run.frozen, FROZEN)
+    adam = run.state["opt_state"][0]
+    trainable = jax.tree.structure(run.state["trainable"])
+    assert jax.tree.structure(adam.mu) == jax.tree.structure(adam.nu) == trainable
+    numbers = sum(x.size for x in jax.tree.leaves(run.state))
+    assert numbers <= 3 * sum(x.size for x in jax.tree.leaves(run.state["trainable"])) + 3
+
+
+def test_the_frozen_tree_is_an_argument_of_the_program():
+    """Not folded into it: the same compiled step gives other losses for other weights."""
+    run = Run(1)
+    run(0, 0, 4)
+    first = np.asarray(run.metrics["loss"])
+    other = Run(1)
+    other.steps = run.steps
+    other.frozen = step.put(other.mesh, P(), jax.tree.map(lambda x: x + 0.1, FROZEN))
+    other(0, 0, 4)
+    assert np.abs(np.asarray(other.metrics["loss"]) - first).max() > 1e-3
+
+
+def test_an_epoch_shows_every_image_once():
+    r, h = recipe(flip=False), hyper()
+    data = {"images": np.zeros_like(DATA["images"]), "labels": np.arange(NUMBER, dtype=np.int32)}
+    data = jax.tree.map(jnp.asarray, data)
+    mesh = step.make_mesh(jax.devices()[:4])
+
+    def labels(number):
+        order = jax.random.permutation(jax.random.fold_in(h["order_key"], 0), NUMBER)
+        _, labels, mask, _ = step.take_batch(r, data, order, h, 0, number)
+        return labels, mask
+
+    mapped = jax.jit(
+        jax.shard_map(labels, mesh=mesh, in_specs=P(), out_specs=P("data"), check_vma=False)
+    )
+    seen = [np.asarray(x)[np.asarray(m) == 1] for x, m in map(mapped, range(4))]
+    assert [len(x) for x in seen] == [6, 6, 6, 4]
+    assert sorted(np.concatenate(seen)) == list(range(NUMBER))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("size", [1, 5, 8, 64])
+def test_evaluation_counts_every_image_once(devices, size):
+    mesh = step.make_mesh(jax.devices()[:devices])
+    tree = random_tree(MODEL, SIZE)
+    params = step.put_trial(mesh, tree)
+    eval_step = step.map_eval_step(MODEL, "highest", mesh)
+    out = step.evaluate(eval_step, params, DATA["images"], DATA["labels"], size, mesh)
+    with jax.default_matmul_precision("highest"):
+        logits = jax.jit(MODEL.apply)({"params": tree}, DATA["images"] / np.float32(127.5) - 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, DATA["labels"])
+    assert out["accuracy"][0] == (logits.argmax(-1) == DATA["labels"]).sum() / NUMBER
+    np.testing.assert_allclose(out["loss"][0], losses.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
+    model = vit.ViT.from_variant("B/16", num_classes=100, dtype=dtype)
+    r = step.Recipe(model, METHOD, 32, 1000, flip=True)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    frozen = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    state = jax.eval_shape(functools.partial(step.init_state, r), jax.random.key(0), frozen)
+    add = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype), tree)
+    data = {
+        "images": jax.ShapeDtypeStruct((1000, 224, 224, 3), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((1000,), jnp.int32),
+    }
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    mesh = step.make_mesh(jax.devices(), trials=2)  # 2 x 2
+    args = (frozen, data, add(state), add(jax.eval_shape(lambda: step.init_metrics(r))))
+    args += (add(jax.eval_shape(hyper)), scalar, scalar, scalar)
+    exported = jax.export.export(step.map_train_steps(r, mesh), platforms=[platform])(*args)
+    assert exported.platforms == (platform,)
+    assert "all_reduce" in exported.mlir_module() or "all-reduce" in exported.mlir_module()
+
+
+def test_learning_rate_schedules():
+    cosine = optim.learning_rates("cosine", 1.0, 12)
+    assert cosine[0] == 0.5 and max(cosine) > 0.99 and 0 < cosine[-1] < 0.01
+    assert len(optim.learning_rates("official", 1.0, 3)) == 3
+    with pytest.raises(ValueError, match="use official or cosine"):
+        optim.learning_rates("linear", 1.0, 3)
+
+
+def test_weight_decay_pulls_only_what_it_should():
+    """With zero gradients AdamW leaves a leaf alone or shrinks it by lr * weight_decay."""
+    tree = METHOD.init(jax.random.key(0), FROZEN)
+    tree = jax.tree.map(lambda x: x + 1.0, tree)
+    tx = optim.adamw(METHOD, tree, 0.1, 0.5)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree), tree)
+    decayed = flatten_dict(METHOD.decay(tree))
+    for name, update in flatten_dict(updates).items():
+        expected = -0.05 * flatten_dict(tree)[name] if decayed[name] else 0 * update
+        np.testing.assert_allclose(update, expected, rtol=1e-6, atol=0)
