@@ -20,7 +20,9 @@ from rlrr_jax.errors import UserError
 def open_manager(folder):
     """An Orbax CheckpointManager that keeps the last two checkpoints; writing is synchronous."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+    return ocp.CheckpointManager(
+        epath.Path(folder).absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
+    )
 
 
 class Keeper:

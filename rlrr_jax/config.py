@@ -120,10 +120,8 @@ def _resolve_one(config, task_name, method_name, kwargs, seed):
     )
     bundled = task.source == "bundled"
     _fill(run, "protocol", "fast" if bundled else "official")
-    _fill(run, "epochs", task.epochs)
-    _fill(run, "schedule", task.schedule)
-    _fill(run, "flip", task.flip)
-    for key, value in {**method.DEFAULTS, **task.recipes.get(method_name, {})}.items():
+    recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
+    for key, value in {**recipe, **method.DEFAULTS, **task.recipes.get(method_name, {})}.items():
         _fill(run, key, value)
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     _fill(run.pretrained, "name", _default_weights(run.model.variant))
@@ -193,6 +191,13 @@ def _check_common(config):
         raise UserError(f"config.drop_path={config.drop_path} must be less than 1")
     if not config.seeds or not all(isinstance(s, int) for s in config.seeds):
         raise UserError(f"config.seeds={config.seeds} must be whole numbers, such as (0,1,2)")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        wanted = jax.config.jax_platforms
+        raise UserError(
+            f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install the extra cuda13 or tpu"
+        ) from e
     if (config.num_devices or 1) > jax.device_count():
         raise UserError(
             f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "

@@ -1,5 +1,6 @@
 """`python -m rlrr_jax.main --config configs/vtab.py:cifar`: flags in, a table out."""
 
+import re
 import sys
 
 from absl import app, flags, logging
@@ -39,7 +40,8 @@ def run():
         sys.exit(f"error: {e}")
     except OSError as e:
         where = f" {e.filename}" if e.filename else ""
-        sys.exit(f"error: cannot use{where}: {e.strerror or e}")
+        reason = (e.strerror or str(e)).strip().splitlines()[-1].strip()
+        sys.exit(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 
@@ -48,7 +50,11 @@ def _parse_flags(argv):
     """absl's parser, with the errors of configuration files and keys as UserErrors."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest
+        key, near = re.search(r"\w+", str(e)), re.search(r'Did you mean "(.*?)"', str(e))
+        hint = f"did you mean {near[1]!r}?" if near else "the configuration file lists them all"
+        raise UserError(f"unknown key {key[0]!r} in a --config flag: {hint}") from e
+    except (flags.Error, TypeError, ValueError) as e:
         raise UserError(str(e)) from e
 
 

@@ -14,6 +14,7 @@ COLUMNS = (
     "of full",
     "head",
     "lr",
+    "epochs",
     "images/s",
     "time",
 )
@@ -90,6 +91,7 @@ def _cells(row, full):
         percent(row["trainable_params"] / full) if full else "",
         f"{row['head_params']:,}",
         f"{row['lr']:g}",
+        f"{row['epochs']}",
         f"{row['images_per_second']:,.0f}" if row["images_per_second"] else "",
         f"{row['wall_seconds']:.0f} s",
     ]
@@ -136,7 +138,7 @@ def caption(rows):
         row = next(r for r in rows if r["task"] == task)
         tested = f"{row['num_test']:,} test images" if row["num_test"] else "200 validation images"
         lines.append(
-            f"{task}: {tested}, {row['epochs']} epochs, protocol {row['protocol']}, source "
+            f"{task}: {tested}, protocol {row['protocol']}, source "
             f"{row['source']} ({row['variant']} pixels), backbone {row['backbone']} "
             f"(SHA-256 {row['backbone_sha256'][:12]}), {row['dtype']}, {row['device']}"
         )

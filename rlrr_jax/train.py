@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rlrr_jax import checkpoint, methods, optim, pretrained, report, step
 from rlrr_jax import config as config_lib
-from rlrr_jax.data import store, tasks
+from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
 
 DISPATCH_SECONDS = 10  # a dispatch should last no longer, so that progress and Ctrl-C come through
@@ -32,10 +32,13 @@ def run(config, workdir=None):
     workdir = epath.Path(workdir or f"runs/{config_lib.fingerprint(runs)}")
     folders = [workdir / r.task / r.method / f"seed{r.seed}" for r in runs]
     weights = {}
+    for r in runs:  # before a long download
+        for split in splits(r):
+            sources.open_split(r.task, tasks.get(r.task), split, r.data.dir)
     for r, folder in zip(runs, folders):
         name = r.pretrained.name
         weights[name] = weights.get(name) or pretrained.fetch(name, r.pretrained.cache_dir)
-        _claim(folder, r, weights[name][1])
+        _check_folder(folder, r, weights[name][1])
     print(f"workdir: {workdir}", flush=True)
 
     load_data = functools.lru_cache(2)(_load_data)  # the runs of a task share its images
@@ -50,6 +53,11 @@ def run(config, workdir=None):
         rows.append(json.loads((folder / "result.json").read_text()))
     report.collect(workdir)
     return rows
+
+
+def splits(run):
+    """Which split a run trains on and which it is evaluated on."""
+    return ("train800", "val200") if run.protocol == "tune" else ("train800val200", "test")
 
 
 class Job(NamedTuple):
@@ -75,10 +83,8 @@ def prepare(run, weights, load_data):
       weights: path of the pretrained weights.
       load_data: `(task, split, image_size, data_dir) -> images, labels`.
     """
-    tuning = run.protocol == "tune"
-    splits = ("train800", "val200") if tuning else ("train800val200", "test")
     (images, labels), held_out = (
-        load_data(run.task, split, run.image_size, run.data.dir) for split in splits
+        load_data(run.task, split, run.image_size, run.data.dir) for split in splits(run)
     )
     model, method = config_lib.build_model(run), methods.get(run.method, **run.method_kwargs)
     frozen = pretrained.load(weights, model=model, image_size=run.image_size, grid=run.pretrained.grid)
@@ -121,12 +127,15 @@ def train_one(job, folder, label, sha256):
     """Trains one method on one task with one seed, and writes `result.json` last."""
     begun, pace = time.perf_counter(), Pace()
     run, recipe = job.run, job.recipe
+    report.write_json(folder / "config.json", _saved_config(run, sha256))
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         keeper = checkpoint.Keeper(manager, run.checkpoint_seconds)
         state, metrics, first, start = keeper.restore(job.state, job.metrics)
         history = [r for r in report.read_rows(folder / "metrics.jsonl") if r["epoch"] < first]
         report.write_rows(folder / "metrics.jsonl", history)
         earlier = history[-1]["seconds"] if history else 0.0
+        if first or start:
+            print(f"{label}: goes on at epoch {first + 1}, step {start}", flush=True)
         train_steps = step.compile_train_steps(job)
         total, done = run.epochs * recipe.num_images, recipe.images_before(first, start)
         with tqdm(total=total, initial=done, unit="img", desc=label) as bar:
@@ -253,19 +262,22 @@ def _load_data(task, split, image_size, data_dir):
     return store.load_split(task, tasks.get(task), split, image_size, data_dir)
 
 
-def _claim(folder, run, sha256):
-    """Makes a run's folder and writes `config.json`, or checks that it is the same run's."""
-    path = folder / "config.json"
+def _check_folder(folder, run, sha256):
+    """Makes a run's folder; UserError if another run is in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = {**run.to_dict(), "backbone_sha256": sha256}
-    if path.exists():
-        old = ml_collections.ConfigDict(json.loads(path.read_text()))
-        changed = config_lib.differences(
-            config_lib.identity(old), config_lib.identity(ml_collections.ConfigDict(new))
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    old, new = (
+        config_lib.identity(ml_collections.ConfigDict(c))
+        for c in (json.loads(path.read_text()), _saved_config(run, sha256))
+    )
+    if changed := config_lib.differences(old, new):
+        raise UserError(
+            f"{folder} holds a run with {', '.join(changed)}: choose another --workdir, or delete "
+            f"that folder"
         )
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with {', '.join(changed)}: choose another --workdir, or "
-                f"delete that folder"
-            )
-    report.write_json(path, new)
+
+
+def _saved_config(run, sha256):
+    return {**run.to_dict(), "backbone_sha256": sha256}

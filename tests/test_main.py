@@ -1,0 +1,102 @@
+"""The command as a user types it: wrong input ends in one sentence, nothing else."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from rlrr_jax import pretrained
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main(*args, **environment):
+    """Runs the program; stdout, stderr and exit code."""
+    command = [sys.executable, "-m", "rlrr_jax.main", *map(str, args)]
+    environment = {**os.environ, "XLA_FLAGS": "", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("the pickle was run",))
+
+
+def weight_files(folder):
+    """Four kinds of bad weights."""
+    good = dict(np.load(pretrained.BUNDLED))
+    data = pretrained.BUNDLED.read_bytes()
+    (folder / "truncated.npz").write_bytes(data[: len(data) // 2])
+    np.savez(folder / "shape.npz", **{**good, "params/cls": np.zeros((1, 1, 95), np.float16)})
+    np.savez(folder / "pickle.npz", **{**good, "params/cls": np.array([Trap()], dtype=object)})
+
+
+CONFIG = "--config=configs/vtab.py"
+WEIGHTS = "--config.pretrained.name={folder}/"
+WRONG = {
+    "no config": ([], "add --config configs/vtab.py"),
+    "no such config": (["--config=configs/vtabb.py"], "No such file or directory: 'configs/vtabb.py'"),
+    "flag": ([CONFIG, "--wrokdir=x"], "Did you mean: workdir"),
+    "key": ([CONFIG, "--config.lrr=1"], "unknown key 'lrr' in a --config flag: did you mean 'lr'?"),
+    "nested key": ([CONFIG, "--config.model.varaint=B/16"], "did you mean 'variant'?"),
+    "value": ([CONFIG, "--config.lr=high"], "could not convert string to float: 'high'"),
+    "negative": ([CONFIG, "--config.epochs=0"], "config.epochs=0 must be greater than 0"),
+    "choice": ([CONFIG, "--config.protocol=offical"], "did you mean 'official'?"),
+    "task": ([f"{CONFIG}:cifra"], "unknown task 'cifra': did you mean 'cifar'?"),
+    "method": ([f"{CONFIG}:hearts,method=rlr"], "unknown method 'rlr': did you mean 'rlrr'?"),
+    "option": ([f"{CONFIG}:hearts,inti=damped"], "'inti': did you mean 'init'?"),
+    "variant": ([CONFIG, "--config.model.variant=B16"], "unknown ViT variant 'B16'"),
+    "weights": ([CONFIG, "--config.pretrained.name=ViT-B16"], "did you mean 'ViT-B_16'?"),
+    "missing": ([CONFIG, WEIGHTS + "missing.npz"], "there is no weight file"),
+    "truncated": ([CONFIG, WEIGHTS + "truncated.npz"], "is no readable .npz file"),
+    "shape": ([CONFIG, WEIGHTS + "shape.npz"], "wrong shape: cls is (1, 1, 95) instead of (1, 1, 96)"),
+    "pickle": ([CONFIG, WEIGHTS + "pickle.npz"], "a pickle can run code"),
+    "size": ([CONFIG, "--config.image_size=50"], "not divisible by the patch size 8"),
+    "dataset": ([f"{CONFIG}:cifar", "--config.data.dir={folder}"], "there is no prepared tfds dataset at"),
+    "workdir": ([CONFIG, "--workdir=/proc/rlrr"], "cannot use /proc/rlrr"),
+    "devices": ([CONFIG, "--config.num_devices=64"], "this machine has 1 cpu device(s)"),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    weight_files(folder)
+
+    def ask(args):
+        args = [a.format(folder=folder) for a in args]
+        if not any("workdir" in a for a in args):
+            args.append(f"--workdir={folder}/runs")
+        return main(*args)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(WRONG, pool.map(ask, [args for args, _ in WRONG.values()])))
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_sentence(case, answers):
+    answer = answers[case]
+    assert answer.returncode == 1
+    lines = answer.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), answer.stderr
+    assert WRONG[case][1] in lines[0]
+    assert "Traceback" not in answer.stdout and "pickle was run" not in answer.stdout
+
+
+def test_platform_that_is_not_there():
+    answer = main(CONFIG, JAX_PLATFORMS="cuda")
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert "error: JAX finds no device of JAX_PLATFORMS=cuda" in answer.stderr
+
+
+def test_import_needs_no_tensorflow_accelerator_or_dataset_library():
+    code = (
+        "import sys, rlrr_jax.main; import jax._src.xla_bridge as b; "
+        "assert not b._backends, 'a backend was started'; "
+        "assert not {'tensorflow', 'tensorflow_datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,192 @@
+"""Whole runs: killed and started again, refused, finished; and what the results say."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import unflatten_dict
+
+from configs import vtab
+from rlrr_jax import config as config_lib
+from rlrr_jax import methods, pretrained, report, step, train
+from rlrr_jax.data import store, tasks
+from rlrr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+KEYS = {
+    *("task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
+    *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
+    *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
+    *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),
+    *("num_test", "wall_seconds", "images_per_second", "device", "versions"),
+}
+
+
+def small_config(arg="digits,method=rlrr", **changes):
+    config = vtab.get_config(arg)
+    with config.unlocked():
+        config.update({"epochs": 2, "num_devices": 1, **changes})
+    return config
+
+
+def start(workdir, *args):
+    command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
+    command += ["--config.epochs=4", "--config.protocol=official", "--config.checkpoint_seconds=0"]
+    command += ["--config.drop_path=0.1", "--config.flip", f"--workdir={workdir}", *args]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(what, process, seconds=120):
+    for _ in range(seconds * 50):
+        if what():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def accuracies_and_losses(workdir):
+    (row,) = json.loads((workdir / "results.json").read_text())
+    times = {"wall_seconds", "images_per_second"}
+    rows = report.read_rows(workdir / "digits/rlrr/seed0/metrics.jsonl")
+    return (
+        {k: v for k, v in row.items() if k not in times},
+        [{k: v for k, v in r.items() if k != "seconds"} for r in rows],
+        (workdir / "digits/rlrr/seed0/adapter.safetensors").read_bytes(),
+    )
+
+
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
+    """SIGKILL in the middle of the first epoch, then after two; every bit is as without."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    reference = start(whole)
+    folder = broken / "digits/rlrr/seed0"
+    checkpoint = lambda: (folder / "checkpoints/1/_CHECKPOINT_METADATA").exists()
+    rows = lambda: len(report.read_rows(folder / "metrics.jsonl")) >= 2
+    for what in (checkpoint, rows):
+        process = start(broken)
+        wait_for(what, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (folder / "result.json").exists()
+    last = start(broken)
+    out, err = last.communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert "goes on at epoch" in err + out
+    assert reference.wait(300) == 0
+    assert accuracies_and_losses(broken) == accuracies_and_losses(whole)
+    assert (whole / "digits/rlrr/seed0/curves.png").read_bytes()[:4] == b"\x89PNG"
+
+    again = start(broken)  # and a finished run only says so
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert "finished before" in out and "| digits | rlrr" in out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    rows = train.run(small_config(protocol="official"), workdir)
+    return workdir, rows
+
+
+def test_row_of_results(finished):
+    workdir, (row,) = finished
+    assert row.keys() == KEYS
+    assert json.loads((workdir / "results.json").read_text()) == [row]
+    assert row["trainable_params"] == 18_240 and row["head_params"] == 970
+    assert row["num_test"] == 797 and row["source"] == "bundled" and row["init"] == "paper"
+    assert 0.9 < row["test_acc_final"] <= row["test_acc_best"] <= 1 and row["val_acc"] is None
+    assert row["backbone_sha256"] == pretrained.fetch("bundled")[1]
+    text = (workdir / "results.md").read_text()
+    assert f"{100 * row['test_acc_final']:.2f} %" in text and "18,240" in text
+
+
+def test_official_protocol_skips_the_test_after_the_first_epoch(finished):
+    rows = report.read_rows(finished[0] / "digits/rlrr/seed0/metrics.jsonl")
+    assert ["test_acc" in row for row in rows] == [False, True]
+
+
+def test_saved_adapter_merges_into_the_reported_accuracy(finished):
+    """The file alone, with the public functions, gives the number in the table."""
+    workdir, (row,) = finished
+    path = workdir / "digits/rlrr/seed0/adapter.safetensors"
+    trainable = unflatten_dict(safetensors.numpy.load_file(path), sep="/")
+    model = config_lib.build_model(config_lib.resolve(small_config())[0])
+    frozen = pretrained.load("bundled", model=model, image_size=32)
+    params = methods.get("rlrr").merge(frozen, trainable)
+    images, labels = store.load_split("digits", tasks.get("digits"), "test", 32)
+    logits = jax.jit(model.apply)({"params": params}, step.normalize(images))
+    assert float((logits.argmax(-1) == labels).mean()) == pytest.approx(row["test_acc_final"], abs=0.002)
+
+
+def test_checkpoint_holds_no_frozen_weight(finished):
+    """18,240 + 970 values, three times (the tree and Adam's two moments), and little else."""
+    folder = finished[0] / "digits/rlrr/seed0/checkpoints"
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    one = 4 * 3 * (18_240 + 970)
+    assert size < 2.5 * one < 4 * 691_488
+
+
+def test_other_configuration_in_the_same_workdir_is_refused(finished):
+    with pytest.raises(UserError, match=r"holds a run with epochs=2 \(now 3\): choose another"):
+        train.run(small_config(protocol="official", epochs=3), finished[0])
+
+
+def test_tune_protocol_never_looks_at_the_test_set(tmp_path, monkeypatch):
+    seen = []
+    load_split = store.load_split
+    monkeypatch.setattr(
+        store, "load_split", lambda n, t, split, *a: seen.append(split) or load_split(n, t, split, *a)
+    )
+    (row,) = train.run(small_config(protocol="tune"), tmp_path)
+    assert seen == ["train800", "val200"]
+    assert 0.8 < row["val_acc"] <= 1
+    assert row["test_acc_final"] is None and row["num_test"] is None
+
+
+def test_several_seeds_are_several_rows(tmp_path):
+    rows = train.run(small_config("digits,method=linear", seeds=(0, 3), epochs=1), tmp_path)
+    assert [row["seed"] for row in rows] == [0, 3]
+    assert rows[0]["train_loss"] != rows[1]["train_loss"]
+
+
+def test_same_seed_gives_the_same_bits(tmp_path):
+    a, b = (train.run(small_config("digits,method=linear", epochs=1), tmp_path / n)[0] for n in "ab")
+    assert a["train_loss"] == b["train_loss"] and a["test_acc_final"] == b["test_acc_final"]
+
+
+@pytest.mark.parametrize("task", ["hearts", "digits"])
+def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
+    """scikit-learn on the same features, its C chosen on val200."""
+    from sklearn.linear_model import LogisticRegression
+
+    config = small_config(f"{task},method=linear", epochs=None)
+    model = config_lib.build_model(config_lib.resolve(config)[0])
+    frozen = pretrained.load("bundled", model=model, image_size=32)
+
+    @jax.jit
+    def features(images):
+        out = model.apply({"params": frozen}, step.normalize(images), mutable=["intermediates"])[1]
+        return out["intermediates"]["encoded"][0][:, 0]
+
+    parts = {}
+    for split in ("train800", "val200", "train800val200", "test"):
+        images, labels = store.load_split(task, tasks.get(task), split, 32)
+        parts[split] = np.asarray(features(images)), labels
+    fit = lambda c, split: LogisticRegression(C=c, max_iter=3000).fit(*parts[split])
+    c = max((0.1, 1, 10), key=lambda c: fit(c, "train800").score(*parts["val200"]))
+    probe = fit(c, "train800val200").score(*parts["test"])
+    (row,) = train.run(config, tmp_path)
+    assert row["test_acc_final"] > probe - 0.01
