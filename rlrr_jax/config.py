@@ -196,7 +196,7 @@ def _check_common(config):
     except (RuntimeError, AssertionError) as e:
         wanted = jax.config.jax_platforms
         raise UserError(
-            f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install the extra cuda13 or tpu"
+            f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install cuda13 or tpu"
         ) from e
     if (config.num_devices or 1) > jax.device_count():
         raise UserError(

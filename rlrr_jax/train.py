@@ -52,6 +52,9 @@ def run(config, workdir=None):
             train_one(prepare(r, path, load_data), folder, label, sha256)
         rows.append(json.loads((folder / "result.json").read_text()))
     report.collect(workdir)
+    histories = [report.read_rows(folder / "metrics.jsonl") for folder in folders]
+    names = [f"{r.task} {r.method}" + f" seed {r.seed}" * (r.seed > 0) for r in runs]
+    report.curves(workdir / "curves.png", dict(zip(names, histories)))
     return rows
 
 

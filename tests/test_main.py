@@ -18,7 +18,9 @@ def main(*args, **environment):
     """Runs the program; stdout, stderr and exit code."""
     command = [sys.executable, "-m", "rlrr_jax.main", *map(str, args)]
     environment = {**os.environ, "XLA_FLAGS": "", **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 class Trap:
@@ -56,7 +58,10 @@ WRONG = {
     "shape": ([CONFIG, WEIGHTS + "shape.npz"], "wrong shape: cls is (1, 1, 95) instead of (1, 1, 96)"),
     "pickle": ([CONFIG, WEIGHTS + "pickle.npz"], "a pickle can run code"),
     "size": ([CONFIG, "--config.image_size=50"], "not divisible by the patch size 8"),
-    "dataset": ([f"{CONFIG}:cifar", "--config.data.dir={folder}"], "there is no prepared tfds dataset at"),
+    "dataset": (
+        [f"{CONFIG}:cifar", "--config.data.dir={folder}"],
+        "there is no prepared tfds dataset at",
+    ),
     "workdir": ([CONFIG, "--workdir=/proc/rlrr"], "cannot use /proc/rlrr"),
     "devices": ([CONFIG, "--config.num_devices=64"], "this machine has 1 cpu device(s)"),
 }

@@ -186,7 +186,9 @@ def test_trials_equal_single_runs_whatever_the_mesh():
     single = []
     for i, h in enumerate(hypers):
         run = Run(1, [h])
-        run.state = step.put(run.mesh, P("trial"), stack(step.init_state(run.recipe, jax.random.key(i), FROZEN)))
+        run.state = step.put(
+            run.mesh, P("trial"), stack(step.init_state(run.recipe, jax.random.key(i), FROZEN))
+        )
         run(0, 0, 4)
         single.append(np.asarray(run.metrics["loss"][0]))
     assert np.abs(single[0] - single[1]).max() > 1e-3

@@ -128,7 +128,9 @@ def test_saved_adapter_merges_into_the_reported_accuracy(finished):
     params = methods.get("rlrr").merge(frozen, trainable)
     images, labels = store.load_split("digits", tasks.get("digits"), "test", 32)
     logits = jax.jit(model.apply)({"params": params}, step.normalize(images))
-    assert float((logits.argmax(-1) == labels).mean()) == pytest.approx(row["test_acc_final"], abs=0.002)
+    assert float((logits.argmax(-1) == labels).mean()) == pytest.approx(
+        row["test_acc_final"], abs=0.002
+    )
 
 
 def test_checkpoint_holds_no_frozen_weight(finished):

@@ -48,6 +48,7 @@ _BUNDLED = dict(
     schedule="cosine",
 )
 
+
 # Chosen on val200, mean of three seeds (--config.protocol=tune --config.seeds="(0,1,2)").
 def _tuned(lr, weight_decay=1e-4, **kwargs):
     return dict(lr=lr, weight_decay=weight_decay, drop_path=0.0, **kwargs)

@@ -69,7 +69,11 @@ def test_identity_start_changes_no_bit_and_has_a_gradient(frozen):
 
 @pytest.mark.parametrize(
     ("variant", "size", "count", "head"),
-    [("B/16", 224, 288_768, 76_900), ("L/16", 224, 765_952, 102_500), ("H/14", 224, 1_274_880, 128_100)],
+    [
+        ("B/16", 224, 288_768, 76_900),
+        ("L/16", 224, 765_952, 102_500),
+        ("H/14", 224, 1_274_880, 128_100),
+    ],
 )
 def test_published_counts(variant, size, count, head):
     model = vit.ViT.from_variant(variant, num_classes=100)
@@ -92,8 +96,11 @@ def test_start_has_the_authors_distribution():
             bound = np.sqrt(6 / fan_in[module]) if leaf == "scale_in" else np.sqrt(6)
             assert 0.95 * bound < np.abs(x).max() <= bound, name
             assert abs(x.std() / bound - 1 / np.sqrt(3)) < 0.06, name
-        elif module != "head" and leaf in ("scale", "shift") and "kernel" not in name and (
-            "Norm" in module or module in ("encoder_norm", "embedding")
+        elif (
+            module != "head"
+            and leaf in ("scale", "shift")
+            and "kernel" not in name
+            and ("Norm" in module or module in ("encoder_norm", "embedding"))
         ):
             assert abs(x.mean() - (leaf == "scale")) < 0.01, name
             assert 0.014 < x.std() < 0.026, name
@@ -113,7 +120,9 @@ def test_damped_is_the_paper_start_with_a_tenth_of_scale_in(frozen):
 
 def test_leaves_draw_different_numbers(frozen):
     tree = flatten_dict(methods.get("rlrr").init(jax.random.key(0), frozen), sep="/")
-    first = [float(x.ravel()[0]) for k, x in tree.items() if k.endswith(("scale_in", "scale_out", "/scale"))]
+    first = [
+        float(x.ravel()[0]) for k, x in tree.items() if k.endswith(("scale_in", "scale_out", "/scale"))
+    ]
     assert len(set(first)) == len(first)
 
 

@@ -61,7 +61,13 @@ def test_bfloat16_computes_low_and_answers_in_float32():
 
 @pytest.mark.parametrize(
     ("variant", "size", "millions"),
-    [("Ti/16", 224, 5.5), ("S/32", 224, 22.5), ("B/16", 224, 85.8), ("L/16", 384, 303.7), ("H/14", 224, 630.8)],
+    [
+        ("Ti/16", 224, 5.5),
+        ("S/32", 224, 22.5),
+        ("B/16", 224, 85.8),
+        ("L/16", 384, 303.7),
+        ("H/14", 224, 630.8),
+    ],
 )
 def test_variants_have_the_published_sizes(variant, size, millions):
     model = vit.ViT.from_variant(variant, num_classes=1)
@@ -125,6 +131,8 @@ def test_drop_path_noise_belongs_to_the_example_not_to_the_batch():
 
 def test_branches_and_blocks_draw_different_noise():
     x = jnp.ones((50, 4, 6))
-    draws = [np.asarray(vit.drop_path(x, jnp.float32(0.5), keys(50), i, "element")) for i in range(1, 7)]
+    draws = [
+        np.asarray(vit.drop_path(x, jnp.float32(0.5), keys(50), i, "element")) for i in range(1, 7)
+    ]
     agreement = [(a == b).mean() for i, a in enumerate(draws) for b in draws[:i]]
     assert max(agreement) < 0.6

@@ -1,0 +1,89 @@
+"""Which value wins, and what a configuration's argument may be."""
+
+import jax
+import pytest
+
+from configs import vtab
+from rlrr_jax import config as config_lib
+from rlrr_jax import methods
+from rlrr_jax.errors import UserError
+
+
+def resolve(arg=None, **changes):
+    config = vtab.get_config(arg)
+    with config.unlocked():
+        config.update(changes)
+    return config_lib.resolve(config)
+
+
+def test_without_a_task_the_bundled_ones_run_with_three_methods():
+    assert [(r.task, r.method) for r in resolve()] == [
+        (task, method) for task in ("hearts", "digits") for method in ("linear", "rlrr", "full")
+    ]
+
+
+@pytest.mark.parametrize("arg", ["cifar", "task=cifar", "cifar,method=rlrr", "method=rlrr,task=cifar"])
+def test_a_real_task_gets_the_authors_recipe(arg):
+    (run,) = resolve(arg)
+    assert (run.lr, run.weight_decay, run.drop_path, run.epochs) == (3e-3, 5e-5, 0.1, 110)
+    assert (run.schedule, run.protocol, run.batch_size, run.flip) == ("official", "official", 32, False)
+    assert (run.drop_path_mode, run.image_size, run.model.gelu) == ("element", 224, "tanh")
+    assert (run.model.variant, run.pretrained.name) == ("B/16", "imagenet21k/ViT-B_16")
+
+
+def test_config_before_recipe_before_defaults():
+    assert resolve("cifar", lr=0.5)[0].lr == 0.5
+    assert resolve("cifar", drop_path=0.0)[0].drop_path == 0.0
+    (full,) = resolve("cifar,method=full")
+    assert full.lr == methods.get("full").DEFAULTS["lr"] != resolve("cifar")[0].lr
+
+
+def test_lists_options_and_seeds():
+    runs = resolve("hearts+digits,method=linear+rlrr,init=damped", seeds=(1, 2))
+    assert len(runs) == 8
+    assert {r.method: r.method_kwargs.to_dict() for r in runs} == {
+        "linear": {},
+        "rlrr": {"init": "damped"},
+    }
+    assert resolve(task="hearts,digits", method="full")[1].task == "digits"
+
+
+def test_weights_go_by_the_variant():
+    (run,) = resolve("cifar", model={"variant": "S/16"})
+    assert run.pretrained.name.startswith("augreg/S_16-i21k")
+    with pytest.raises(UserError, match="no public weights are known for B/4"):
+        resolve("cifar", model={"variant": "B/4"})
+
+
+def test_identity_leaves_out_where_and_on_what_it_ran():
+    base = resolve("cifar")
+    same = resolve("cifar", data={"dir": "/x"}, num_devices=2, pretrained={"cache_dir": "/y"})
+    assert config_lib.fingerprint(base) == config_lib.fingerprint(same)
+    assert config_lib.fingerprint(base) != config_lib.fingerprint(resolve("cifar", lr=0.1))
+    assert config_lib.fingerprint(base) != config_lib.fingerprint(resolve("cifar", seeds=(1,)))
+
+
+def test_dtype_goes_by_the_platform(monkeypatch):
+    assert (resolve("cifar")[0].dtype, resolve("cifar")[0].precision) == ("float32", "highest")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert (resolve("cifar")[0].dtype, resolve("cifar")[0].precision) == ("bfloat16", "default")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop_path": 1.0}, "must be less than 1"),
+        ({"weight_decay": -1.0}, "must not be negative"),
+        ({"batch_size": 0}, "must be greater than 0"),
+        ({"schedule": "linear"}, "use official or cosine"),
+        ({"seeds": ()}, "must be whole numbers"),
+        (
+            {"image_size": 220},
+            "config.image_size=220 is not divisible by the patch size 16 of B/16: 224",
+        ),
+        ({"method_kwargs": {"init": "zero"}}, "use paper, damped or identity"),
+    ],
+)
+def test_impossible_values(changes, message):
+    with pytest.raises(UserError, match=message):
+        resolve("cifar", **changes)

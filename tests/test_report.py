@@ -1,0 +1,63 @@
+"""Tables and files of results."""
+
+import json
+
+from rlrr_jax import report
+
+ROW = {
+    **dict(task="hearts", method="rlrr", seed=0, lr=0.02, epochs=12, protocol="fast", source="bundled"),
+    **dict(variant="original", backbone="bundled", backbone_sha256="ab" * 32, dtype="float32"),
+    **dict(trainable_params=18_240, head_params=1_552, val_acc=None, test_acc_final=0.7955),
+    **dict(
+        test_acc_best=None, num_test=2000, wall_seconds=13.4, images_per_second=1300.2, device="1 x cpu"
+    ),
+}
+FULL = {**ROW, "method": "full", "trainable_params": 691_392, "test_acc_final": 0.81349}
+
+
+def test_table_is_aligned_markdown_without_empty_columns():
+    lines = report.table([ROW, FULL]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [c.strip() for c in lines[0].strip("|").split("|")] == [
+        *("task", "method", "test acc", "params", "of full", "head", "lr", "epochs", "images/s", "time")
+    ]
+    cells = [c.strip() for c in lines[2].strip("|").split("|")]
+    assert cells == [
+        *("hearts", "rlrr", "79.55 %", "18,240", "2.64 %", "1,552", "0.02", "12", "1,300", "13 s")
+    ]
+    assert "81.35 %" in lines[3] and "100.00 %" in lines[3]
+
+
+def test_best_and_validation_accuracy_are_named_as_such():
+    official = {**ROW, "test_acc_best": 0.8}
+    assert "best" in report.table([official]) and "80.00 %" in report.table([official])
+    tuned = {**ROW, "val_acc": 0.75, "test_acc_final": None, "num_test": None}
+    assert "75.00 % (val)" in report.table([tuned])
+    assert "200 validation images" in report.caption([tuned])
+
+
+def test_caption_names_backbone_source_and_device():
+    text = report.caption([ROW, FULL])
+    for part in ("2,000 test images", "backbone bundled", "abababababab", "original pixels", "1 x cpu"):
+        assert part in text
+
+
+def test_a_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    report.append_row(path, {"epoch": 0})
+    report.append_row(path, {"epoch": 1})
+    path.write_text(path.read_text() + '{"epoch": 2, "lo')
+    assert report.read_rows(path) == [{"epoch": 0}, {"epoch": 1}]
+    assert report.read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_results_are_collected_from_the_runs(tmp_path):
+    for row in (FULL, ROW):
+        folder = tmp_path / row["task"] / row["method"] / "seed0"
+        folder.mkdir(parents=True)
+        report.write_json(folder / "result.json", row)
+    rows = report.collect(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    assert {r["method"] for r in rows} == {"rlrr", "full"}
+    assert (tmp_path / "results.md").read_text() == report.table(rows) + "\n"
+    assert not list(tmp_path.rglob("*.part"))
