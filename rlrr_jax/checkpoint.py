@@ -78,10 +78,12 @@ def _shapes(tree):
 
 
 def save_adapter(path, trainable, metadata):
-    """Writes a trained tree as safetensors, leaves named by their path; `metadata` as JSON strings."""
+    """Writes a trained tree as safetensors, leaves named by their path.
+
+    `metadata` is kept as JSON under one key: with several, the order in the file would be random.
+    """
     flat = {k: np.ascontiguousarray(v) for k, v in flatten_dict(trainable, sep="/").items()}
-    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    data = safetensors.numpy.save(flat, metadata=text)
+    data = safetensors.numpy.save(flat, metadata={"rlrr_jax": json.dumps(metadata, sort_keys=True)})
     path = epath.Path(path)
     part = path.parent / (path.name + ".part")
     part.write_bytes(data)

@@ -198,6 +198,10 @@ def _check_common(config):
         raise UserError(
             f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install cuda13 or tpu"
         ) from e
+    if config.model.attention == "cudnn" and (
+        jax.default_backend() != "gpu" or config.dtype == "float32"
+    ):
+        raise UserError("config.model.attention=cudnn needs a GPU and bfloat16: leave it at xla")
     if (config.num_devices or 1) > jax.device_count():
         raise UserError(
             f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "

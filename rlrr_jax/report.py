@@ -1,7 +1,6 @@
 """Result files, tables and curves."""
 
 import json
-import os
 
 from etils import epath
 
@@ -22,33 +21,24 @@ COLUMNS = (
 
 def write_json(path, value):
     """Writes JSON so that the file is whole or as it was."""
-    path = epath.Path(path)
-    part = path.parent / (path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
-
-
-def append_row(path, row):
-    """Appends a line of JSON and waits until it is on the disk."""
-    with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
+    _replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_rows(path):
-    """The lines of a `.jsonl` file; a last line cut off by a crash is left out."""
+    """The lines of a `.jsonl` file, [] if there is none."""
     path = epath.Path(path)
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 
 def write_rows(path, rows):
-    """Replaces a `.jsonl` file."""
+    """Writes a `.jsonl` file so that it is whole or as it was."""
+    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(path, text):
     path = epath.Path(path)
     part = path.parent / (path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.write_text(text)
     part.replace(path)
 
 
@@ -57,7 +47,7 @@ def collect(workdir):
     files = sorted(epath.Path(workdir).glob("*/*/seed*/result.json"))
     rows = [json.loads(path.read_text()) for path in files]
     write_json(epath.Path(workdir) / "results.json", rows)
-    (epath.Path(workdir) / "results.md").write_text(table(rows) + "\n")
+    _replace(epath.Path(workdir) / "results.md", table(rows) + "\n")
     return rows
 
 

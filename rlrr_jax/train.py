@@ -135,7 +135,11 @@ def train_one(job, folder, label, sha256):
         keeper = checkpoint.Keeper(manager, run.checkpoint_seconds)
         state, metrics, first, start = keeper.restore(job.state, job.metrics)
         history = [r for r in report.read_rows(folder / "metrics.jsonl") if r["epoch"] < first]
-        report.write_rows(folder / "metrics.jsonl", history)
+        if len(history) != first:
+            raise UserError(
+                f"{folder}/metrics.jsonl lacks some of the {first} epochs of the checkpoint beside it: "
+                f"delete {folder} to start this run again"
+            )
         earlier = history[-1]["seconds"] if history else 0.0
         if first or start:
             print(f"{label}: goes on at epoch {first + 1}, step {start}", flush=True)
@@ -150,7 +154,7 @@ def train_one(job, folder, label, sha256):
                 row |= evaluate(job, state, epoch)
                 row["seconds"] = earlier + time.perf_counter() - begun
                 history.append(row)
-                report.append_row(folder / "metrics.jsonl", row)
+                report.write_rows(folder / "metrics.jsonl", history)
                 metrics, start = jax.tree.map(jnp.zeros_like, metrics), 0
                 keeper.save_if_due(state, metrics, epoch + 1, 0, last=epoch + 1 == run.epochs)
     trainable = jax.tree.map(lambda x: np.asarray(x[0]), state["trainable"])

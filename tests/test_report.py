@@ -42,13 +42,13 @@ def test_caption_names_backbone_source_and_device():
         assert part in text
 
 
-def test_a_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
+def test_rows_are_written_whole_and_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    report.append_row(path, {"epoch": 0})
-    report.append_row(path, {"epoch": 1})
-    path.write_text(path.read_text() + '{"epoch": 2, "lo')
-    assert report.read_rows(path) == [{"epoch": 0}, {"epoch": 1}]
+    report.write_rows(path, [{"epoch": 0, "loss": 0.1 + 0.2}, {"epoch": 1, "loss": 1e-30}])
+    assert report.read_rows(path) == [{"epoch": 0, "loss": 0.1 + 0.2}, {"epoch": 1, "loss": 1e-30}]
+    assert len(path.read_text().splitlines()) == 2
     assert report.read_rows(tmp_path / "none.jsonl") == []
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_results_are_collected_from_the_runs(tmp_path):

@@ -134,11 +134,11 @@ def test_saved_adapter_merges_into_the_reported_accuracy(finished):
 
 
 def test_checkpoint_holds_no_frozen_weight(finished):
-    """18,240 + 970 values, three times (the tree and Adam's two moments), and little else."""
+    """18,240 + 970 values, three times (the tree and Adam's two moments), in up to two checkpoints."""
     folder = finished[0] / "digits/rlrr/seed0/checkpoints"
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     one = 4 * 3 * (18_240 + 970)
-    assert size < 2.5 * one < 4 * 691_488
+    assert one < size < 4 * one < 4 * 691_488
 
 
 def test_other_configuration_in_the_same_workdir_is_refused(finished):
