@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # One machine: installs for its accelerator if need be, then runs.
-#   launch/local.sh <cpu|cuda13|tpu> --config configs/vtab.py:cifar --config.data.dir=...
+#   (in the clone) launch/local.sh <cpu|cuda13|tpu> --config configs/vtab.py:cifar --config.data.dir=...
 # Started again with the same arguments, it goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 accelerator=${1:?which accelerator: cpu, cuda13 or tpu}
 shift
 case $accelerator in
-  cpu) package=. ;;
-  cuda13 | tpu) package=".[$accelerator]" ;;
+  cpu) package=$root ;;
+  cuda13 | tpu) package="$root[$accelerator]" ;;
   *) echo "error: unknown accelerator '$accelerator': write cpu, cuda13 or tpu" >&2; exit 1 ;;
 esac
-if [ ! -x "venv-$accelerator/bin/python" ]; then
-  python3 -m venv "venv-$accelerator"
-  "venv-$accelerator/bin/pip" install -q -e "$package"
+venv=$root/venv-$accelerator
+if ! "$venv/bin/python" -c "import rlrr_jax.main" 2>/dev/null; then
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install -q -e "$package"
 fi
-exec "venv-$accelerator/bin/python" -m rlrr_jax.main "$@"
+exec "$venv/bin/python" -m rlrr_jax.main "$@"

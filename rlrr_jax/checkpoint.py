@@ -14,7 +14,8 @@ import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from rlrr_jax.errors import UserError
+from rlrr_jax import files
+from rlrr_jax.errors import UserError, first_line
 
 
 def open_manager(folder):
@@ -32,41 +33,59 @@ class Keeper:
         self.manager, self.seconds = manager, seconds
         self.saved = time.monotonic()
 
-    def save_if_due(self, state, metrics, epoch, step, last=False):
-        """Saves what is needed to go on before step `step` of `epoch`, whole or not at all."""
-        if last or time.monotonic() - self.saved >= self.seconds:
-            tree = {"state": state, "metrics": metrics, "place": _place(epoch, step)}
-            number = (self.manager.latest_step() or 0) + 1
-            self.manager.save(number, args=ocp.args.StandardSave(tree), force=True)
-            self.saved = time.monotonic()
+    def save_if_due(self, state, metrics, place, last=False):
+        """Saves all that is needed to go on at a place, whole or not at all.
 
-    def restore(self, state, metrics):
-        """The newest saved `(state, metrics, epoch, step)`, placed like those given; else those.
+        Args:
+          place: numbers that say how far the run is, a flat array.
+          last: saves even if not enough time has passed.
 
-        Raises UserError if they were saved for other names or shapes.
+        Raises UserError if it cannot be written.
         """
-        number = self.manager.latest_step()
-        if number is None:
-            return state, metrics, 0, 0
-        like = {"state": state, "metrics": metrics, "place": _place(0, 0)}
-        self._check(number, like)
-        found = self.manager.restore(number, args=ocp.args.StandardRestore(like))
-        return found["state"], found["metrics"], *(int(i) for i in found["place"])
-
-    def _check(self, number, like):
-        saved = _shapes(self.manager.item_metadata(number))
-        wanted = _shapes(like)
-        names = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
-        if names:
+        if not last and time.monotonic() - self.saved < self.seconds:
+            return
+        begun = time.monotonic()
+        number = (self.manager.latest_step() or 0) + 1
+        tree = {"state": state, "metrics": metrics, "place": np.asarray(place, np.float64)}
+        try:
+            self.manager.save(number, args=ocp.args.StandardSave(tree), force=True)
+        except Exception as e:  # Orbax wraps a full disk in several ways
             raise UserError(
-                f"the checkpoint in {self.manager.directory} has other arrays than this run "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): choose another "
-                f"--workdir"
-            )
+                f"cannot save a checkpoint in {self.manager.directory} ({first_line(e)}): make space "
+                f"there and start again"
+            ) from e
+        self.saved = time.monotonic()
+        if self.seconds:  # saving a large tree must not take more than a twentieth of the time
+            self.seconds = max(self.seconds, 20 * (self.saved - begun))
 
+    def restore(self, like, places):
+        """The newest readable `(state, metrics, place)`; None if nothing was saved.
 
-def _place(epoch, step):
-    return np.array([epoch, step], np.int32)
+        Args:
+          like: `(state, metrics)` as arrays or as shapes with shardings.
+          places: length of the place.
+
+        Raises UserError if none can be read or was saved for these names and shapes.
+        """
+        state, metrics = like
+        like = {"state": state, "metrics": metrics, "place": np.zeros(places)}
+        problem = None
+        for number in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                saved, wanted = _shapes(self.manager.item_metadata(number)), _shapes(like)
+                names = [k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)]
+                if names:
+                    raise ValueError(f"its array {min(names)} is another run's")
+                found = self.manager.restore(number, args=ocp.args.StandardRestore(like))
+                return found["state"], found["metrics"], np.asarray(found["place"])
+            except Exception as e:  # a damaged file can raise anything
+                problem = problem or e
+        if problem:
+            raise UserError(
+                f"no checkpoint in {self.manager.directory} can be read ({first_line(problem)}): "
+                f"delete that folder to start this run again"
+            ) from problem
+        return None
 
 
 def _shapes(tree):
@@ -84,7 +103,4 @@ def save_adapter(path, trainable, metadata):
     """
     flat = {k: np.ascontiguousarray(v) for k, v in flatten_dict(trainable, sep="/").items()}
     data = safetensors.numpy.save(flat, metadata={"rlrr_jax": json.dumps(metadata, sort_keys=True)})
-    path = epath.Path(path)
-    part = path.parent / (path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    files.write(path, data)

@@ -1,8 +1,9 @@
 """From a configuration to fully specified runs; all names and values are checked before any work."""
 
+import ast
 import hashlib
 import json
-import pathlib
+import math
 import re
 
 import jax
@@ -35,7 +36,7 @@ def resolve(config):
     names = _names(config.task) or list(tasks.BUNDLED)
     bundled = all(tasks.get(name).source == "bundled" for name in names)
     chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
-    kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict())
+    kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
     return [
         _resolve_one(config, task, method, kwargs[method], seed)
         for task in names
@@ -51,9 +52,10 @@ def identity(run):
         *parents, last = place.split(".")
         node = plain
         for parent in parents:
-            node = node[parent]
+            node = node.get(parent, {})
         node.pop(last, None)
-    plain["pretrained"]["name"] = pathlib.PurePath(plain["pretrained"]["name"]).name
+    if name := plain.get("pretrained", {}).get("name"):
+        plain["pretrained"]["name"] = pretrained.canonical(name)
     return json.loads(json.dumps(plain))
 
 
@@ -90,12 +92,12 @@ def build_model(run):
 
 
 def _names(text):
-    return [name for name in re.split(r"[+,]", text or "") if name]
+    return list(dict.fromkeys(name for name in re.split(r"[+,]", text or "") if name))
 
 
-def _method_kwargs(chosen, kwargs):
+def _method_kwargs(chosen, kwargs, config):
     """Options for each method; each option must be known to one of them."""
-    out = {}
+    out, kwargs = {}, {k: _literal(v) for k, v in kwargs.items()}
     for method in chosen:
         _as_user_error(methods.get, method)
         known = methods.options(method)
@@ -103,9 +105,19 @@ def _method_kwargs(chosen, kwargs):
         _as_user_error(methods.get, method, **out[method])
     for key in kwargs:
         if not any(key in options for options in out.values()):
+            if key in config:
+                raise UserError(f"{key} is no option of a method: write --config.{key}={kwargs[key]}")
             every = {option for method in chosen for option in methods.options(method)}
             raise unknown(f"option of method {'+'.join(chosen)}", key, every | {"task", "method"})
     return out
+
+
+def _literal(text):
+    """`"4"` -> 4, `"(1, 2)"` -> (1, 2); other strings stay."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _resolve_one(config, task_name, method_name, kwargs, seed):
@@ -128,12 +140,7 @@ def _resolve_one(config, task_name, method_name, kwargs, seed):
     _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
     _fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
-    patch = build_model(run).patch_size
-    if run.image_size % patch or run.image_size < patch:
-        raise UserError(
-            f"config.image_size={run.image_size} is not divisible by the patch size {patch} of "
-            f"{run.model.variant}: {max(round(run.image_size / patch), 1) * patch} would be"
-        )
+    pretrained.check_size(run.image_size, build_model(run).patch_size)
     return run
 
 
@@ -181,16 +188,20 @@ def _check_common(config):
     positive = ("epochs", "batch_size", "eval_batch_size", "image_size", "model.unroll", "lr")
     for key in (*positive, "num_devices"):
         value = _at(config, key)
-        if value is not None and not value > 0:
-            raise UserError(f"config.{key}={value} must be greater than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"config.{key}={value} must be greater than 0 and finite")
     for key in ("weight_decay", "drop_path", "checkpoint_seconds"):
         value = _at(config, key)
-        if value is not None and not value >= 0:
-            raise UserError(f"config.{key}={value} must not be negative")
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"config.{key}={value} must be finite and not negative")
     if config.drop_path is not None and config.drop_path >= 1:
         raise UserError(f"config.drop_path={config.drop_path} must be less than 1")
-    if not config.seeds or not all(isinstance(s, int) for s in config.seeds):
-        raise UserError(f"config.seeds={config.seeds} must be whole numbers, such as (0,1,2)")
+    seeds = config.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or not all(_whole(s) and s < 2**63 for s in seeds):
+        raise UserError(f"config.seeds={seeds} must be different whole numbers, such as (0,1,2)")
+    grid = config.pretrained.grid
+    if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
+        raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
@@ -209,6 +220,10 @@ def _check_common(config):
         )
     if config.pretrained.name is not None:
         pretrained.address(pretrained.split_subtree(config.pretrained.name)[0])
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _at(config, key):

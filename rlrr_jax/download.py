@@ -1,6 +1,7 @@
 """Files from https:// and gs:// addresses, cached on disk."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -18,7 +19,9 @@ from tqdm import tqdm
 from rlrr_jax.errors import UserError
 
 ATTEMPTS = 5
+PUBLIC_GS = "https://storage.googleapis.com/"
 _BLOCK = 1 << 20
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def cache_dir():
@@ -40,22 +43,23 @@ def cached(url, folder=None):
     when it is whole. Raises UserError if the address cannot be read or the cached file has changed.
     """
     parts = urllib.parse.urlsplit(url)
-    path = pathlib.Path(folder or cache_dir()) / parts.netloc / parts.path.lstrip("/")
+    path = pathlib.Path(folder or cache_dir()).expanduser() / parts.netloc / parts.path.lstrip("/")
     record = path.with_name(path.name + ".sha256")
-    with _lock(path):
-        if not path.exists():
-            part = path.with_name(path.name + ".part")
-            (_copy if parts.scheme == "gs" else _download)(url, part)
-            record.write_text(sha256(part) + "\n")
-            os.replace(part, path)
-        found = sha256(path)
-        if not record.exists():  # a file somebody put there by hand
-            record.write_text(found + "\n")
-        if found != record.read_text().strip():
-            raise UserError(
-                f"{path} has changed since it was downloaded (SHA-256 {found[:12]}... instead of "
-                f"{record.read_text()[:12]}...): delete it and its .sha256 to download it again"
-            )
+    if not (path.exists() and record.exists()):  # a cache that is complete may be read-only
+        with _lock(path):
+            if not path.exists():
+                part = path.with_name(path.name + ".part")
+                (_fetch_gs if parts.scheme == "gs" else _download)(url, part)
+                record.write_text(sha256(part) + "\n")
+                os.replace(part, path)
+            if not record.exists():  # a file somebody put there by hand
+                record.write_text(sha256(path) + "\n")
+    found = sha256(path)
+    if found != record.read_text().strip():
+        raise UserError(
+            f"{path} has changed since it was downloaded (SHA-256 {found[:12]}... instead of "
+            f"{record.read_text()[:12]}...): delete it and its .sha256 to download it again"
+        )
     return path, found
 
 
@@ -68,13 +72,18 @@ def _lock(path):
         yield
 
 
-def _copy(url, part):
-    """Copies a gs:// file."""
+def _fetch_gs(url, part):
+    """A gs:// file: over https:// if it is public, else with the user's own rights."""
+    try:
+        return _download(PUBLIC_GS + url.removeprefix("gs://"), part)
+    except UserError as e:
+        if not isinstance(e.__cause__, urllib.error.HTTPError):
+            raise
     try:
         with epath.Path(url).open("rb") as source, open(part, "wb") as target:
             shutil.copyfileobj(source, target, _BLOCK)
     except ImportError as e:
-        raise UserError(f"{url} needs a package to read gs:// ({e}): pip install gcsfs") from e
+        raise UserError(f"{url} is not public and needs a package for gs://: pip install gcsfs") from e
     except Exception as e:  # each storage library has its own exceptions
         raise UserError(f"cannot read {url}: {type(e).__name__}: {e}") from e
 
@@ -87,14 +96,11 @@ def _download(url, part):
         except urllib.error.HTTPError as e:
             if e.code == 416:  # what we have is longer than the file: start again
                 part.unlink(missing_ok=True)
-            elif e.code < 500 or attempt == ATTEMPTS:
+            if (e.code < 500 and e.code != 416) or attempt == ATTEMPTS:
                 raise UserError(f"cannot download {url}: {e.code} {e.reason}") from e
-        except (
-            urllib.error.URLError,
-            http.client.HTTPException,
-            ConnectionError,
-            TimeoutError,
-        ) as e:
+        except (OSError, http.client.HTTPException) as e:
+            if getattr(e, "filename", None) or getattr(e, "errno", None) in _DISK:
+                raise  # ours, not the network's
             if attempt == ATTEMPTS:
                 raise UserError(
                     f"cannot download {url} ({getattr(e, 'reason', e)}): check the network, or put "
@@ -113,6 +119,7 @@ def _download_once(url, part):
     with urllib.request.urlopen(request, timeout=60) as response:
         if response.status != 206:  # the server sends the whole file
             have = 0
+            part.unlink(missing_ok=True)  # before the new tag is written
             tag.unlink(missing_ok=True)
             if response.headers.get("ETag"):
                 tag.write_text(response.headers["ETag"])

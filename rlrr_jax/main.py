@@ -2,6 +2,7 @@
 
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -14,14 +15,19 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the results; default runs/<hash of the configuration>"
 )
 
+_KEYS = "the configuration file lists them; options of a method are written vtab.py:init=damped"
 BUNDLED = """\
 No task was named: this trains the bundled tasks, hearts and digits, on the bundled tiny ViT.
 A VTAB-1k task with real weights: python -m rlrr_jax.main --config configs/vtab.py:cifar
 """
 
 
-def main(_):
+def main(argv):
     """Runs the configuration and prints the table of results."""
+    if argv[1:]:
+        raise UserError(
+            f"{argv[1]!r} belongs to no flag: a task is written --config configs/vtab.py:cifar"
+        )
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
     config = _CONFIG.value
     if config is None:
@@ -51,8 +57,10 @@ def _parse_flags(argv):
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest
+        if "ml_collections" not in traceback.extract_tb(e.__traceback__)[-1].filename:
+            raise  # a mistake in the configuration file
         key, near = re.search(r"\w+", str(e)), re.search(r'Did you mean "(.*?)"', str(e))
-        hint = f"did you mean {near[1]!r}?" if near else "the configuration file lists them all"
+        hint = f"did you mean {near[1]!r}?" if near else _KEYS
         raise UserError(f"unknown key {key[0]!r} in a --config flag: {hint}") from e
     except (flags.Error, TypeError, ValueError) as e:
         raise UserError(str(e)) from e

@@ -8,8 +8,6 @@ with scanned blocks; each with or without a prefix, `pre_logits` and a head.
 import math
 import pathlib
 import re
-import zipfile
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +79,14 @@ def address(name):
     raise unknown("weights (neither a name nor a .npz file)", name, ["bundled", *ALIASES])
 
 
+def canonical(name):
+    """One spelling for all names of the same weights; of a local file, without its folder."""
+    file, subtree = split_subtree(name)
+    where = address(file)
+    where = where if "://" in where else pathlib.Path(where).name
+    return f"{where}:{subtree}" if subtree else where
+
+
 def fetch(name, cache_dir=None):
     """Local path (with its `:subtree`, if any) and SHA-256 of weights, downloaded if need be."""
     file, subtree = split_subtree(name)
@@ -88,11 +94,25 @@ def fetch(name, cache_dir=None):
     if "://" in where:
         path, digest = download.cached(where, cache_dir)
     else:
-        path = pathlib.Path(where).expanduser()
-        if not path.is_file():
-            raise UserError(f"there is no weight file {path}: check config.pretrained.name")
+        path = _local(where)
         digest = download.sha256(path)
     return f"{path}:{subtree}" if subtree else str(path), digest
+
+
+def check_size(image_size, patch):
+    """Raises UserError if patches do not fill an image."""
+    if image_size % patch or image_size < patch:
+        raise UserError(
+            f"image size {image_size} is not divisible by the patch size {patch}: set "
+            f"config.image_size to {max(round(image_size / patch), 1) * patch}"
+        )
+
+
+def _local(where):
+    path = pathlib.Path(where).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no weight file {path}: check config.pretrained.name")
+    return path
 
 
 def load(name_or_path, *, model, image_size, grid=None, cache_dir=None):
@@ -115,13 +135,11 @@ def load(name_or_path, *, model, image_size, grid=None, cache_dir=None):
       UserError: if the file is missing or damaged, or if any name or shape differs from the
         model's; all of them are listed.
     """
-    path, _ = fetch(name_or_path, cache_dir)
-    flat = _standard_names(*_read(path))
-    if image_size % model.patch_size:
-        raise UserError(
-            f"image size {image_size} is not divisible by the patch size {model.patch_size}: set "
-            f"config.image_size to {round(image_size / model.patch_size) * model.patch_size}"
-        )
+    check_size(image_size, model.patch_size)
+    file, subtree = split_subtree(name_or_path)
+    where = address(file)
+    path = download.cached(where, cache_dir)[0] if "://" in where else _local(where)
+    flat = _standard_names(_read(path), subtree, path)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     shapes = _numbered({k: np.broadcast_to(0.0, v.shape) for k, v in _flatten(shapes).items()})
@@ -129,6 +147,9 @@ def load(name_or_path, *, model, image_size, grid=None, cache_dir=None):
     _place_position(flat, (side, side), grid, path)
     wanted = {k: v.shape for k, v in shapes.items() if not k.startswith("head/")}
     _compare({k: v.shape for k, v in flat.items()}, wanted, path)
+    for name, value in flat.items():
+        if value.dtype != np.float32 or not np.isfinite(value).all():
+            raise UserError(f"{name} in {path} is not made of finite floating-point numbers")
     for name in ("head/kernel", "head/bias"):
         flat[name] = np.zeros(shapes[name].shape, np.float32)
     return unflatten_dict(_stacked(flat), sep="/")
@@ -144,35 +165,28 @@ def _flatten(tree):
     return flatten_dict(tree, sep="/")
 
 
-def _read(name):
-    """All arrays of an `.npz` as float32, by name, and the subtree asked for."""
-    path, subtree = split_subtree(name)
+def _read(path):
+    """All arrays of an `.npz` by name; floating-point ones as float32."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            flat = {key: _float32(file[key], key, path) for key in file.files}
-    except UserError:
-        raise
+            return {key: _float32(file[key]) for key in file.files}
     except ValueError as e:  # NumPy's answer to object arrays and to files that are no archive
         raise UserError(
             f"{path} holds pickled objects or is no .npz file, and is not read because a pickle can "
             f"run code: give a .npz file of plain arrays"
         ) from e
-    except (zipfile.BadZipFile, EOFError, zlib.error, OSError, AttributeError, TypeError) as e:
+    except Exception as e:  # a damaged archive can raise anything
         raise UserError(
             f"{path} is no readable .npz file ({e or type(e).__name__}): it may be truncated; copy or "
             f"download it again"
         ) from e
-    return flat, subtree, path
 
 
-def _float32(array, key, path):
+def _float32(array):
     if array.dtype == np.dtype("V2"):  # how NumPy stores bfloat16
         array = array.view(ml_dtypes.bfloat16)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        if array.dtype.kind in "iub":  # a step counter, say; never a weight
-            return array
-        raise UserError(f"{key} in {path} has type {array.dtype}: weights must be floating point")
-    return array.astype(np.float32)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(np.float32) if floating else array  # a step counter, say
 
 
 def _standard_names(flat, subtree, path):

@@ -1,8 +1,10 @@
 """Result files, tables and curves."""
 
-import json
+import io
 
 from etils import epath
+
+from rlrr_jax import files
 
 COLUMNS = (
     "task",
@@ -19,35 +21,12 @@ COLUMNS = (
 )
 
 
-def write_json(path, value):
-    """Writes JSON so that the file is whole or as it was."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_rows(path):
-    """The lines of a `.jsonl` file, [] if there is none."""
-    path = epath.Path(path)
-    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
-
-
-def write_rows(path, rows):
-    """Writes a `.jsonl` file so that it is whole or as it was."""
-    _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _replace(path, text):
-    path = epath.Path(path)
-    part = path.parent / (path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def collect(workdir):
     """All finished runs below a workdir, also as `results.json` and `results.md` there."""
-    files = sorted(epath.Path(workdir).glob("*/*/seed*/result.json"))
-    rows = [json.loads(path.read_text()) for path in files]
-    write_json(epath.Path(workdir) / "results.json", rows)
-    _replace(epath.Path(workdir) / "results.md", table(rows) + "\n")
+    workdir = epath.Path(workdir)
+    rows = [files.read_json(path) for path in sorted(workdir.glob("*/*/seed*/result.json"))]
+    files.write_json(workdir / "results.json", rows)
+    files.write(workdir / "results.md", f"{table(rows)}\n\n{caption(rows)}\n")
     return rows
 
 
@@ -116,21 +95,21 @@ def curves(path, histories):
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy", title="dotted: training, solid: held out")
     left.legend()
-    with epath.Path(path).open("wb") as f:
-        figure.savefig(f, dpi=120, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
+    files.write(path, picture.getvalue())
 
 
 def caption(rows):
-    """What the table's numbers are: one line per task, and the columns."""
+    """What the table's numbers are: one line for each setting of a task, and the columns."""
     lines = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        row = next(r for r in rows if r["task"] == task)
+    for row in rows:
         tested = f"{row['num_test']:,} test images" if row["num_test"] else "200 validation images"
         lines.append(
-            f"{task}: {tested}, protocol {row['protocol']}, source "
-            f"{row['source']} ({row['variant']} pixels), backbone {row['backbone']} "
+            f"{row['task']}: {tested}, protocol {row['protocol']}, source {row['source']} "
+            f"({row['variant']} pixels), backbone {row['backbone']} "
             f"(SHA-256 {row['backbone_sha256'][:12]}), {row['dtype']}, {row['device']}"
         )
     lines.append("test acc: after the last epoch. params: trained values outside the head.")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))

@@ -196,11 +196,21 @@ def map_train_steps(recipe, mesh):
     return jax.jit(mapped, donate_argnums=(2, 3))
 
 
-def compile_train_steps(job):
-    """The compiled `train_steps` of a `train.Job`: called any number of times, compiled once."""
-    scalar = put(job.mesh, P(), jnp.int32(0))
-    args = (job.frozen, job.data, job.state, job.metrics, job.hyper, scalar, scalar, scalar)
-    return map_train_steps(job.recipe, job.mesh).lower(*args).compile()
+def map_start(recipe, mesh):
+    """State and metrics of one trial before training, jitted: `(key, frozen) -> state, metrics`."""
+
+    def start(key, frozen):
+        both = init_state(recipe, key, frozen), init_metrics(recipe)
+        return jax.tree.map(lambda x: x[None], both)
+
+    return jax.jit(start, out_shardings=NamedSharding(mesh, P("trial")))
+
+
+def abstract(function, mesh, *args):
+    """Shapes of what a function mapped by trials would return, with their places on the mesh."""
+    place = NamedSharding(mesh, P("trial"))
+    add = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(add, jax.eval_shape(function, *args))
 
 
 @functools.lru_cache(8)

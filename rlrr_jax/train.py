@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import json
 import time
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import checkpoint, methods, optim, pretrained, report, step
+from rlrr_jax import checkpoint, files, methods, optim, pretrained, report, step
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
@@ -26,33 +25,33 @@ def run(config, workdir=None):
     """Trains and evaluates all runs of a configuration; returns their rows of `results.json`.
 
     Runs that are finished in the workdir are not repeated; an interrupted one goes on.
-    Raises UserError for anything the user can mend, before any work.
+    Raises UserError for anything the user can mend, before any work where that can be seen.
     """
     runs = config_lib.resolve(config)
-    workdir = epath.Path(workdir or f"runs/{config_lib.fingerprint(runs)}")
+    workdir = epath.Path(workdir or f"runs/{config_lib.fingerprint(runs)}").expanduser()
     folders = [workdir / r.task / r.method / f"seed{r.seed}" for r in runs]
-    weights = {}
-    for r in runs:  # before a long download
+    for r, folder in zip(runs, folders):  # before a long download
+        folder.mkdir(parents=True, exist_ok=True)
         for split in splits(r):
             sources.open_split(r.task, tasks.get(r.task), split, r.data.dir)
+    places = {(r.pretrained.name, r.pretrained.cache_dir) for r in runs}
+    weights = {name: pretrained.fetch(name, cache_dir) for name, cache_dir in places}
     for r, folder in zip(runs, folders):
-        name = r.pretrained.name
-        weights[name] = weights.get(name) or pretrained.fetch(name, r.pretrained.cache_dir)
-        _check_folder(folder, r, weights[name][1])
+        _check_folder(folder, r, weights[r.pretrained.name][1])
     print(f"workdir: {workdir}", flush=True)
 
     load_data = functools.lru_cache(2)(_load_data)  # the runs of a task share its images
     rows = []
     for i, (r, folder) in enumerate(zip(runs, folders), 1):
         label = f"[{i}/{len(runs)}] {r.task} {r.method} seed {r.seed}"
-        if (folder / "result.json").exists():
-            print(f"{label}: finished before", flush=True)
-        else:
-            path, sha256 = weights[r.pretrained.name]
-            train_one(prepare(r, path, load_data), folder, label, sha256)
-        rows.append(json.loads((folder / "result.json").read_text()))
+        with files.lock(folder):
+            if (folder / "result.json").exists():
+                print(f"{label}: finished before", flush=True)
+            else:
+                train_one(r, folder, label, *weights[r.pretrained.name], load_data)
+        rows.append(files.read_json(folder / "result.json"))
     report.collect(workdir)
-    histories = [report.read_rows(folder / "metrics.jsonl") for folder in folders]
+    histories = [files.read_rows(folder / "metrics.jsonl") for folder in folders]
     names = [f"{r.task} {r.method}" + f" seed {r.seed}" * (r.seed > 0) for r in runs]
     report.curves(workdir / "curves.png", dict(zip(names, histories)))
     return rows
@@ -74,8 +73,7 @@ class Job(NamedTuple):
     held_out: tuple
     lrs: list
     hyper: dict
-    state: dict
-    metrics: dict
+    init_key: Any
 
 
 def prepare(run, weights, load_data):
@@ -110,65 +108,67 @@ def prepare(run, weights, load_data):
         "noise_key": noise_key,
         "order_key": order_key,
     }
-    frozen = step.put(mesh, P(), frozen)
-    state = step.init_state(recipe, init_key, frozen)
     return Job(
         run=run,
         recipe=recipe,
         mesh=mesh,
-        frozen=frozen,
+        frozen=step.put(mesh, P(), frozen),
         data=step.put(mesh, P(), {"images": images, "labels": labels}),
         held_out=held_out,
         lrs=lrs,
         hyper=step.put_trial(mesh, hyper),
-        state=step.put_trial(mesh, state),
-        metrics=step.put_trial(mesh, step.init_metrics(recipe)),
+        init_key=init_key,
     )
 
 
-def train_one(job, folder, label, sha256):
+def train_one(run, folder, label, weights, sha256, load_data):
     """Trains one method on one task with one seed, and writes `result.json` last."""
-    begun, pace = time.perf_counter(), Pace()
-    run, recipe = job.run, job.recipe
-    report.write_json(folder / "config.json", _saved_config(run, sha256))
+    clock = Clock()
+    job = prepare(run, weights, load_data)
+    recipe = job.recipe
+    files.write_json(folder / "config.json", _saved_config(run, sha256))
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         keeper = checkpoint.Keeper(manager, run.checkpoint_seconds)
-        state, metrics, first, start = keeper.restore(job.state, job.metrics)
-        history = [r for r in report.read_rows(folder / "metrics.jsonl") if r["epoch"] < first]
+        state, metrics, first, start = _start_or_resume(job, keeper, clock)
+        history = [r for r in files.read_rows(folder / "metrics.jsonl") if r["epoch"] < first]
         if len(history) != first:
             raise UserError(
                 f"{folder}/metrics.jsonl lacks some of the {first} epochs of the checkpoint beside it: "
                 f"delete {folder} to start this run again"
             )
-        earlier = history[-1]["seconds"] if history else 0.0
         if first or start:
             print(f"{label}: goes on at epoch {first + 1}, step {start}", flush=True)
-        train_steps = step.compile_train_steps(job)
+        train_steps = compile_train_steps(job, state, metrics) if first < run.epochs else None
         total, done = run.epochs * recipe.num_images, recipe.images_before(first, start)
         with tqdm(total=total, initial=done, unit="img", desc=label) as bar:
             for epoch in range(first, run.epochs):
                 state, metrics = train_epoch(
-                    job, train_steps, state, metrics, epoch, start, keeper, pace, bar
+                    job, train_steps, state, metrics, epoch, start, keeper, clock, bar
                 )
-                row = {"epoch": epoch, "lr": job.lrs[epoch], **_means(job, metrics)}
+                row = {"epoch": epoch, "lr": job.lrs[epoch], **_means(recipe, metrics)}
                 row |= evaluate(job, state, epoch)
-                row["seconds"] = earlier + time.perf_counter() - begun
-                history.append(row)
-                report.write_rows(folder / "metrics.jsonl", history)
+                history.append({**row, "seconds": clock.elapsed()})
+                files.write_rows(folder / "metrics.jsonl", history)
                 metrics, start = jax.tree.map(jnp.zeros_like, metrics), 0
-                keeper.save_if_due(state, metrics, epoch + 1, 0, last=epoch + 1 == run.epochs)
+                last = epoch + 1 == run.epochs
+                keeper.save_if_due(state, metrics, clock.place(epoch + 1, 0), last)
     trainable = jax.tree.map(lambda x: np.asarray(x[0]), state["trainable"])
     metadata = {"config": run.to_dict(), "backbone_sha256": sha256}
     checkpoint.save_adapter(folder / "adapter.safetensors", trainable, metadata)
     report.curves(folder / "curves.png", {label: history})
-    report.write_json(folder / "result.json", _result(job, trainable, history, sha256, pace))
+    files.write_json(folder / "result.json", _result(job, trainable, history, sha256, clock))
 
 
-class Pace:
-    """Training speed, measured: for the report, and to choose how many steps a dispatch takes."""
+class Clock:
+    """Time spent on a run over all its starts, and the training speed."""
 
-    images = 0
-    seconds = 0.0
+    def __init__(self):
+        self.begun = time.perf_counter()
+        self.images, self.seconds = 0, 0.0  # trained, and the time of that alone
+
+    def elapsed(self):
+        """Seconds since the run first began, without the time between two starts."""
+        return time.perf_counter() - self.begun
 
     def steps(self, batch_size):
         """Steps that take `DISPATCH_SECONDS`; one as long as the speed is not known."""
@@ -176,31 +176,54 @@ class Pace:
             return 1
         return max(1, int(DISPATCH_SECONDS * self.images / self.seconds / batch_size))
 
+    def place(self, epoch, step):
+        """How far the run is, for a checkpoint."""
+        return [epoch, step, self.elapsed(), self.images, self.seconds]
 
-def train_epoch(job, train_steps, state, metrics, epoch, start, keeper, pace, bar):
+    def resume(self, place):
+        """Goes on counting where a checkpoint stopped; returns its epoch and step."""
+        epoch, step, elapsed, self.images, self.seconds = map(float, place)
+        self.begun -= elapsed
+        return int(epoch), int(step)
+
+
+def _start_or_resume(job, keeper, clock):
+    """State, metrics, epoch and step to go on from."""
+    begin = step.map_start(job.recipe, job.mesh)
+    like = step.abstract(begin, job.mesh, job.init_key, job.frozen)
+    if found := keeper.restore(like, len(clock.place(0, 0))):
+        state, metrics, place = found
+        return state, metrics, *clock.resume(place)
+    return *begin(job.init_key, job.frozen), 0, 0
+
+
+def compile_train_steps(job, state, metrics):
+    """The program of a whole run, compiled once: `(state, metrics, epoch, start, stop)`."""
+    scalar = lambda i: step.put(job.mesh, P(), jnp.int32(i))
+    args = (job.frozen, job.data, state, metrics, job.hyper, scalar(0), scalar(0), scalar(0))
+    compiled = step.map_train_steps(job.recipe, job.mesh).lower(*args).compile()
+
+    def train_steps(state, metrics, *place):
+        return compiled(job.frozen, job.data, state, metrics, job.hyper, *map(scalar, place))
+
+    return train_steps
+
+
+def train_epoch(job, train_steps, state, metrics, epoch, start, keeper, clock, bar):
     """Steps `start` to the end of an epoch, in one dispatch where the machine is fast enough."""
-    recipe, scalar = job.recipe, lambda i: step.put(job.mesh, P(), jnp.int32(i))
+    recipe = job.recipe
     while start < recipe.steps:
-        stop = min(start + pace.steps(recipe.batch_size), recipe.steps)
-        clock = time.perf_counter()
-        state, metrics = train_steps(
-            job.frozen,
-            job.data,
-            state,
-            metrics,
-            job.hyper,
-            scalar(epoch),
-            scalar(start),
-            scalar(stop),
-        )
+        stop = min(start + clock.steps(recipe.batch_size), recipe.steps)
+        begun = time.perf_counter()
+        state, metrics = train_steps(state, metrics, epoch, start, stop)
         jax.block_until_ready(metrics)
         images = recipe.images_before(0, stop) - recipe.images_before(0, start)
-        pace.seconds += time.perf_counter() - clock
-        pace.images += images
+        clock.seconds += time.perf_counter() - begun
+        clock.images += images
         start = stop
         if start < recipe.steps:
-            keeper.save_if_due(state, metrics, epoch, start)
-        means = _means(job, metrics, start)
+            keeper.save_if_due(state, metrics, clock.place(epoch, start))
+        means = _means(recipe, metrics, start)
         bar.set_postfix(
             epoch=f"{epoch + 1}/{job.run.epochs}",
             loss=f"{means['train_loss']:.3f}",
@@ -223,18 +246,18 @@ def evaluate(job, state, epoch):
     return {f"{key}_acc": float(out["accuracy"][0]), f"{key}_loss": float(out["loss"][0])}
 
 
-def _means(job, metrics, steps=None):
+def _means(recipe, metrics, steps=None):
     """Mean loss and accuracy over the images of the first `steps` steps of an epoch."""
-    steps = steps or job.recipe.steps
+    steps = steps or recipe.steps
     loss, correct = (np.asarray(metrics[k], np.float64)[0, :steps] for k in ("loss", "correct"))
-    sizes = np.diff([job.recipe.images_before(0, i) for i in range(steps + 1)])
+    sizes = np.diff([recipe.images_before(0, i) for i in range(steps + 1)])
     return {
         "train_loss": float((loss * sizes).sum() / sizes.sum()),
         "train_acc": float(correct.sum() / sizes.sum()),
     }
 
 
-def _result(job, trainable, history, sha256, pace):
+def _result(job, trainable, history, sha256, clock):
     """One row of `results.json`."""
     run = job.run
     tested = [row for row in history if "test_acc" in row]
@@ -242,6 +265,7 @@ def _result(job, trainable, history, sha256, pace):
     same = ("task", "method", "seed", "lr", "weight_decay", "drop_path", "drop_path_mode")
     same += ("epochs", "batch_size", "protocol", "image_size", "dtype", "precision")
     return {
+        "identity": config_lib.fingerprint([run]),
         **{key: run[key] for key in same},
         "method_kwargs": run.method_kwargs.to_dict(),
         "init": {**methods.options(run.method), **run.method_kwargs}.get("init"),
@@ -258,8 +282,8 @@ def _result(job, trainable, history, sha256, pace):
         "test_acc_best": best and best["test_acc"],
         "best_epoch": best and best["epoch"],
         "num_test": len(job.held_out[1]) if tested else None,
-        "wall_seconds": history[-1]["seconds"],
-        "images_per_second": pace.images / pace.seconds if pace.images else None,
+        "wall_seconds": clock.elapsed(),
+        "images_per_second": clock.images / clock.seconds,
         "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     }
@@ -270,14 +294,13 @@ def _load_data(task, split, image_size, data_dir):
 
 
 def _check_folder(folder, run, sha256):
-    """Makes a run's folder; UserError if another run is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """UserError if another run is in a folder."""
     path = folder / "config.json"
     if not path.exists():
         return
     old, new = (
         config_lib.identity(ml_collections.ConfigDict(c))
-        for c in (json.loads(path.read_text()), _saved_config(run, sha256))
+        for c in (files.read_json(path), _saved_config(run, sha256))
     )
     if changed := config_lib.differences(old, new):
         raise UserError(

@@ -3,8 +3,9 @@
 import pathlib
 
 import numpy as np
+from etils import epath
 
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import UserError, first_line
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled"
 
@@ -27,7 +28,12 @@ def open_split(name, task, split, data_dir=None):
     """
     if task.source == "bundled":
         return _bundled(name, task.splits[split])
-    return _tfds(task, task.splits[split], data_dir)
+    read, number = _tfds(task, task.splits[split], data_dir)
+    if split == "test" and number != task.num_test:
+        raise UserError(
+            f"{name} has {number} test images instead of {task.num_test}: prepare the dataset again"
+        )
+    return read, number
 
 
 def _bundled(name, parts):
@@ -41,27 +47,34 @@ def _tfds(task, split, data_dir):
     import tensorflow_datasets as tfds  # slow to import, and only needed here
 
     name, version = task.tfds.split(":")
-    folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    folder = folder / name / version
+    folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name / version
     if not (folder / "dataset_info.json").exists():
         raise UserError(
             f"there is no prepared tfds dataset at {folder}: point config.data.dir at the folder "
             f"that holds {name}/{version}, or prepare it on a machine with TensorFlow by "
             f"tfds.builder('{task.tfds}', file_format='array_record').download_and_prepare()"
         )
-    builder = tfds.builder_from_directory(folder)
     try:
+        builder = tfds.builder_from_directory(folder)
         source = builder.as_data_source(split, decoders={task.image_key: tfds.decode.SkipDecoding()})
     except NotImplementedError as e:
         raise UserError(
             f"{folder} is stored as {builder.info.file_format.value}, which cannot be read without "
             f"TensorFlow: prepare it with file_format='array_record'"
         ) from e
-    except (ValueError, AssertionError) as e:  # a split is missing or too short
-        raise UserError(f"{folder} has no split {split!r}: prepare it again ({e})") from e
+    except Exception as e:  # tfds's parsers, splits and readers each have their own
+        raise UserError(
+            f"{folder} has no readable split {split!r} ({first_line(e)}): prepare it again"
+        ) from e
 
     def read(start, stop):
-        examples = source.__getitems__(list(range(start, stop)))
-        return [(e[task.image_key], e[task.label_key]) for e in examples]
+        try:
+            examples = source.__getitems__(list(range(start, stop)))
+            return [(e[task.image_key], e[task.label_key]) for e in examples]
+        except Exception as e:  # a record that is cut off is None
+            raise UserError(
+                f"{folder}, split {split!r}: cannot read examples {start} to {stop - 1} "
+                f"({first_line(e)}); prepare it again"
+            ) from e
 
     return read, len(source)

@@ -37,7 +37,10 @@ def load_split(name, task, split, size, data_dir=None):
 
     def put(item):
         i, (image, label) = item
-        images[i], labels[i] = decode(image, size), label
+        try:
+            images[i], labels[i] = decode(image, size), label
+        except OSError as e:  # Pillow's
+            raise UserError(f"image {i} of {name} {split} is damaged ({e}): prepare it again") from e
 
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,

@@ -4,6 +4,7 @@ Every Dense of every block gets `kernel + kernel * scale_in * scale_out` and `bi
 LayerNorm and the patch embedding get their output scaled and shifted, which folds into their weights.
 """
 
+import itertools
 import math
 
 import jax
@@ -48,7 +49,7 @@ def _init(key, frozen, start):
             "shift": jnp.zeros(shape),
         }
 
-    counter = iter(range(10**6))
+    counter = itertools.count()
 
     def walk(node, path):
         if path == ("head",):
