@@ -49,10 +49,8 @@ def get_config(arg=None):
 
     for item in filter(None, (arg or "").split(",")):
         key, equals, value = item.partition("=")
-        if not equals and config.task is None:
-            config.task = key
-        elif not equals:
-            raise ValueError(f"two tasks, {config.task} and {key}: write {config.task}+{key}")
+        if not equals:
+            config.task = f"{config.task}+{key}" if config.task else key
         elif key in ("task", "method"):
             config[key] = value
         else:

@@ -73,13 +73,19 @@ def test_dtype_goes_by_the_platform(monkeypatch):
     ("changes", "message"),
     [
         ({"drop_path": 1.0}, "must be less than 1"),
-        ({"weight_decay": -1.0}, "must not be negative"),
+        ({"weight_decay": -1.0}, "must be finite and not negative"),
         ({"batch_size": 0}, "must be greater than 0"),
         ({"schedule": "linear"}, "use official or cosine"),
-        ({"seeds": ()}, "must be whole numbers"),
+        ({"seeds": ()}, "must be different whole numbers"),
+        ({"seeds": (1, 1)}, "must be different whole numbers"),
+        ({"seeds": (2**70,)}, "must be different whole numbers"),
+        ({"lr": float("inf")}, "must be greater than 0 and finite"),
+        ({"pretrained": {"grid": (16,)}}, "must be two whole numbers"),
+        ({"model": {"attention": "cudnn"}}, "needs a GPU"),
+        ({"method_kwargs": {"lr": "1e-3"}}, "write --config.lr=0.001"),
         (
             {"image_size": 220},
-            "config.image_size=220 is not divisible by the patch size 16 of B/16: 224",
+            "image size 220 is not divisible by the patch size 16: set config.image_size to 224",
         ),
         ({"method_kwargs": {"init": "zero"}}, "use paper, damped or identity"),
     ],
@@ -87,3 +93,16 @@ def test_dtype_goes_by_the_platform(monkeypatch):
 def test_impossible_values(changes, message):
     with pytest.raises(UserError, match=message):
         resolve("cifar", **changes)
+
+
+def test_names_of_the_same_weights_are_one_identity():
+    def mark(name):
+        return config_lib.fingerprint(resolve("cifar", pretrained={"name": name}))
+
+    assert mark("ViT-B_16") == mark("imagenet21k/ViT-B_16") == mark("imagenet21k/ViT-B_16.npz")
+    assert mark("/a/w.npz") == mark("/b/w.npz") != mark("/b/w.npz:ema")
+    assert mark("ViT-B_16") != mark("imagenet21k+imagenet2012/ViT-B_16")
+
+
+def test_several_bare_tasks():
+    assert [r.task for r in resolve("hearts,digits,method=full")] == ["hearts", "digits"]

@@ -111,3 +111,18 @@ def test_load_through_the_network(server, tmp_path):
     path, digest = pretrained.fetch(server.url + ":params", tmp_path)
     assert path.endswith("/models/w.npz:params")
     assert digest == pretrained.fetch("bundled")[1]
+
+
+def test_public_gs_addresses_are_resumed_too(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PUBLIC_GS", server.url.removesuffix("models/w.npz"))
+    server.script = ["break"]
+    path, _ = download.cached("gs://models/w.npz", tmp_path)
+    assert path.read_bytes() == BODY and server.ranges[1] == f"bytes={len(BODY) // 2}-"
+
+
+def test_a_part_longer_than_the_file_is_thrown_away(server, tmp_path):
+    part = tmp_path / server.url.split("/")[2] / "models" / "w.npz.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(BODY + b"more")
+    part.with_name("w.npz.part.etag").write_text(server.etag)
+    assert download.cached(server.url, tmp_path)[0].read_bytes() == BODY

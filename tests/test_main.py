@@ -57,6 +57,8 @@ WRONG = {
     "truncated": ([CONFIG, WEIGHTS + "truncated.npz"], "is no readable .npz file"),
     "shape": ([CONFIG, WEIGHTS + "shape.npz"], "wrong shape: cls is (1, 1, 95) instead of (1, 1, 96)"),
     "pickle": ([CONFIG, WEIGHTS + "pickle.npz"], "a pickle can run code"),
+    "bare word": ([f"{CONFIG}:digits", "cifar"], "'cifar' belongs to no flag"),
+    "option as key": ([CONFIG, "--config.method_kwargs.init=damped"], "written vtab.py:init=damped"),
     "size": ([CONFIG, "--config.image_size=50"], "not divisible by the patch size 8"),
     "dataset": (
         [f"{CONFIG}:cifar", "--config.data.dir={folder}"],
@@ -72,14 +74,15 @@ def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     weight_files(folder)
 
-    def ask(args):
+    def ask(case):
+        args, _ = WRONG[case]
         args = [a.format(folder=folder) for a in args]
         if not any("workdir" in a for a in args):
-            args.append(f"--workdir={folder}/runs")
+            args.append(f"--workdir={folder}/{case}")
         return main(*args)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WRONG, pool.map(ask, [args for args, _ in WRONG.values()])))
+        return dict(zip(WRONG, pool.map(ask, WRONG)))
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -216,10 +216,11 @@ def test_an_array_file_is_no_archive(tmp_path):
         load(tmp_path / "w.npz")
 
 
-def test_integer_weights(tree, tmp_path):
-    np.savez(tmp_path / "w.npz", **scanned(tree) | {"cls": np.array(["a"])})
-    with pytest.raises(UserError, match="cls in .* has type <U1"):
-        load(tmp_path / "w.npz")
+def test_integer_and_infinite_weights(tree, tmp_path):
+    for bad in (tree["cls"].astype(np.int32), tree["cls"] * np.nan):
+        np.savez(tmp_path / "w.npz", **scanned(tree) | {"cls": bad})
+        with pytest.raises(UserError, match="cls in .* is not made of finite floating-point numbers"):
+            load(tmp_path / "w.npz")
 
 
 def test_size_that_the_patch_does_not_divide(tree, tmp_path):

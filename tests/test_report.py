@@ -2,7 +2,7 @@
 
 import json
 
-from rlrr_jax import report
+from rlrr_jax import files, report
 
 ROW = {
     **dict(task="hearts", method="rlrr", seed=0, lr=0.02, epochs=12, protocol="fast", source="bundled"),
@@ -44,10 +44,10 @@ def test_caption_names_backbone_source_and_device():
 
 def test_rows_are_written_whole_and_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    report.write_rows(path, [{"epoch": 0, "loss": 0.1 + 0.2}, {"epoch": 1, "loss": 1e-30}])
-    assert report.read_rows(path) == [{"epoch": 0, "loss": 0.1 + 0.2}, {"epoch": 1, "loss": 1e-30}]
+    files.write_rows(path, [{"epoch": 0, "loss": 0.1 + 0.2}, {"epoch": 1, "loss": 1e-30}])
+    assert files.read_rows(path) == [{"epoch": 0, "loss": 0.1 + 0.2}, {"epoch": 1, "loss": 1e-30}]
     assert len(path.read_text().splitlines()) == 2
-    assert report.read_rows(tmp_path / "none.jsonl") == []
+    assert files.read_rows(tmp_path / "none.jsonl") == []
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -55,9 +55,9 @@ def test_results_are_collected_from_the_runs(tmp_path):
     for row in (FULL, ROW):
         folder = tmp_path / row["task"] / row["method"] / "seed0"
         folder.mkdir(parents=True)
-        report.write_json(folder / "result.json", row)
+        files.write_json(folder / "result.json", row)
     rows = report.collect(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == rows
     assert {r["method"] for r in rows} == {"rlrr", "full"}
-    assert (tmp_path / "results.md").read_text() == report.table(rows) + "\n"
+    assert (tmp_path / "results.md").read_text() == f"{report.table(rows)}\n\n{report.caption(rows)}\n"
     assert not list(tmp_path.rglob("*.part"))

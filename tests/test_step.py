@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from golden import Golden
 from jax.sharding import PartitionSpec as P
 from models.test_vit import SMALL, random_tree
 
-from rlrr_jax import methods, optim, step
+from rlrr_jax import methods, optim, pretrained, step
 from rlrr_jax.models import vit
 
 MODEL = vit.ViT(**{**SMALL, "depth": 2})
@@ -109,7 +111,7 @@ def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable)
     kwargs = dict(flip=noise, drop_path=noise)
     one = gradient_on(1, trainable, number, **kwargs)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one[2])) > 0.1
-    for devices in (2, 4):  # with 4 devices a slot each is empty, at the end a whole shard
+    for devices in (2, 4):  # with 4 devices the last has no real image
         many = gradient_on(devices, trainable, number, **kwargs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, many)
     pmapped = jax.pmap(
@@ -154,15 +156,19 @@ def test_noise_matters(trainable):
 
 
 def test_twenty_steps_of_adamw_on_many_devices():
-    losses = {}
+    losses, trained = {}, {}
     for devices in (1, 2, 4):
         run, losses[devices] = Run(devices), []
         for epoch in range(5):
             run(epoch, 0, 4)
             losses[devices].extend(np.asarray(run.metrics["loss"][0]))
+        trained[devices] = flatten_dict(jax.device_get(run.state["trainable"]), sep="/")
     assert len(losses[1]) == 20 and np.mean(losses[1][-4:]) < np.mean(losses[1][:4])
     np.testing.assert_allclose(losses[2], losses[1], rtol=0, atol=2e-4)
     np.testing.assert_allclose(losses[4], losses[1], rtol=0, atol=2e-4)
+    for name, value in trained[1].items():
+        if not name.endswith("key/shift"):  # rounding noise, which Adam turns into steps of lr
+            np.testing.assert_allclose(trained[4][name], value, rtol=0, atol=2e-3, err_msg=name)
 
 
 def test_chunks_change_no_bit_and_nothing_is_compiled_twice(caplog):
@@ -211,15 +217,85 @@ def test_frozen_weights_stay_and_are_in_no_state():
 
 
 def test_the_frozen_tree_is_an_argument_of_the_program():
-    """Not folded into it: the same compiled step gives other losses for other weights."""
+    """No weight is written into it as a constant."""
     run = Run(1)
-    run(0, 0, 4)
-    first = np.asarray(run.metrics["loss"])
-    other = Run(1)
-    other.steps = run.steps
-    other.frozen = step.put(other.mesh, P(), jax.tree.map(lambda x: x + 0.1, FROZEN))
-    other(0, 0, 4)
-    assert np.abs(np.asarray(other.metrics["loss"]) - first).max() > 1e-3
+    scalar = step.put(run.mesh, P(), jnp.int32(0))
+    args = (run.frozen, run.data, run.state, run.metrics, run.hyper, scalar, scalar, scalar)
+    text = run.steps.lower(*args).as_text()
+    constants = re.findall(r"dense<\"?([^>]*)>", text)
+    assert constants and max(map(len, constants)) < 1000
+
+
+def test_steps_use_their_own_learning_rate_and_order(tmp_path):
+    """The ten golden steps of AdamW through `train_step`, a learning rate for each epoch."""
+    golden = Golden("open_a", tmp_path)
+    frozen = pretrained.load(golden.weights, model=golden.model, image_size=golden.image_size)
+    number = len(golden.labels)
+    r = step.Recipe(golden.model, METHOD, number, number, flip=False, drop_path=False)
+    state = step.init_state(r, jax.random.key(0), frozen)
+    state["trainable"] = golden.tree("init/", state["trainable"])
+    data = {"images": jnp.asarray((golden.images + 1) * 127.5), "labels": jnp.asarray(golden.labels)}
+    h = {**hyper(), "lr": jnp.asarray(golden.data["lrs"], jnp.float32)}
+    h["weight_decay"] = jnp.float32(golden.data["weight_decay"])
+    one = jax.shard_map(
+        lambda state, epoch: step.train_step(r, frozen, data, jnp.arange(number), state, h, epoch, 0)[
+            :2
+        ],
+        mesh=step.make_mesh(jax.devices()[:1]),
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    one = jax.jit(one)
+    for epoch in range(10):
+        state, loss = one(state, jnp.int32(epoch))
+        assert abs(float(loss) - golden.data["losses"][epoch]) < 1e-4
+    ours, theirs = (
+        flatten_dict(t, sep="/")
+        for t in (state["trainable"], golden.tree("after_n/", state["trainable"]))
+    )
+    for name in ours:
+        if not name.endswith("key/shift"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=2e-4, err_msg=name)
+
+
+def shard_batch(r, data, h, epoch, number):
+    """Labels, images and mask of a batch on one device."""
+    mapped = jax.shard_map(
+        lambda: step.take_batch(
+            r,
+            data,
+            jax.random.permutation(jax.random.fold_in(h["order_key"], epoch), NUMBER),
+            h,
+            epoch,
+            number,
+        )[:3],
+        mesh=step.make_mesh(jax.devices()[:1]),
+        in_specs=(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return jax.jit(mapped)()
+
+
+def test_flip_is_left_to_right_and_keyed():
+    data = {**jax.tree.map(jnp.asarray, DATA), "labels": jnp.arange(NUMBER)}
+    seen = set()
+    for number in range(3):
+        images, labels, _ = shard_batch(recipe(flip=True), data, hyper(), 0, number)
+        for image, label in zip(np.asarray(images), np.asarray(labels)):
+            plain = DATA["images"][label] / np.float32(127.5) - 1
+            flipped = np.allclose(image, plain[:, ::-1], atol=1e-6)
+            assert flipped or np.allclose(image, plain, atol=1e-6)
+            seen.add(flipped)
+    assert seen == {False, True}
+
+
+def test_every_epoch_has_its_own_order():
+    data = {**jax.tree.map(jnp.asarray, DATA), "labels": jnp.arange(NUMBER)}
+    r = recipe(flip=False)
+    orders = [np.asarray(shard_batch(r, data, hyper(), epoch, 0)[1]) for epoch in (0, 1)]
+    assert (orders[0] != orders[1]).any()
 
 
 def test_an_epoch_shows_every_image_once():

@@ -16,13 +16,13 @@ from flax.traverse_util import unflatten_dict
 
 from configs import vtab
 from rlrr_jax import config as config_lib
-from rlrr_jax import methods, pretrained, report, step, train
+from rlrr_jax import files, methods, pretrained, step, train
 from rlrr_jax.data import store, tasks
 from rlrr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = {
-    *("task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
+    *("identity", "task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
     *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
     *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
     *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),
@@ -59,7 +59,7 @@ def wait_for(what, process, seconds=120):
 def accuracies_and_losses(workdir):
     (row,) = json.loads((workdir / "results.json").read_text())
     times = {"wall_seconds", "images_per_second"}
-    rows = report.read_rows(workdir / "digits/rlrr/seed0/metrics.jsonl")
+    rows = files.read_rows(workdir / "digits/rlrr/seed0/metrics.jsonl")
     return (
         {k: v for k, v in row.items() if k not in times},
         [{k: v for k, v in r.items() if k != "seconds"} for r in rows],
@@ -73,7 +73,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     reference = start(whole)
     folder = broken / "digits/rlrr/seed0"
     checkpoint = lambda: (folder / "checkpoints/1/_CHECKPOINT_METADATA").exists()
-    rows = lambda: len(report.read_rows(folder / "metrics.jsonl")) >= 2
+    rows = lambda: len(files.read_rows(folder / "metrics.jsonl")) >= 2
     for what in (checkpoint, rows):
         process = start(broken)
         wait_for(what, process)
@@ -114,7 +114,7 @@ def test_row_of_results(finished):
 
 
 def test_official_protocol_skips_the_test_after_the_first_epoch(finished):
-    rows = report.read_rows(finished[0] / "digits/rlrr/seed0/metrics.jsonl")
+    rows = files.read_rows(finished[0] / "digits/rlrr/seed0/metrics.jsonl")
     assert ["test_acc" in row for row in rows] == [False, True]
 
 
@@ -192,3 +192,87 @@ def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
     probe = fit(c, "train800val200").score(*parts["test"])
     (row,) = train.run(config, tmp_path)
     assert row["test_acc_final"] > probe - 0.01
+
+
+def test_four_devices_give_the_losses_of_one(tmp_path):
+    rows = [
+        train.run(
+            small_config("digits,method=rlrr", epochs=1, drop_path=0.2, num_devices=n),
+            tmp_path / str(n),
+        )[0]
+        for n in (1, 4)
+    ]
+    assert rows[1]["device"].startswith("4 x ")
+    assert rows[0]["identity"] == rows[1]["identity"]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], abs=2e-3)
+
+
+def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
+    jobs, prepare = [], train.prepare
+    monkeypatch.setattr(train, "prepare", lambda *a: jobs.append(prepare(*a)) or jobs[-1])
+    train.run(small_config(epochs=1), tmp_path)
+    model = config_lib.build_model(jobs[0].run)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(jobs[0].frozen),
+        pretrained.load("bundled", model=model, image_size=32),
+    )
+
+
+def test_mean_of_an_epoch_counts_images_not_steps():
+    recipe = step.Recipe(None, None, batch_size=6, num_images=22)
+    metrics = {"loss": np.array([[1.0, 2.0, 3.0, 7.0]]), "correct": np.array([[6.0, 3.0, 0.0, 4.0]])}
+    means = train._means(recipe, metrics)
+    assert means["train_loss"] == pytest.approx((6 + 12 + 18 + 28) / 22)
+    assert means["train_acc"] == pytest.approx(13 / 22)
+    assert train._means(recipe, metrics, 2)["train_loss"] == pytest.approx(1.5)
+
+
+def test_two_subtrees_of_one_file_are_two_runs(tmp_path):
+    with np.load(pretrained.BUNDLED) as file:
+        flat = {k.removeprefix("params/"): file[k] for k in file.files}
+    np.savez(tmp_path / "two.npz", **{f"{p}/{k}": v for p in "ab" for k, v in flat.items()})
+    configs = [small_config("digits,method=linear", epochs=1) for _ in "ab"]
+    for config, part in zip(configs, "ab"):
+        config.pretrained.name = f"{tmp_path}/two.npz:{part}"
+    train.run(configs[0], tmp_path / "w")
+    with pytest.raises(UserError, match="pretrained.name=two.npz:a .now two.npz:b"):
+        train.run(configs[1], tmp_path / "w")
+
+
+def spoil(path, data=b"{"):
+    path.write_bytes(data)
+
+
+def test_damaged_files_of_a_workdir_are_named(tmp_path):
+    config = small_config("digits,method=linear", epochs=1)
+    folder = tmp_path / "digits/linear/seed0"
+    for name in ("config.json", "result.json"):
+        train.run(config, tmp_path)
+        spoil(folder / name)
+        with pytest.raises(UserError, match=f"{name} is damaged .*delete .*seed0 to start"):
+            train.run(config, tmp_path)
+        for path in folder.glob("*.json"):
+            path.unlink()
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    config = small_config(epochs=2, checkpoint_seconds=0.0)
+    (whole,) = train.run(config, tmp_path)
+    folder = tmp_path / "digits/rlrr/seed0"
+    (folder / "result.json").unlink()
+    newest = max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    for path in newest.rglob("*"):
+        if path.is_file():
+            spoil(path, b"")
+    (again,) = train.run(config, tmp_path)
+    assert again["test_acc_final"] == whole["test_acc_final"]
+    assert again["train_loss"] == whole["train_loss"]
+    assert again["wall_seconds"] > 0 and again["images_per_second"] > 0
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    folder = tmp_path / "digits/linear/seed0"
+    folder.mkdir(parents=True)
+    with files.lock(folder), pytest.raises(UserError, match="another process is training in"):
+        train.run(small_config("digits,method=linear", epochs=1), tmp_path)

@@ -1,6 +1,7 @@
 """Real tfds datasets written into a temporary folder, read back without TensorFlow."""
 
 import io
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from PIL import Image
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
 
-TRAIN, TEST = 45_200, 30  # cifar's val200 is train[45000:45200]
+TRAIN, TEST = 45_200, 10_000  # cifar's val200 is train[45000:45200]
 
 
 def picture(i, size=8):
@@ -50,7 +51,7 @@ class Cifar100(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, start, stop):
         blank = png(0)
         for i in range(start, stop):
-            kept = i >= TRAIN or i % 50 == 0  # few need their own picture
+            kept = i % 50 == 0  # few need their own picture
             image = io.BytesIO(png(i) if kept else blank)
             yield i, {"id": str(i), "image": image, "label": i % 100, "coarse_label": i % 20}
 
@@ -83,10 +84,12 @@ def test_splits_are_those_tfds_gives(data_dir):
 
 def test_whole_split_is_decoded_in_order(data_dir):
     images, labels = store.load_split("cifar", tasks.get("cifar"), "test", 8, data_dir)
+    assert len(labels) == TEST and np.bincount(labels).tolist() == [100] * 100
     numbers = images[:, 0, 0].astype(int) @ [65536, 256, 1]
-    assert sorted(numbers) == list(range(TRAIN, TRAIN + TEST))
-    np.testing.assert_array_equal(labels, numbers % 100)
-    for i in (0, 7, 29):
+    own = np.flatnonzero(numbers)  # the others are blank
+    assert sorted(numbers[own]) == list(range(TRAIN, TRAIN + TEST, 50))
+    np.testing.assert_array_equal(labels[own], numbers[own] % 100)
+    for i in own[:5]:
         np.testing.assert_array_equal(images[i], picture(int(numbers[i])))
 
 
@@ -100,13 +103,13 @@ def test_unprepared_dataset(tmp_path):
 def test_dataset_that_is_too_short(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "TRAIN", 900)
     Cifar100(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    with pytest.raises(UserError, match=r"has no split 'train\[45000:45200\]'"):
+    with pytest.raises(UserError, match=r"has no readable split 'train\[45000:45200\]'"):
         sources.open_split("cifar", tasks.get("cifar"), "val200", tmp_path)
 
 
 def test_labels_outside_the_task(data_dir):
     task = tasks.get("cifar")._replace(classes=20)
-    with pytest.raises(UserError, match="labels of cifar test go from 0 to 29, but the task has 20"):
+    with pytest.raises(UserError, match="labels of cifar test go from 0 to 99, but the task has 20"):
         store.load_split("cifar", task, "test", 8, data_dir)
 
 
@@ -130,3 +133,41 @@ def test_a_cifar_run_from_the_command(data_dir, tmp_path):
     assert out.returncode == 0, out.stderr
     assert "| cifar | rlrr" in out.stdout and "source tfds" in out.stdout
     assert "protocol official" in out.stdout and "No task was named" not in out.stdout
+
+
+def copy_of(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("damage", ["dataset_info.json", "features.json", "shard", "records"])
+def test_damaged_datasets_end_in_one_sentence(damage, data_dir, tmp_path):
+    folder = copy_of(data_dir, tmp_path)
+    inner = folder / "cifar100" / "3.0.2"
+    shard = next(inner.glob("*test.array_record*"))
+    if damage == "shard":
+        shard.unlink()
+    elif damage == "records":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
+        shard.write_bytes(data)
+    elif damage == "features.json":
+        (inner / damage).unlink()
+    else:
+        (inner / damage).write_text("{")
+    with pytest.raises(UserError, match="prepare it again"):
+        store.load_split("cifar", tasks.get("cifar"), "test", 8, folder)
+
+
+def test_tfrecord_is_named_as_what_cannot_be_read(data_dir, tmp_path):
+    folder = copy_of(data_dir, tmp_path)
+    info = folder / "cifar100" / "3.0.2" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="stored as tfrecord.*file_format='array_record'"):
+        sources.open_split("cifar", tasks.get("cifar"), "test", folder)
+
+
+def test_test_split_of_another_length(data_dir):
+    task = tasks.get("cifar")._replace(num_test=9_999)
+    with pytest.raises(UserError, match="10000 test images instead of 9999"):
+        sources.open_split("cifar", task, "test", data_dir)
