@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rlrr_jax", "rlrr_jax.*"]),
-    package_data={"rlrr_jax.bundled": ["*.npz", "README.md"]},
+    package_data={"rlrr_jax": ["published.csv"], "rlrr_jax.bundled": ["*.npz", "README.md"]},
     # Lower bounds are the oldest versions the tests ran with, upper bounds the next untested minor.
     install_requires=[
         "absl-py>=2.5,<3",

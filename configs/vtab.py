@@ -1,4 +1,4 @@
-"""RLRR on VTAB-1k. `--config configs/vtab.py:cifar`, `configs/vtab.py:task=cifar,method=full`.
+"""RLRR on VTAB-1k. `--config configs/vtab.py:cifar`, `vtab.py:task=all`, `vtab.py:task=kitti,method=full`.
 
 A field that is None is filled in at start: from the task's recipe (the authors' for RLRR), else from
 the method's own defaults. What a run used is saved with it, in `config.json`.
@@ -11,14 +11,21 @@ from ml_collections.config_dict import placeholder
 def get_config(arg=None):
     """The configuration; `arg` is a task, or `task=...,method=...` and options of the method."""
     config = ConfigDict()
-    config.task = placeholder(str)  # several: "hearts+digits"; None: the bundled ones
+    # Several: "kitti+dtd"; "natural", "specialized", "structured", "all"; None: the bundled ones.
+    config.task = placeholder(str)
     config.method = placeholder(str)  # several: "linear+rlrr"; None: rlrr
     config.method_kwargs = ConfigDict()  # options of the method, such as init=damped
-    config.seeds = (0,)  # one run each
+    config.seeds = placeholder(tuple)  # one run each; None: 0, and (0, 1, 2) for several VTAB tasks
 
-    # train800val200, the test set after each epoch ("official") or once ("fast"); or train800 and
-    # val200, to choose hyper-parameters ("tune").
+    # "official": train on 1000 images, test after each epoch (default for one task);
+    # "fast": the same, tested once (default for several tasks);
+    # "vtab": choose from the grid on 800/200, then train on 1000, tested once;
+    # "tune": train on 800, evaluate on 200, never test.
     config.protocol = placeholder(str)
+    config.grid = ConfigDict()  # of "vtab"; a value set below is fixed instead
+    config.grid.lr = (1e-3, 3e-3, 1e-2)
+    config.grid.weight_decay = (5e-5, 5e-2)
+    config.grid.drop_path = (0.0, 0.1, 0.3)
     config.epochs = placeholder(int)
     config.batch_size = 32
     config.schedule = placeholder(str)  # "official" or "cosine"
@@ -39,7 +46,10 @@ def get_config(arg=None):
     config.pretrained.grid = placeholder(tuple)  # of a position embedding that is not square
     config.pretrained.cache_dir = placeholder(str)  # of downloads; None is ~/.cache/rlrr_jax
     config.data = ConfigDict()
-    config.data.dir = placeholder(str)  # of prepared tfds datasets; None is ~/tensorflow_datasets
+    config.data.dir = placeholder(str)  # of tfds datasets or vtab-1k/; None is ~/tensorflow_datasets
+    config.data.source = placeholder(str)  # "tfds" or "folder"; None: what is there
+    config.data.variant = placeholder(str)  # "original", or "jpeg75" as in published tables
+    config.data.cache_dir = placeholder(str)  # of decoded images; None is ~/.cache/rlrr_jax
 
     config.dtype = placeholder(str)  # of activations: None is float32 on CPUs, else bfloat16
     config.precision = placeholder(str)  # of matmuls; None is "highest" with float32

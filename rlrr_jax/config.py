@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -10,19 +11,21 @@ import jax
 from ml_collections import ConfigDict
 
 from rlrr_jax import methods, optim, pretrained
-from rlrr_jax.data import tasks
+from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import vit
 
 # The bundled model, see bundled/make.py.
 BUNDLED_MODEL = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
-PROTOCOLS = ("official", "fast", "tune")
+PROTOCOLS = ("official", "fast", "vtab", "tune")
+GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 # What may differ between two starts of the same run: where and how, not what.
 PLACES = (
     "num_devices",
     "checkpoint_seconds",
     "eval_batch_size",
     "data.dir",
+    "data.cache_dir",
     "pretrained.cache_dir",
 )
 
@@ -33,16 +36,46 @@ def resolve(config):
     Raises UserError for any unknown name or impossible value.
     """
     _check_common(config)
-    names = _names(config.task) or list(tasks.BUNDLED)
-    bundled = all(tasks.get(name).source == "bundled" for name in names)
+    names = tasks.expand(_names(config.task)) or list(tasks.BUNDLED)
+    bundled = all(name in tasks.BUNDLED for name in names)
+    suite = len([name for name in names if name in tasks.VTAB]) > 1
     chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
     kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
     return [
-        _resolve_one(config, task, method, kwargs[method], seed)
+        _resolve_one(config, task, method, kwargs[method], seed, suite)
         for task in names
         for method in chosen
-        for seed in config.seeds
+        for seed in config.seeds or ((0, 1, 2) if suite else (0,))
     ]
+
+
+def locate(run):
+    """Fills in where a run's data comes from and what its pixels are; returns the `sources.Found`.
+
+    Raises UserError if the data is not there, or its pixels are not those asked for.
+    """
+    found = sources.find(run.task, run.data.dir, run.data.source)
+    pixels = sources.pixels(run.task, found)
+    if found.kind == "folder" and run.data.variant not in (None, pixels):
+        raise UserError(
+            f"the images in {found.path} are not {run.data.variant} but {pixels}: leave out "
+            f"config.data.variant, or take them from tfds"
+        )
+    run.data.source = found.kind
+    _fill(run.data, "variant", pixels)
+    return found
+
+
+def trials(run):
+    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images."""
+    given = {key: (run[key],) if run[key] is not None else tuple(run.grid[key]) for key in GRID}
+    out = []
+    for values in itertools.product(*given.values()):
+        trial = ConfigDict(run.to_dict())
+        trial.update(protocol="tune", **dict(zip(given, values)))
+        del trial.grid
+        out.append(trial)
+    return out
 
 
 def identity(run):
@@ -120,7 +153,7 @@ def _literal(text):
         return text
 
 
-def _resolve_one(config, task_name, method_name, kwargs, seed):
+def _resolve_one(config, task_name, method_name, kwargs, seed, suite):
     run = ConfigDict(config.to_dict())
     del run.seeds
     task, method = tasks.get(task_name), methods.get(method_name, **kwargs)
@@ -130,11 +163,14 @@ def _resolve_one(config, task_name, method_name, kwargs, seed):
         ConfigDict(kwargs),
         seed,
     )
-    bundled = task.source == "bundled"
-    _fill(run, "protocol", "fast" if bundled else "official")
+    bundled = task.group == "bundled"
+    _fill(run, "protocol", "fast" if bundled or suite else "official")
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
     for key, value in {**recipe, **method.DEFAULTS, **task.recipes.get(method_name, {})}.items():
-        _fill(run, key, value)
+        if run.protocol != "vtab" or key not in GRID:  # which are chosen later
+            _fill(run, key, value)
+    if run.protocol != "vtab":
+        del run.grid
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     _fill(run.pretrained, "name", _default_weights(run.model.variant))
     _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
@@ -175,6 +211,8 @@ def _check_common(config):
         _as_user_error(optim.learning_rates, config.schedule, 1.0, 1)
     choices = {
         "protocol": PROTOCOLS,
+        "data.source": sources.KINDS,
+        "data.variant": store.VARIANTS,
         "drop_path_mode": ("element", "sample"),
         "model.gelu": ("tanh", "exact"),
         "model.attention": ("xla", "cudnn"),
@@ -196,9 +234,14 @@ def _check_common(config):
             raise UserError(f"config.{key}={value} must be finite and not negative")
     if config.drop_path is not None and config.drop_path >= 1:
         raise UserError(f"config.drop_path={config.drop_path} must be less than 1")
-    seeds = config.seeds
+    seeds = (0,) if config.seeds is None else config.seeds
     if not seeds or len(set(seeds)) < len(seeds) or not all(_whole(s) and s < 2**63 for s in seeds):
         raise UserError(f"config.seeds={seeds} must be different whole numbers, such as (0,1,2)")
+    for key in GRID:
+        low, high = (1e-300, math.inf) if key == "lr" else (0, 1 if key == "drop_path" else math.inf)
+        values = config.grid[key]
+        if not values or not all(isinstance(v, int | float) and low <= v < high for v in values):
+            raise UserError(f"config.grid.{key}={values} must be possible values, such as (0.001,0.01)")
     grid = config.pretrained.grid
     if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
         raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")

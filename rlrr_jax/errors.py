@@ -1,6 +1,7 @@
 """Errors that a user can cause and mend."""
 
 import difflib
+import sys
 
 
 class UserError(ValueError):
@@ -18,3 +19,17 @@ def unknown(kind, name, options):
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? Known" if near else "known"
     return UserError(f"unknown {kind} {str(name)!r}: {hint}: {', '.join(options)}")
+
+
+def one_sentence(program):
+    """Runs a program; every error a user can mend ends it with one sentence and exit code 1."""
+    try:
+        program()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except OSError as e:
+        where = f" {e.filename}" if e.filename else ""
+        reason = (e.strerror or str(e)).strip().splitlines()[-1].strip()
+        sys.exit(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on where it stopped")

@@ -59,14 +59,14 @@ def _explained(path):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Holds a local folder for one process; UserError if another has it."""
+def lock(folder, name=".lock", wait=False):
+    """Holds a local folder for one process; if another has it, waits or raises UserError."""
     if "://" in str(folder):
         yield
         return
-    with open(epath.Path(folder) / ".lock", "w") as f:
+    with open(epath.Path(folder) / name, "w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
             raise UserError(
                 f"another process is training in {folder}: wait for it, or choose another --workdir"

@@ -1,14 +1,13 @@
 """`python -m rlrr_jax.main --config configs/vtab.py:cifar`: flags in, a table out."""
 
 import re
-import sys
 import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlrr_jax import report, train
-from rlrr_jax.errors import UserError
+from rlrr_jax import report, suite
+from rlrr_jax.errors import UserError, one_sentence
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -34,22 +33,16 @@ def main(argv):
         raise UserError("no configuration was given: add --config configs/vtab.py")
     if config.task is None:
         print(BUNDLED, flush=True)
-    rows = train.run(config, _WORKDIR.value)
-    print(f"\n{report.table(rows)}\n\n{report.caption(rows)}", flush=True)
+    rows, problems = suite.run(config, _WORKDIR.value)
+    if rows:
+        print(f"\n{report.show(rows)}", flush=True)
+    if problems:
+        raise UserError(suite.failure(problems, len(rows) + len(problems)))
 
 
 def run():
-    """`main` with every error a user can mend as one sentence, and exit code 1."""
-    try:
-        app.run(main, flags_parser=_parse_flags)
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except OSError as e:
-        where = f" {e.filename}" if e.filename else ""
-        reason = (e.strerror or str(e)).strip().splitlines()[-1].strip()
-        sys.exit(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
+    """The command."""
+    one_sentence(lambda: app.run(main, flags_parser=_parse_flags))
 
 
 def _parse_flags(argv):

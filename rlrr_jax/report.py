@@ -1,14 +1,17 @@
-"""Result files, tables and curves."""
+"""Result files, tables and curves. `python -m rlrr_jax.report WORKDIR...` makes them again."""
 
+import argparse
 import io
 
 from etils import epath
 
-from rlrr_jax import files
+from rlrr_jax import files, summary
+from rlrr_jax.errors import UserError, one_sentence
 
 COLUMNS = (
     "task",
     "method",
+    "protocol",
     "test acc",
     "best epoch's",
     "params",
@@ -21,13 +24,63 @@ COLUMNS = (
 )
 
 
-def collect(workdir):
-    """All finished runs below a workdir, also as `results.json` and `results.md` there."""
-    workdir = epath.Path(workdir)
-    rows = [files.read_json(path) for path in sorted(workdir.glob("*/*/seed*/result.json"))]
-    files.write_json(workdir / "results.json", rows)
-    files.write(workdir / "results.md", f"{table(rows)}\n\n{caption(rows)}\n")
+MOST_CURVES = 12  # in one picture
+
+
+def collect(*workdirs, out=None):
+    """All finished runs below workdirs, also as files in the folder `out`.
+
+    These are `results.json` (all rows), `results.md` (what the screen shows, and each run) and, where
+    there is a VTAB task, `summary.{csv,json,png}`. With one workdir, `out` is that one.
+    Raises UserError if there is no finished run, or if two workdirs disagree about one.
+    """
+    workdirs = [epath.Path(w).expanduser() for w in workdirs]
+    out = epath.Path(out or workdirs[0]).expanduser()
+    rows = _rows(workdirs)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "results.json", rows)
+    unfinished = [line for w in workdirs for line in _unfinished(w)]
+    lines = summary.lines(rows)
+    text = [table(rows), caption(rows), *unfinished]
+    if lines:
+        text = [summary.markdown(lines), summary.CAPTION, *text]
+        files.write(out / "summary.csv", summary.csv(lines))
+        files.write_json(out / "summary.json", summary.plain(lines))
+        files.write(out / "summary.png", summary.picture(lines))
+    files.write(out / "results.md", "\n\n".join(text) + "\n")
     return rows
+
+
+def _rows(workdirs):
+    found = {}
+    for workdir in workdirs:
+        for path in sorted(workdir.glob("*/*/seed*/result.json")):
+            row = files.read_json(path)
+            other, where = found.setdefault(row["identity"], (row, path))
+            if _outcome(other) != _outcome(row):
+                raise UserError(
+                    f"{where} and {path} are results of the same run that differ: leave one out"
+                )
+    return [row for row, _ in found.values()]
+
+
+def _outcome(row):
+    return [row[key] for key in ("test_acc_final", "test_acc_best", "val_acc", "train_loss")]
+
+
+def _unfinished(workdir):
+    """A line for each run that failed."""
+    paths = sorted(workdir.glob("*/*/seed*/error.txt"))
+    last = lambda path: path.read_text().strip().splitlines()[-1]
+    return [f"not finished: {' '.join(p.parts[-4:-1])}: {last(p)}" for p in paths]
+
+
+def show(rows):
+    """What is printed at the end: the table of tasks where there are several, else of runs."""
+    lines = summary.lines(rows)
+    if len({row["task"] for row in rows if row["task"] in summary.SHORT}) > 1:
+        return f"{summary.text(lines)}\n\n{summary.CAPTION}\n\n{caption(rows)}"
+    return f"{table(rows)}\n\n{caption(rows)}"
 
 
 def table(rows):
@@ -40,11 +93,11 @@ def table(rows):
 
     def text(line):
         left = (
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
         )
         return "| " + " | ".join(left) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < 3 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([text(lines[0]), rule, *map(text, lines[1:])])
 
 
@@ -52,9 +105,10 @@ def _cells(row, full):
     return [
         row["task"],
         row["method"] + (f" seed {row['seed']}" if row["seed"] else ""),
-        percent(row["test_acc_final"])
-        if row["val_acc"] is None
-        else percent(row["val_acc"]) + " (val)",
+        row["protocol"],
+        percent(row["val_acc"]) + " (val)"
+        if row["test_acc_final"] is None
+        else percent(row["test_acc_final"]),
         percent(row["test_acc_best"]),
         f"{row['trainable_params']:,}",
         percent(row["trainable_params"] / full) if full else "",
@@ -69,6 +123,16 @@ def _cells(row, full):
 def percent(fraction):
     """`"64.20 %"`; empty for None."""
     return "" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def all_curves(workdir, rows):
+    """The curves of all runs of a workdir in one picture."""
+    histories = {}
+    for row in rows:
+        name = f"{row['task']} {row['method']}" + f" seed {row['seed']}" * (row["seed"] > 0)
+        folder = epath.Path(workdir) / row["task"] / row["method"] / f"seed{row['seed']}"
+        histories[name] = files.read_rows(folder / "metrics.jsonl")
+    curves(epath.Path(workdir) / "curves.png", histories)
 
 
 def curves(path, histories):
@@ -107,9 +171,29 @@ def caption(rows):
     for row in rows:
         tested = f"{row['num_test']:,} test images" if row["num_test"] else "200 validation images"
         lines.append(
-            f"{row['task']}: {tested}, protocol {row['protocol']}, source {row['source']} "
-            f"({row['variant']} pixels), backbone {row['backbone']} "
+            f"{row['task']}: {tested}, source {row['source']} ({row['dataset']}, {row['variant']} "
+            f"pixels), backbone {row['backbone']} "
             f"(SHA-256 {row['backbone_sha256'][:12]}), {row['dtype']}, {row['device']}"
         )
     lines.append("test acc: after the last epoch. params: trained values outside the head.")
     return "\n".join(dict.fromkeys(lines))
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(description="Makes the tables of finished runs again.")
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="several are merged")
+    parser.add_argument("--out", help="folder of the files; WORKDIR if it is one, else ./report")
+    args = parser.parse_args()
+    out = args.out or (args.workdirs[0] if len(args.workdirs) == 1 else "report")
+    rows = collect(*args.workdirs, out=out)
+    if not rows:
+        raise UserError(f"there is no finished run in {', '.join(args.workdirs)}")
+    print(show(rows))
+    for workdir in args.workdirs:
+        print(*_unfinished(epath.Path(workdir).expanduser()), sep="\n", end="")
+    print(f"\nfiles: {out}")
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import optim
+from rlrr_jax import optim, resize
 from rlrr_jax.methods import Method
 
 
@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
       method: the `methods.Method`.
       batch_size: B, over all devices.
       num_images: N.
+      image_size: that the model takes; smaller images are enlarged.
       flip: whether training images are flipped left to right at random.
       precision: of matmuls, as `jax.default_matmul_precision` names it.
       drop_path: False leaves its noise out of the program; the rate itself is traced.
@@ -37,6 +38,7 @@ class Recipe(NamedTuple):
     method: Method
     batch_size: int
     num_images: int
+    image_size: int
     flip: bool = False
     drop_path: bool = True
     precision: str = "highest"
@@ -69,9 +71,9 @@ def put_trial(mesh, tree):
     return put(mesh, P("trial"), jax.tree.map(lambda x: x[None], tree))
 
 
-def normalize(images):
-    """uint8 images to float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+def normalize(images, size):
+    """Images uint8 [B, h, w, 3] to float32 [B, size, size, 3] in [-1, 1]."""
+    return resize.bicubic(images, size).astype(jnp.float32) / 127.5 - 1.0
 
 
 # One device, one trial ------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def take_batch(recipe, data, order, hyper, epoch, step):
     example = order[jnp.minimum(index, recipe.num_images - 1)]
     step_key = jax.random.fold_in(hyper["noise_key"], epoch * recipe.steps + step)
     keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(slot)
-    images = normalize(data["images"][example])
+    images = normalize(data["images"][example], recipe.image_size)
     if recipe.flip:
         flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
@@ -144,7 +146,7 @@ def train_steps(recipe, frozen, data, state, metrics, hyper, epoch, start, stop)
     """Steps [start, stop) of an epoch, with traced bounds; a whole epoch is one dispatch.
 
     Args:
-      data: `images` [N, H, W, 3] uint8 and `labels` [N], the whole training set.
+      data: `images` [N, h, w, 3] uint8 and `labels` [N], the whole training set.
       metrics: of this epoch so far, see `init_metrics`.
       hyper: `lr` [epochs], `weight_decay`, `drop_path`, `noise_key` and `order_key`.
 
@@ -165,10 +167,10 @@ def train_steps(recipe, frozen, data, state, metrics, hyper, epoch, start, stop)
     return jax.lax.fori_loop(start, stop, body, (state, metrics))
 
 
-def eval_step(model, precision, params, images, labels, mask):
+def eval_step(model, image_size, precision, params, images, labels, mask):
     """Sums over the global batch: loss and number of correct answers, each image counted once."""
     with jax.default_matmul_precision(precision):
-        logits = model.apply({"params": params}, normalize(images))
+        logits = model.apply({"params": params}, normalize(images, image_size))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1) == labels) * mask
     return jax.lax.psum({"loss": (losses * mask).sum(), "correct": correct.sum()}, "data")
@@ -221,9 +223,9 @@ def map_merge(merge, mesh):
 
 
 @functools.lru_cache(8)
-def map_eval_step(model, precision, mesh):
+def map_eval_step(model, image_size, precision, mesh):
     """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
-    trials = jax.vmap(functools.partial(eval_step, model, precision), (0, None, None, None))
+    trials = jax.vmap(functools.partial(eval_step, model, image_size, precision), (0, None, None, None))
     mapped = jax.shard_map(
         trials,
         mesh=mesh,

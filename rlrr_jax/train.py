@@ -1,60 +1,20 @@
-"""A run from top to bottom: weights and data in, the epochs, one row of results out."""
+"""One run from top to bottom: weights and data in, the epochs, one row of results out."""
 
-import functools
 import importlib.metadata
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-from etils import epath
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from rlrr_jax import checkpoint, files, methods, optim, pretrained, report, step
 from rlrr_jax import config as config_lib
-from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
 
 DISPATCH_SECONDS = 10  # a dispatch should last no longer, so that progress and Ctrl-C come through
-
-
-def run(config, workdir=None):
-    """Trains and evaluates all runs of a configuration; returns their rows of `results.json`.
-
-    Runs that are finished in the workdir are not repeated; an interrupted one goes on.
-    Raises UserError for anything the user can mend, before any work where that can be seen.
-    """
-    runs = config_lib.resolve(config)
-    workdir = epath.Path(workdir or f"runs/{config_lib.fingerprint(runs)}").expanduser()
-    folders = [workdir / r.task / r.method / f"seed{r.seed}" for r in runs]
-    for r, folder in zip(runs, folders):  # before a long download
-        folder.mkdir(parents=True, exist_ok=True)
-        for split in splits(r):
-            sources.open_split(r.task, tasks.get(r.task), split, r.data.dir)
-    places = {(r.pretrained.name, r.pretrained.cache_dir) for r in runs}
-    weights = {name: pretrained.fetch(name, cache_dir) for name, cache_dir in places}
-    for r, folder in zip(runs, folders):
-        _check_folder(folder, r, weights[r.pretrained.name][1])
-    print(f"workdir: {workdir}", flush=True)
-
-    load_data = functools.lru_cache(2)(_load_data)  # the runs of a task share its images
-    rows = []
-    for i, (r, folder) in enumerate(zip(runs, folders), 1):
-        label = f"[{i}/{len(runs)}] {r.task} {r.method} seed {r.seed}"
-        with files.lock(folder):
-            if (folder / "result.json").exists():
-                print(f"{label}: finished before", flush=True)
-            else:
-                train_one(r, folder, label, *weights[r.pretrained.name], load_data)
-        rows.append(files.read_json(folder / "result.json"))
-    report.collect(workdir)
-    histories = [files.read_rows(folder / "metrics.jsonl") for folder in folders]
-    names = [f"{r.task} {r.method}" + f" seed {r.seed}" * (r.seed > 0) for r in runs]
-    report.curves(workdir / "curves.png", dict(zip(names, histories)))
-    return rows
 
 
 def splits(run):
@@ -82,11 +42,9 @@ def prepare(run, weights, load_data):
     Args:
       run: a fully specified configuration, see `config.resolve`.
       weights: path of the pretrained weights.
-      load_data: `(task, split, image_size, data_dir) -> images, labels`.
+      load_data: `split -> images, labels`, see `store.load_split`.
     """
-    (images, labels), held_out = (
-        load_data(run.task, split, run.image_size, run.data.dir) for split in splits(run)
-    )
+    (images, labels), held_out = map(load_data, splits(run))
     model, method = config_lib.build_model(run), methods.get(run.method, **run.method_kwargs)
     frozen = pretrained.load(weights, model=model, image_size=run.image_size, grid=run.pretrained.grid)
     recipe = step.Recipe(
@@ -94,6 +52,7 @@ def prepare(run, weights, load_data):
         method=method,
         batch_size=run.batch_size,
         num_images=len(labels),
+        image_size=run.image_size,
         flip=run.flip,
         drop_path=run.drop_path > 0,
         precision=run.precision,
@@ -113,7 +72,7 @@ def prepare(run, weights, load_data):
         recipe=recipe,
         mesh=mesh,
         frozen=step.put(mesh, P(), frozen),
-        data=step.put(mesh, P(), {"images": images, "labels": labels}),
+        data=step.put(mesh, P(), {"images": images[:], "labels": labels}),
         held_out=held_out,
         lrs=lrs,
         hyper=step.put_trial(mesh, hyper),
@@ -121,12 +80,22 @@ def prepare(run, weights, load_data):
     )
 
 
-def train_one(run, folder, label, weights, sha256, load_data):
-    """Trains one method on one task with one seed, and writes `result.json` last."""
+def train_one(run, folder, label, weights, marks, load_data, tell=lambda clock, epochs: None):
+    """Trains one method on one task with one seed, and writes `result.json` last.
+
+    Args:
+      run: a fully specified configuration, see `config.resolve`.
+      folder: of its files.
+      label: of the run, for the screen.
+      weights: path of the pretrained weights.
+      marks: `backbone_sha256` and `dataset`, saved with the configuration and the result.
+      load_data: `split -> images, labels`.
+      tell: called after each epoch with the clock and the number of epochs done.
+    """
     clock = Clock()
     job = prepare(run, weights, load_data)
     recipe = job.recipe
-    files.write_json(folder / "config.json", _saved_config(run, sha256))
+    files.write_json(folder / "config.json", {**run.to_dict(), **marks})
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         keeper = checkpoint.Keeper(manager, run.checkpoint_seconds)
         state, metrics, first, start = _start_or_resume(job, keeper, clock)
@@ -152,11 +121,12 @@ def train_one(run, folder, label, weights, sha256, load_data):
                 metrics, start = jax.tree.map(jnp.zeros_like, metrics), 0
                 last = epoch + 1 == run.epochs
                 keeper.save_if_due(state, metrics, clock.place(epoch + 1, 0), last)
+                tell(clock, epoch + 1)
     trainable = jax.tree.map(lambda x: np.asarray(x[0]), state["trainable"])
-    metadata = {"config": run.to_dict(), "backbone_sha256": sha256}
+    metadata = {"config": run.to_dict(), **marks}
     checkpoint.save_adapter(folder / "adapter.safetensors", trainable, metadata)
     report.curves(folder / "curves.png", {label: history})
-    files.write_json(folder / "result.json", _result(job, trainable, history, sha256, clock))
+    files.write_json(folder / "result.json", _result(job, trainable, history, marks, clock))
 
 
 class Clock:
@@ -237,11 +207,12 @@ def train_epoch(job, train_steps, state, metrics, epoch, start, keeper, clock, b
 def evaluate(job, state, epoch):
     """Held-out accuracy and loss after an epoch, as the protocol has it; {} where it has none."""
     last, protocol = epoch + 1 == job.run.epochs, job.run.protocol
-    if not last and (protocol == "fast" or epoch == 0):  # the authors skip the first epoch too
+    if not last and (protocol in ("fast", "vtab") or epoch == 0):  # the authors skip epoch 0 too
         return {}
     key = "val" if protocol == "tune" else "test"
     params = step.map_merge(job.recipe.method.merge, job.mesh)(job.frozen, state["trainable"])
-    eval_step = step.map_eval_step(job.recipe.model, job.run.precision, job.mesh)
+    recipe = job.recipe
+    eval_step = step.map_eval_step(recipe.model, recipe.image_size, recipe.precision, job.mesh)
     out = step.evaluate(eval_step, params, *job.held_out, job.run.eval_batch_size, job.mesh)
     return {f"{key}_acc": float(out["accuracy"][0]), f"{key}_loss": float(out["loss"][0])}
 
@@ -257,7 +228,7 @@ def _means(recipe, metrics, steps=None):
     }
 
 
-def _result(job, trainable, history, sha256, clock):
+def _result(job, trainable, history, marks, clock):
     """One row of `results.json`."""
     run = job.run
     tested = [row for row in history if "test_acc" in row]
@@ -269,15 +240,16 @@ def _result(job, trainable, history, sha256, clock):
         **{key: run[key] for key in same},
         "method_kwargs": run.method_kwargs.to_dict(),
         "init": {**methods.options(run.method), **run.method_kwargs}.get("init"),
-        "source": tasks.get(run.task).source,
-        "variant": "original",
+        "source": run.data.source,
+        "dataset": marks["dataset"],
+        "variant": run.data.variant,
         "backbone": run.pretrained.name,
-        "backbone_sha256": sha256,
+        "backbone_sha256": marks["backbone_sha256"],
         "gelu": run.model.gelu,
         "trainable_params": methods.trainable_count(trainable),
         "head_params": methods.head_count(trainable),
         "train_loss": history[-1]["train_loss"],
-        "val_acc": history[-1].get("val_acc"),
+        "val_acc": history[-1].get("val_acc", run.get("val_acc")),  # "vtab": of the chosen trial
         "test_acc_final": history[-1].get("test_acc"),
         "test_acc_best": best and best["test_acc"],
         "best_epoch": best and best["epoch"],
@@ -287,27 +259,3 @@ def _result(job, trainable, history, sha256, clock):
         "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     }
-
-
-def _load_data(task, split, image_size, data_dir):
-    return store.load_split(task, tasks.get(task), split, image_size, data_dir)
-
-
-def _check_folder(folder, run, sha256):
-    """UserError if another run is in a folder."""
-    path = folder / "config.json"
-    if not path.exists():
-        return
-    old, new = (
-        config_lib.identity(ml_collections.ConfigDict(c))
-        for c in (files.read_json(path), _saved_config(run, sha256))
-    )
-    if changed := config_lib.differences(old, new):
-        raise UserError(
-            f"{folder} holds a run with {', '.join(changed)}: choose another --workdir, or delete "
-            f"that folder"
-        )
-
-
-def _saved_config(run, sha256):
-    return {**run.to_dict(), "backbone_sha256": sha256}

@@ -1,80 +1,289 @@
-"""Where images come from: bundled files, or tfds datasets prepared on disk. No TensorFlow."""
+"""Where images come from: bundled files, prepared tfds datasets, VTAB-1k folders. No TensorFlow.
 
+All give the same: for a split, its number of examples and encoded images with labels, in order.
+"""
+
+import hashlib
+import io
 import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
+from rlrr_jax.data import tasks, tfrecord
 from rlrr_jax.errors import UserError, first_line
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled"
+KINDS = ("tfds", "folder")
+FORMATS = ("array_record", "tfrecord")
 
 
-def open_split(name, task, split, data_dir=None):
-    """The examples of a split, in the order of the source.
+class Found(NamedTuple):
+    """Where the examples of a task are.
+
+    Attributes:
+      kind: "bundled", "tfds" or "folder".
+      path: of the dataset, with its version.
+      dataset: what it is, for tables: "cifar100:3.0.2".
+    """
+
+    kind: str
+    path: Any
+    dataset: str
+
+
+class Split(NamedTuple):
+    """The examples of a split.
+
+    Attributes:
+      number: of examples.
+      tasks: names of the tasks whose labels are known.
+      read: `(start, stop) -> [(image, labels)]`; an image is encoded bytes or an array [H, W] or
+        [H, W, 3] of uint8, labels go with `tasks`.
+      key: plain values that tell these images from all others.
+      where: `i -> text` that names an example to the user.
+    """
+
+    number: int
+    tasks: tuple
+    read: Callable
+    key: dict
+    where: Callable
+
+
+def find(name, data_dir=None, kind=None):
+    """The source of a task: of the kind asked for, else the one that is there.
 
     Args:
       name: of the task.
-      task: its `tasks.Task`.
-      split: "train800", "val200", "train800val200" or "test".
-      data_dir: folder of tfds datasets; None is tfds's own default.
+      data_dir: folder of tfds datasets, or of (or above) a `vtab-1k` folder; None is tfds's default.
+      kind: "tfds", "folder" or None.
 
-    Returns:
-      A function `(start, stop) -> list of (image, label)` and the number of examples; an image is
-      encoded bytes or an array [H, W] or [H, W, 3] of uint8.
-
-    Raises:
-      UserError: if the dataset has not been prepared.
+    Raises UserError if there is none, or if both are there and `kind` is None.
     """
-    if task.source == "bundled":
-        return _bundled(name, task.splits[split])
-    read, number = _tfds(task, task.splits[split], data_dir)
-    if split == "test" and number != task.num_test:
+    name, task = tasks.canonical(name), tasks.get(name)
+    if task.group == "bundled":
+        return Found("bundled", BUNDLED / f"{name}.npz", name)
+    root = epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
+    found = {}
+    for version in _versions(root / task.tfds, task):
+        found.setdefault("tfds", Found("tfds", root / task.tfds / version, f"{task.tfds}:{version}"))
+    for folder in (root / "vtab-1k" / name, root / name):
+        if (folder / "test.txt").exists():
+            found.setdefault("folder", Found("folder", folder, f"vtab-1k/{name}"))
+    if kind is None and len(found) == 2:
         raise UserError(
-            f"{name} has {number} test images instead of {task.num_test}: prepare the dataset again"
+            f"{name} is in {root} twice, as {found['tfds'].path} and as {found['folder'].path}, which "
+            f"differ in their pixels: choose by --config.data.source=tfds or folder"
         )
-    return read, number
+    wanted = [kind] if kind else KINDS
+    for choice in wanted:
+        if choice in found:
+            return found[choice]
+    places = {
+        "tfds": f"a prepared tfds dataset at {root / task.tfds / task.version}",
+        "folder": f"a VTAB-1k folder at {root / 'vtab-1k' / name}",
+    }
+    raise UserError(
+        f"there is no {' nor '.join(places[k] for k in wanted)[2:]}: prepare it by python -m "
+        f"rlrr_jax.prepare --tasks {name} --data_dir {root}, or point config.data.dir at the folder "
+        f"that has it"
+    )
 
 
-def _bundled(name, parts):
-    with np.load(BUNDLED / f"{name}.npz", allow_pickle=False) as file:
-        images = np.concatenate([file[f"{part}/images"] for part in parts.split("+")])
-        labels = np.concatenate([file[f"{part}/labels"] for part in parts.split("+")])
-    return lambda start, stop: list(zip(images[start:stop], labels[start:stop])), len(labels)
+def _versions(folder, task):
+    """Prepared versions with the images of a task, the best first."""
+    if not folder.exists():
+        return []
+    names = [p.name for p in folder.iterdir() if (p / "dataset_info.json").exists()]
+    numbers = {n: tuple(map(int, n.split("."))) for n in names if n.replace(".", "").isdigit()}
+    right = [n for n in numbers if numbers[n][0] in task.majors]
+    return sorted(right, key=lambda n: (n == task.version, numbers[n]), reverse=True)
 
 
-def _tfds(task, split, data_dir):
+def open_split(name, split, found):
+    """The examples of a `Split`, in the order of the source.
+
+    Args:
+      name: of the task.
+      split: "train800", "val200", "train800val200" or "test".
+      found: see `find`.
+
+    Raises UserError if the dataset is damaged or has another number of examples.
+    """
+    name = tasks.canonical(name)
+    task = tasks.get(name)
+    opened = {"bundled": _bundled, "tfds": _tfds, "folder": _folder}[found.kind](name, task, split, found)
+    number = {**tasks.SPLITS, "test": task.num_test}[split]
+    if opened.number != number:
+        kind = split if split in tasks.SPLITS else "test"
+        raise UserError(
+            f"{name} has {opened.number} {kind} images instead of {number} in {found.path}: prepare "
+            f"the dataset again"
+        )
+    return opened
+
+
+def pixels(name, found):
+    """What a source's pixels are: "original", "jpeg75" (saved again by Pillow's default) or "stored"."""
+    if found.kind != "folder":
+        return "original"
+    split = open_split(name, "test", found)
+    if not split.number:
+        return "stored"
+    (image, _), *_ = split.read(0, 1)
+    try:
+        with Image.open(io.BytesIO(image)) as jpeg:
+            ours = Image.open(io.BytesIO(jpeg75(jpeg.convert("RGB"))))
+            same = getattr(jpeg, "quantization", None) == ours.quantization and jpeg.layer == ours.layer
+    except (OSError, AttributeError):  # no image at all is reported when it is decoded
+        same = False
+    return "jpeg75" if same else "stored"
+
+
+def jpeg75(image):
+    """An RGB Pillow image saved as the published VTAB-1k folders were: JPEG, quality 75, 4:2:0."""
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=75, subsampling="4:2:0")
+    return out.getvalue()
+
+
+def _bundled(name, task, split, found):
+    with np.load(found.path, allow_pickle=False) as file:
+        parts = task.splits[split].split("+")
+        images = np.concatenate([file[f"{part}/images"] for part in parts])
+        labels = np.concatenate([file[f"{part}/labels"] for part in parts])
+    read = lambda start, stop: [(i, (k,)) for i, k in zip(images[start:stop], labels[start:stop])]
+    return Split(len(labels), (name,), read, {}, lambda i: f"image {i} of {name} {split}")
+
+
+# tfds -----------------------------------------------------------------------------------------
+
+
+def _tfds(name, task, split, found):
     import tensorflow_datasets as tfds  # slow to import, and only needed here
 
-    name, version = task.tfds.split(":")
-    folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name / version
-    if not (folder / "dataset_info.json").exists():
-        raise UserError(
-            f"there is no prepared tfds dataset at {folder}: point config.data.dir at the folder "
-            f"that holds {name}/{version}, or prepare it on a machine with TensorFlow by "
-            f"tfds.builder('{task.tfds}', file_format='array_record').download_and_prepare()"
-        )
+    part, again = task.splits[split], "prepare it again"
     try:
-        builder = tfds.builder_from_directory(folder)
-        source = builder.as_data_source(split, decoders={task.image_key: tfds.decode.SkipDecoding()})
-    except NotImplementedError as e:
-        raise UserError(
-            f"{folder} is stored as {builder.info.file_format.value}, which cannot be read without "
-            f"TensorFlow: prepare it with file_format='array_record'"
-        ) from e
+        builder = tfds.builder_from_directory(found.path)
+        stored_as = builder.info.file_format.value
+        if stored_as not in FORMATS:
+            raise UserError(
+                f"{found.path} is stored as {stored_as}, which cannot be read without TensorFlow: "
+                f"prepare it again by python -m rlrr_jax.prepare"
+            )
+        number = builder.info.splits[part].num_examples
+        files = [
+            (pathlib.PurePath(f.filename).name, f.skip, f.take)
+            for f in builder.info.splits[part].file_instructions
+        ]
+        fetch = (_array_record if stored_as == "array_record" else _tfrecord)(builder, task, part)
+    except UserError:
+        raise
     except Exception as e:  # tfds's parsers, splits and readers each have their own
-        raise UserError(
-            f"{folder} has no readable split {split!r} ({first_line(e)}): prepare it again"
-        ) from e
+        raise UserError(f"{found.path} has no readable split {part!r} ({first_line(e)}): {again}") from e
+    names = tasks.sharing(name, split)
+    labels_of = [tasks.get(n).label for n in names]
 
     def read(start, stop):
         try:
-            examples = source.__getitems__(list(range(start, stop)))
-            return [(e[task.image_key], e[task.label_key]) for e in examples]
-        except Exception as e:  # a record that is cut off is None
+            return [(e[task.image], [f(e) for f in labels_of]) for e in fetch(start, stop)]
+        except Exception as e:  # a record that is cut off is None, or cannot be parsed
             raise UserError(
-                f"{folder}, split {split!r}: cannot read examples {start} to {stop - 1} "
-                f"({first_line(e)}); prepare it again"
+                f"{found.path}, split {part!r}: cannot read examples {start} to {stop - 1} "
+                f"({first_line(e)}); {again}"
             ) from e
 
-    return read, len(source)
+    sizes = [(found.path / f).stat().length for f, *_ in files] if files else []
+    key = {"dataset": found.dataset, "files": files, "sizes": sizes, "image": task.image}
+    where = lambda i: f"image {i} of {name} {split} ({found.path})"
+    return Split(number, tuple(names), read, key, where)
+
+
+def _raw_images(tfds, features):
+    """Decoders that leave every image encoded."""
+    is_image = lambda f: isinstance(f, tfds.features.Image)
+    return {k: tfds.decode.SkipDecoding() for k, f in features.items() if is_image(f)}
+
+
+def _array_record(builder, task, part):
+    import tensorflow_datasets as tfds
+
+    raw = _raw_images(tfds, builder.info.features)
+    source = builder.as_data_source(part, decoders=raw)
+    return lambda start, stop: source.__getitems__(list(range(start, stop)))
+
+
+def _tfrecord(builder, task, part):
+    import tensorflow_datasets as tfds
+
+    siblings = [t for t in tasks.TASKS.values() if (t.tfds, t.image) == (task.tfds, task.image)]
+    names = {task.image, *(name for t in siblings for name in t.fields)}
+    features = tfds.features.FeaturesDict({k: builder.info.features[k] for k in names})
+    raw = _raw_images(tfds, features)
+    index = [
+        record
+        for f in builder.info.splits[part].file_instructions
+        for record in tfrecord.index(epath.Path(f.filename), f.skip, f.take)
+    ]
+    return lambda start, stop: [
+        features.deserialize_example_np(record, decoders=raw)
+        for record in tfrecord.read(index[start:stop])
+    ]
+
+
+# VTAB-1k folders ------------------------------------------------------------------------------
+
+
+def _folder(name, task, split, found):
+    """A folder as NOAH's get_vtab1k.py writes it: list files of `images/<split>/000000.jpg 3`."""
+    path = found.path / f"{split}.txt"
+    if not path.exists():
+        raise UserError(f"there is no {path}: extract the whole vtab-1k archive")
+    text = path.read_text()
+    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    entries = [_parse(path, i, line, task.classes) for i, line in lines]
+
+    def read(start, stop):
+        out = []
+        for line, image, label in entries[start:stop]:
+            try:
+                out.append(((found.path / image).read_bytes(), (label,)))
+            except OSError as e:
+                raise UserError(
+                    f"{path}:{line}: cannot read {found.path / image} ({e.strerror or e}): extract "
+                    f"the archive again"
+                ) from e
+        return out
+
+    images = found.path / "images" / split
+    changed = images.stat().mtime if images.exists() else 0
+    key = {
+        "folder": str(found.path),
+        "list": hashlib.sha256(text.encode()).hexdigest(),
+        "changed": changed,
+    }
+    where = lambda i: f"{path}:{entries[i][0]}: {entries[i][1]}"
+    return Split(len(entries), (name,), read, key, where)
+
+
+def _parse(path, number, line, classes):
+    """`(line number, image, label)` of a line of a list file."""
+    parts = line.split()
+    if len(parts) != 2 or not parts[1].removeprefix("-").isdecimal():
+        raise UserError(
+            f"{path}:{number}: {line.strip()!r} is not an image path and a whole number: "
+            f"extract the archive again"
+        )
+    image, label = pathlib.PurePosixPath(parts[0]), int(parts[1])
+    if image.is_absolute() or ".." in image.parts or "\\" in parts[0]:
+        raise UserError(f"{path}:{number}: {parts[0]!r} leads out of {path.parent}: correct that line")
+    if not 0 <= label < classes:
+        raise UserError(
+            f"{path}:{number}: label {label} is not one of the {classes} classes 0 to {classes - 1}: "
+            f"correct that line"
+        )
+    return number, image, label

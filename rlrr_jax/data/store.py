@@ -1,58 +1,235 @@
-"""Splits as arrays: decoded and resized once, with Pillow."""
+"""Splits as arrays: decoded and resized once with Pillow, then memory-mapped from a cache folder."""
 
+import functools
+import hashlib
 import io
+import json
 import os
+import pathlib
+import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from rlrr_jax.data import sources
+from rlrr_jax import files
+from rlrr_jax.data import sources, tasks
 from rlrr_jax.errors import UserError
 
-_CHUNK = 1024
+_BLOCK = 256  # images that are decoded, written and checked together
+_FORMAT = 1  # of an entry
+VARIANTS = ("original", "jpeg75")
 
 
-def decode(image, size):
+class Images:
+    """Images [N, side, side, 3] uint8 of an entry; a slice of them is read into memory.
+
+    The file is mapped anew for each slice, so that what has been read no longer counts as ours.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.shape, self.dtype = mapped.shape, mapped.dtype
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        return np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[index])
+
+
+class Entry(NamedTuple):
+    """Where a split is, or is to be, in the cache.
+
+    Attributes:
+      folder: of the entry.
+      split: the `sources.Split` it is made of.
+      side: of the stored images.
+      key: plain values; everything that shapes the images.
+    """
+
+    folder: Any
+    split: sources.Split
+    side: int
+    key: dict
+
+    @property
+    def bytes(self):
+        """Size of the images."""
+        return self.split.number * self.side**2 * 3
+
+
+def decode(image, size, variant="original", scale=1):
     """An RGB image [size, size, 3] uint8 from encoded bytes or an array.
 
     The authors' preprocessing: Pillow's bicubic resize (antialiased), the aspect ratio ignored.
+
+    Args:
+      variant: "jpeg75" saves and loads the image as JPEG of quality 75, 4:2:0, before the resize.
+      scale: what pixel values are multiplied by first (dsprites is stored as 0 and 1).
     """
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    else:
-        image = Image.fromarray(image)
+    image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
     image = image.convert("RGB")
+    if scale != 1:
+        image = Image.fromarray(np.asarray(image) * np.uint8(scale))
+    if variant == "jpeg75":
+        image = Image.open(io.BytesIO(sources.jpeg75(image))).convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def load_split(name, task, split, size, data_dir=None):
-    """All images [N, size, size, 3] uint8 and labels [N] int32 of a split, in the source's order."""
-    read, number = sources.open_split(name, task, split, data_dir)
-    images = np.empty((number, size, size, 3), np.uint8)
-    labels = np.empty(number, np.int32)
+def load_split(name, split, size, variant="original", found=None, cache_dir=None):
+    """Images and labels of a split, in the source's order.
 
-    def put(item):
-        i, (image, label) = item
-        try:
-            images[i], labels[i] = decode(image, size), label
-        except OSError as e:  # Pillow's
-            raise UserError(f"image {i} of {name} {split} is damaged ({e}): prepare it again") from e
+    Args:
+      name: of the task.
+      split: "train800", "val200", "train800val200" or "test".
+      size: of the images the model takes. Small images of one size are kept as they are, and are
+        to be resized on the device (`resize.bicubic`, bit-equal to Pillow).
+      variant: "original" or "jpeg75".
+      found: the `sources.Found`; None looks in the default places.
+      cache_dir: of decoded images; None is ~/.cache/rlrr_jax.
 
+    Returns:
+      images [N, side, side, 3] uint8 (a NumPy array, or `Images` in a file) and labels [N] int32.
+
+    Raises:
+      UserError: if an image is damaged, a label is impossible or the disk is too small.
+    """
+    name = tasks.canonical(name)
+    found = found or sources.find(name)
+    if found.kind == "bundled":
+        source = sources.open_split(name, split, found)
+        images = [decode(image, tasks.get(name).side, variant) for image, _ in source.read(0, None)]
+        labels = np.array([label for _, (label,) in source.read(0, None)], np.int32)
+        return np.stack(images), labels
+    entry = locate(name, split, size, variant, found, cache_dir)
+    entry.folder.parent.mkdir(parents=True, exist_ok=True)
+    with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True):
+        if not intact(entry):
+            build(entry, name, split)
+    labels = np.load(entry.folder / f"labels-{name}.npy", allow_pickle=False)
+    return Images(entry.folder / "images.npy"), labels
+
+
+def locate(name, split, size, variant="original", found=None, cache_dir=None):
+    """The `Entry` of a split. Tasks that have the same images share it."""
+    task = tasks.get(name)
+    found = found or sources.find(name)
+    source = sources.open_split(name, split, found)
+    side = task.side if 0 < task.side <= size else size
+    key = {
+        **source.key,
+        **dict(side=side, native=side == task.side, scale=task.scale if found.kind == "tfds" else 1),
+        **dict(variant=variant if found.kind == "tfds" else "stored"),
+        **dict(pillow=PIL.__version__, format=_FORMAT, tasks=list(source.tasks)),
+    }
+    key = json.loads(json.dumps(key))
+    mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
+    stem = found.dataset.replace("/", "-").replace(":", "-")
+    folder = _cache(cache_dir) / "images" / f"{stem}-{split}-{side}px-{key['variant']}-{mark}"
+    return Entry(folder, source, side, key)
+
+
+def _cache(cache_dir):
+    return pathlib.Path(cache_dir or "~/.cache/rlrr_jax").expanduser()
+
+
+def missing_bytes(entries):
+    """Bytes that entries will take that are not in the cache, each counted once."""
+    new = {e.folder: e.bytes for e in entries if not (e.folder / "entry.json").exists()}
+    return sum(new.values())
+
+
+def check_space(wanted, cache_dir=None):
+    """UserError if so many bytes do not fit into the cache folder's disk."""
+    folder = _cache(cache_dir)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(
+            f"the decoded images take {wanted / 1e9:.1f} GB and {_cache(cache_dir)} has "
+            f"{free / 1e9:.1f} GB free: make space, or point config.data.cache_dir at a larger disk"
+        )
+
+
+def intact(entry):
+    """Whether an entry is there and every byte of it is what was written."""
+    try:
+        saved = files.read_json(entry.folder / "entry.json")
+        if saved["key"] != entry.key:
+            return False
+        labels = [(entry.folder / f"labels-{t}.npy").read_bytes() for t in entry.split.tasks]
+        images = Images(entry.folder / "images.npy")
+        if images.shape != (entry.split.number, entry.side, entry.side, 3):
+            return False
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            starts = range(0, len(images), _BLOCK)
+            sums = list(pool.map(lambda i: zlib.crc32(images[i : i + _BLOCK]), starts))
+        return saved["crc32"] == {"images": sums, "labels": [zlib.crc32(x) for x in labels]}
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def build(entry, name, split):
+    """Decodes a split into its entry; the folder appears when it is complete."""
+    check_space(entry.bytes, entry.folder.parents[1])
+    part = entry.folder.with_name(entry.folder.name + ".part")
+    for old in (part, entry.folder):
+        if old.exists():
+            shutil.rmtree(old)
+    part.mkdir()
+    number, shape = entry.split.number, (entry.split.number, entry.side, entry.side, 3)
+    labels = np.empty((len(entry.split.tasks), number), np.int32)
+    sums = []
     with (
+        (part / "images.npy").open("wb") as f,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=number, desc=f"{name} {split}", unit="img", disable=number < 5000) as bar,
+        tqdm(total=number, desc=f"decoding {name} {split}", unit="img", disable=number < 5000) as bar,
     ):
-        for start in range(0, number, _CHUNK):
-            examples = read(start, min(start + _CHUNK, number))
-            for _ in pool.map(put, enumerate(examples, start)):
-                bar.update()
-    if number and not 0 <= labels.min() <= labels.max() < task.classes:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(f, header)
+        for start in range(0, number, _BLOCK):
+            examples = entry.split.read(start, min(start + _BLOCK, number))
+            put = functools.partial(_decode, entry, tasks.get(name))
+            block = np.stack(list(pool.map(put, enumerate(examples, start))))
+            labels[:, start : start + len(block)] = np.array([k for _, k in examples], np.int32).T
+            sums.append(zlib.crc32(block))
+            f.write(block)
+            bar.update(len(block))
+        f.flush()
+        os.fsync(f.fileno())
+    for task, values in zip(entry.split.tasks, labels):
+        _check_labels(task, split, values)
+        np.save(part / f"labels-{task}.npy", values)
+    label_sums = [zlib.crc32((part / f"labels-{t}.npy").read_bytes()) for t in entry.split.tasks]
+    files.write_json(
+        part / "entry.json", {"key": entry.key, "crc32": {"images": sums, "labels": label_sums}}
+    )
+    part.rename(entry.folder)
+
+
+def _decode(entry, task, item):
+    i, (image, _) = item
+    try:
+        if entry.key["native"] and Image.open(io.BytesIO(image)).size != (entry.side,) * 2:
+            raise OSError(f"its size is not {entry.side} x {entry.side}")
+        return decode(image, entry.side, entry.key["variant"], entry.key["scale"])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's
+        raise UserError(f"{entry.split.where(i)} is damaged ({e}): prepare it again") from e
+
+
+def _check_labels(name, split, labels):
+    classes = tasks.get(name).classes
+    if not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(
             f"labels of {name} {split} go from {labels.min()} to {labels.max()}, but the task has "
-            f"{task.classes} classes: the dataset is not the expected one, prepare it again"
+            f"{classes} classes: the dataset is not the expected one, prepare it again"
         )
-    return images, labels

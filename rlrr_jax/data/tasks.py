@@ -1,52 +1,174 @@
-"""What each task is. Sources: VTAB (Zhai et al., 2019) for the splits, the authors' VTABConfig.py for
-the recipes."""
+"""What each task is: VTAB-1k's 19 and two bundled ones.
 
-from collections.abc import Mapping
+Sources: VTAB (Zhai et al., 2019; github.com/google-research/task_adaptation) for splits and labels,
+the authors' VTABConfig.py for the recipes. Split positions are VTAB's percentages of the known sizes.
+"""
+
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+
 from rlrr_jax.errors import unknown
+
+SPLITS = {"train800": 800, "val200": 200, "train800val200": 1000}  # and "test"
+
+
+def field(name):
+    """The label function that takes a field as it is."""
+    return lambda example: example[name]
+
+
+def count_objects(example):
+    """clevr_count: 3 to 10 objects are classes 0 to 7."""
+    return len(example["objects"]["size"]) - 3
+
+
+def nearest_object(example):
+    """clevr_dist: the smallest pixel depth, in 6 bins (0, 8], (8, 8.5], ... (10, 100]."""
+    depths = np.asarray(example["objects"]["pixel_coords"], np.float32).reshape(-1, 3)[:, 2]
+    return _bin(depths.min(initial=np.inf), (0, 8, 8.5, 9, 9.5, 10, 100))
+
+
+def nearest_vehicle(example):
+    """kitti: the nearest car, van or truck up to 8 m, 20 m, farther, or none at all: 0 to 3."""
+    objects = example["objects"]
+    vehicle = np.asarray(objects["type"], int) < 3
+    depths = np.asarray(objects["location"], np.float32).reshape(-1, 3)[:, 2]
+    return _bin(depths[vehicle].min(initial=1000), (-100, 8, 20, 999))
+
+
+def _bin(value, edges):
+    """The last edge strictly below the value."""
+    return int(np.sum(np.asarray(edges) < value)) - 1
+
+
+def position_bin(example):
+    """dsprites_loc: 32 x positions in 16 classes."""
+    return example["label_x_position"] // 2
+
+
+def orientation_bin(example):
+    """dsprites_ori: 40 orientations in 16 classes of three and two values in turn."""
+    return 2 * example["label_orientation"] // 5
 
 
 class Task(NamedTuple):
     """One classification task.
 
     Attributes:
-      source: "bundled" or "tfds".
-      splits: our split names -> what the source calls them.
+      group: "natural", "specialized", "structured" or "bundled".
+      splits: our split names -> tfds's instructions (bundled: parts of the file).
       classes: number of classes.
       num_test: number of test images.
-      tfds: tfds name and version.
-      image_key, label_key: of a tfds example.
+      tfds: tfds's name of the dataset, with its configuration.
+      version: the one that can still be prepared; another of `majors` is read if it is there.
+      majors: major versions with the same images.
+      image: field of the image.
+      label: pure function from an example to the class.
+      fields: of the example that `label` reads.
+      side: of the square images if all have the same small size, else 0.
+      scale: what stored pixel values are multiplied by.
       flip: whether the recipe flips training images.
       epochs: the recipe's.
       schedule: see `optim.learning_rates`.
       recipes: by method, what replaces the method's DEFAULTS (and the task's epochs).
     """
 
-    source: str
-    splits: dict
+    group: str
+    splits: Mapping
     classes: int
     num_test: int
     tfds: str = ""
-    image_key: str = "image"
-    label_key: str = "label"
+    version: str = ""
+    majors: tuple = ()
+    image: str = "image"
+    label: Callable = field("label")
+    fields: tuple = ("label",)
+    side: int = 0
+    scale: int = 1
     flip: bool = False
     epochs: int = 110
     schedule: str = "official"
     recipes: Mapping = MappingProxyType({})
 
 
-_BUNDLED = dict(
-    source="bundled",
-    splits={
-        "train800val200": "train800+val200",
-        "train800": "train800",
-        "val200": "val200",
-        "test": "test",
-    },
-    schedule="cosine",
-)
+def _splits(train, val, test):
+    return {"train800": train, "val200": val, "train800val200": f"{train}+{val}", "test": test}
+
+
+def _vtab(group, dataset, val, classes, num_test, recipe, *, test="test", majors=(), **kwargs):
+    """A VTAB task; `recipe` is the authors' learning rate, weight decay and drop path for RLRR."""
+    name, version = dataset.split(":")
+    return Task(
+        group=group,
+        splits=_splits("train[:800]", val, test),
+        classes=classes,
+        num_test=num_test,
+        tfds=name,
+        version=version,
+        majors=(int(version[0]), *majors),
+        recipes={"rlrr": dict(zip(("lr", "weight_decay", "drop_path"), recipe))},
+        **kwargs,
+    )
+
+
+_N, _P, _S = "natural", "specialized", "structured"
+_VAL = "validation[:200]"
+_CLEVR = (_S, "clevr:3.1.0", "train[63000:63200]")
+_DSPRITES = (_S, "dsprites:2.0.0", "train[589824:590024]")
+_NORB = (_S, "smallnorb:2.0.0", "test[:200]")
+_DSPRITES_KW = dict(test="train[663552:]", side=64, scale=255)  # stored as 0 and 1
+_NORB_KW = dict(test="test[50%:]", side=96)
+
+# fmt: off
+VTAB = {
+    "cifar": _vtab(_N, "cifar100:3.0.2", "train[45000:45200]", 100, 10000, (3e-3, 5e-5, 0.1), side=32),
+    "caltech101": _vtab(_N, "caltech101:3.0.2", "train[2754:2954]", 102, 6084, (1e-3, 5e-5, 0.1)),
+    "dtd": _vtab(_N, "dtd:3.0.1", _VAL, 47, 1880, (2e-3, 5e-5, 0.1), flip=True),
+    "oxford_flowers102": _vtab(
+        _N, "oxford_flowers102:2.1.1", _VAL, 102, 6149, (3e-3, 5e-2, 0.3)),
+    "oxford_iiit_pet": _vtab(
+        _N, "oxford_iiit_pet:4.0.0", "train[2944:3144]", 37, 3669, (1e-3, 5e-5, 0.1), majors=(3,),
+        flip=True),
+    "svhn": _vtab(
+        _N, "svhn_cropped:3.1.0", "train[65931:66131]", 10, 26032, (5e-3, 5e-5, 0.3), side=32),
+    "sun397": _vtab(_N, "sun397/tfds:4.0.0", _VAL, 397, 21750, (1e-3, 5e-5, 0.1)),
+    "patch_camelyon": _vtab(
+        _P, "patch_camelyon:2.0.0", _VAL, 2, 32768, (3e-3, 5e-2, 0.3), side=96, flip=True),
+    "eurosat": _vtab(
+        _P, "eurosat/rgb:2.0.0", "train[16200:16400]", 10, 5400, (1e-3, 5e-5, 0.1),
+        test="train[21600:]", side=64, flip=True),
+    "resisc45": _vtab(
+        _P, "resisc45:3.0.0", "train[18900:19100]", 45, 6300, (3e-3, 5e-5, 0.0), test="train[25200:]"),
+    "diabetic_retinopathy": _vtab(
+        _P, "diabetic_retinopathy_detection/btgraham-300:3.0.0", _VAL, 5, 42670, (5e-3, 5e-5, 0.1),
+        flip=True),
+    "clevr_count": _vtab(
+        *_CLEVR, 8, 15000, (5e-3, 5e-5, 0.5), test="validation", label=count_objects,
+        fields=("objects",), flip=True),
+    "clevr_dist": _vtab(
+        *_CLEVR, 6, 15000, (1e-2, 5e-5, 0.2), test="validation", label=nearest_object,
+        fields=("objects",), flip=True),
+    "dmlab": _vtab(_S, "dmlab:2.0.1", _VAL, 6, 22735, (5e-3, 5e-5, 0.3), flip=True),
+    "kitti": _vtab(
+        _S, "kitti:3.3.0", _VAL, 4, 711, (3e-3, 5e-2, 0.3), label=nearest_vehicle, fields=("objects",),
+        flip=True),
+    "dsprites_loc": _vtab(
+        *_DSPRITES, 16, 73728, (1e-2, 5e-5, 0.1), label=position_bin, fields=("label_x_position",),
+        **_DSPRITES_KW),
+    "dsprites_ori": _vtab(
+        *_DSPRITES, 16, 73728, (5e-3, 5e-5, 0.1), label=orientation_bin, fields=("label_orientation",),
+        **_DSPRITES_KW),
+    "smallnorb_azi": _vtab(
+        *_NORB, 18, 12150, (5e-3, 5e-2, 0.3), label=field("label_azimuth"), fields=("label_azimuth",),
+        **_NORB_KW),
+    "smallnorb_ele": _vtab(
+        *_NORB, 9, 12150, (1e-3, 5e-5, 0.3), label=field("label_elevation"),
+        fields=("label_elevation",), flip=True, **_NORB_KW),
+}
+# fmt: on
 
 
 # Chosen on val200, mean of three seeds (--config.protocol=tune --config.seeds="(0,1,2)").
@@ -54,11 +176,13 @@ def _tuned(lr, weight_decay=1e-4, **kwargs):
     return dict(lr=lr, weight_decay=weight_decay, drop_path=0.0, **kwargs)
 
 
-TASKS = {
+_BUNDLED = dict(group="bundled", splits=_splits("train800", "val200", "test"), schedule="cosine")
+BUNDLED = {
     "hearts": Task(
         **_BUNDLED,
         classes=16,
         num_test=2000,
+        side=32,
         epochs=12,
         recipes={
             "linear": _tuned(0.02, 0.03, epochs=36),  # cheap epochs, to convergence
@@ -70,28 +194,61 @@ TASKS = {
         **_BUNDLED,
         classes=10,
         num_test=797,
+        side=32,
         epochs=8,
         recipes={"linear": _tuned(0.03), "rlrr": _tuned(0.02), "full": _tuned(5e-4)},
     ),
-    "cifar": Task(
-        source="tfds",
-        tfds="cifar100:3.0.2",
-        splits={
-            "train800val200": "train[:800]+train[45000:45200]",
-            "train800": "train[:800]",
-            "val200": "train[45000:45200]",
-            "test": "test",
-        },
-        classes=100,
-        num_test=10000,
-        recipes={"rlrr": dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1)},
-    ),
 }
-BUNDLED = ("hearts", "digits")
+TASKS = {**VTAB, **BUNDLED}
+GROUPS = {
+    group: tuple(name for name, task in VTAB.items() if task.group == group) for group in (_N, _P, _S)
+}
+# Other names in use: tfds's, VTAB's and those of papers' code.
+ALIASES = {
+    "cifar100": "cifar",
+    "caltech": "caltech101",
+    "flowers": "oxford_flowers102",
+    "flowers102": "oxford_flowers102",
+    "pet": "oxford_iiit_pet",
+    "pets": "oxford_iiit_pet",
+    "oxford_pet": "oxford_iiit_pet",
+    "svhn_cropped": "svhn",
+    "camelyon": "patch_camelyon",
+    "pcam": "patch_camelyon",
+    "resisc": "resisc45",
+    "retinopathy": "diabetic_retinopathy",
+    "diabetic_retinopathy_detection": "diabetic_retinopathy",
+    "clevr_distance": "clevr_dist",
+    "kitti_distance": "kitti",
+    "dsprites_location": "dsprites_loc",
+    "dsprites_orientation": "dsprites_ori",
+    "smallnorb_azimuth": "smallnorb_azi",
+    "smallnorb_elevation": "smallnorb_ele",
+}
 
 
 def get(name):
     """The task of that name; UserError with the nearest name if there is none."""
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    return TASKS[name]
+    return TASKS[canonical(name)]
+
+
+def canonical(name):
+    """Our name of a task; UserError with the nearest name if there is none."""
+    if name not in TASKS and name not in ALIASES:
+        raise unknown("task", name, [*TASKS, *GROUPS, *ALIASES, "all"])
+    return ALIASES.get(name, name)
+
+
+def expand(names):
+    """Names of tasks for names, aliases, groups and "all", each once."""
+    groups = {**GROUPS, "all": tuple(VTAB), "bundled": tuple(BUNDLED)}
+    every = [task for name in names for task in groups.get(name) or (canonical(name),)]
+    return list(dict.fromkeys(every))
+
+
+def sharing(name, split):
+    """The tasks that have the same images in a split, in the same order."""
+    like = lambda task: (task.tfds or name, task.image, task.scale, task.splits[split])
+    return [other for other, task in TASKS.items() if task.tfds and like(task) == like(get(name))] or [
+        name
+    ]

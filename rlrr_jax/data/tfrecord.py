@@ -1,0 +1,73 @@
+"""Reads TFRecord files without TensorFlow.
+
+A file is a sequence of frames: length (uint64), CRC of the length (uint32), data, CRC of the data
+(uint32), all little-endian (tensorflow.org/tutorials/load_data/tfrecord). The CRC of each length is
+checked, that of the data is not: records are parsed, and their images decoded, right away.
+"""
+
+import os
+import struct
+
+_HEADER = struct.Struct("<QI")
+_FOOTER = 4
+
+
+def _table():
+    """CRC-32C (Castagnoli) of each byte."""
+    out = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        out.append(value)
+    return tuple(out)
+
+
+_TABLE = _table()
+
+
+def masked_crc(data):
+    """The masked CRC-32C that frames carry."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def index(path, skip, take):
+    """`(path, offset, length)` of records `skip` to `skip + take - 1` of a file.
+
+    Raises ValueError if the file is damaged or has too few.
+    """
+    out, offset = [], 0
+    with path.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        while len(out) < skip + take:
+            f.seek(offset)
+            header = f.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                raise ValueError(f"{path.name} ends after {len(out)} records")
+            length, crc = _HEADER.unpack(header)
+            end = offset + _HEADER.size + length + _FOOTER
+            if crc != masked_crc(header[:8]) or end > size:
+                raise ValueError(f"{path.name} is damaged at byte {offset}")
+            out.append((path, offset + _HEADER.size, length))
+            offset = end
+    return out[skip:]
+
+
+def read(records):
+    """The data of records of an `index`; consecutive ones of a file share an open file."""
+    out, f, at = [], None, None
+    try:
+        for path, offset, length in records:
+            if path != at:
+                if f:
+                    f.close()
+                f, at = path.open("rb"), path
+            f.seek(offset)
+            out.append(f.read(length))
+    finally:
+        if f:
+            f.close()
+    return out

@@ -1,0 +1,252 @@
+"""The table of VTAB-1k: tasks in columns, means over groups, seeds folded, beside published rows."""
+
+import csv as csv_lib
+import functools
+import io
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from rlrr_jax.data import tasks
+from rlrr_jax.errors import UserError
+
+PUBLISHED = pathlib.Path(__file__).parent / "published.csv"
+SHORT = dict(
+    zip(
+        tasks.VTAB,
+        (
+            *("cifar", "caltec", "dtd", "flower", "pets", "svhn", "sun397"),
+            *("camely", "eurosa", "resisc", "retino"),
+            *("cl-cnt", "cl-dst", "dmlab", "kitti", "ds-loc", "ds-ori", "no-azi", "no-ele"),
+        ),
+    )
+)
+MEANS = {
+    "natural": "natur.",
+    "specialized": "speci.",
+    "structured": "struc.",
+    "mean_of_groups": "groups",
+    "flat_mean": "flat",
+}
+CAPTION = """\
+Test accuracy in percent, mean and standard deviation (n - 1) over seeds. groups: the mean of the three
+group means, as most papers report it; flat: the mean of the 19 tasks, as the RLRR paper does. A mean is
+left out where a task is missing. params: trained values without the head; head: mean over tasks. Published
+rows are copied from their sources (rlrr_jax/published.csv); RLRR's are the best epoch's test accuracy on
+images saved again as JPEG, and their parameters include heads."""
+# Runs of one line are equal in these.
+_SAME = ("method", "method_kwargs", "protocol", "source", "variant", "backbone", "backbone_sha256")
+_SAME += ("gelu", "drop_path_mode", "epochs", "batch_size", "image_size", "dtype", "precision")
+_SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
+_MORE = {"augreg": "RLRR* (ViT-B/16 AugReg)", "ViT-L_16": "RLRR (ViT-L/16)", "ViT-H_14": "RLRR (ViT-H/14)"}
+
+
+class Line(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      label: of the method.
+      protocol, pixels: as in the rows; empty for published lines.
+      cells: task or mean -> (mean, standard deviation or None), fractions.
+      params, head: of the model, as text.
+      seeds: that were run.
+      source: of a published line, else "".
+      settings: the values that the runs share.
+    """
+
+    label: str
+    protocol: str
+    pixels: str
+    cells: dict
+    params: str
+    head: str
+    seeds: tuple
+    source: str
+    settings: dict
+
+
+def lines(rows):
+    """The lines for the VTAB rows of `results.json`, then all published ones; [] without such rows.
+
+    Raises UserError if two rows have task, seed and settings in common but not the rest.
+    """
+    groups = {}
+    for row in rows:
+        if row["task"] in tasks.VTAB and row["test_acc_final"] is not None:
+            groups.setdefault(json.dumps([row[key] for key in _SAME]), []).append(row)
+    ours = []
+    for group in groups.values():
+        ours.append(_line(group, "test_acc_final", ""))
+        if group[0]["protocol"] == "official":
+            ours.append(_line(group, "test_acc_best", ", best epoch"))
+    return ours and ours + published()
+
+
+def _line(rows, key, suffix):
+    values = {}  # task -> seed -> accuracy
+    for row in rows:
+        seeds = values.setdefault(row["task"], {})
+        if row["seed"] in seeds:
+            raise UserError(
+                f"two different runs of {row['task']} {row['method']} seed {row['seed']} are to be put "
+                f"into one line of the table: report their workdirs apart"
+            )
+        seeds[row["seed"]] = row[key]
+    first = rows[0]
+    options = [f"{k}={v}" for k, v in first["method_kwargs"].items()]
+    head = np.mean([row["head_params"] for row in {r["task"]: r for r in rows}.values()])
+    return Line(
+        label=" ".join([first["method"], *options]) + suffix,
+        protocol=first["protocol"],
+        pixels=f"{first['source']} {first['variant']}",
+        cells=_cells(values),
+        params=f"{first['trainable_params']:,}",
+        head=f"{head:,.0f}",
+        seeds=tuple(sorted({row["seed"] for row in rows})),
+        source="",
+        settings={k: first[k] for k in _SAME},
+    )
+
+
+def _cells(values):
+    """Cells of tasks, groups and means from task -> seed -> accuracy."""
+    over = {task: functools.partial(_mean, (task,)) for task in tasks.VTAB if task in values}
+    groups = {g: names for g, names in tasks.GROUPS.items() if set(names) <= set(values)}
+    over |= {group: functools.partial(_mean, names) for group, names in groups.items()}
+    if len(groups) == len(tasks.GROUPS):
+        per_group = lambda value: np.mean([_mean(names, value) for names in groups.values()])
+        over |= {"mean_of_groups": per_group, "flat_mean": functools.partial(_mean, tuple(tasks.VTAB))}
+    return {name: _spread(values, mean, name) for name, mean in over.items()}
+
+
+def _mean(names, value):
+    return np.mean([value(name) for name in names])
+
+
+def _spread(values, mean, name):
+    """Mean over seeds and its deviation, where every task of it has the same seeds."""
+    needed = tasks.GROUPS.get(name) or ((name,) if name in tasks.VTAB else tuple(tasks.VTAB))
+    seeds = [set(values[task]) for task in needed]
+    center = mean(lambda task: np.mean(list(values[task].values())))
+    if len(seeds[0]) < 2 or any(s != seeds[0] for s in seeds):
+        return float(center), None
+    each = [mean(lambda task, seed=seed: values[task][seed]) for seed in seeds[0]]
+    return float(center), float(np.std(each, ddof=1))
+
+
+@functools.cache
+def published():
+    """The published lines; their means are computed from their 19 numbers."""
+    out = []
+    with PUBLISHED.open(newline="") as f:
+        for row in csv_lib.DictReader(f):
+            cells = _cells({task: {0: float(row[task]) / 100} for task in tasks.VTAB})
+            out.append(Line(row["method"], "", "", cells, row["params"], "", (), row["source"], {}))
+    return out
+
+
+def chosen(every):
+    """Our lines, and the published ones that belong beside them."""
+    backbones = " ".join(line.settings.get("backbone", "") for line in every).replace("howto", "augreg")
+    names = {*_SHOWN, *(name for part, name in _MORE.items() if part in backbones)}
+    return [line for line in every if not line.source or line.label in names]
+
+
+def columns(every):
+    """Tasks that we ran, then the means that we have."""
+    have = {name for line in every if not line.source for name in line.cells}
+    return [name for name in (*tasks.VTAB, *MEANS) if name in have]
+
+
+def text(every):
+    """The table for the screen: a line of means, below it one of deviations."""
+    every = chosen(every)
+    names = columns(every)
+    short = {**SHORT, **MEANS}
+    out = [["", "protocol", "pixels", *(short[n] for n in names), "params", "head"]]
+    for line in every:
+        digits = 1 if line.source else 2
+        out.append([line.label, line.protocol or "published", line.pixels])
+        out[-1] += [_percent(line.cells[n][0], digits) if n in line.cells else "-" for n in names]
+        out[-1] += [line.params, line.head]
+        if any(sd is not None for _, sd in line.cells.values()):
+            out.append([f"  ± over {len(line.seeds)} seeds", "", ""])
+            out[-1] += [_percent(line.cells.get(n, (None, None))[1], 2) for n in names]
+            out[-1] += ["", ""]
+    widths = [max(map(len, column)) for column in zip(*out)]
+    pad = lambda i, cell: cell.ljust(widths[i]) if i < 3 else cell.rjust(widths[i])
+    return "\n".join(" ".join(pad(i, c) for i, c in enumerate(row)).rstrip() for row in out)
+
+
+def markdown(every):
+    """The same table in Markdown, `mean ± deviation` in a cell."""
+    every = chosen(every)
+    names = columns(every)
+    header = ["method", "protocol", "pixels", "seeds", *(n.replace("_", " ") for n in names)]
+    out = [[*header, "params", "head"], ["---"] * 4 + ["---:"] * (len(names) + 2)]
+    for line in every:
+        cells = []
+        for name in names:
+            mean, sd = line.cells.get(name, (None, None))
+            digits = 1 if line.source else 2
+            cells.append(_percent(mean, digits) + (f" ± {_percent(sd, 2)}" if sd is not None else ""))
+        about = [line.label, line.protocol or "published", line.pixels, ", ".join(map(str, line.seeds))]
+        out.append([*about, *cells, line.params, line.head])
+    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+
+
+def _percent(fraction, digits):
+    return "" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def csv(every):
+    """All lines, published ones too, as CSV; fractions with full precision."""
+    out = io.StringIO()
+    names = [*tasks.VTAB, *MEANS]
+    writer = csv_lib.writer(out, lineterminator="\n")
+    about = ("method", "protocol", "pixels", "backbone", "seeds", "params", "head_params", "published_in")
+    writer.writerow([*about, *names, *(f"{n}_sd" for n in names)])
+    for line in every:
+        cells = [line.cells.get(name, (None, None)) for name in names]
+        seeds = " ".join(map(str, line.seeds))
+        backbone = line.settings.get("backbone", "")
+        head = [line.label, line.protocol, line.pixels, backbone, seeds, line.params, line.head]
+        values = [*(c[0] for c in cells), *(c[1] for c in cells)]
+        writer.writerow([*head, line.source, *("" if v is None else v for v in values)])
+    return out.getvalue()
+
+
+def plain(every):
+    """All lines as JSON values."""
+    return [line._asdict() for line in every]
+
+
+def picture(every):
+    """A PNG: accuracy of each task, ours with deviations, the published rows as open marks."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    every = chosen(every)
+    names = columns(every)
+    short = {**SHORT, **MEANS}
+    figure, axes = plt.subplots(figsize=(2.5 + 0.5 * len(names), 4.5), layout="constrained")
+    for i, line in enumerate(every):
+        shift = (i / max(len(every) - 1, 1) - 0.5) * 0.5
+        points = [(j + shift, *line.cells[n]) for j, n in enumerate(names) if n in line.cells]
+        x, mean, sd = (list(v) for v in zip(*points))
+        label = " ".join(filter(None, [line.label, line.protocol or "(published)"]))
+        style = dict(fmt="o", mfc="none", alpha=0.6) if line.source else dict(fmt="s", capsize=2)
+        errors = None if line.source else [100 * (s or 0) for s in sd]
+        axes.errorbar(x, [100 * m for m in mean], errors, ms=4, ls="none", label=label, **style)
+    axes.set_xticks(range(len(names)), [short[n] for n in names], rotation=60)
+    axes.set(ylabel="test accuracy [%]", xlim=(-0.6, len(names) - 0.4))
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=120, format="png")
+    plt.close(figure)
+    return out.getvalue()
