@@ -49,6 +49,7 @@ def run(config, workdir=None):
     weights = {name: pretrained.fetch(name, cache_dir) for name, cache_dir in places}
     for work in works:
         check_folder(work, weights[work.run.pretrained.name][1])
+    _check_weights(works[0].run, weights)
     print(f"workdir: {workdir}", flush=True)
     forecast = Forecast(works)
 
@@ -58,6 +59,8 @@ def run(config, workdir=None):
         with survive(work), files.lock(work.folder):
             chosen = choose(work, runs[0].seed, weights, load_data, forecast)
             rows.append(finish(chosen, weights, load_data, forecast))
+    if not rows:
+        raise UserError(f"every run failed: {_reasons(problems)}")
     everything = report.collect(workdir)
     if len(everything) <= report.MOST_CURVES:
         report.all_curves(workdir, everything)
@@ -97,6 +100,12 @@ def _locate(runs, workdir, survive):
         print(f"decoded images to write: {wanted / 1e9:.2f} GB", flush=True)
         store.check_space(wanted, runs[0].data.cache_dir)
     return works
+
+
+def _check_weights(run, weights):
+    """UserError if weights do not fit the model: that is no task's fault."""
+    model, path = config_lib.build_model(run), weights[run.pretrained.name][0]
+    pretrained.load(path, model=model, image_size=run.image_size, grid=run.pretrained.grid)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ DATA = {
 
 
 def recipe(**kwargs):
-    return step.Recipe(MODEL, METHOD, BATCH, NUMBER, **{"flip": True, "drop_path": True, **kwargs})
+    return step.Recipe(MODEL, METHOD, BATCH, NUMBER, SIZE, **{"flip": True, "drop_path": True, **kwargs})
 
 
 def hyper(seed=0, lr=1e-2, weight_decay=1e-2, drop_path=0.4, epochs=5):
@@ -231,7 +231,7 @@ def test_steps_use_their_own_learning_rate_and_order(tmp_path):
     golden = Golden("open_a", tmp_path)
     frozen = pretrained.load(golden.weights, model=golden.model, image_size=golden.image_size)
     number = len(golden.labels)
-    r = step.Recipe(golden.model, METHOD, number, number, flip=False, drop_path=False)
+    r = step.Recipe(golden.model, METHOD, number, number, golden.image_size, flip=False, drop_path=False)
     state = step.init_state(r, jax.random.key(0), frozen)
     state["trainable"] = golden.tree("init/", state["trainable"])
     data = {"images": jnp.asarray((golden.images + 1) * 127.5), "labels": jnp.asarray(golden.labels)}
@@ -323,7 +323,7 @@ def test_evaluation_counts_every_image_once(devices, size):
     mesh = step.make_mesh(jax.devices()[:devices])
     tree = random_tree(MODEL, SIZE)
     params = step.put_trial(mesh, tree)
-    eval_step = step.map_eval_step(MODEL, "highest", mesh)
+    eval_step = step.map_eval_step(MODEL, SIZE, "highest", mesh)
     out = step.evaluate(eval_step, params, DATA["images"], DATA["labels"], size, mesh)
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(MODEL.apply)({"params": tree}, DATA["images"] / np.float32(127.5) - 1)
@@ -336,13 +336,13 @@ def test_evaluation_counts_every_image_once(devices, size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
     model = vit.ViT.from_variant("B/16", num_classes=100, dtype=dtype)
-    r = step.Recipe(model, METHOD, 32, 1000, flip=True)
+    r = step.Recipe(model, METHOD, 32, 1000, 224, flip=True)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     frozen = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     state = jax.eval_shape(functools.partial(step.init_state, r), jax.random.key(0), frozen)
     add = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype), tree)
     data = {
-        "images": jax.ShapeDtypeStruct((1000, 224, 224, 3), jnp.uint8),
+        "images": jax.ShapeDtypeStruct((1000, 32, 32, 3), jnp.uint8),
         "labels": jax.ShapeDtypeStruct((1000,), jnp.int32),
     }
     scalar = jax.ShapeDtypeStruct((), jnp.int32)

@@ -16,8 +16,8 @@ from flax.traverse_util import unflatten_dict
 
 from configs import vtab
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, methods, pretrained, step, train
-from rlrr_jax.data import store, tasks
+from rlrr_jax import files, methods, pretrained, step, suite, train
+from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,7 +26,7 @@ KEYS = {
     *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
     *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
     *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),
-    *("num_test", "wall_seconds", "images_per_second", "device", "versions"),
+    *("dataset", "num_test", "wall_seconds", "images_per_second", "device", "versions"),
 }
 
 
@@ -35,6 +35,13 @@ def small_config(arg="digits,method=rlrr", **changes):
     with config.unlocked():
         config.update({"epochs": 2, "num_devices": 1, **changes})
     return config
+
+
+def run(config, workdir):
+    """The rows of a configuration of which nothing fails."""
+    rows, problems = suite.run(config, workdir)
+    assert not problems
+    return rows
 
 
 def start(workdir, *args):
@@ -97,7 +104,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    rows = train.run(small_config(protocol="official"), workdir)
+    rows = run(small_config(protocol="official"), workdir)
     return workdir, rows
 
 
@@ -126,8 +133,8 @@ def test_saved_adapter_merges_into_the_reported_accuracy(finished):
     model = config_lib.build_model(config_lib.resolve(small_config())[0])
     frozen = pretrained.load("bundled", model=model, image_size=32)
     params = methods.get("rlrr").merge(frozen, trainable)
-    images, labels = store.load_split("digits", tasks.get("digits"), "test", 32)
-    logits = jax.jit(model.apply)({"params": params}, step.normalize(images))
+    images, labels = store.load_split("digits", "test", 32)
+    logits = jax.jit(model.apply)({"params": params}, step.normalize(images, 32))
     assert float((logits.argmax(-1) == labels).mean()) == pytest.approx(
         row["test_acc_final"], abs=0.002
     )
@@ -143,29 +150,29 @@ def test_checkpoint_holds_no_frozen_weight(finished):
 
 def test_other_configuration_in_the_same_workdir_is_refused(finished):
     with pytest.raises(UserError, match=r"holds a run with epochs=2 \(now 3\): choose another"):
-        train.run(small_config(protocol="official", epochs=3), finished[0])
+        run(small_config(protocol="official", epochs=3), finished[0])
 
 
 def test_tune_protocol_never_looks_at_the_test_set(tmp_path, monkeypatch):
     seen = []
     load_split = store.load_split
     monkeypatch.setattr(
-        store, "load_split", lambda n, t, split, *a: seen.append(split) or load_split(n, t, split, *a)
+        store, "load_split", lambda n, split, *a: seen.append(split) or load_split(n, split, *a)
     )
-    (row,) = train.run(small_config(protocol="tune"), tmp_path)
+    (row,) = run(small_config(protocol="tune"), tmp_path)
     assert seen == ["train800", "val200"]
     assert 0.8 < row["val_acc"] <= 1
     assert row["test_acc_final"] is None and row["num_test"] is None
 
 
 def test_several_seeds_are_several_rows(tmp_path):
-    rows = train.run(small_config("digits,method=linear", seeds=(0, 3), epochs=1), tmp_path)
+    rows = run(small_config("digits,method=linear", seeds=(0, 3), epochs=1), tmp_path)
     assert [row["seed"] for row in rows] == [0, 3]
     assert rows[0]["train_loss"] != rows[1]["train_loss"]
 
 
 def test_same_seed_gives_the_same_bits(tmp_path):
-    a, b = (train.run(small_config("digits,method=linear", epochs=1), tmp_path / n)[0] for n in "ab")
+    a, b = (run(small_config("digits,method=linear", epochs=1), tmp_path / n)[0] for n in "ab")
     assert a["train_loss"] == b["train_loss"] and a["test_acc_final"] == b["test_acc_final"]
 
 
@@ -180,23 +187,23 @@ def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
 
     @jax.jit
     def features(images):
-        out = model.apply({"params": frozen}, step.normalize(images), mutable=["intermediates"])[1]
+        out = model.apply({"params": frozen}, step.normalize(images, 32), mutable=["intermediates"])[1]
         return out["intermediates"]["encoded"][0][:, 0]
 
     parts = {}
     for split in ("train800", "val200", "train800val200", "test"):
-        images, labels = store.load_split(task, tasks.get(task), split, 32)
+        images, labels = store.load_split(task, split, 32)
         parts[split] = np.asarray(features(images)), labels
     fit = lambda c, split: LogisticRegression(C=c, max_iter=3000).fit(*parts[split])
     c = max((0.1, 1, 10), key=lambda c: fit(c, "train800").score(*parts["val200"]))
     probe = fit(c, "train800val200").score(*parts["test"])
-    (row,) = train.run(config, tmp_path)
+    (row,) = run(config, tmp_path)
     assert row["test_acc_final"] > probe - 0.01
 
 
 def test_four_devices_give_the_losses_of_one(tmp_path):
     rows = [
-        train.run(
+        run(
             small_config("digits,method=rlrr", epochs=1, drop_path=0.2, num_devices=n),
             tmp_path / str(n),
         )[0]
@@ -210,7 +217,7 @@ def test_four_devices_give_the_losses_of_one(tmp_path):
 def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
     jobs, prepare = [], train.prepare
     monkeypatch.setattr(train, "prepare", lambda *a: jobs.append(prepare(*a)) or jobs[-1])
-    train.run(small_config(epochs=1), tmp_path)
+    run(small_config(epochs=1), tmp_path)
     model = config_lib.build_model(jobs[0].run)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -220,7 +227,7 @@ def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
 
 
 def test_mean_of_an_epoch_counts_images_not_steps():
-    recipe = step.Recipe(None, None, batch_size=6, num_images=22)
+    recipe = step.Recipe(None, None, batch_size=6, num_images=22, image_size=32)
     metrics = {"loss": np.array([[1.0, 2.0, 3.0, 7.0]]), "correct": np.array([[6.0, 3.0, 0.0, 4.0]])}
     means = train._means(recipe, metrics)
     assert means["train_loss"] == pytest.approx((6 + 12 + 18 + 28) / 22)
@@ -235,9 +242,9 @@ def test_two_subtrees_of_one_file_are_two_runs(tmp_path):
     configs = [small_config("digits,method=linear", epochs=1) for _ in "ab"]
     for config, part in zip(configs, "ab"):
         config.pretrained.name = f"{tmp_path}/two.npz:{part}"
-    train.run(configs[0], tmp_path / "w")
+    run(configs[0], tmp_path / "w")
     with pytest.raises(UserError, match="pretrained.name=two.npz:a .now two.npz:b"):
-        train.run(configs[1], tmp_path / "w")
+        run(configs[1], tmp_path / "w")
 
 
 def spoil(path, data=b"{"):
@@ -248,24 +255,24 @@ def test_damaged_files_of_a_workdir_are_named(tmp_path):
     config = small_config("digits,method=linear", epochs=1)
     folder = tmp_path / "digits/linear/seed0"
     for name in ("config.json", "result.json"):
-        train.run(config, tmp_path)
+        run(config, tmp_path)
         spoil(folder / name)
         with pytest.raises(UserError, match=f"{name} is damaged .*delete .*seed0 to start"):
-            train.run(config, tmp_path)
+            run(config, tmp_path)
         for path in folder.glob("*.json"):
             path.unlink()
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     config = small_config(epochs=2, checkpoint_seconds=0.0)
-    (whole,) = train.run(config, tmp_path)
+    (whole,) = run(config, tmp_path)
     folder = tmp_path / "digits/rlrr/seed0"
     (folder / "result.json").unlink()
     newest = max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     for path in newest.rglob("*"):
         if path.is_file():
             spoil(path, b"")
-    (again,) = train.run(config, tmp_path)
+    (again,) = run(config, tmp_path)
     assert again["test_acc_final"] == whole["test_acc_final"]
     assert again["train_loss"] == whole["train_loss"]
     assert again["wall_seconds"] > 0 and again["images_per_second"] > 0
@@ -275,4 +282,4 @@ def test_a_folder_in_use_is_refused(tmp_path):
     folder = tmp_path / "digits/linear/seed0"
     folder.mkdir(parents=True)
     with files.lock(folder), pytest.raises(UserError, match="another process is training in"):
-        train.run(small_config("digits,method=linear", epochs=1), tmp_path)
+        run(small_config("digits,method=linear", epochs=1), tmp_path)

@@ -3,6 +3,7 @@
 All give the same: for a split, its number of examples and encoded images with labels, in order.
 """
 
+import contextlib
 import hashlib
 import io
 import pathlib
@@ -164,10 +165,40 @@ def _bundled(name, task, split, found):
 
 
 def _tfds(name, task, split, found):
+    part = task.splits[split]
+    names = tasks.sharing(name, split)
+    labels_of = [tasks.get(n).label for n in names]
+    fields = {task.image, *(field for n in names for field in tasks.get(n).fields)}
+    builder, fetch = open_tfds(found, part, fields)
+    info = builder.info.splits[part]
+
+    def read(start, stop):
+        with _readable(found, part, f"examples {start} to {stop - 1}"):
+            return [(e[task.image], [f(e) for f in labels_of]) for e in fetch(start, stop)]
+
+    instructions = [
+        (pathlib.PurePath(f.filename).name, f.skip, f.take) for f in info.file_instructions
+    ]
+    with _readable(found, part, "its files"):
+        sizes = [(found.path / file).stat().length for file, *_ in instructions]
+    key = {"dataset": found.dataset, "files": instructions, "sizes": sizes, "image": task.image}
+    where = lambda i: f"image {i} of {name} {split} ({found.path})"
+    return Split(info.num_examples, tuple(names), read, key, where)
+
+
+def open_tfds(found, part, fields):
+    """A prepared dataset's builder, and `(start, stop) -> examples` of a part, images undecoded.
+
+    Args:
+      found: see `find`.
+      part: tfds's instruction, such as "train[:800]".
+      fields: of the examples that are needed.
+
+    Raises UserError if the dataset is damaged, or in a format that needs TensorFlow.
+    """
     import tensorflow_datasets as tfds  # slow to import, and only needed here
 
-    part, again = task.splits[split], "prepare it again"
-    try:
+    with _readable(found, part, "the split"):
         builder = tfds.builder_from_directory(found.path)
         stored_as = builder.info.file_format.value
         if stored_as not in FORMATS:
@@ -175,55 +206,41 @@ def _tfds(name, task, split, found):
                 f"{found.path} is stored as {stored_as}, which cannot be read without TensorFlow: "
                 f"prepare it again by python -m rlrr_jax.prepare"
             )
-        number = builder.info.splits[part].num_examples
-        files = [
-            (pathlib.PurePath(f.filename).name, f.skip, f.take)
-            for f in builder.info.splits[part].file_instructions
-        ]
-        fetch = (_array_record if stored_as == "array_record" else _tfrecord)(builder, task, part)
+        fetch = (_array_record if stored_as == "array_record" else _tfrecord)(builder, part, fields)
+        return builder, fetch
+
+
+@contextlib.contextmanager
+def _readable(found, part, what):
+    """Explains whatever tfds's parsers and readers raise (a record that is cut off is None)."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as e:  # tfds's parsers, splits and readers each have their own
-        raise UserError(f"{found.path} has no readable split {part!r} ({first_line(e)}): {again}") from e
-    names = tasks.sharing(name, split)
-    labels_of = [tasks.get(n).label for n in names]
-
-    def read(start, stop):
-        try:
-            return [(e[task.image], [f(e) for f in labels_of]) for e in fetch(start, stop)]
-        except Exception as e:  # a record that is cut off is None, or cannot be parsed
-            raise UserError(
-                f"{found.path}, split {part!r}: cannot read examples {start} to {stop - 1} "
-                f"({first_line(e)}); {again}"
-            ) from e
-
-    sizes = [(found.path / f).stat().length for f, *_ in files] if files else []
-    key = {"dataset": found.dataset, "files": files, "sizes": sizes, "image": task.image}
-    where = lambda i: f"image {i} of {name} {split} ({found.path})"
-    return Split(number, tuple(names), read, key, where)
+    except Exception as e:
+        raise UserError(
+            f"{found.path}, split {part!r}: cannot read {what} ({first_line(e)}); prepare it again"
+        ) from e
 
 
-def _raw_images(tfds, features):
+def _raw_images(features):
     """Decoders that leave every image encoded."""
+    import tensorflow_datasets as tfds
+
     is_image = lambda f: isinstance(f, tfds.features.Image)
     return {k: tfds.decode.SkipDecoding() for k, f in features.items() if is_image(f)}
 
 
-def _array_record(builder, task, part):
-    import tensorflow_datasets as tfds
-
-    raw = _raw_images(tfds, builder.info.features)
-    source = builder.as_data_source(part, decoders=raw)
+def _array_record(builder, part, fields):
+    source = builder.as_data_source(part, decoders=_raw_images(builder.info.features))
     return lambda start, stop: source.__getitems__(list(range(start, stop)))
 
 
-def _tfrecord(builder, task, part):
+def _tfrecord(builder, part, fields):
     import tensorflow_datasets as tfds
 
-    siblings = [t for t in tasks.TASKS.values() if (t.tfds, t.image) == (task.tfds, task.image)]
-    names = {task.image, *(name for t in siblings for name in t.fields)}
-    features = tfds.features.FeaturesDict({k: builder.info.features[k] for k in names})
-    raw = _raw_images(tfds, features)
+    features = tfds.features.FeaturesDict({k: builder.info.features[k] for k in sorted(fields)})
+    raw = _raw_images(features)
     index = [
         record
         for f in builder.info.splits[part].file_instructions
