@@ -6,6 +6,7 @@ import io
 from etils import epath
 
 from rlrr_jax import files, summary
+from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError, one_sentence
 
 COLUMNS = (
@@ -61,7 +62,9 @@ def _rows(workdirs):
                 raise UserError(
                     f"{where} and {path} are results of the same run that differ: leave one out"
                 )
-    return [row for row, _ in found.values()]
+    order = {name: i for i, name in enumerate(tasks.TASKS)}
+    place = lambda row: (order.get(row["task"], len(order)), row["method"], row["seed"], row["identity"])
+    return sorted((row for row, _ in found.values()), key=place)
 
 
 def _outcome(row):
@@ -78,7 +81,7 @@ def _unfinished(workdir):
 def show(rows):
     """What is printed at the end: the table of tasks where there are several, else of runs."""
     lines = summary.lines(rows)
-    if len({row["task"] for row in rows if row["task"] in summary.SHORT}) > 1:
+    if len({row["task"] for row in rows if row["task"] in tasks.VTAB}) > 1:
         return f"{summary.text(lines)}\n\n{summary.CAPTION}\n\n{caption(rows)}"
     return f"{table(rows)}\n\n{caption(rows)}"
 

@@ -233,12 +233,12 @@ def picture(every):
     every = chosen(every)
     names = columns(every)
     short = {**SHORT, **MEANS}
-    figure, axes = plt.subplots(figsize=(2.5 + 0.5 * len(names), 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5 + 0.4 * len(names), 4.5), layout="constrained")
     for i, line in enumerate(every):
         shift = (i / max(len(every) - 1, 1) - 0.5) * 0.5
         points = [(j + shift, *line.cells[n]) for j, n in enumerate(names) if n in line.cells]
         x, mean, sd = (list(v) for v in zip(*points))
-        label = " ".join(filter(None, [line.label, line.protocol or "(published)"]))
+        label = ", ".join(filter(None, [line.label, line.protocol or "published", line.pixels]))
         style = dict(fmt="o", mfc="none", alpha=0.6) if line.source else dict(fmt="s", capsize=2)
         errors = None if line.source else [100 * (s or 0) for s in sd]
         axes.errorbar(x, [100 * m for m in mean], errors, ms=4, ls="none", label=label, **style)

@@ -1,12 +1,20 @@
 """Decoding and resizing against Pillow itself and against a second formulation of bicubic."""
 
 import io
+import json
+import pathlib
+import subprocess
+import sys
+import time
+import types
 
 import numpy as np
 import pytest
+import vtab_data
 from PIL import Image
 
-from rlrr_jax.data import store
+from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.errors import UserError
 
 
 def encoded(image, kind, mode="RGB"):
@@ -64,3 +72,179 @@ def test_arrays_of_one_and_three_channels():
     grey = noise(32, 32)
     np.testing.assert_array_equal(store.decode(grey, 32), np.repeat(grey[..., None], 3, -1))
     np.testing.assert_array_equal(store.decode(noise(32, 32, 3), 32), noise(32, 32, 3))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_jpeg75_is_pillows_default_save_and_load(mode):
+    data = encoded(noise(40, 50, 3), "PNG", mode)
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").save(out, "JPEG")
+    saved = Image.open(out)
+    assert saved.layer[0][1:3] == (2, 2)  # 4:2:0
+    resized = saved.resize((32, 32), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(store.decode(data, 32, "jpeg75"), resized)
+    assert not np.array_equal(store.decode(data, 32), resized)
+
+
+def test_dsprites_values_are_scaled():
+    data = encoded(noise(64, 64) // 128, "PNG", "L")
+    out = store.decode(data, 64, scale=255)
+    assert set(np.unique(out)) == {0, 255}
+    np.testing.assert_array_equal(out[..., 0] // 255, Image.open(io.BytesIO(data)))
+
+
+# Entries --------------------------------------------------------------------------------------
+
+SMALL = {"train": 24, "test": 300}
+PARTS = {"train800": "train[:8]", "val200": "train[15:17]", "test": "test"}
+
+
+@pytest.fixture
+def pets(monkeypatch, tmp_path):
+    """Images of many sizes, and a function that loads a split of them."""
+    monkeypatch.setattr(tasks, "SPLITS", {"train800": 8, "val200": 2})
+    task = tasks.get("oxford_iiit_pet")._replace(splits=PARTS, num_test=300)
+    monkeypatch.setitem(tasks.TASKS, "oxford_iiit_pet", task)
+    vtab_data.write(tmp_path / "data", task, SMALL, "tfrecord")
+
+    def load(split="test", size=32, variant="original"):
+        found = sources.find("oxford_iiit_pet", tmp_path / "data")
+        return store.load_split("oxford_iiit_pet", split, size, variant, found, tmp_path)
+
+    return load
+
+
+def raw(tmp_path, split="test"):
+    opened = sources.open_split("pets", split, sources.find("pets", tmp_path / "data"))
+    return [image for image, _ in opened.read(0, opened.number)]
+
+
+@pytest.mark.parametrize("variant", store.VARIANTS)
+def test_stored_pixels_are_those_of_the_host(variant, pets, tmp_path):
+    images, labels = pets(variant=variant)
+    assert images.shape == (300, 32, 32, 3) and len(images) == len(labels) == 300
+    for image, stored in zip(raw(tmp_path), images[:]):
+        np.testing.assert_array_equal(stored, store.decode(image, 32, variant))
+    np.testing.assert_array_equal(images[250:260], images[:][250:260])
+
+
+def entries(tmp_path):
+    return sorted(p.name for p in (tmp_path / "images").iterdir() if not p.name.startswith("."))
+
+
+def test_an_entry_is_made_once_for_all_that_shapes_it(pets, tmp_path, monkeypatch):
+    pets()
+    built = []
+    build = store.build
+    monkeypatch.setattr(store, "build", lambda *args: built.append(args) or build(*args))
+    pets()
+    assert not built
+    pets(size=16)
+    pets(variant="jpeg75")
+    pets(split="train800")
+    assert len(built) == 3 and len(entries(tmp_path)) == 4
+    monkeypatch.setattr(store.PIL, "__version__", "99.0")
+    pets()
+    assert len(built) == 4
+    next((tmp_path / "data").rglob("*test.tfrecord-00001*")).open("ab").write(b"x")
+    pets()  # the file is another one
+    assert len(built) == 5
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "labels", "entry", "gone"])
+def test_a_damaged_entry_is_made_again(damage, pets, tmp_path):
+    images, labels = pets()
+    before = images[:]
+    (folder,) = (p for p in (tmp_path / "images").iterdir() if p.is_dir())
+    file = folder / {"labels": "labels-oxford_iiit_pet.npy", "entry": "entry.json"}.get(
+        damage, "images.npy"
+    )
+    data = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "bit":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[: len(data) // 2])
+    again, again_labels = pets()
+    np.testing.assert_array_equal(again[:], before)
+    np.testing.assert_array_equal(again_labels, labels)
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(pets, tmp_path):
+    """A real process, killed while it decodes."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})
+from rlrr_jax.data import sources, store, tasks
+tasks.SPLITS = {{"train800": 8, "val200": 2}}
+tasks.TASKS["oxford_iiit_pet"] = tasks.get("pets")._replace(splits={PARTS}, num_test=300)
+decode = store.decode
+def slow(*args):
+    time.sleep(0.02)
+    return decode(*args)
+store.decode = slow
+found = sources.find("pets", {str(tmp_path / "data")!r})
+store.load_split("pets", "test", 32, found=found, cache_dir={str(tmp_path)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    part = lambda: list((tmp_path / "images").glob("*.part/images.npy"))
+    while not part():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not list((tmp_path / "images").glob("*/entry.json"))
+    images, _ = pets()
+    np.testing.assert_array_equal(images[299], store.decode(raw(tmp_path)[299], 32))
+    assert not part()
+
+
+def test_a_full_disk_is_forecast(pets, tmp_path, monkeypatch):
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=900_000))
+    with pytest.raises(UserError, match="take 0.0 GB and .* has 0.0 GB free: make space"):
+        pets()
+    assert not list((tmp_path / "images").glob("*/"))
+    found = sources.find("pets", tmp_path / "data")
+    entry = store.locate("oxford_iiit_pet", "test", 32, "original", found, tmp_path)
+    assert entry.bytes == 300 * 32 * 32 * 3 == store.missing_bytes([entry, entry])
+    monkeypatch.undo()
+
+
+def test_the_suite_at_224_pixels_takes_21_gigabytes_and_43_without_native_sizes():
+    """What the README says; tasks that share images count once."""
+    unique = {(t.tfds, t.splits["test"]): t for t in tasks.VTAB.values()}.values()
+    size = lambda side: sum(t.num_test * side(t) ** 2 * 3 for t in unique)
+    assert round(size(lambda t: 224) / 1e9) == 43
+    assert round(size(lambda t: t.side or 224) / 1e9) == 21
+
+
+def test_tasks_with_the_same_images_share_an_entry(monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks, "SPLITS", {})
+    for name in ("smallnorb_azi", "smallnorb_ele"):
+        task = tasks.get(name)._replace(splits={"test": "test[50%:]"}, num_test=150)
+        monkeypatch.setitem(tasks.TASKS, name, task)
+    vtab_data.write(tmp_path / "data", task, SMALL, "array_record")
+    found = sources.find("smallnorb_azi", tmp_path / "data")
+    (a, azimuth), (b, elevation) = (
+        store.load_split(name, "test", 224, found=found, cache_dir=tmp_path)
+        for name in ("smallnorb_azi", "smallnorb_ele")
+    )
+    assert a.path == b.path and a.shape == (150, 96, 96, 3)  # its own size, not 224
+    opened = sources.open_split("smallnorb_ele", "test", found)
+    np.testing.assert_array_equal([k for _, (_, k) in opened.read(0, 150)], elevation)
+    assert not np.array_equal(azimuth, elevation)
+    saved = json.loads((a.path.parent / "entry.json").read_text())
+    assert saved["key"]["native"] and saved["key"]["tasks"] == ["smallnorb_azi", "smallnorb_ele"]
+
+
+def test_native_images_of_another_size_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks, "SPLITS", {})
+    task = tasks.get("svhn")._replace(splits={"test": "test"}, num_test=300, side=31)
+    monkeypatch.setitem(tasks.TASKS, "svhn", task)
+    vtab_data.write(tmp_path / "data", task, SMALL, "array_record")
+    with pytest.raises(UserError, match="image 0 of svhn test .* is damaged .*not 31 x 31"):
+        store.load_split(
+            "svhn", "test", 224, found=sources.find("svhn", tmp_path / "data"), cache_dir=tmp_path
+        )

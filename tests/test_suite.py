@@ -1,0 +1,263 @@
+"""Suites of tasks: killed and resumed, broken in part, chosen by val200, counted beforehand."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import vtab_data
+from ml_collections import ConfigDict
+
+from configs import vtab
+from rlrr_jax import config as config_lib
+from rlrr_jax import files, suite
+from rlrr_jax.data import tasks
+from rlrr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ("kitti", "dtd", "eurosat")
+SPLITS = {"train": 800, "validation": 200}
+TIMES = {"wall_seconds", "images_per_second"}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """One task in each format, of the real sizes with tiny images."""
+    root = tmp_path_factory.mktemp("vtab")
+    vtab_data.write(root, tasks.get("kitti"), {**SPLITS, "test": 711}, "array_record")
+    vtab_data.write(root, tasks.get("dtd"), {**SPLITS, "test": 1880}, "tfrecord")
+    vtab_data.write_folder(root, "eurosat", {"train800val200": 1000, "test": 5400})
+    return root
+
+
+def arguments(data_dir, workdir, cache):
+    return [
+        *(f"--config=configs/vtab.py:{','.join(NAMES)},method=linear", "--config.seeds=(0,1)"),
+        *("--config.model.variant=bundled", "--config.epochs=2", "--config.checkpoint_seconds=0"),
+        *(f"--config.data.dir={data_dir}", f"--config.data.cache_dir={cache}", f"--workdir={workdir}"),
+    ]
+
+
+def start(*args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlrr_jax.main", *args],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """An uninterrupted suite, and its cache of images."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(*arguments(data_dir, folder / "run", folder / "cache"))
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return folder, out
+
+
+def report_of(workdir):
+    """All of a report but times."""
+    rows = json.loads((workdir / "results.json").read_text())
+    return (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in rows],
+        (workdir / "summary.csv").read_bytes(),
+        (workdir / "summary.json").read_bytes(),
+        (workdir / "results.md").read_text().split("\n\n")[0],
+    )
+
+
+def test_a_suite_ends_with_its_table(whole):
+    folder, out = whole
+    assert "6 run(s): 384 steps on 12,000 training images, 6 evaluation(s) of 15,982 images" in out
+    assert "decoded images to write: 0.03 GB" in out
+    assert re.search(r"about \d+ (s|min) left at [\d,]+ images/s", out)
+    table = out.split("images/s")[-1]
+    assert re.search(r"protocol +pixels +dtd +eurosa +kitti +params", table)
+    assert "linear" in table and "± over 2 seeds" in table and "RLRR (ViT-B/16)" in table
+    assert "natur." not in table and "flat " not in table.split("\n\n")[1]  # no group is complete
+    assert "source folder (vtab-1k/eurosat, jpeg75 pixels)" in out
+    assert "source tfds (kitti:3.3.0, original pixels)" in out
+    rows = json.loads((folder / "run/results.json").read_text())
+    assert len(rows) == 6 and {row["protocol"] for row in rows} == {"fast"}
+    assert {row["task"]: row["num_test"] for row in rows} == {"kitti": 711, "dtd": 1880, "eurosat": 5400}
+    assert (folder / "run/summary.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_killed_suite_resumes_without_repeating_and_reports_the_same(whole, data_dir, tmp_path):
+    folder, _ = whole
+    command = arguments(data_dir, tmp_path / "run", folder / "cache")
+    process = start(*command)
+    half = tmp_path / "run/dtd/linear/seed0/metrics.jsonl"
+    for _ in range(60 * 50):
+        if half.exists():
+            break
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("run/kitti/linear/seed*/result.json")}
+    assert len(done) == 2 and not (tmp_path / "run/eurosat/linear/seed0/result.json").exists()
+    process = start(*command)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert out.count("finished before") >= 2 and "decoded images to write" not in out
+    assert {p: p.stat().st_mtime_ns for p in done} == done
+    assert report_of(tmp_path / "run") == report_of(folder / "run")
+
+    script = [sys.executable, "-m", "rlrr_jax.report"]
+    for path in (tmp_path / "run").glob("*.*"):
+        path.unlink()
+    again = subprocess.run([*script, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "RLRR (ViT-B/16)" in again.stdout, again.stderr
+    assert report_of(tmp_path / "run") == report_of(folder / "run")
+
+    for name in NAMES[:2]:  # a workdir in two parts
+        shutil.copytree(tmp_path / "run" / name, tmp_path / "other" / name)
+        shutil.rmtree(tmp_path / "run" / name)
+    both = [tmp_path / "run", tmp_path / "other", "--out", tmp_path / "both"]
+    merged = subprocess.run([*script, *both], cwd=ROOT, capture_output=True, text=True)
+    assert merged.returncode == 0, merged.stderr
+    assert report_of(tmp_path / "both")[1:] == report_of(folder / "run")[1:]
+
+
+def test_a_broken_task_is_reported_and_the_others_finish(whole, data_dir, tmp_path):
+    folder, _ = whole
+    broken = tmp_path / "data"
+    shutil.copytree(data_dir, broken)
+    (broken / "vtab-1k/eurosat/images/train800val200/000123.jpg").write_bytes(b"")
+    next(broken.glob("dtd/*/*test.tfrecord-00001*")).unlink()
+    command = arguments(broken, tmp_path / "run", tmp_path / "cache")
+    process = start(*command)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "Traceback" not in err and err.count("error: ") == 1
+    last = err.strip().splitlines()[-1]
+    assert "error: 4 of 6 runs did not finish" in last and "kitti" not in last
+    assert "dtd linear seed 0, dtd linear seed 1: " in last
+    assert "train800val200.txt:124: images/train800val200/000123.jpg is damaged" in last
+    assert "dtd linear seed 0: failed: " in out and "-" in out
+    rows = json.loads((tmp_path / "run/results.json").read_text())
+    whole_rows = json.loads((folder / "run/results.json").read_text())
+    accuracy = lambda rows: {r["seed"]: r["test_acc_final"] for r in rows if r["task"] == "kitti"}
+    assert accuracy(rows) == accuracy(whole_rows) and len(rows) == 2
+    assert "not finished: eurosat linear seed1: " in (tmp_path / "run/results.md").read_text()
+
+    shutil.rmtree(broken)
+    shutil.copytree(data_dir, broken)  # mended
+    process = start(*command)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "not finished" not in (tmp_path / "run/results.md").read_text()
+    assert report_of(tmp_path / "run")[3] == report_of(folder / "run")[3]
+
+
+def test_nothing_to_run_is_one_sentence(tmp_path):
+    process = start(*arguments(tmp_path, tmp_path / "run", tmp_path))
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: no task can run: kitti linear seed 0, kitti linear seed 1: there is no")
+
+
+# In one process -------------------------------------------------------------------------------
+
+
+def config(arg, **changes):
+    config = vtab.get_config(arg)
+    with config.unlocked():
+        config.update({"epochs": 1, "num_devices": 1, **changes})
+    return config
+
+
+def test_vtab_chooses_on_val200_and_tests_once(tmp_path):
+    grid = ConfigDict({"lr": (1e-4, 0.03), "weight_decay": (0.0, 0.1), "drop_path": (0.0,)})
+    settings = config("digits,method=linear", protocol="vtab", grid=grid, seeds=(1, 2))
+    rows, problems = suite.run(settings, tmp_path)
+    search = tmp_path / "digits/linear/search"
+    tuned = [files.read_json(p) for p in search.glob("*/result.json")]
+    assert len(tuned) == 4 and not problems
+    assert {t["seed"] for t in tuned} == {1} and {t["protocol"] for t in tuned} == {"tune"}
+    assert all(t["test_acc_final"] is None for t in tuned)
+    best = max(t["val_acc"] for t in tuned)
+    ties = sorted((t["lr"], t["weight_decay"]) for t in tuned if t["val_acc"] == best)
+    for seed, row in zip((1, 2), rows):
+        assert (row["lr"], row["weight_decay"]) == ties[0] and row["lr"] == 0.03
+        assert (row["seed"], row["protocol"], row["val_acc"]) == (seed, "vtab", best)
+        history = files.read_rows(tmp_path / f"digits/linear/seed{seed}/metrics.jsonl")
+        assert ["test_acc" in h for h in history] == [True] and row["num_test"] == 797
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    assert suite.run(settings, tmp_path)[0] == rows
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_ties_go_to_the_smaller_learning_rate(monkeypatch, tmp_path):
+    row = lambda lr, wd, dp: {"val_acc": 0.5, "lr": lr, "weight_decay": wd, "drop_path": dp}
+    run = config_lib.resolve(config("digits,method=linear", protocol="vtab"))[0]
+    monkeypatch.setattr(suite, "finish", lambda work, *_: row(*(work.run[k] for k in config_lib.GRID)))
+    work = suite.Work(run, tmp_path / "seed0", None, "x")
+    chosen = suite.choose(work, 0, None, None, None).run
+    assert (chosen.lr, chosen.weight_decay, chosen.drop_path) == (1e-3, 5e-5, 0.0)
+    assert len(suite.trials(work, 0)) == 18
+    monkeypatch.setattr(
+        suite,
+        "finish",
+        lambda work, *_: {**row(*(work.run[k] for k in config_lib.GRID)), "val_acc": work.run.lr},
+    )
+    assert suite.choose(work, 0, None, None, None).run.lr == 1e-2
+
+
+def test_a_given_value_is_not_searched():
+    run = config_lib.resolve(config("digits,method=rlrr", protocol="vtab", lr=0.5))[0]
+    trials = config_lib.trials(run)
+    assert len(trials) == 6 and {t.lr for t in trials} == {0.5}
+
+
+def test_what_a_suite_costs(capsys):
+    runs = config_lib.resolve(config("task=all", epochs=None))
+    assert len(runs) == 19 * 3 and {r.protocol for r in runs} == {"fast"}
+    works = [suite.Work(r, None, None, f"{r.task} {r.seed}") for r in runs]
+    suite.Forecast(works)
+    tests = 3 * sum(t.num_test for t in tasks.VTAB.values())
+    assert f"57 run(s): {57 * 110 * 32:,} steps on {57 * 110_000:,} training images, 57" in (
+        out := capsys.readouterr().out
+    )
+    assert f"of {tests:,} images in all" in out
+    (official,) = config_lib.resolve(config("kitti", epochs=None))
+    assert suite.cost(official) == (110 * 32, 110_000, 109, 109 * 711)
+    assert suite.cost(official, 1) == (32, 1000, 0, 0)
+    (one,) = config_lib.resolve(config("kitti", epochs=1))
+    assert suite.cost(one).evaluations == 1
+    (vtab_run,) = config_lib.resolve(config("kitti", epochs=None, protocol="vtab"))
+    forecast = suite.Forecast([suite.Work(vtab_run, pathlib.Path("w"), None, "x")])
+    assert len(forecast.left) == 19
+    assert sum(c.images for c in forecast.left.values()) == 18 * 88_000 + 110_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.2, "3 s"), (98, "98 s"), (600, "10 min"), (11520, "3 h 12 min")]
+)
+def test_durations(seconds, text):
+    assert suite.duration(seconds) == text
+
+
+def test_results_of_one_run_that_differ_are_not_merged(tmp_path):
+    from rlrr_jax import report
+
+    settings = config("digits,method=linear")
+    for name in "ab":
+        suite.run(settings, tmp_path / name)
+    path = tmp_path / "b/digits/linear/seed0/result.json"
+    assert len(report.collect(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")) == 1
+    files.write_json(path, {**files.read_json(path), "test_acc_final": 0.1})
+    with pytest.raises(UserError, match="are results of the same run that differ"):
+        report.collect(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")

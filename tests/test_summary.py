@@ -1,0 +1,165 @@
+"""The table of tasks against numbers worked out by hand, and the published ones against the paper."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from rlrr_jax import report, summary
+from rlrr_jax.data import tasks
+from rlrr_jax.errors import UserError
+
+SHARED = {
+    **dict(method="rlrr", method_kwargs={}, protocol="fast", source="tfds", variant="original"),
+    **dict(backbone="imagenet21k/ViT-B_16", backbone_sha256="ab" * 32, gelu="tanh", epochs=110),
+    **dict(drop_path_mode="element", batch_size=32, image_size=224, dtype="float32"),
+    **dict(precision="highest", trainable_params=288_768, val_acc=None, test_acc_best=None),
+    **dict(lr=1e-3, num_test=10, wall_seconds=1.0, images_per_second=1.0, device="x", dataset="d"),
+}
+
+
+def accuracy(i, seed):
+    return (40 + 3 * i + (seed - 1) * (1 + i % 2)) / 100
+
+
+def rows(seeds=(0, 1, 2), names=tuple(tasks.VTAB), **changes):
+    return [
+        {
+            **SHARED,
+            **dict(task=name, seed=seed, identity=f"{name}{seed}"),
+            **dict(head_params=769 * tasks.VTAB[name].classes),
+            **dict(test_acc_final=accuracy(list(tasks.VTAB).index(name), seed)),
+            **changes,
+        }
+        for name in names
+        for seed in seeds
+    ]
+
+
+def test_means_and_deviations_by_hand():
+    line = summary.lines(rows())[0]
+    mean, deviation = line.cells["dtd"]
+    assert mean == pytest.approx(0.46) and deviation == pytest.approx(0.01)  # 45, 46, 47
+    assert line.cells["caltech101"][1] == pytest.approx(0.02)  # 41, 43, 45
+    values = [40 + 3 * i for i in range(19)]
+    natural, specialized, structured = np.mean(values[:7]), np.mean(values[7:11]), np.mean(values[11:])
+    for name, value in (
+        ("natural", natural),
+        ("specialized", specialized),
+        ("structured", structured),
+        ("mean_of_groups", (natural + specialized + structured) / 3),
+        ("flat_mean", np.mean(values)),
+    ):
+        assert line.cells[name][0] == pytest.approx(value / 100)
+    steps = [1 + i % 2 for i in range(19)]  # what a seed more adds to each task, in points
+    assert line.cells["flat_mean"][1] == pytest.approx(np.mean(steps) / 100)
+    assert line.cells["natural"][1] == pytest.approx(np.mean(steps[:7]) / 100)
+    assert line.params == "288,768" and line.seeds == (0, 1, 2)
+    assert line.head == f"{np.mean([769 * t.classes for t in tasks.VTAB.values()]):,.0f}"
+
+
+def test_one_seed_has_no_deviation():
+    line = summary.lines(rows(seeds=(1,)))[0]
+    assert line.cells["dtd"] == (pytest.approx(0.46), None)
+    assert "±" not in summary.text([line])
+
+
+def test_no_mean_without_all_its_tasks():
+    names = [n for n in tasks.VTAB if n != "kitti"]
+    line = summary.lines(rows(names=names))[0]
+    assert {"natural", "specialized"} <= line.cells.keys()
+    assert not {"structured", "mean_of_groups", "flat_mean", "kitti"} & line.cells.keys()
+    assert "kitti" not in summary.text(summary.lines(rows(names=names))).splitlines()[0]
+
+
+def test_a_missing_seed_of_one_task_leaves_the_mean_without_deviation():
+    some = [r for r in rows() if (r["task"], r["seed"]) != ("kitti", 2)]
+    line = summary.lines(some)[0]
+    assert line.cells["flat_mean"][1] is None and line.cells["structured"][1] is None
+    assert line.cells["natural"][1] is not None
+
+
+def test_published_means_are_those_of_the_paper():
+    """Flat means as the RLRR paper prints them, from the 19 numbers; and the other kind of mean."""
+    lines = {line.label: line.cells for line in summary.published()}
+    for label, flat in (
+        ("RLRR (ViT-B/16)", 74.5),
+        ("RLRR* (ViT-B/16 AugReg)", 75.1),
+        ("RLRR (ViT-L/16)", 75.2),
+        ("RLRR (ViT-H/14)", 72.0),
+    ):
+        assert 100 * lines[label]["flat_mean"][0] == pytest.approx(flat, abs=0.06)
+    cells = lines["RLRR (ViT-B/16)"]
+    groups = [round(100 * cells[g][0], 1) for g in tasks.GROUPS]
+    assert groups == [82.6, 85.8, 61.8] or groups == [82.7, 85.8, 61.8]
+    assert 100 * cells["mean_of_groups"][0] == pytest.approx(76.8, abs=0.06)
+    assert len(lines) == 29 and all(line.source for line in summary.published())
+
+
+def test_text_has_19_columns_means_and_published_rows():
+    lines = summary.text(summary.lines(rows())).splitlines()
+    header = lines[0].split()
+    assert header == [
+        *("protocol", "pixels", *summary.SHORT.values(), *summary.MEANS.values(), "params", "head")
+    ]
+    assert lines[1].split()[:5] == ["rlrr", "fast", "tfds", "original", "40.00"]
+    assert lines[2].split()[:6] == ["±", "over", "3", "seeds", "1.00", "2.00"]
+    (ours,) = [line for line in lines if line.startswith("RLRR (ViT-B/16)")]
+    assert "75.6" in ours and "74.5" in ours and "0.33M" in ours
+    assert not [line for line in lines if line.startswith("RLRR*")]
+    augreg = summary.text(summary.lines(rows(backbone="augreg/B_16-i21k")))
+    assert "RLRR* (ViT-B/16 AugReg)" in augreg
+
+
+def test_markdown_and_csv_say_the_same():
+    lines = summary.lines(rows())
+    table = [
+        [c.strip() for c in line.strip("|").split("|")] for line in summary.markdown(lines).splitlines()
+    ]
+    assert table[0][4:23] == [n.replace("_", " ") for n in tasks.VTAB]
+    assert table[2][:5] == ["rlrr", "fast", "tfds original", "0, 1, 2", "40.00 ± 1.00"]
+    assert len({len(row) for row in table}) == 1
+    (ours, *published) = csv.DictReader(io.StringIO(summary.csv(lines)))
+    assert float(ours["dtd"]) == pytest.approx(0.46) and float(ours["dtd_sd"]) == pytest.approx(0.01)
+    assert ours["seeds"] == "0 1 2" and ours["pixels"] == "tfds original"
+    assert len(published) == 29 and float(published[-1]["cifar"]) == pytest.approx(0.79)
+    assert json.loads(json.dumps(summary.plain(lines)))[0]["cells"]["dtd"][0] == pytest.approx(0.46)
+
+
+def test_official_runs_have_a_line_for_the_best_epoch():
+    best, *_ = rows(seeds=(0,), names=("kitti",), protocol="official", test_acc_best=0.9)
+    first, second, *_ = summary.lines([best])
+    assert (first.label, second.label) == ("rlrr", "rlrr, best epoch")
+    assert second.cells["kitti"][0] == 0.9 and first.cells["kitti"][0] != 0.9
+
+
+def test_what_is_not_comparable_is_on_its_own_line():
+    other = rows(variant="jpeg75") + rows(protocol="vtab") + rows(method_kwargs={"init": "damped"})
+    labels = [(x.label, x.protocol, x.pixels) for x in summary.lines(rows() + other) if not x.source]
+    assert labels == [
+        ("rlrr", "fast", "tfds original"),
+        ("rlrr", "fast", "tfds jpeg75"),
+        ("rlrr", "vtab", "tfds original"),
+        ("rlrr init=damped", "fast", "tfds original"),
+    ]
+
+
+def test_two_runs_for_one_place_are_refused():
+    with pytest.raises(UserError, match="two different runs of cifar rlrr seed 0 .* apart"):
+        summary.lines(rows() + rows(lr=0.1))
+
+
+def test_bundled_and_tuned_rows_are_no_part_of_it():
+    assert summary.lines(rows(test_acc_final=None)) == []
+    assert summary.lines([{**rows()[0], "task": "hearts"}]) == []
+
+
+def test_the_picture_is_one(tmp_path):
+    assert summary.picture(summary.lines(rows()))[:4] == b"\x89PNG"
+
+
+def test_the_screen_shows_the_suite_or_the_runs():
+    assert report.show(rows()).startswith(summary.text(summary.lines(rows())))
+    assert report.show(rows(names=("kitti",))).startswith("| task ")
