@@ -35,6 +35,13 @@ setup(
     extras_require={
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # Only `python -m rlrr_jax.prepare` needs these; nothing else imports TensorFlow.
+        "prepare": [
+            "h5py>=3.14,<3.17",
+            "importlib_resources>=7,<8",
+            "opencv-python-headless>=5,<5.1",
+            "tensorflow>=2.21,<2.22",
+        ],
         "test": [
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",

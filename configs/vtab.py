@@ -1,4 +1,4 @@
-"""RLRR on VTAB-1k. `--config configs/vtab.py:cifar`, `vtab.py:task=all`, `vtab.py:task=kitti,method=full`.
+"""RLRR on VTAB-1k: `--config configs/vtab.py:cifar`, `vtab.py:all`, `vtab.py:task=kitti,method=full`.
 
 A field that is None is filled in at start: from the task's recipe (the authors' for RLRR), else from
 the method's own defaults. What a run used is saved with it, in `config.json`.

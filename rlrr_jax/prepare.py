@@ -1,7 +1,7 @@
 """Prepares VTAB-1k through tfds, and checks it.
 
-    python -m rlrr_jax.prepare --tasks all --data_dir DIR            (needs the extra `prepare`)
-    python -m rlrr_jax.prepare --tasks all --data_dir DIR --check    (needs nothing more)
+python -m rlrr_jax.prepare --tasks all --data_dir DIR            (needs the extra `prepare`)
+python -m rlrr_jax.prepare --tasks all --data_dir DIR --check    (needs nothing more)
 """
 
 import argparse
@@ -19,8 +19,8 @@ from rlrr_jax.errors import UserError, first_line, one_sentence
 
 FINGERPRINTS = "rlrr_jax_fingerprints.json"  # in the data folder
 STEPS = {
-    "resisc45": "get NWPU-RESISC45 (tensorflow.org/datasets/catalog/resisc45 says where) and extract it "
-    "to {manual}/NWPU-RESISC45/<class>/*.jpg",
+    "resisc45": "get NWPU-RESISC45 (tensorflow.org/datasets/catalog/resisc45 says where) and extract "
+    "it to {manual}/NWPU-RESISC45/<class>/*.jpg",
     "diabetic_retinopathy": "accept the rules at kaggle.com/c/diabetic-retinopathy-detection/data, and "
     "extract it to {manual}/train, {manual}/test and {manual}/sample, with "
     "{manual}/trainLabels.csv (train.zip.005 is easily missed)",

@@ -63,7 +63,12 @@ def _rows(workdirs):
                     f"{where} and {path} are results of the same run that differ: leave one out"
                 )
     order = {name: i for i, name in enumerate(tasks.TASKS)}
-    place = lambda row: (order.get(row["task"], len(order)), row["method"], row["seed"], row["identity"])
+    place = lambda row: (
+        order.get(row["task"], len(order)),
+        row["method"],
+        row["seed"],
+        row["identity"],
+    )
     return sorted((row for row, _ in found.values()), key=place)
 
 

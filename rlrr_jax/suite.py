@@ -53,7 +53,7 @@ def run(config, workdir=None):
     print(f"workdir: {workdir}", flush=True)
     forecast = Forecast(works)
 
-    load_data = functools.lru_cache(2)(_load_data)  # the runs of a task share its images
+    load_data = functools.lru_cache(8)(_load_data)  # the runs of a task share its images
     rows = []
     for work in works:
         with survive(work), files.lock(work.folder):
@@ -228,9 +228,7 @@ def cost(run, epochs=None):
         times = max(epochs - 1, int(run.epochs == 1 == epochs))
     else:
         times = int(epochs == run.epochs)
-    return Cost(
-        epochs * math.ceil(images / run.batch_size), epochs * images, times, times * held_out
-    )
+    return Cost(epochs * math.ceil(images / run.batch_size), epochs * images, times, times * held_out)
 
 
 class Forecast:

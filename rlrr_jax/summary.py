@@ -31,16 +31,20 @@ MEANS = {
     "flat_mean": "flat",
 }
 CAPTION = """\
-Test accuracy in percent, mean and standard deviation (n - 1) over seeds. groups: the mean of the three
-group means, as most papers report it; flat: the mean of the 19 tasks, as the RLRR paper does. A mean is
-left out where a task is missing. params: trained values without the head; head: mean over tasks. Published
-rows are copied from their sources (rlrr_jax/published.csv); RLRR's are the best epoch's test accuracy on
-images saved again as JPEG, and their parameters include heads."""
+Test accuracy in percent, mean and standard deviation (n - 1) over seeds. groups: the mean of the
+three group means, as most papers report it; flat: the mean of the 19 tasks, as the RLRR paper does.
+A mean is left out where a task is missing. params: trained values without the head; head: its mean
+over tasks. Published rows are copied from their sources (rlrr_jax/published.csv); RLRR's are the best
+epoch's test accuracy on images saved again as JPEG, and their parameters include heads."""
 # Runs of one line are equal in these.
 _SAME = ("method", "method_kwargs", "protocol", "source", "variant", "backbone", "backbone_sha256")
 _SAME += ("gelu", "drop_path_mode", "epochs", "batch_size", "image_size", "dtype", "precision")
 _SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
-_MORE = {"augreg": "RLRR* (ViT-B/16 AugReg)", "ViT-L_16": "RLRR (ViT-L/16)", "ViT-H_14": "RLRR (ViT-H/14)"}
+_MORE = {
+    "augreg": "RLRR* (ViT-B/16 AugReg)",
+    "ViT-L_16": "RLRR (ViT-L/16)",
+    "ViT-H_14": "RLRR (ViT-H/14)",
+}
 
 
 class Line(NamedTuple):
@@ -206,7 +210,16 @@ def csv(every):
     out = io.StringIO()
     names = [*tasks.VTAB, *MEANS]
     writer = csv_lib.writer(out, lineterminator="\n")
-    about = ("method", "protocol", "pixels", "backbone", "seeds", "params", "head_params", "published_in")
+    about = (
+        "method",
+        "protocol",
+        "pixels",
+        "backbone",
+        "seeds",
+        "params",
+        "head_params",
+        "published_in",
+    )
     writer.writerow([*about, *names, *(f"{n}_sd" for n in names)])
     for line in every:
         cells = [line.cells.get(name, (None, None)) for name in names]

@@ -57,7 +57,9 @@ def test_weights_go_by_the_variant():
 
 def test_identity_leaves_out_where_and_on_what_it_ran():
     base = resolve("cifar")
-    same = resolve("cifar", data={"dir": "/x", "cache_dir": "/z"}, num_devices=2, pretrained={"cache_dir": "/y"})
+    same = resolve(
+        "cifar", data={"dir": "/x", "cache_dir": "/z"}, num_devices=2, pretrained={"cache_dir": "/y"}
+    )
     assert config_lib.fingerprint(base) == config_lib.fingerprint(same)
     assert config_lib.fingerprint(base) != config_lib.fingerprint(resolve("cifar", lr=0.1))
     assert config_lib.fingerprint(base) != config_lib.fingerprint(resolve("cifar", seeds=(1,)))

@@ -1,4 +1,4 @@
-"""Preparing and checking: what is ready, what is missing, and by which of three ways it was verified."""
+"""Preparing and checking: what is ready, what is missing, and how it was verified."""
 
 import hashlib
 import importlib.util
@@ -144,9 +144,13 @@ def test_a_dsprites_folder_is_checked_by_its_labels(right, tmp_path):
         (folder / f"{split}.txt").write_text("".join(f"one.jpg {k}\n" for k in labels))
     if right:
         text = prepare.check("dsprites_ori", tmp_path)
-        assert text.endswith("800/200/1000/73728 images, labels in range, labels computed from the factors")
+        assert text.endswith(
+            "800/200/1000/73728 images, labels in range, labels computed from the factors"
+        )
     else:
-        with pytest.raises(UserError, match="labels of dsprites_ori test in .* are not those of dSprites"):
+        with pytest.raises(
+            UserError, match="labels of dsprites_ori test in .* are not those of dSprites"
+        ):
             prepare.check("dsprites_ori", tmp_path)
 
 
@@ -166,7 +170,9 @@ def test_check_ends_with_a_table_and_the_manual_steps(tmp_path):
     out = command("--tasks", "kitti,resisc45,sun397,caltech101", "--data_dir", tmp_path, "--check")
     assert out.returncode == 1 and "Traceback" not in out.stderr
     lines = out.stdout.splitlines()
-    assert lines[0].startswith("[1/4] kitti: ok: vtab-1k/kitti, 800/200/1000/711 images, labels in range, f")
+    assert lines[0].startswith(
+        "[1/4] kitti: ok: vtab-1k/kitti, 800/200/1000/711 images, labels in range, f"
+    )
     assert lines[1].startswith("[2/4] resisc45: not ready: there is no prepared tfds dataset at")
     table = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     assert "| ready |" in table["kitti"] and "| missing |" in table["sun397"]
@@ -206,7 +212,9 @@ def test_preparing_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="1 of 2 tasks are not ready: resisc45"):
         prepare.main()
     out = capsys.readouterr().out
-    assert "[1/2] resisc45:3.0.0: failed: AssertionError: You must download the dataset manually\n" in out
+    assert (
+        "[1/2] resisc45:3.0.0: failed: AssertionError: You must download the dataset manually\n" in out
+    )
     assert "[2/2] kitti:3.3.0: prepared, 1 KiB" in out
     assert "[2/2] kitti: ok: kitti:3.3.0, 800/200/1000/711 images" in out
 

@@ -6,7 +6,13 @@ from rlrr_jax import files, report
 
 ROW = {
     **dict(task="hearts", method="rlrr", seed=0, lr=0.02, epochs=12, protocol="fast", source="bundled"),
-    **dict(dataset="hearts", variant="original", backbone="bundled", backbone_sha256="ab" * 32, dtype="float32"),
+    **dict(
+        dataset="hearts",
+        variant="original",
+        backbone="bundled",
+        backbone_sha256="ab" * 32,
+        dtype="float32",
+    ),
     **dict(trainable_params=18_240, head_params=1_552, val_acc=None, test_acc_final=0.7955),
     **dict(
         test_acc_best=None, num_test=2000, wall_seconds=13.4, images_per_second=1300.2, device="1 x cpu"
@@ -19,11 +25,35 @@ def test_table_is_aligned_markdown_without_empty_columns():
     lines = report.table([ROW, FULL]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [c.strip() for c in lines[0].strip("|").split("|")] == [
-        *("task", "method", "protocol", "test acc", "params", "of full", "head", "lr", "epochs", "images/s", "time")
+        *(
+            "task",
+            "method",
+            "protocol",
+            "test acc",
+            "params",
+            "of full",
+            "head",
+            "lr",
+            "epochs",
+            "images/s",
+            "time",
+        )
     ]
     cells = [c.strip() for c in lines[2].strip("|").split("|")]
     assert cells == [
-        *("hearts", "rlrr", "fast", "79.55 %", "18,240", "2.64 %", "1,552", "0.02", "12", "1,300", "13 s")
+        *(
+            "hearts",
+            "rlrr",
+            "fast",
+            "79.55 %",
+            "18,240",
+            "2.64 %",
+            "1,552",
+            "0.02",
+            "12",
+            "1,300",
+            "13 s",
+        )
     ]
     assert "81.35 %" in lines[3] and "100.00 %" in lines[3]
 

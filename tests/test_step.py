@@ -29,7 +29,9 @@ DATA = {
 
 
 def recipe(**kwargs):
-    return step.Recipe(MODEL, METHOD, BATCH, NUMBER, SIZE, **{"flip": True, "drop_path": True, **kwargs})
+    return step.Recipe(
+        MODEL, METHOD, BATCH, NUMBER, SIZE, **{"flip": True, "drop_path": True, **kwargs}
+    )
 
 
 def hyper(seed=0, lr=1e-2, weight_decay=1e-2, drop_path=0.4, epochs=5):
@@ -231,7 +233,9 @@ def test_steps_use_their_own_learning_rate_and_order(tmp_path):
     golden = Golden("open_a", tmp_path)
     frozen = pretrained.load(golden.weights, model=golden.model, image_size=golden.image_size)
     number = len(golden.labels)
-    r = step.Recipe(golden.model, METHOD, number, number, golden.image_size, flip=False, drop_path=False)
+    r = step.Recipe(
+        golden.model, METHOD, number, number, golden.image_size, flip=False, drop_path=False
+    )
     state = step.init_state(r, jax.random.key(0), frozen)
     state["trainable"] = golden.tree("init/", state["trainable"])
     data = {"images": jnp.asarray((golden.images + 1) * 127.5), "labels": jnp.asarray(golden.labels)}

@@ -89,7 +89,11 @@ def test_a_suite_ends_with_its_table(whole):
     assert "source tfds (kitti:3.3.0, original pixels)" in out
     rows = json.loads((folder / "run/results.json").read_text())
     assert len(rows) == 6 and {row["protocol"] for row in rows} == {"fast"}
-    assert {row["task"]: row["num_test"] for row in rows} == {"kitti": 711, "dtd": 1880, "eurosat": 5400}
+    assert {row["task"]: row["num_test"] for row in rows} == {
+        "kitti": 711,
+        "dtd": 1880,
+        "eurosat": 5400,
+    }
     assert (folder / "run/summary.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -166,7 +170,9 @@ def test_nothing_to_run_is_one_sentence(tmp_path):
     _, err = process.communicate(timeout=600)
     assert process.returncode == 1
     last = err.strip().splitlines()[-1]
-    assert last.startswith("error: no task can run: kitti linear seed 0, kitti linear seed 1: there is no")
+    assert last.startswith(
+        "error: no task can run: kitti linear seed 0, kitti linear seed 1: there is no"
+    )
 
 
 # In one process -------------------------------------------------------------------------------

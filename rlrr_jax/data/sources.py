@@ -4,6 +4,7 @@ All give the same: for a split, its number of examples and encoded images with l
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import pathlib
@@ -117,7 +118,9 @@ def open_split(name, split, found):
     """
     name = tasks.canonical(name)
     task = tasks.get(name)
-    opened = {"bundled": _bundled, "tfds": _tfds, "folder": _folder}[found.kind](name, task, split, found)
+    opened = {"bundled": _bundled, "tfds": _tfds, "folder": _folder}[found.kind](
+        name, task, split, found
+    )
     number = {**tasks.SPLITS, "test": task.num_test}[split]
     if opened.number != number:
         kind = split if split in tasks.SPLITS else "test"
@@ -129,7 +132,7 @@ def open_split(name, split, found):
 
 
 def pixels(name, found):
-    """What a source's pixels are: "original", "jpeg75" (saved again by Pillow's default) or "stored"."""
+    """What a source's pixels are: "original", "jpeg75" (as Pillow saves by default) or "stored"."""
     if found.kind != "folder":
         return "original"
     split = open_split(name, "test", found)
@@ -176,9 +179,7 @@ def _tfds(name, task, split, found):
         with _readable(found, part, f"examples {start} to {stop - 1}"):
             return [(e[task.image], [f(e) for f in labels_of]) for e in fetch(start, stop)]
 
-    instructions = [
-        (pathlib.PurePath(f.filename).name, f.skip, f.take) for f in info.file_instructions
-    ]
+    instructions = [(pathlib.PurePath(f.filename).name, f.skip, f.take) for f in info.file_instructions]
     with _readable(found, part, "its files"):
         sizes = [(found.path / file).stat().length for file, *_ in instructions]
     key = {"dataset": found.dataset, "files": instructions, "sizes": sizes, "image": task.image}
@@ -241,14 +242,18 @@ def _tfrecord(builder, part, fields):
 
     features = tfds.features.FeaturesDict({k: builder.info.features[k] for k in sorted(fields)})
     raw = _raw_images(features)
-    index = [
-        record
-        for f in builder.info.splits[part].file_instructions
-        for record in tfrecord.index(epath.Path(f.filename), f.skip, f.take)
-    ]
+
+    @functools.cache
+    def index():  # seconds for a large file, so not before a record is wanted
+        return [
+            record
+            for f in builder.info.splits[part].file_instructions
+            for record in tfrecord.index(epath.Path(f.filename), f.skip, f.take)
+        ]
+
     return lambda start, stop: [
         features.deserialize_example_np(record, decoders=raw)
-        for record in tfrecord.read(index[start:stop])
+        for record in tfrecord.read(index()[start:stop])
     ]
 
 

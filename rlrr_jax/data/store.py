@@ -138,6 +138,10 @@ def locate(name, split, size, variant="original", found=None, cache_dir=None):
 
 
 def _cache(cache_dir):
+    if "://" in str(cache_dir):
+        raise UserError(
+            f"config.data.cache_dir={cache_dir} is no local folder: images are mapped from it"
+        )
     return pathlib.Path(cache_dir or "~/.cache/rlrr_jax").expanduser()
 
 
