@@ -18,6 +18,7 @@ _KEYS = "the configuration file lists them; options of a method are written vtab
 BUNDLED = """\
 No task was named: this trains the bundled tasks, hearts and digits, on the bundled tiny ViT.
 A VTAB-1k task with real weights: python -m rlrr_jax.main --config configs/vtab.py:cifar
+All 19 tasks: python -m rlrr_jax.main --config configs/vtab.py:all
 """
 
 

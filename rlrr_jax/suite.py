@@ -241,10 +241,10 @@ class Forecast:
                 (w.run.task, w.run.method) for w in works[: i - 1]
             }
             for w in [*(trials(work, works[0].run.seed) if searched else ()), work]:
-                self.left[w.label] = cost(w.run)
+                self.left[w.label] = w.run.method, cost(w.run)
                 self.number[w.label] = f"[{len(self.number) + 1}/"
-        self.told, self.speed = 0.0, None
-        total = functools.reduce(Cost.plus, self.left.values())
+        self.told, self.speed = 0.0, {}  # training images a second, by method
+        total = functools.reduce(Cost.plus, (c for _, c in self.left.values()))
         print(
             f"{len(self.left)} run(s): {total.steps:,} steps on {total.images:,} training images, "
             f"{total.evaluations:,} evaluation(s) of {total.evaluated:,} images in all",
@@ -256,13 +256,19 @@ class Forecast:
         return f"{self.number[work.label]}{len(self.number)}] {work.label}"
 
     def tell(self, work, clock, epochs):
-        """Prints the time left, after the first epoch of all and then every ten minutes."""
-        self.speed = clock.images / clock.seconds
-        if self.told and time.monotonic() - self.told < 600:
+        """Prints the time left, after the first epoch of each method and then every ten minutes.
+
+        A method that has not run yet is taken to be as fast as this one.
+        """
+        method, now = work.run.method, clock.images / clock.seconds
+        known, self.speed[method] = method in self.speed, now
+        if known and time.monotonic() - self.told < 600:
             return
         self.told = time.monotonic()
-        left = sum(c.passes for c in self.left.values()) - cost(work.run, epochs).passes
-        print(f"\nabout {duration(left / self.speed)} left at {self.speed:,.0f} images/s", flush=True)
+        left = {label: c.passes for label, (_, c) in self.left.items()}
+        left[work.label] -= cost(work.run, epochs).passes
+        seconds = sum(left[k] / self.speed.get(m, now) for k, (m, _) in self.left.items())
+        print(f"\nabout {duration(seconds)} left, {method} trains {now:,.0f} images/s", flush=True)
 
     def waits(self, work):
         """Whether a run has not been taken off yet."""

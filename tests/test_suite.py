@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import vtab_data
@@ -80,7 +81,7 @@ def test_a_suite_ends_with_its_table(whole):
     folder, out = whole
     assert "6 run(s): 384 steps on 12,000 training images, 6 evaluation(s) of 15,982 images" in out
     assert "decoded images to write: 0.03 GB" in out
-    assert re.search(r"about \d+ (s|min) left at [\d,]+ images/s", out)
+    assert re.search(r"about \d+ (s|min) left, linear trains [\d,]+ images/s", out)
     table = out.split("images/s")[-1]
     assert re.search(r"protocol +pixels +dtd +eurosa +kitti +params", table)
     assert "linear" in table and "± over 2 seeds" in table and "RLRR (ViT-B/16)" in table
@@ -246,7 +247,22 @@ def test_what_a_suite_costs(capsys):
     (vtab_run,) = config_lib.resolve(config("kitti", epochs=None, protocol="vtab"))
     forecast = suite.Forecast([suite.Work(vtab_run, pathlib.Path("w"), None, "x")])
     assert len(forecast.left) == 19
-    assert sum(c.images for c in forecast.left.values()) == 18 * 88_000 + 110_000
+    assert sum(c.images for _, c in forecast.left.values()) == 18 * 88_000 + 110_000
+
+
+def test_the_time_left_goes_by_the_speed_of_each_method(capsys):
+    runs = config_lib.resolve(config("digits,method=linear+rlrr", epochs=10))
+    works = [suite.Work(r, None, None, r.method) for r in runs]
+    forecast = suite.Forecast(works)
+    clock = SimpleNamespace(images=1000, seconds=1.0)
+    forecast.tell(works[0], clock, 1)  # 9,000 + 10,000 images and two tests are left
+    assert f"about {19 + 2 * 797 / 3000:.0f} s left, linear trains 1,000" in capsys.readouterr().out
+    forecast.tell(works[0], clock, 2)
+    assert capsys.readouterr().out == ""
+    forecast.finished(works[0])
+    clock.seconds = 10.0
+    forecast.tell(works[1], clock, 4)
+    assert f"about {60 + 797 / 300:.0f} s left, rlrr trains 100" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
