@@ -38,7 +38,12 @@ def main(argv):
     if rows:
         print(f"\n{report.show(rows)}", flush=True)
     if problems:
-        raise UserError(suite.failure(problems, len(rows) + len(problems)))
+        print("\nnot finished:", *suite.explain(problems), sep="\n", flush=True)
+        names = ", ".join(dict.fromkeys(label.split()[0] for label in problems))
+        raise UserError(
+            f"{len(problems)} of {len(rows) + len(problems)} runs did not finish ({names}): mend what "
+            f"is said above, and start the same command again"
+        )
 
 
 def run():

@@ -38,6 +38,8 @@ def collect(*workdirs, out=None):
     workdirs = [epath.Path(w).expanduser() for w in workdirs]
     out = epath.Path(out or workdirs[0]).expanduser()
     rows = _rows(workdirs)
+    if not rows:
+        raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "results.json", rows)
     unfinished = [line for w in workdirs for line in _unfinished(w)]
@@ -195,8 +197,6 @@ def main():
     args = parser.parse_args()
     out = args.out or (args.workdirs[0] if len(args.workdirs) == 1 else "report")
     rows = collect(*args.workdirs, out=out)
-    if not rows:
-        raise UserError(f"there is no finished run in {', '.join(args.workdirs)}")
     print(show(rows))
     for workdir in args.workdirs:
         print(*_unfinished(epath.Path(workdir).expanduser()), sep="\n", end="")

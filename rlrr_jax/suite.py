@@ -44,7 +44,7 @@ def run(config, workdir=None):
     survive = functools.partial(_survive, problems, alone=len({r.task for r in runs}) == 1)
     works = _locate(runs, workdir, survive)
     if not works:
-        raise UserError(f"no task can run: {_reasons(problems)}")
+        raise UserError(f"no task can run; {explain(problems)[0]}")
     places = {(w.run.pretrained.name, w.run.pretrained.cache_dir) for w in works}
     weights = {name: pretrained.fetch(name, cache_dir) for name, cache_dir in places}
     for work in works:
@@ -60,31 +60,25 @@ def run(config, workdir=None):
             chosen = choose(work, runs[0].seed, weights, load_data, forecast)
             rows.append(finish(chosen, weights, load_data, forecast))
     if not rows:
-        raise UserError(f"every run failed: {_reasons(problems)}")
+        raise UserError(f"every run failed; {explain(problems)[0]}")
     everything = report.collect(workdir)
     if len(everything) <= report.MOST_CURVES:
         report.all_curves(workdir, everything)
     return rows, problems
 
 
-def failure(problems, runs):
-    """One sentence about what failed, for the end of the program."""
-    return (
-        f"{len(problems)} of {runs} runs did not finish, start the same command again once this is "
-        f"mended: {_reasons(problems)}"
-    )
-
-
-def _reasons(problems):
-    by_reason = {}
+def explain(problems):
+    """A line for each reason why runs failed: `"kitti rlrr seed 0, kitti rlrr seed 1: why"`."""
+    labels = {}
     for label, why in problems.items():
-        by_reason.setdefault(why, []).append(label)
-    return "; ".join(f"{', '.join(labels)}: {why}" for why, labels in by_reason.items())
+        labels.setdefault(why, []).append(label)
+    return [f"{', '.join(of)}: {why}" for why, of in labels.items()]
 
 
 def _locate(runs, workdir, survive):
     """The runs whose data is there, as `Work`; checks the space their images need."""
     works, entries = [], []
+    entry = functools.cache(store.locate)  # the runs of a task share it
     for r in runs:
         folder = workdir / r.task / r.method / f"seed{r.seed}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +88,7 @@ def _locate(runs, workdir, survive):
             where = (r.image_size, r.data.variant, found, r.data.cache_dir)
             if found.kind != "bundled":
                 parts = {*train.splits(r), *(("train800", "val200") if r.protocol == "vtab" else ())}
-                entries += [store.locate(r.task, part, *where) for part in sorted(parts)]
+                entries += [entry(r.task, part, *where) for part in sorted(parts)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):
         print(f"decoded images to write: {wanted / 1e9:.2f} GB", flush=True)
@@ -121,7 +115,8 @@ def _survive(problems, work, alone):
         expected = isinstance(e, UserError | OSError)
         problems[work.label] = str(e) if expected else f"{type(e).__name__}: {first_line(e)} ({path})"
         files.write(path, problems[work.label] if expected else traceback.format_exc())
-        print(f"{work.label}: failed: {problems[work.label]}", flush=True)
+        if problems[work.label] not in [*problems.values()][:-1]:  # once for all seeds
+            print(f"{work.label}: failed: {problems[work.label]}", flush=True)
 
 
 def finish(work, weights, load_data, forecast):

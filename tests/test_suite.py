@@ -147,10 +147,11 @@ def test_a_broken_task_is_reported_and_the_others_finish(whole, data_dir, tmp_pa
     assert process.returncode == 1
     assert "Traceback" not in err and err.count("error: ") == 1
     last = err.strip().splitlines()[-1]
-    assert "error: 4 of 6 runs did not finish" in last and "kitti" not in last
-    assert "dtd linear seed 0, dtd linear seed 1: " in last
-    assert "train800val200.txt:124: images/train800val200/000123.jpg is damaged" in last
-    assert "dtd linear seed 0: failed: " in out and "-" in out
+    assert last.startswith("error: 4 of 6 runs did not finish (dtd, eurosat): mend what is said above")
+    above = out.split("not finished:\n")[1]
+    assert "dtd linear seed 0, dtd linear seed 1: " in above and "kitti" not in above
+    assert "train800val200.txt:124: images/train800val200/000123.jpg is damaged" in above
+    assert out.count(": failed: ") == 2 and "dtd linear seed 0: failed: " in out
     rows = json.loads((tmp_path / "run/results.json").read_text())
     whole_rows = json.loads((folder / "run/results.json").read_text())
     accuracy = lambda rows: {r["seed"]: r["test_acc_final"] for r in rows if r["task"] == "kitti"}
@@ -172,7 +173,7 @@ def test_nothing_to_run_is_one_sentence(tmp_path):
     assert process.returncode == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith(
-        "error: no task can run: kitti linear seed 0, kitti linear seed 1: there is no"
+        "error: no task can run; kitti linear seed 0, kitti linear seed 1: there is no"
     )
 
 

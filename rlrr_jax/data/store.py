@@ -227,7 +227,8 @@ def _decode(entry, task, item):
             raise OSError(f"its size is not {entry.side} x {entry.side}")
         return decode(image, entry.side, entry.key["variant"], entry.key["scale"])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's
-        raise UserError(f"{entry.split.where(i)} is damaged ({e}): prepare it again") from e
+        why = "it is no image" if isinstance(e, PIL.UnidentifiedImageError) else e
+        raise UserError(f"{entry.split.where(i)} is damaged ({why}): prepare it again") from e
 
 
 def _check_labels(name, split, labels):

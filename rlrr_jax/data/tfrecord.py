@@ -42,18 +42,19 @@ def index(path, skip, take):
     out, offset = [], 0
     with path.open("rb") as f:
         size = f.seek(0, os.SEEK_END)
-        while len(out) < skip + take:
+        for i in range(skip + take):
             f.seek(offset)
             header = f.read(_HEADER.size)
             if len(header) < _HEADER.size:
-                raise ValueError(f"{path.name} ends after {len(out)} records")
+                raise ValueError(f"{path.name} ends after {i} records")
             length, crc = _HEADER.unpack(header)
             end = offset + _HEADER.size + length + _FOOTER
             if crc != masked_crc(header[:8]) or end > size:
                 raise ValueError(f"{path.name} is damaged at byte {offset}")
-            out.append((path, offset + _HEADER.size, length))
+            if i >= skip:
+                out.append((path, offset + _HEADER.size, length))
             offset = end
-    return out[skip:]
+    return out
 
 
 def read(records):

@@ -353,7 +353,9 @@ def test_bad_lines_name_file_and_line(line, message, folder, tmp_path):
 
 def test_a_damaged_image_names_file_and_line(folder, tmp_path):
     (folder / "images/test/000006.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="test.txt:7: images/test/000006.jpg is damaged"):
+    with pytest.raises(
+        UserError, match=r"test.txt:7: images/test/000006.jpg is damaged \(it is no image\)"
+    ):
         store.load_split("dtd", "test", 16, found=sources.find("dtd", tmp_path), cache_dir=tmp_path)
 
 
