@@ -173,7 +173,7 @@ def trials(work, seed):
 def check_folder(work, sha256):
     """UserError if another run is in a folder."""
     path = work.folder / "config.json"
-    if not path.exists() or (work.run.protocol == "vtab" and work.run.lr is None):
+    if not path.exists() or any(work.run[key] is None for key in config_lib.GRID):  # not yet chosen
         return
     old, new = (
         config_lib.identity(ml_collections.ConfigDict(c))

@@ -208,6 +208,12 @@ def test_vtab_chooses_on_val200_and_tests_once(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_vtab_with_a_given_value_resumes(tmp_path):
+    grid = ConfigDict({"lr": (1.0,), "weight_decay": (0.0, 0.1), "drop_path": (0.0,)})
+    settings = config("digits,method=linear", protocol="vtab", grid=grid, lr=0.03)
+    assert suite.run(settings, tmp_path)[0] == suite.run(settings, tmp_path)[0]
+
+
 def test_ties_go_to_the_smaller_learning_rate(monkeypatch, tmp_path):
     row = lambda lr, wd, dp: {"val_acc": 0.5, "lr": lr, "weight_decay": wd, "drop_path": dp}
     run = config_lib.resolve(config("digits,method=linear", protocol="vtab"))[0]
