@@ -79,8 +79,9 @@ def _outcome(row):
 
 
 def _unfinished(workdir):
-    """A line for each run that failed."""
-    paths = sorted(workdir.glob("*/*/seed*/error.txt"))
+    """A line for each run that failed (and was not finished by another process)."""
+    errors = sorted(workdir.glob("*/*/seed*/error.txt"))
+    paths = [path for path in errors if not (path.parent / "result.json").exists()]
     last = lambda path: path.read_text().strip().splitlines()[-1]
     return [f"not finished: {' '.join(p.parts[-4:-1])}: {last(p)}" for p in paths]
 

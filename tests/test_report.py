@@ -92,3 +92,10 @@ def test_results_are_collected_from_the_runs(tmp_path):
     assert {r["method"] for r in rows} == {"rlrr", "full"}
     assert (tmp_path / "results.md").read_text() == f"{report.table(rows)}\n\n{report.caption(rows)}\n"
     assert not list(tmp_path.rglob("*.part"))
+    (folder / "error.txt").write_text("in use")  # by a process that finished it
+    (tmp_path / "hearts/linear/seed1").mkdir(parents=True)
+    (tmp_path / "hearts/linear/seed1/error.txt").write_text("Traceback\nsome reason")
+    report.collect(tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert text.endswith("\n\nnot finished: hearts linear seed1: some reason\n")
+    assert "in use" not in text
