@@ -1,8 +1,10 @@
 """`python -m rlrr_jax.main --config configs/vtab.py:cifar`: flags in, a table out."""
 
+import pathlib
 import re
 import traceback
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -15,6 +17,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 _KEYS = "the configuration file lists them; options of a method are written vtab.py:init=damped"
+CACHE = pathlib.Path("~/.cache/rlrr_jax/compiled")
 BUNDLED = """\
 No task was named: this trains the bundled tasks, hearts and digits, on the bundled tiny ViT.
 A VTAB-1k task with real weights: python -m rlrr_jax.main --config configs/vtab.py:cifar
@@ -32,6 +35,8 @@ def main(argv):
     config = _CONFIG.value
     if config is None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
+    if jax.config.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR says where
+        jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
     if config.task is None:
         print(BUNDLED, flush=True)
     rows, problems = suite.run(config, _WORKDIR.value)

@@ -95,6 +95,28 @@ def test_wrong_input_is_one_sentence(case, answers):
     assert "Traceback" not in answer.stdout and "pickle was run" not in answer.stdout
 
 
+def test_the_second_start_compiles_nothing(tmp_path):
+    """Every program of a second run comes from the cache of the first: it adds none."""
+    command = [f"{CONFIG}:digits,method=linear", "--config.epochs=1", "--config.num_devices=1"]
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    kept = []
+    for name in "ab":
+        answer = main(*command, f"--workdir={tmp_path}/{name}", **environment)
+        assert answer.returncode == 0, answer.stderr
+        kept.append({p.name for p in (tmp_path / "cache").iterdir() if p.name.endswith("-cache")})
+    assert kept[0] == kept[1] and any("train_steps" in name for name in kept[0])
+
+
+def test_programs_are_cached_below_home_by_default(tmp_path):
+    environment = {"HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [f"{CONFIG}:digits,method=linear", "--config.epochs=1", "--config.num_devices=1"]
+    assert main(*command, f"--workdir={tmp_path}/run", **environment).returncode == 0
+    assert list((tmp_path / ".cache/rlrr_jax/compiled").glob("*-cache"))
+
+
 def test_platform_that_is_not_there():
     answer = main(CONFIG, JAX_PLATFORMS="cuda")
     assert answer.returncode == 1 and "Traceback" not in answer.stderr

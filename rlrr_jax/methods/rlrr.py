@@ -74,7 +74,9 @@ def merge(frozen, trainable):
     shift = trainable["shift"]
     if "scale_in" in trainable:
         kernel = frozen["kernel"]
-        flat = (trainable[k].reshape(len(kernel), -1) for k in ("scale_in", "scale_out"))  # [L, in], ...
+        flat = (
+            trainable[k].reshape(len(kernel), -1) for k in ("scale_in", "scale_out")
+        )  # [L, in], ...
         # An einsum, because its gradients are matrix-vector products: under `vmap` XLA's CPU code for
         # the sums of a broadcast product is ten times slower. "highest" keeps it in float32 everywhere.
         scale = jnp.einsum("li,lo->lio", *flat, precision="highest").reshape(kernel.shape)

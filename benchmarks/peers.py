@@ -1,0 +1,207 @@
+"""Training and evaluation speed of one ViT-B/16 beside its peers, in one run.
+
+    pip install -e . 'torch==2.13.0' && python benchmarks/peers.py --batch 8
+
+Each peer is a process of its own, so that none shares memory or threads with another, and they take
+turns: a round is some steps of each. Prints medians over rounds, and ratios to `torch` with the range
+over rounds; the last line is JSON. Peers, all in float32 with drop path 0 and AdamW:
+
+    rlrr      ours
+    full      ours with all weights trained: the same forward and backward without a merge
+    torch     RLRR as the authors do it: every layer rescales its frozen weight as it is used
+    compiled  the same through torch.compile
+    lora      LoRA of rank 8 on query and value, in PyTorch
+"""
+
+import argparse
+import json
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+PEERS = ("rlrr", "full", "torch", "compiled", "lora")
+CLASSES, SIZE = 100, 224
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2, help="in a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", default="rlrr,full,torch,lora", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        return
+    names = args.peers.split(",")
+    for name in names:
+        if name not in PEERS:
+            parser.error(f"unknown peer {name!r}: use {', '.join(PEERS)}")
+    rows = measure(names, args)
+    print(table(rows, "torch" if "torch" in rows else names[0]))
+    print(json.dumps({"batch": args.batch, "steps": args.steps, "peers": rows}))
+
+
+def measure(names, args):
+    """`{peer: {"train": [images/s of each round], "eval": [...], "matmul", "peak_gib", "first"}}`."""
+    command = [sys.executable, __file__, f"--batch={args.batch}", f"--steps={args.steps}"]
+    workers, rows = {}, {}
+    for name in names:  # one after another: compiling takes both cores
+        pipe = subprocess.Popen(
+            [*command, f"--worker={name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        workers[name], rows[name] = pipe, {"train": [], "eval": [], "matmul": []}
+        rows[name]["first"] = ask(pipe, "start")
+        print(f"{name}: ready after {rows[name]['first']:.1f} s", file=sys.stderr)
+    for i in range(args.rounds):
+        for what, images in (("train", args.batch * args.steps), ("eval", args.batch * args.steps)):
+            for name in names:
+                rows[name][what].append(images / ask(workers[name], what))
+        for name in names:
+            rows[name]["matmul"].append(ask(workers[name], "matmul"))
+        print(f"round {i + 1} of {args.rounds} done", file=sys.stderr)
+    for name, pipe in workers.items():
+        rows[name]["peak_gib"] = ask(pipe, "memory")
+        pipe.kill()
+        pipe.wait()
+    return rows
+
+
+def ask(pipe, what):
+    """A worker's answer, a number. It is stopped between answers: PyTorch's threads spin for seconds."""
+    pipe.send_signal(signal.SIGCONT)
+    pipe.stdin.write(what + "\n")
+    pipe.stdin.flush()
+    line = pipe.stdout.readline()
+    pipe.send_signal(signal.SIGSTOP)
+    if not line:
+        sys.exit("error: a worker ended; its message is above")
+    return float(line)
+
+
+def table(rows, base):
+    """A Markdown table: medians, and the median and range of the ratios to a peer."""
+    lines = ["| peer | train images/s | ratio | eval images/s | ratio | matmul GFLOP/s | peak GiB |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for name, row in rows.items():
+        cells = [name]
+        for what in ("train", "eval"):
+            ratios = [a / b for a, b in zip(row[what], rows[base][what])]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            cells += [f"{statistics.median(row[what]):.2f}", spread]
+        cells += [f"{statistics.median(row['matmul']):.0f}", f"{row['peak_gib']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# A worker -------------------------------------------------------------------------------------
+
+
+def work(args):
+    """Answers `start`, `train`, `eval` and `matmul` with seconds or rates, `memory` with GiB."""
+    make = jax_peer if args.worker in ("rlrr", "full") else torch_peer
+    begun = time.perf_counter()
+    train, evaluate, matmul = make(args.worker, args.batch, args.steps)
+    train()
+    evaluate()
+    for line in sys.stdin:
+        what = line.strip()
+        if what == "start":
+            answer = time.perf_counter() - begun
+        elif what == "memory":
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        elif what == "matmul":
+            seconds = min(timed(matmul) for _ in range(5))
+            answer = 2 * args.batch * 197 * 768 * 3072 / seconds / 1e9
+        else:
+            answer = timed({"train": train, "eval": evaluate}[what])
+        print(answer, flush=True)
+
+
+def timed(function):
+    """Seconds of a call."""
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def jax_peer(name, batch, steps):
+    """Our own step as a run calls it: several steps in one dispatch."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import PartitionSpec as P
+
+    from rlrr_jax import methods, step
+    from rlrr_jax.models import vit
+
+    model = vit.ViT.from_variant("B/16", num_classes=CLASSES)
+    image = jnp.zeros((1, SIZE, SIZE, 3))
+    mesh = step.make_mesh(jax.devices())
+    frozen = step.put(mesh, P(), jax.jit(model.init)(jax.random.key(0), image)["params"])
+    number = batch * steps
+    recipe = step.Recipe(model, methods.get(name), batch, number, SIZE, drop_path=False)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (number, SIZE, SIZE, 3), np.uint8)
+    labels = rng.integers(0, CLASSES, number).astype(np.int32)
+    data = step.put(mesh, P(), {"images": images, "labels": labels})
+    hyper = {"lr": jnp.array([1e-3]), "weight_decay": jnp.array(1e-4), "drop_path": jnp.array(0.0)}
+    hyper |= {"noise_key": jax.random.key(1), "order_key": jax.random.key(2)}
+    hyper = step.put_trial(mesh, hyper)
+    place = [step.put(mesh, P(), jnp.int32(i)) for i in (0, 0, steps)]
+    now = list(step.map_start(recipe, mesh)(jax.random.key(3), frozen))
+    train_steps = step.map_train_steps(recipe, mesh)
+
+    def train():
+        now[:] = jax.block_until_ready(train_steps(frozen, data, *now, hyper, *place))
+
+    merge = step.map_merge(recipe.method.merge, mesh)
+    eval_step = step.map_eval_step(model, SIZE, "highest", mesh)
+
+    def evaluate():
+        params = merge(frozen, now[0]["trainable"])
+        step.evaluate(eval_step, params, images, labels, batch, mesh)
+
+    a, b = jnp.ones((batch * 197, 768)), jnp.ones((768, 3072))
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest"))
+    return train, evaluate, lambda: jax.block_until_ready(product(a, b))
+
+
+def torch_peer(name, batch, steps):
+    """A plain PyTorch loop over batches."""
+    import torch
+    from torch_vit import make
+
+    torch.manual_seed(0)
+    model = make("lora" if name == "lora" else "rlrr", CLASSES)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
+    images = torch.rand(batch * steps, 3, SIZE, SIZE) * 2 - 1
+    labels = torch.randint(0, CLASSES, (batch * steps,))
+    forward = torch.compile(model) if name == "compiled" else model
+
+    def train():
+        model.train()
+        for i in range(0, len(labels), batch):
+            optimizer.zero_grad()
+            logits = forward(images[i : i + batch])
+            torch.nn.functional.cross_entropy(logits, labels[i : i + batch]).backward()
+            optimizer.step()
+
+    def evaluate():
+        model.eval()
+        with torch.no_grad():
+            for i in range(0, len(labels), batch):
+                forward(images[i : i + batch]).argmax(1)
+
+    a, b = torch.ones(batch * 197, 768), torch.ones(768, 3072)
+    return train, evaluate, lambda: a @ b
+
+
+if __name__ == "__main__":
+    main()

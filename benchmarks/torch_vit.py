@@ -1,0 +1,111 @@
+"""ViT-B/16 in PyTorch with RLRR in every layer, or LoRA: the peers of `peers.py`.
+
+RLRR here follows the description of the authors' form (tests/golden.py has its names and numbers): each
+layer holds a frozen weight and rescales it in its forward; norms and the patch embedding scale and shift
+their outputs.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+WIDTH, DEPTH, HEADS, MLP, PATCH = 768, 12, 12, 3072, 16
+
+
+class Rescaled(nn.Linear):
+    """A frozen linear layer with trained scales and shift."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.scale_col = nn.Parameter(torch.empty(1, inputs))
+        self.scale_line = nn.Parameter(torch.empty(outputs, 1))
+        nn.init.kaiming_uniform_(self.scale_col, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.scale_line, a=math.sqrt(5))
+        self.shift_bias = nn.Parameter(torch.zeros(1, outputs))
+
+    def forward(self, x):
+        """[..., inputs] -> [..., outputs]."""
+        weight = self.weight + self.scale_line * self.weight * self.scale_col
+        return F.linear(x, weight, self.bias) + self.shift_bias
+
+
+class Lora(nn.Linear):
+    """A frozen linear layer with a trained product of rank 8."""
+
+    def __init__(self, inputs, outputs, rank=8):
+        super().__init__(inputs, outputs)
+        self.scale_down = nn.Parameter(torch.randn(rank, inputs) * 0.02)
+        self.scale_up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x):
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight, self.bias) + x @ self.scale_down.T @ self.scale_up.T
+
+
+class Affine(nn.Module):
+    """Scale and shift of an output, as SSF does it; nothing for LoRA."""
+
+    def __init__(self, kind):
+        super().__init__()
+        if kind == "rlrr":
+            self.scale = nn.Parameter(torch.randn(WIDTH) * 0.02 + 1)
+            self.shift = nn.Parameter(torch.randn(WIDTH) * 0.02)
+
+    def forward(self, x):
+        """[..., width] -> the same."""
+        return x * self.scale + self.shift if hasattr(self, "scale") else x
+
+
+class Block(nn.Module):
+    """A pre-norm encoder block with written-out attention."""
+
+    def __init__(self, kind):
+        super().__init__()
+        adapted = Rescaled if kind == "rlrr" else Lora
+        other = Rescaled if kind == "rlrr" else nn.Linear
+        self.norm_0, self.affine_0 = nn.LayerNorm(WIDTH, eps=1e-6), Affine(kind)
+        self.norm_1, self.affine_1 = nn.LayerNorm(WIDTH, eps=1e-6), Affine(kind)
+        self.query, self.value = adapted(WIDTH, WIDTH), adapted(WIDTH, WIDTH)
+        self.key, self.out = other(WIDTH, WIDTH), other(WIDTH, WIDTH)
+        self.fc1, self.fc2 = other(WIDTH, MLP), other(MLP, WIDTH)
+
+    def forward(self, x):
+        """[B, T, width] -> the same."""
+        y = self.affine_0(self.norm_0(x))
+        split = lambda t: t.view(*t.shape[:2], HEADS, -1).transpose(1, 2)
+        query, key, value = split(self.query(y)), split(self.key(y)), split(self.value(y))
+        weights = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(WIDTH // HEADS), -1)
+        y = (weights @ value).transpose(1, 2).reshape(x.shape)
+        x = x + self.out(y)
+        y = self.affine_1(self.norm_1(x))
+        return x + self.fc2(F.gelu(self.fc1(y)))
+
+
+class ViT(nn.Module):
+    """[B, 3, 224, 224] -> logits [B, classes]."""
+
+    def __init__(self, kind, classes):
+        super().__init__()
+        self.patch, self.affine_patch = nn.Conv2d(3, WIDTH, PATCH, PATCH), Affine(kind)
+        self.token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.position = nn.Parameter(torch.randn(1, 197, WIDTH) * 0.02)
+        self.blocks = nn.Sequential(*(Block(kind) for _ in range(DEPTH)))
+        self.norm, self.affine = nn.LayerNorm(WIDTH, eps=1e-6), Affine(kind)
+        self.head = nn.Linear(WIDTH, classes)
+
+    def forward(self, images):
+        """Logits."""
+        x = self.affine_patch(self.patch(images).flatten(2).transpose(1, 2))
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        return self.head(self.affine(self.norm(self.blocks(x)))[:, 0])
+
+
+def make(kind, classes):
+    """The model with only `scale*`, `shift*` and the head trained."""
+    model = ViT(kind, classes)
+    for name, parameter in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        parameter.requires_grad = name.startswith("head") or last.startswith(("scale", "shift"))
+    return model
