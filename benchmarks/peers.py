@@ -73,7 +73,7 @@ def measure(names, args):
 
 
 def ask(pipe, what):
-    """A worker's answer, a number. It is stopped between answers: PyTorch's threads spin for seconds."""
+    """A worker's answer, a number. It is stopped between answers, so that none disturbs another."""
     pipe.send_signal(signal.SIGCONT)
     pipe.stdin.write(what + "\n")
     pipe.stdin.flush()
