@@ -1,7 +1,7 @@
 """ViT-B/16 in PyTorch with RLRR in every layer, or LoRA: the peers of `peers.py`.
 
-RLRR here follows the description of the authors' form (tests/golden.py has its names and numbers): each
-RLRR here follows the description of the authors' form (tests/golden.py has its names): each
+RLRR here follows the description of the authors' form (tests/golden.py has its names): each layer
+holds a frozen weight and rescales it in its forward; norms and the patch embedding scale and shift
 their outputs.
 """
 

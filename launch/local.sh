@@ -16,6 +16,6 @@ if ! "$venv/bin/python" -c "import rlrr_jax.main" 2>/dev/null; then
   python3 -m venv "$venv"
   "$venv/bin/pip" install -q -e "$package"
 fi
-# Large arrays in huge pages: a third more images/s in training on CPUs (benchmarks/README.md).
+# Large arrays in huge pages: faster on CPUs; benchmarks/peers.py --peers rlrr, with and without, tells.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 exec "$venv/bin/python" -m rlrr_jax.main "$@"
