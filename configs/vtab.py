@@ -7,6 +7,8 @@ the method's own defaults. What a run used is saved with it, in `config.json`.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from rlrr_jax.config import DEFAULT_GRID
+
 
 def get_config(arg=None):
     """The configuration; `arg` is a task, or `task=...,method=...` and options of the method."""
@@ -22,10 +24,8 @@ def get_config(arg=None):
     # "vtab": choose from the grid on 800/200, then train on 1000, tested once;
     # "tune": train on 800, evaluate on 200, never test.
     config.protocol = placeholder(str)
-    config.grid = ConfigDict()  # of "vtab"; a value set below is fixed instead
-    config.grid.lr = (1e-3, 3e-3, 1e-2)
-    config.grid.weight_decay = (5e-5, 5e-2)
-    config.grid.drop_path = (0.0, 0.1, 0.3)
+    # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead.
+    config.grid = ConfigDict(DEFAULT_GRID)
     config.epochs = placeholder(int)
     config.batch_size = 32
     config.schedule = placeholder(str)  # "official" or "cosine"

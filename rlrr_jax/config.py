@@ -19,6 +19,11 @@ from rlrr_jax.models import vit
 BUNDLED_MODEL = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
+DEFAULT_GRID = {
+    "lr": (1e-3, 3e-3, 1e-2),
+    "weight_decay": (5e-5, 5e-2),
+    "drop_path": (0.0, 0.1, 0.3),
+}
 # What may differ between two starts of the same run: where and how, not what.
 PLACES = (
     "num_devices",
@@ -40,6 +45,8 @@ def resolve(config):
     bundled = all(name in tasks.BUNDLED for name in names)
     suite = len([name for name in names if name in tasks.VTAB]) > 1
     chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
+    if config.protocol != "vtab" and config.grid.to_dict() != DEFAULT_GRID:
+        raise UserError("config.grid is only searched by config.protocol=vtab: add that")
     kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
     return [
         _resolve_one(config, task, method, kwargs[method], seed, suite)
@@ -92,9 +99,9 @@ def identity(run):
     return json.loads(json.dumps(plain))
 
 
-def fingerprint(runs):
-    """Eight hex digits that name the work of these runs."""
-    text = json.dumps([identity(run) for run in runs], sort_keys=True)
+def fingerprint(runs, marks=None):
+    """Eight hex digits that name the work of these runs, and of the weights and dataset they used."""
+    text = json.dumps([[identity(run) for run in runs], marks or {}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

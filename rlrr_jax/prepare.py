@@ -100,8 +100,8 @@ def main():
         try:
             line = "ok: " + (check if args.check else look)(name, data_dir, args.source)
         except (UserError, OSError) as e:
-            problems[name] = first_line(e)
-            line = f"not ready: {problems[name]}"
+            problems[name] = "wrong" if _is_there(name, data_dir, args.source) else "missing"
+            line = f"not ready: {first_line(e)}"
         print(f"[{i}/{len(names)}] {name}: {line}", flush=True)
     print(summary(names, problems, manual))
     if problems:
@@ -112,10 +112,18 @@ def summary(names, problems, manual):
     """The table of what is ready, what is missing and what to do about it."""
     lines = ["", "| task | state | what to do |", "| --- | --- | --- |"]
     for name in names:
-        todo = STEPS.get(name, "see the line above") if name in problems else NOTES.get(name, "")
-        state = "missing" if name in problems else "ready"
+        state = problems.get(name, "ready")
+        todo = {"ready": NOTES.get(name, ""), "missing": STEPS.get(name, "see the line above")}
+        todo = todo.get(state, "see the line above")
         lines.append(f"| {name} | {state} | {todo.format(manual=manual)} |")
     return "\n".join(lines)
+
+
+def _is_there(name, data_dir, kind):
+    try:
+        return bool(sources.find(name, data_dir, kind))
+    except UserError as e:
+        return "twice" in str(e)
 
 
 # Preparing ------------------------------------------------------------------------------------
@@ -133,7 +141,8 @@ def prepare(names, data_dir, manual):
             f"preparing needs {', '.join(missing)}: install them by pip install -e '.[prepare]' "
             f"(reading, training and --check do not need them)"
         )
-    datasets = list(dict.fromkeys(f"{tasks.get(n).tfds}:{tasks.get(n).version}" for n in names))
+    absent = [name for name in names if not _is_there(name, data_dir, None)]
+    datasets = list(dict.fromkeys(f"{tasks.get(n).tfds}:{tasks.get(n).version}" for n in absent))
     for i, dataset in enumerate(datasets, 1):
         label = f"[{i}/{len(datasets)}] {dataset}"
         print(f"{label}: preparing", flush=True)
@@ -149,8 +158,6 @@ def _prepare_one(dataset, data_dir, manual):
 
     tf.config.set_visible_devices([], "GPU")  # leave them to JAX
     builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
-    if (epath.Path(builder.data_path) / "dataset_info.json").exists():
-        return "was there"
     config = tfds.download.DownloadConfig(manual_dir=manual)
     builder.download_and_prepare(download_config=config)
     return f"prepared, {builder.info.dataset_size}"
@@ -159,6 +166,8 @@ def _prepare_one(dataset, data_dir, manual):
 def look(name, data_dir, kind=None):
     """What there is of a task, by its sizes; records its fingerprint. Raises UserError if unusable."""
     found = sources.find(name, data_dir, kind)
+    if found.kind == "tfds":
+        _check_sizes(name, found)
     numbers = [sources.open_split(name, split, found).number for split in (*tasks.SPLITS, "test")]
     text = f"{found.dataset}, {'/'.join(map(str, numbers))} images"
     if _way(name, found) == "fingerprint":
@@ -203,7 +212,11 @@ def check(name, data_dir, kind=None):
 def _way(name, found):
     if name.startswith("dsprites"):
         return "factors"
-    return "keys" if found.kind == "tfds" and tasks.get(name).tfds in KEYS else "fingerprint"
+    task = tasks.get(name)
+    if found.kind != "tfds" or task.tfds not in KEYS:
+        return "fingerprint"
+    builder, _ = sources.open_tfds(found, task.splits["test"], {task.image})
+    return "keys" if KEYS[task.tfds][0] in builder.info.features else "fingerprint"  # older: no key
 
 
 def _labels(name, split, found):
@@ -223,7 +236,8 @@ def _check_sizes(name, found):
         have = builder.info.splits[split].num_examples
         if have not in (number, ALSO.get(task.tfds, {}).get(split)):
             raise UserError(
-                f"{found.path} has {have} examples in {split} instead of {number}: prepare it again"
+                f"{found.path} has {have} examples in {split} instead of {number}: "
+                f"delete that folder and prepare it again"
             )
 
 
@@ -249,7 +263,8 @@ def _check_keys(name, found):
                 if now < last:
                     raise UserError(
                         f"example {i} of {found.path} {part!r} ({value}) is not where its key puts it: "
-                        f"it was prepared by an old tfds (before 4.2) or changed, prepare it again"
+                        f"it was prepared by an old tfds (before 4.2) or changed, "
+                        f"delete that folder and prepare it again"
                     )
                 last = now
 
@@ -293,10 +308,16 @@ def fingerprint(name, found):
 def compare_fingerprint(name, data_dir, found):
     """Compares a fingerprint with the recorded one, or records it; says which."""
     path = epath.Path(data_dir) / FINGERPRINTS
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}): restore it, or delete it") from e
     key, now = f"{name} ({found.dataset})", fingerprint(name, found)
     if key not in known:
-        files.write_json(path, {**known, key: now})
+        try:
+            files.write_json(path, {**known, key: now})
+        except PermissionError:
+            return f"fingerprint {now[:12]}, not recorded because {data_dir} cannot be written"
         return f"fingerprint {now[:12]} recorded for the first time"
     if known[key] != now:
         raise UserError(

@@ -25,6 +25,7 @@ COLUMNS = (
 )
 
 
+COMPARED = ("test_acc_final", "test_acc_best", "val_acc", "train_loss")  # of two results of a run
 MOST_CURVES = 12  # in one picture
 
 
@@ -59,6 +60,11 @@ def _rows(workdirs):
     for workdir in workdirs:
         for path in sorted(workdir.glob("*/*/seed*/result.json")):
             row = files.read_json(path)
+            if missing := {"identity", *COMPARED} - row.keys():
+                raise UserError(
+                    f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete "
+                    f"{path.parent} to start that run again"
+                )
             other, where = found.setdefault(row["identity"], (row, path))
             if _outcome(other) != _outcome(row):
                 raise UserError(
@@ -75,7 +81,7 @@ def _rows(workdirs):
 
 
 def _outcome(row):
-    return [row[key] for key in ("test_acc_final", "test_acc_best", "val_acc", "train_loss")]
+    return [row[key] for key in COMPARED]
 
 
 def _unfinished(workdir):
@@ -89,7 +95,8 @@ def _unfinished(workdir):
 def show(rows):
     """What is printed at the end: the table of tasks where there are several, else of runs."""
     lines = summary.lines(rows)
-    if len({row["task"] for row in rows if row["task"] in tasks.VTAB}) > 1:
+    several = len({row["task"] for row in rows if row["task"] in tasks.VTAB}) > 1
+    if several and all(row["test_acc_final"] is not None for row in rows):
         return f"{summary.text(lines)}\n\n{summary.CAPTION}\n\n{caption(rows)}"
     return f"{table(rows)}\n\n{caption(rows)}"
 

@@ -57,7 +57,7 @@ def run(config, workdir=None):
     rows = []
     for work in works:
         with survive(work), files.lock(work.folder):
-            chosen = choose(work, runs[0].seed, weights, load_data, forecast)
+            chosen = choose(work, weights, load_data, forecast)
             rows.append(finish(chosen, weights, load_data, forecast))
     if not rows:
         raise UserError(f"every run failed; {explain(problems)[0]}")
@@ -84,6 +84,9 @@ def _locate(runs, workdir, survive):
         folder.mkdir(parents=True, exist_ok=True)
         work = Work(r, folder, None, f"{r.task} {r.method} seed {r.seed}")
         with survive(work):
+            if found := _before(r, folder):  # its data may be gone
+                works.append(work._replace(found=found))
+                continue
             found = config_lib.locate(r)
             where = (r.image_size, r.data.variant, found, r.data.cache_dir)
             if found.kind != "bundled":
@@ -94,6 +97,17 @@ def _locate(runs, workdir, survive):
         print(f"decoded images to write: {wanted / 1e9:.2f} GB", flush=True)
         store.check_space(wanted, runs[0].data.cache_dir)
     return works
+
+
+def _before(run, folder):
+    """Where the data of a finished run came from, which is filled in; None if it is not finished."""
+    if not (folder / "result.json").exists() or not (folder / "config.json").exists():
+        return None
+    saved = files.read_json(folder / "config.json")
+    for key in ("source", "variant"):
+        if run.data[key] is None or run.data[key] == saved["data"][key]:
+            run.data[key] = saved["data"][key]
+    return sources.Found(saved["data"]["source"], None, saved["dataset"])
 
 
 def _check_weights(run, weights):
@@ -125,7 +139,7 @@ def finish(work, weights, load_data, forecast):
     check_folder(work, sha256)
     result = work.folder / "result.json"
     if result.exists():
-        if forecast.waits(work):  # and not one of a search that several seeds share
+        if work.folder.parent.name != "search":
             print(f"{forecast.place(work)}: finished before", flush=True)
     else:
         r, marks = work.run, _marks(work, sha256)
@@ -138,7 +152,7 @@ def finish(work, weights, load_data, forecast):
     return files.read_json(result)
 
 
-def choose(work, seed, weights, load_data, forecast):
+def choose(work, weights, load_data, forecast):
     """A run of the protocol "vtab" with its hyper-parameters, the best of the grid on val200.
 
     Ties go to the smaller learning rate, then weight decay, then drop path. Others are returned as
@@ -147,7 +161,7 @@ def choose(work, seed, weights, load_data, forecast):
     if work.run.protocol != "vtab":
         return work
     rows = []
-    for trial in trials(work, seed):
+    for trial in trials(work):
         with contextlib.ExitStack() as stack:
             trial.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock(trial.folder))
@@ -159,12 +173,12 @@ def choose(work, seed, weights, load_data, forecast):
     return work._replace(run=run)
 
 
-def trials(work, seed):
-    """The runs on 800 and 200 images that a run of the protocol "vtab" chooses from."""
+def trials(work):
+    """The runs on 800 and 200 images that a run of the protocol "vtab" chooses from; all of seed 0."""
     out = []
     for run in config_lib.trials(work.run):
-        run.seed = seed
-        name = "-".join([f"seed{seed}", *(f"{key}{run[key]:g}" for key in config_lib.GRID)])
+        run.seed = 0
+        name = "-".join(["seed0", *(f"{key}{run[key]:g}" for key in config_lib.GRID)])
         folder = work.folder.parent / "search" / name
         out.append(Work(run, folder, work.found, f"{run.task} {run.method} {name}"))
     return out
@@ -173,12 +187,16 @@ def trials(work, seed):
 def check_folder(work, sha256):
     """UserError if another run is in a folder."""
     path = work.folder / "config.json"
-    if not path.exists() or any(work.run[key] is None for key in config_lib.GRID):  # not yet chosen
+    if not path.exists():
         return
     old, new = (
         config_lib.identity(ml_collections.ConfigDict(c))
         for c in (files.read_json(path), {**work.run.to_dict(), **_marks(work, sha256)})
     )
+    if any(new[key] is None for key in config_lib.GRID):  # "vtab" has not chosen yet
+        for values in (old, new):
+            for key in (*config_lib.GRID, "val_acc"):
+                values.pop(key, None)
     if changed := config_lib.differences(old, new):
         raise UserError(
             f"{work.folder} holds a run with {', '.join(changed)}: choose another --workdir, or "
@@ -235,14 +253,18 @@ class Forecast:
             searched = work.run.protocol == "vtab" and (work.run.task, work.run.method) not in {
                 (w.run.task, w.run.method) for w in works[: i - 1]
             }
-            for w in [*(trials(work, works[0].run.seed) if searched else ()), work]:
-                self.left[w.label] = w.run.method, cost(w.run)
+            for w in [*(trials(work) if searched else ()), work]:
+                if not (w.folder / "result.json").exists():
+                    self.left[w.label] = w.run.method, cost(w.run)
                 self.number[w.label] = f"[{len(self.number) + 1}/"
         self.told, self.speed = 0.0, {}  # training images a second, by method
-        total = functools.reduce(Cost.plus, (c for _, c in self.left.values()))
+        total = functools.reduce(Cost.plus, (c for _, c in self.left.values()), Cost())
+        before = len(self.number) - len(self.left)
         print(
             f"{len(self.left)} run(s): {total.steps:,} steps on {total.images:,} training images, "
-            f"{total.evaluations:,} evaluation(s) of {total.evaluated:,} images in all",
+            f"{total.evaluations:,} evaluation(s) of {total.evaluated:,} images in all"
+            + f"; {before} finished before"
+            * bool(before),
             flush=True,
         )
 
@@ -264,10 +286,6 @@ class Forecast:
         left[work.label] -= cost(work.run, epochs).passes
         seconds = sum(left[k] / self.speed.get(m, now) for k, (m, _) in self.left.items())
         print(f"\nabout {duration(seconds)} left, {method} trains {now:,.0f} images/s", flush=True)
-
-    def waits(self, work):
-        """Whether a run has not been taken off yet."""
-        return work.label in self.left
 
     def finished(self, work):
         """Takes a run off what is left."""

@@ -38,6 +38,8 @@ over tasks. Published rows are copied from their sources (rlrr_jax/published.csv
 epoch's test accuracy on images saved again as JPEG, and their parameters include heads."""
 # Runs of one line are equal in these.
 _SAME = ("method", "method_kwargs", "protocol", "source", "variant", "backbone", "backbone_sha256")
+# And those of one task in these.
+_HYPER = ("lr", "weight_decay", "drop_path", "schedule", "flip", "dataset")
 _SAME += ("gelu", "drop_path_mode", "epochs", "batch_size", "image_size", "dtype", "precision")
 _SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
 _MORE = {
@@ -56,6 +58,7 @@ class Line(NamedTuple):
       cells: task or mean -> (mean, standard deviation or None), fractions.
       params, head: of the model, as text.
       seeds: that were run.
+      counts: how many of them each task has: "3", or "2 to 3".
       source: of a published line, else "".
       settings: the values that the runs share.
     """
@@ -67,6 +70,7 @@ class Line(NamedTuple):
     params: str
     head: str
     seeds: tuple
+    counts: str
     source: str
     settings: dict
 
@@ -85,7 +89,17 @@ def lines(rows):
         ours.append(_line(group, "test_acc_final", ""))
         if group[0]["protocol"] == "official":
             ours.append(_line(group, "test_acc_best", ", best epoch"))
-    return ours and ours + published()
+    return ours and _tell_apart(ours) + published()
+
+
+def _tell_apart(ours):
+    """Lines with what tells them apart in their labels, where the table has no column for it."""
+    hidden = [k for k in _SAME if k not in ("method", "method_kwargs", "protocol", "source", "variant")]
+    differ = [k for k in hidden if len({line.settings[k] for line in ours}) > 1]
+    if "backbone" in differ and "backbone_sha256" in differ:
+        differ.remove("backbone_sha256")
+    note = lambda line: "".join(f", {k}={str(line.settings[k])[:40]}" for k in differ)
+    return [line._replace(label=line.label + note(line)) for line in ours]
 
 
 def _line(rows, key, suffix):
@@ -98,6 +112,8 @@ def _line(rows, key, suffix):
                 f"into one line of the table: report their workdirs apart"
             )
         seeds[row["seed"]] = row[key]
+    _check_alike(rows)
+    counts = [len(seeds) for seeds in values.values()]
     first = rows[0]
     options = [f"{k}={v}" for k, v in first["method_kwargs"].items()]
     head = np.mean([row["head_params"] for row in {r["task"]: r for r in rows}.values()])
@@ -109,9 +125,24 @@ def _line(rows, key, suffix):
         params=f"{first['trainable_params']:,}",
         head=f"{head:,.0f}",
         seeds=tuple(sorted({row["seed"] for row in rows})),
+        counts=" to ".join(map(str, sorted({min(counts), max(counts)}))),
         source="",
         settings={k: first[k] for k in _SAME},
     )
+
+
+def _check_alike(rows):
+    """UserError if runs of a task differ in more than the seed; "vtab" chooses three by itself."""
+    chosen = ("lr", "weight_decay", "drop_path") if rows[0]["protocol"] == "vtab" else ()
+    first = {}
+    for row in rows:
+        other = first.setdefault(row["task"], row)
+        for key in _HYPER:
+            if key not in chosen and row.get(key) != other.get(key):
+                raise UserError(
+                    f"runs of {row['task']} {row['method']} are to be averaged over seeds but differ "
+                    f"in {key} ({other.get(key)} and {row.get(key)}): report their workdirs apart"
+                )
 
 
 def _cells(values):
@@ -147,7 +178,7 @@ def published():
     with PUBLISHED.open(newline="") as f:
         for row in csv_lib.DictReader(f):
             cells = _cells({task: {0: float(row[task]) / 100} for task in tasks.VTAB})
-            out.append(Line(row["method"], "", "", cells, row["params"], "", (), row["source"], {}))
+            out.append(Line(row["method"], "", "", cells, row["params"], "", (), "", row["source"], {}))
     return out
 
 
@@ -176,7 +207,7 @@ def text(every):
         out[-1] += [_percent(line.cells[n][0], digits) if n in line.cells else "-" for n in names]
         out[-1] += [line.params, line.head]
         if any(sd is not None for _, sd in line.cells.values()):
-            out.append([f"  ± over {len(line.seeds)} seeds", "", ""])
+            out.append([f"  ± over {line.counts} seeds", "", ""])
             out[-1] += [_percent(line.cells.get(n, (None, None))[1], 2) for n in names]
             out[-1] += ["", ""]
     widths = [max(map(len, column)) for column in zip(*out)]

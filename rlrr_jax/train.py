@@ -234,9 +234,9 @@ def _result(job, trainable, history, marks, clock):
     tested = [row for row in history if "test_acc" in row]
     best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
     same = ("task", "method", "seed", "lr", "weight_decay", "drop_path", "drop_path_mode")
-    same += ("epochs", "batch_size", "protocol", "image_size", "dtype", "precision")
+    same += ("schedule", "flip", "epochs", "batch_size", "protocol", "image_size", "dtype", "precision")
     return {
-        "identity": config_lib.fingerprint([run]),
+        "identity": config_lib.fingerprint([run], marks),
         **{key: run[key] for key in same},
         "method_kwargs": run.method_kwargs.to_dict(),
         "init": {**methods.options(run.method), **run.method_kwargs}.get("init"),

@@ -75,6 +75,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
     ("changes", "message"),
     [
         ({"drop_path": 1.0}, "must be less than 1"),
+        ({"grid": {"lr": (0.5,)}}, "only searched by config.protocol=vtab"),
         ({"weight_decay": -1.0}, "must be finite and not negative"),
         ({"batch_size": 0}, "must be greater than 0"),
         ({"schedule": "linear"}, "use official or cosine"),

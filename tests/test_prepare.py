@@ -85,6 +85,24 @@ def test_check_verifies_the_order_of_keys(name, field, value, stored_as, small, 
         prepare.check(name, tmp_path / "wrong")
 
 
+def test_a_version_without_stored_keys_is_checked_by_its_fingerprint(small, tmp_path, monkeypatch):
+    task = small("svhn")
+    spec = vtab_data.features(task)
+    older = tfds.features.FeaturesDict({k: v for k, v in spec.items() if k != "id"})
+    monkeypatch.setattr(vtab_data, "features", lambda task: older)
+    vtab_data.write(tmp_path, task, {"train": 24, "test": 10}, "array_record")
+    assert "recorded for the first time" in prepare.check("svhn", tmp_path)
+    (tmp_path / prepare.FINGERPRINTS).write_text("{")
+    with pytest.raises(UserError, match="fingerprints.json is damaged"):
+        prepare.check("svhn", tmp_path)
+
+
+def test_what_is_there_but_wrong_is_not_called_missing(tmp_path):
+    vtab_data.write_folder(tmp_path, "resisc45", {"test": 3})
+    out = command("--tasks", "resisc45", "--data_dir", tmp_path, "--check")
+    assert "| resisc45 | wrong | see the line above |" in out.stdout
+
+
 def test_the_hash_is_tfdss():
     from tensorflow_datasets.core import hashing
 
@@ -200,6 +218,7 @@ def test_preparing_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     """With a builder that fails in place of the second download."""
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: True)
     sizes = {"train": 800, "validation": 200, "test": 711}
+    monkeypatch.setitem(prepare.SIZES, "kitti", sizes)
 
     def prepare_one(dataset, data_dir, manual):
         if dataset.startswith("resisc45"):

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import vtab
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, suite
+from rlrr_jax import files, report, suite
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
 
@@ -194,7 +194,7 @@ def test_vtab_chooses_on_val200_and_tests_once(tmp_path):
     search = tmp_path / "digits/linear/search"
     tuned = [files.read_json(p) for p in search.glob("*/result.json")]
     assert len(tuned) == 4 and not problems
-    assert {t["seed"] for t in tuned} == {1} and {t["protocol"] for t in tuned} == {"tune"}
+    assert {t["seed"] for t in tuned} == {0} and {t["protocol"] for t in tuned} == {"tune"}
     assert all(t["test_acc_final"] is None for t in tuned)
     best = max(t["val_acc"] for t in tuned)
     ties = sorted((t["lr"], t["weight_decay"]) for t in tuned if t["val_acc"] == best)
@@ -212,6 +212,38 @@ def test_vtab_with_a_given_value_resumes(tmp_path):
     grid = ConfigDict({"lr": (1.0,), "weight_decay": (0.0, 0.1), "drop_path": (0.0,)})
     settings = config("digits,method=linear", protocol="vtab", grid=grid, lr=0.03)
     assert suite.run(settings, tmp_path)[0] == suite.run(settings, tmp_path)[0]
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    settings.grid.weight_decay = (0.5,)
+    with pytest.raises(UserError, match="holds a run with grid.weight_decay="):
+        suite.run(settings, tmp_path)  # and before the new search
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")} == before
+
+
+def test_finished_runs_need_no_data_and_are_not_forecast(data_dir, tmp_path, capsys):
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir / "kitti", copy / "kitti")
+    settings = config("kitti,method=linear", seeds=(0, 1), model={"variant": "bundled"})
+    settings.data.dir, settings.data.cache_dir = str(copy), str(tmp_path / "cache")
+    rows, _ = suite.run(settings, tmp_path / "run")
+    shutil.rmtree(copy)
+    shutil.rmtree(tmp_path / "cache")
+    capsys.readouterr()
+    assert suite.run(settings, tmp_path / "run") == (rows, {})
+    out = capsys.readouterr().out
+    assert "0 run(s): 0 steps on 0 training images" in out and "; 2 finished before" in out
+    assert "decoded images to write" not in out
+    with settings.unlocked():
+        settings.data.variant = "jpeg75"
+    with pytest.raises(UserError, match="holds a run with data.variant=original .now jpeg75"):
+        suite.run(settings, tmp_path / "run")
+
+
+def test_a_suite_that_tunes_shows_its_runs(data_dir, tmp_path):
+    settings = config("kitti,dtd,method=linear", protocol="tune", seeds=(0,), epochs=1)
+    settings.model.variant, settings.data.dir = "bundled", str(data_dir)
+    settings.data.cache_dir = str(tmp_path / "cache")
+    rows, _ = suite.run(settings, tmp_path / "run")
+    assert report.show(rows).count(" % (val)") == 2
 
 
 def test_ties_go_to_the_smaller_learning_rate(monkeypatch, tmp_path):
@@ -219,15 +251,15 @@ def test_ties_go_to_the_smaller_learning_rate(monkeypatch, tmp_path):
     run = config_lib.resolve(config("digits,method=linear", protocol="vtab"))[0]
     monkeypatch.setattr(suite, "finish", lambda work, *_: row(*(work.run[k] for k in config_lib.GRID)))
     work = suite.Work(run, tmp_path / "seed0", None, "x")
-    chosen = suite.choose(work, 0, None, None, None).run
+    chosen = suite.choose(work, None, None, None).run
     assert (chosen.lr, chosen.weight_decay, chosen.drop_path) == (1e-3, 5e-5, 0.0)
-    assert len(suite.trials(work, 0)) == 18
+    assert len(suite.trials(work)) == 18
     monkeypatch.setattr(
         suite,
         "finish",
         lambda work, *_: {**row(*(work.run[k] for k in config_lib.GRID)), "val_acc": work.run.lr},
     )
-    assert suite.choose(work, 0, None, None, None).run.lr == 1e-2
+    assert suite.choose(work, None, None, None).run.lr == 1e-2
 
 
 def test_a_given_value_is_not_searched():
@@ -239,7 +271,8 @@ def test_a_given_value_is_not_searched():
 def test_what_a_suite_costs(capsys):
     runs = config_lib.resolve(config("task=all", epochs=None))
     assert len(runs) == 19 * 3 and {r.protocol for r in runs} == {"fast"}
-    works = [suite.Work(r, None, None, f"{r.task} {r.seed}") for r in runs]
+    nowhere = pathlib.Path("/nowhere")
+    works = [suite.Work(r, nowhere, None, f"{r.task} {r.seed}") for r in runs]
     suite.Forecast(works)
     tests = 3 * sum(t.num_test for t in tasks.VTAB.values())
     assert f"57 run(s): {57 * 110 * 32:,} steps on {57 * 110_000:,} training images, 57" in (
@@ -259,7 +292,7 @@ def test_what_a_suite_costs(capsys):
 
 def test_the_time_left_goes_by_the_speed_of_each_method(capsys):
     runs = config_lib.resolve(config("digits,method=linear+rlrr", epochs=10))
-    works = [suite.Work(r, None, None, r.method) for r in runs]
+    works = [suite.Work(r, pathlib.Path("/nowhere"), None, r.method) for r in runs]
     forecast = suite.Forecast(works)
     clock = SimpleNamespace(images=1000, seconds=1.0)
     forecast.tell(works[0], clock, 1)  # 9,000 + 10,000 images and two tests are left
@@ -280,8 +313,6 @@ def test_durations(seconds, text):
 
 
 def test_results_of_one_run_that_differ_are_not_merged(tmp_path):
-    from rlrr_jax import report
-
     settings = config("digits,method=linear")
     for name in "ab":
         suite.run(settings, tmp_path / name)

@@ -16,6 +16,7 @@ SHARED = {
     **dict(backbone="imagenet21k/ViT-B_16", backbone_sha256="ab" * 32, gelu="tanh", epochs=110),
     **dict(drop_path_mode="element", batch_size=32, image_size=224, dtype="float32"),
     **dict(precision="highest", trainable_params=288_768, val_acc=None, test_acc_best=None),
+    **dict(schedule="official", flip=False, weight_decay=5e-5, drop_path=0.1),
     **dict(lr=1e-3, num_test=10, wall_seconds=1.0, images_per_second=1.0, device="x", dataset="d"),
 }
 
@@ -79,6 +80,7 @@ def test_a_missing_seed_of_one_task_leaves_the_mean_without_deviation():
     line = summary.lines(some)[0]
     assert line.cells["flat_mean"][1] is None and line.cells["structured"][1] is None
     assert line.cells["natural"][1] is not None
+    assert "± over 2 to 3 seeds" in summary.text([line])
 
 
 def test_published_means_are_those_of_the_paper():
@@ -143,6 +145,25 @@ def test_what_is_not_comparable_is_on_its_own_line():
         ("rlrr", "fast", "tfds jpeg75"),
         ("rlrr", "vtab", "tfds original"),
         ("rlrr init=damped", "fast", "tfds original"),
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", 1.0), ("schedule", "cosine"), ("flip", True)])
+def test_seeds_of_other_settings_are_not_averaged(key, value):
+    other = rows(seeds=(5,), **{key: value})
+    with pytest.raises(UserError, match=f"cifar rlrr .* but differ in {key} .* apart"):
+        summary.lines(rows() + other)
+    if key == "lr":  # "vtab" chooses it by itself
+        both = rows(protocol="vtab") + rows(seeds=(5,), protocol="vtab", lr=1.0)
+        assert summary.lines(both)[0].counts == "4"
+
+
+def test_lines_say_what_tells_them_apart():
+    other = rows(backbone="howto-i21k-B/16", backbone_sha256="cd" * 32, gelu="exact")
+    labels = [line.label for line in summary.lines(rows() + other) if not line.source]
+    assert labels == [
+        "rlrr, backbone=imagenet21k/ViT-B_16, gelu=tanh",
+        "rlrr, backbone=howto-i21k-B/16, gelu=exact",
     ]
 
 

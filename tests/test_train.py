@@ -26,7 +26,16 @@ KEYS = {
     *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
     *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
     *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),
-    *("dataset", "num_test", "wall_seconds", "images_per_second", "device", "versions"),
+    *(
+        "schedule",
+        "flip",
+        "dataset",
+        "num_test",
+        "wall_seconds",
+        "images_per_second",
+        "device",
+        "versions",
+    ),
 }
 
 

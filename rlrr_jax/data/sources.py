@@ -70,6 +70,10 @@ def find(name, data_dir=None, kind=None):
     if task.group == "bundled":
         return Found("bundled", BUNDLED / f"{name}.npz", name)
     root = epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
+    try:
+        root.exists()
+    except ImportError as e:  # etils reads gs:// through gcsfs, or TensorFlow where that is installed
+        raise UserError(f"{root} cannot be reached ({first_line(e)}): pip install gcsfs") from e
     found = {}
     for version in _versions(root / task.tfds, task):
         found.setdefault("tfds", Found("tfds", root / task.tfds / version, f"{task.tfds}:{version}"))
@@ -181,10 +185,21 @@ def _tfds(name, task, split, found):
 
     instructions = [(pathlib.PurePath(f.filename).name, f.skip, f.take) for f in info.file_instructions]
     with _readable(found, part, "its files"):
-        sizes = [(found.path / file).stat().length for file, *_ in instructions]
-    key = {"dataset": found.dataset, "files": instructions, "sizes": sizes, "image": task.image}
+        stats = [_stamp(found.path / file) for file, *_ in instructions]
+    key = {"dataset": found.dataset, "path": _absolute(found.path), "image": task.image}
+    key |= {"files": instructions, "stamps": stats}
     where = lambda i: f"image {i} of {name} {split} ({found.path})"
     return Split(info.num_examples, tuple(names), read, key, where)
+
+
+def _absolute(path):
+    return str(path) if "://" in str(path) else str(pathlib.Path(path).absolute())
+
+
+def _stamp(path):
+    """Size and time of a file: another file has another stamp."""
+    stat = path.stat()
+    return [stat.length, stat.mtime]
 
 
 def open_tfds(found, part, fields):
@@ -220,7 +235,8 @@ def _readable(found, part, what):
         raise
     except Exception as e:
         raise UserError(
-            f"{found.path}, split {part!r}: cannot read {what} ({first_line(e)}); prepare it again"
+            f"{found.path}, split {part!r}: cannot read {what} ({first_line(e)}); "
+            f"delete that folder and prepare it again"
         ) from e
 
 
@@ -265,7 +281,11 @@ def _folder(name, task, split, found):
     path = found.path / f"{split}.txt"
     if not path.exists():
         raise UserError(f"there is no {path}: extract the whole vtab-1k archive")
-    text = path.read_text()
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = path.read_bytes()[: e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: this is no UTF-8 text: extract the archive again") from e
     lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     entries = [_parse(path, i, line, task.classes) for i, line in lines]
 
@@ -281,15 +301,19 @@ def _folder(name, task, split, found):
                 ) from e
         return out
 
-    images = found.path / "images" / split
-    changed = images.stat().mtime if images.exists() else 0
-    key = {
-        "folder": str(found.path),
-        "list": hashlib.sha256(text.encode()).hexdigest(),
-        "changed": changed,
-    }
+    key = {"folder": _absolute(found.path), "list": hashlib.sha256(text.encode()).hexdigest()}
+    key |= {"stamps": _stamps(found.path, entries)}
     where = lambda i: f"{path}:{entries[i][0]}: {entries[i][1]}"
     return Split(len(entries), (name,), read, key, where)
+
+
+def _stamps(folder, entries):
+    """One hash over size and time of every listed image; one that is missing is reported when read."""
+    digest = hashlib.sha256()
+    for _, image, _ in entries:
+        path = folder / image
+        digest.update(repr(_stamp(path) if path.exists() else None).encode())
+    return digest.hexdigest()
 
 
 def _parse(path, number, line, classes):

@@ -123,10 +123,12 @@ def locate(name, split, size, variant="original", found=None, cache_dir=None):
     task = tasks.get(name)
     found = found or sources.find(name)
     source = sources.open_split(name, split, found)
-    side = task.side if 0 < task.side <= size else size
+    native = 0 < task.side <= size and _side(source) == task.side
+    side = task.side if native else size
     key = {
         **source.key,
-        **dict(side=side, native=side == task.side, scale=task.scale if found.kind == "tfds" else 1),
+        **dict(side=side, native=native, scale=task.scale if found.kind == "tfds" else 1),
+        **dict(labels=[_code(tasks.get(name).label) for name in source.tasks]),
         **dict(variant=variant if found.kind == "tfds" else "stored"),
         **dict(pillow=PIL.__version__, format=_FORMAT, tasks=list(source.tasks)),
     }
@@ -135,6 +137,23 @@ def locate(name, split, size, variant="original", found=None, cache_dir=None):
     stem = found.dataset.replace("/", "-").replace(":", "-")
     folder = _cache(cache_dir) / "images" / f"{stem}-{split}-{side}px-{key['variant']}-{mark}"
     return Entry(folder, source, side, key)
+
+
+def _side(source):
+    """Side of the first image if it is a square, else None."""
+    try:
+        width, height = Image.open(io.BytesIO(source.read(0, 1)[0][0])).size
+    except (OSError, ValueError, IndexError):  # said when it is decoded
+        return None
+    return width if width == height else None
+
+
+def _code(function):
+    """What changes when a label function is edited."""
+    code = function.__code__
+    values = [cell.cell_contents for cell in function.__closure__ or ()]
+    text = f"{code.co_code.hex()} {code.co_consts} {code.co_names} {values}"
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _cache(cache_dir):
@@ -174,11 +193,11 @@ def intact(entry):
         images = Images(entry.folder / "images.npy")
         if images.shape != (entry.split.number, entry.side, entry.side, 3):
             return False
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # a block of images each
             starts = range(0, len(images), _BLOCK)
             sums = list(pool.map(lambda i: zlib.crc32(images[i : i + _BLOCK]), starts))
         return saved["crc32"] == {"images": sums, "labels": [zlib.crc32(x) for x in labels]}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError):
         return False
 
 

@@ -359,6 +359,16 @@ def test_a_damaged_image_names_file_and_line(folder, tmp_path):
         store.load_split("dtd", "test", 16, found=sources.find("dtd", tmp_path), cache_dir=tmp_path)
 
 
+def test_a_list_that_is_no_text_is_named_and_a_mark_at_its_start_ignored(folder, tmp_path):
+    path, found = folder / "test.txt", sources.find("dtd", tmp_path)
+    good = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + good)
+    assert len(sources.open_split("dtd", "test", found).read(0, 10)) == 10
+    path.write_bytes(good.replace(b"000002.jpg", b"00\xff002.jpg"))
+    with pytest.raises(UserError, match="test.txt:3: this is no UTF-8 text"):
+        sources.open_split("dtd", "test", found)
+
+
 def test_a_shortened_list_is_refused(folder, tmp_path):
     path = folder / "train800.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))

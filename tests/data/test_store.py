@@ -151,7 +151,7 @@ def test_an_entry_is_made_once_for_all_that_shapes_it(pets, tmp_path, monkeypatc
     assert len(built) == 5
 
 
-@pytest.mark.parametrize("damage", ["bit", "short", "labels", "entry", "gone"])
+@pytest.mark.parametrize("damage", ["bit", "short", "empty", "labels", "entry", "gone"])
 def test_a_damaged_entry_is_made_again(damage, pets, tmp_path):
     images, labels = pets()
     before = images[:]
@@ -162,6 +162,8 @@ def test_a_damaged_entry_is_made_again(damage, pets, tmp_path):
     data = bytearray(file.read_bytes())
     if damage == "gone":
         file.unlink()
+    elif damage == "empty":
+        file.write_bytes(b"")
     elif damage == "bit":
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
@@ -239,12 +241,53 @@ def test_tasks_with_the_same_images_share_an_entry(monkeypatch, tmp_path):
     assert saved["key"]["native"] and saved["key"]["tasks"] == ["smallnorb_azi", "smallnorb_ele"]
 
 
-def test_native_images_of_another_size_are_refused(monkeypatch, tmp_path):
+def test_an_image_that_breaks_the_native_size_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks, "SPLITS", {"train800val200": 3})
+    monkeypatch.setitem(tasks.TASKS, "svhn", tasks.get("svhn")._replace(num_test=3))
+    folder = vtab_data.write_folder(tmp_path, "svhn", {"test": 3}, side=32)
+    load = lambda: store.load_split(
+        "svhn", "test", 224, found=sources.find("svhn", tmp_path), cache_dir=tmp_path
+    )
+    assert load()[0].shape == (3, 32, 32, 3)
+    Image.new("RGB", (31, 31)).save(folder / "images/test/000002.jpg")
+    with pytest.raises(UserError, match="test.txt:3: .*000002.jpg is damaged .*not 32 x 32"):
+        load()
+    for i in range(3):  # a folder that was resized throughout is taken as it is
+        Image.new("RGB", (31, 31), (i, 0, 0)).save(folder / f"images/test/{i:06d}.jpg")
+    assert load()[0].shape == (3, 224, 224, 3)
+
+
+def test_entries_of_other_data_are_not_shared(monkeypatch, tmp_path):
+    """The same images and file sizes with other labels; an image replaced in place; another label."""
     monkeypatch.setattr(tasks, "SPLITS", {})
-    task = tasks.get("svhn")._replace(splits={"test": "test"}, num_test=300, side=31)
-    monkeypatch.setitem(tasks.TASKS, "svhn", task)
-    vtab_data.write(tmp_path / "data", task, SMALL, "array_record")
-    with pytest.raises(UserError, match="image 0 of svhn test .* is damaged .*not 31 x 31"):
-        store.load_split(
-            "svhn", "test", 224, found=sources.find("svhn", tmp_path / "data"), cache_dir=tmp_path
-        )
+    task = tasks.get("dtd")._replace(splits={"test": "test"}, num_test=10)
+    monkeypatch.setitem(tasks.TASKS, "dtd", task)
+    load = lambda root: store.load_split(
+        "dtd", "test", 16, found=sources.find("dtd", root), cache_dir=tmp_path
+    )
+
+    def make(shift):
+        def example(spec, rng):
+            out = vtab_data.example(spec, rng)
+            return {**out, "label": (out["label"] + shift) % 20}
+
+        return example
+
+    for shift in (0, 1):
+        root = tmp_path / str(shift)
+        vtab_data.write(root, task, {"test": 10}, "tfrecord", make(shift))
+    first, second = load(tmp_path / "0")[1], load(tmp_path / "1")[1]
+    np.testing.assert_array_equal((first + 1) % 20, second)
+    changed = task._replace(label=lambda example: 19 - example["label"] % 20)
+    monkeypatch.setitem(tasks.TASKS, "dtd", changed)
+    np.testing.assert_array_equal(load(tmp_path / "0")[1], 19 - first)
+
+
+def test_an_image_replaced_in_place_is_seen(monkeypatch, tmp_path):
+    monkeypatch.setitem(tasks.TASKS, "dtd", tasks.get("dtd")._replace(num_test=3))
+    folder = vtab_data.write_folder(tmp_path, "dtd", {"test": 3})
+    found = sources.find("dtd", tmp_path)
+    load = lambda: store.load_split("dtd", "test", 16, found=found, cache_dir=tmp_path)[0][:]
+    load()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(folder / "images/test/000001.jpg")
+    assert np.abs(load()[1].astype(int) - 9).max() <= 1
