@@ -51,7 +51,7 @@ def measure(args, folder):
     found = sources.find("sun397", folder, "folder")
     mesh = step.make_mesh(jax.devices())
     model, params = make_model(args, task.classes)
-    params = step.put_trial(mesh, params)
+    params = step.put_trials(mesh, [params])
     eval_step = step.map_eval_step(model, args.size, "default", mesh)
     blank = np.zeros((args.batch, args.size, args.size, 3), np.uint8)
     step.evaluate(

@@ -152,9 +152,9 @@ def jax_peer(name, batch, steps):
     data = step.put(mesh, P(), {"images": images, "labels": labels})
     hyper = {"lr": jnp.array([1e-3]), "weight_decay": jnp.array(1e-4), "drop_path": jnp.array(0.0)}
     hyper |= {"noise_key": jax.random.key(1), "order_key": jax.random.key(2)}
-    hyper = step.put_trial(mesh, hyper)
+    hyper = step.put_trials(mesh, [hyper])
     place = [step.put(mesh, P(), jnp.int32(i)) for i in (0, 0, steps)]
-    now = list(step.map_start(recipe, mesh)(jax.random.key(3), frozen))
+    now = list(step.map_start(recipe, mesh)(jax.random.split(jax.random.key(3), 1), frozen))
     train_steps = step.map_train_steps(recipe, mesh)
 
     def train():

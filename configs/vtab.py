@@ -18,6 +18,9 @@ def get_config(arg=None):
     config.method = placeholder(str)  # several: "linear+rlrr"; None: rlrr
     config.method_kwargs = ConfigDict()  # options of the method, such as init=damped
     config.seeds = placeholder(tuple)  # one run each; None: 0, and (0, 1, 2) for several VTAB tasks
+    # Runs that differ in lr, weight_decay, drop_path or seed, such as ({"lr": 1e-3}, {"lr": 3e-3}), or,
+    # with tuples, a grid: ({"lr": (1e-3, 3e-3), "drop_path": (0.0, 0.1)},). They are trained together.
+    config.trials = placeholder(tuple)
 
     # "official": train on 1000 images, test after each epoch (default for one task);
     # "fast": the same, tested once (default for several tasks);
@@ -40,7 +43,8 @@ def get_config(arg=None):
     config.model.variant = placeholder(str)  # "B/16"; "bundled" is the tiny one
     config.model.gelu = "tanh"  # of the public JAX weights; the authors' PyTorch code: "exact"
     config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
-    config.model.unroll = 1  # blocks in each step of the scan over depth
+    # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
+    config.model.unroll = placeholder(int)
     config.pretrained = ConfigDict()
     config.pretrained.name = placeholder(str)  # a name, file or address; None goes by the variant
     config.pretrained.grid = placeholder(tuple)  # of a position embedding that is not square

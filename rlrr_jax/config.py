@@ -29,6 +29,8 @@ PLACES = (
     "num_devices",
     "checkpoint_seconds",
     "eval_batch_size",
+    "model.unroll",
+    "trial",
     "data.dir",
     "data.cache_dir",
     "pretrained.cache_dir",
@@ -48,11 +50,12 @@ def resolve(config):
     if config.protocol != "vtab" and config.grid.to_dict() != DEFAULT_GRID:
         raise UserError("config.grid is only searched by config.protocol=vtab: add that")
     kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
+    seeds = config.seeds or ((0, 1, 2) if suite else (0,))
     return [
-        _resolve_one(config, task, method, kwargs[method], seed, suite)
+        _resolve_one(config, task, method, kwargs[method], changes, suite)
         for task in names
         for method in chosen
-        for seed in config.seeds or ((0, 1, 2) if suite else (0,))
+        for changes in _changes(config, seeds)
     ]
 
 
@@ -73,16 +76,52 @@ def locate(run):
     return found
 
 
+def _changes(config, seeds):
+    """What each trial of `config.trials` changes, with its seed: `[{"seed": 0, "lr": 0.01}, ...]`."""
+    if config.trials and config.protocol == "vtab":
+        raise UserError("config.protocol=vtab makes its own trials: leave out config.trials")
+    out = []
+    for trial in config.trials or ({},):
+        if not isinstance(trial, dict):
+            raise UserError(f"config.trials={config.trials} must be a list, such as ({{'lr': 0.01}},)")
+        for key in trial:
+            if key not in ("seed", *GRID):
+                raise unknown("key of config.trials", key, ("seed", *GRID))
+        several = {key: v if isinstance(v, tuple | list) else (v,) for key, v in trial.items()}
+        for values in itertools.product(*several.values()):
+            change = dict(zip(several, values))
+            _check_hyper("config.trials", change)
+            out += [{"seed": seed, **change} for seed in (seeds if "seed" not in change else (0,))]
+    names = [(trial_name(change), change["seed"]) for change in out]
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"config.trials={config.trials} must be different trials")
+    return out
+
+
+def trial_name(change):
+    """`"lr0.01-drop_path0.1"` for what a trial changes besides the seed; None for nothing."""
+    return "-".join(f"{key}{change[key]:g}" for key in GRID if key in change) or None
+
+
 def trials(run):
-    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images."""
+    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
     given = {key: (run[key],) if run[key] is not None else tuple(run.grid[key]) for key in GRID}
     out = []
     for values in itertools.product(*given.values()):
+        change = dict(zip(given, values))
         trial = ConfigDict(run.to_dict())
-        trial.update(protocol="tune", **dict(zip(given, values)))
+        trial.update(protocol="tune", seed=0, trial=trial_name(change), **change)
         del trial.grid
         out.append(trial)
     return out
+
+
+def together(run):
+    """What runs that are trained together have in common: all but seed and hyper-parameters."""
+    plain = run.to_dict()
+    for key in ("seed", "trial", "val_acc", *GRID):
+        plain.pop(key, None)
+    return json.dumps(plain, sort_keys=True)
 
 
 def identity(run):
@@ -117,11 +156,15 @@ def differences(old, new, prefix=""):
     return out
 
 
+def model_sizes(variant):
+    """Arguments of `vit.ViT` for a `config.model.variant`."""
+    return BUNDLED_MODEL if variant == "bundled" else vit.parse_variant(variant)
+
+
 def build_model(run):
     """The `vit.ViT` of a run."""
-    sizes = BUNDLED_MODEL if run.model.variant == "bundled" else vit.parse_variant(run.model.variant)
     return vit.ViT(
-        **sizes,
+        **model_sizes(run.model.variant),
         num_classes=tasks.get(run.task).classes,
         gelu=run.model.gelu,
         attention=run.model.attention,
@@ -160,16 +203,12 @@ def _literal(text):
         return text
 
 
-def _resolve_one(config, task_name, method_name, kwargs, seed, suite):
+def _resolve_one(config, task_name, method_name, kwargs, changes, suite):
     run = ConfigDict(config.to_dict())
-    del run.seeds
+    del run.seeds, run.trials
     task, method = tasks.get(task_name), methods.get(method_name, **kwargs)
-    run.task, run.method, run.method_kwargs, run.seed = (
-        task_name,
-        method_name,
-        ConfigDict(kwargs),
-        seed,
-    )
+    run.update(task=task_name, method=method_name, trial=trial_name(changes), **changes)
+    run.method_kwargs = ConfigDict(kwargs)
     bundled = task.group == "bundled"
     _fill(run, "protocol", "fast" if bundled or suite else "official")
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
@@ -183,6 +222,9 @@ def _resolve_one(config, task_name, method_name, kwargs, seed, suite):
     _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
     _fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
+    # Unrolled, B/16 trains a tenth faster on CPUs and needs less memory (benchmarks/README.md).
+    unroll = model_sizes(run.model.variant)["depth"] if jax.default_backend() == "cpu" else 1
+    _fill(run.model, "unroll", unroll)
     pretrained.check_size(run.image_size, build_model(run).patch_size)
     return run
 
@@ -230,25 +272,23 @@ def _check_common(config):
         value = _at(config, key)
         if value is not None and value not in allowed:
             raise unknown(f"value of config.{key}", value, allowed)
-    positive = ("epochs", "batch_size", "eval_batch_size", "image_size", "model.unroll", "lr")
-    for key in (*positive, "num_devices"):
+    for key in ("epochs", "batch_size", "eval_batch_size", "image_size", "model.unroll", "num_devices"):
         value = _at(config, key)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"config.{key}={value} must be greater than 0 and finite")
-    for key in ("weight_decay", "drop_path", "checkpoint_seconds"):
-        value = _at(config, key)
-        if value is not None and not 0 <= value < math.inf:
-            raise UserError(f"config.{key}={value} must be finite and not negative")
-    if config.drop_path is not None and config.drop_path >= 1:
-        raise UserError(f"config.drop_path={config.drop_path} must be less than 1")
+        if value is not None and value <= 0:
+            raise UserError(f"config.{key}={value} must be greater than 0")
+    _check_hyper("config", {key: config[key] for key in GRID if config[key] is not None})
+    if not 0 <= config.checkpoint_seconds < math.inf:
+        raise UserError(
+            f"config.checkpoint_seconds={config.checkpoint_seconds} must be finite and not negative"
+        )
     seeds = (0,) if config.seeds is None else config.seeds
     if not seeds or len(set(seeds)) < len(seeds) or not all(_whole(s) and s < 2**63 for s in seeds):
         raise UserError(f"config.seeds={seeds} must be different whole numbers, such as (0,1,2)")
     for key in GRID:
-        low, high = (1e-300, math.inf) if key == "lr" else (0, 1 if key == "drop_path" else math.inf)
-        values = config.grid[key]
-        if not values or not all(isinstance(v, int | float) and low <= v < high for v in values):
-            raise UserError(f"config.grid.{key}={values} must be possible values, such as (0.001,0.01)")
+        if not config.grid[key]:
+            raise UserError(f"config.grid.{key} must be some values, such as (0.001,0.01)")
+        for value in config.grid[key]:
+            _check_hyper("config.grid", {key: value})
     grid = config.pretrained.grid
     if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
         raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
@@ -270,6 +310,20 @@ def _check_common(config):
         )
     if config.pretrained.name is not None:
         pretrained.address(pretrained.split_subtree(config.pretrained.name)[0])
+
+
+def _check_hyper(where, values):
+    """UserError unless a seed, learning rate, weight decay or drop-path rate is possible."""
+    for key, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "seed" and not (_whole(value) and value < 2**63):
+            raise UserError(f"{where}.seed={value} must be a whole number")
+        if key == "lr" and not (number and 0 < value < math.inf):
+            raise UserError(f"{where}.lr={value} must be greater than 0 and finite")
+        if key == "weight_decay" and not (number and 0 <= value < math.inf):
+            raise UserError(f"{where}.weight_decay={value} must be finite and not negative")
+        if key == "drop_path" and not (number and 0 <= value < 1):
+            raise UserError(f"{where}.drop_path={value} must be at least 0 and less than 1")
 
 
 def _whole(value):

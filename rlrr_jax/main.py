@@ -37,6 +37,7 @@ def main(argv):
         raise UserError("no configuration was given: add --config configs/vtab.py")
     if jax.config.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR says where
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.task is None:
         print(BUNDLED, flush=True)
     rows, problems = suite.run(config, _WORKDIR.value)

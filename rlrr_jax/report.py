@@ -29,6 +29,11 @@ COMPARED = ("test_acc_final", "test_acc_best", "val_acc", "train_loss")  # of tw
 MOST_CURVES = 12  # in one picture
 
 
+def folder(run):
+    """Name of the folder of a run, or of a row: `"seed0"`, `"seed0-lr0.01"`."""
+    return f"seed{run['seed']}" + (f"-{run['trial']}" if run.get("trial") else "")
+
+
 def collect(*workdirs, out=None):
     """All finished runs below workdirs, also as files in the folder `out`.
 
@@ -122,7 +127,7 @@ def table(rows):
 def _cells(row, full):
     return [
         row["task"],
-        row["method"] + (f" seed {row['seed']}" if row["seed"] else ""),
+        " ".join([row["method"], *_which(row)]),
         row["protocol"],
         percent(row["val_acc"]) + " (val)"
         if row["test_acc_final"] is None
@@ -138,6 +143,12 @@ def _cells(row, full):
     ]
 
 
+def _which(row):
+    """What tells runs of a task and method apart, in words."""
+    seed = [f"seed {row['seed']}"] if row["seed"] else []
+    return seed + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
+
+
 def percent(fraction):
     """`"64.20 %"`; empty for None."""
     return "" if fraction is None else f"{100 * fraction:.2f} %"
@@ -147,9 +158,9 @@ def all_curves(workdir, rows):
     """The curves of all runs of a workdir in one picture."""
     histories = {}
     for row in rows:
-        name = f"{row['task']} {row['method']}" + f" seed {row['seed']}" * (row["seed"] > 0)
-        folder = epath.Path(workdir) / row["task"] / row["method"] / f"seed{row['seed']}"
-        histories[name] = files.read_rows(folder / "metrics.jsonl")
+        name = " ".join([row["task"], row["method"], *_which(row)])
+        path = epath.Path(workdir) / row["task"] / row["method"] / folder(row) / "metrics.jsonl"
+        histories[name] = files.read_rows(path)
     curves(epath.Path(workdir) / "curves.png", histories)
 
 

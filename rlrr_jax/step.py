@@ -66,9 +66,9 @@ def put(mesh, spec, tree):
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
-def put_trial(mesh, tree):
-    """The same for what a trial owns, as the only one: adds the leading trial axis."""
-    return put(mesh, P("trial"), jax.tree.map(lambda x: x[None], tree))
+def put_trials(mesh, trees):
+    """The same for what each trial owns: stacks the trees along the leading trial axis."""
+    return put(mesh, P("trial"), jax.tree.map(lambda *x: jnp.stack(x), *trees))
 
 
 def normalize(images, size):
@@ -179,15 +179,30 @@ def eval_step(model, image_size, precision, params, images, labels, mask):
 # Many devices, many trials --------------------------------------------------------------------
 
 
+def over_trials(function, in_axes):
+    """`jax.vmap`, but a single trial runs as it is: batched matmuls of one are slower on CPUs."""
+    many = jax.vmap(function, in_axes=in_axes)
+
+    @functools.wraps(function)
+    def mapped(*args):
+        owned = [x for x, axis in zip(args, in_axes) if axis == 0]
+        if len(jax.tree.leaves(owned)[0]) > 1:
+            return many(*args)
+        first = lambda x, axis: x if axis is None else jax.tree.map(lambda leaf: leaf[0], x)
+        out = function(*map(first, args, in_axes))
+        return jax.tree.map(lambda x: x[None], out)
+
+    return mapped
+
+
 def map_train_steps(recipe, mesh):
     """`train_steps` for all trials on a mesh, jitted; state and metrics are donated.
 
     Arguments are those of `train_steps` without the recipe; state, metrics and hyper have a leading
     trial axis.
     """
-    trials = jax.vmap(
-        functools.partial(train_steps, recipe), in_axes=(None, None, 0, 0, 0, None, None, None)
-    )
+    one = functools.wraps(train_steps)(functools.partial(train_steps, recipe))
+    trials = over_trials(one, (None, None, 0, 0, 0, None, None, None))
     mapped = jax.shard_map(
         trials,
         mesh=mesh,
@@ -199,13 +214,12 @@ def map_train_steps(recipe, mesh):
 
 
 def map_start(recipe, mesh):
-    """State and metrics of one trial before training, jitted: `(key, frozen) -> state, metrics`."""
+    """State and metrics before training, jitted: `(keys [T], frozen) -> state, metrics`."""
 
     def start(key, frozen):
-        both = init_state(recipe, key, frozen), init_metrics(recipe)
-        return jax.tree.map(lambda x: x[None], both)
+        return init_state(recipe, key, frozen), init_metrics(recipe)
 
-    return jax.jit(start, out_shardings=NamedSharding(mesh, P("trial")))
+    return jax.jit(jax.vmap(start, (0, None)), out_shardings=NamedSharding(mesh, P("trial")))
 
 
 def abstract(function, mesh, *args):
@@ -225,7 +239,14 @@ def map_merge(merge, mesh):
 @functools.lru_cache(8)
 def map_eval_step(model, image_size, precision, mesh):
     """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
-    trials = jax.vmap(functools.partial(eval_step, model, image_size, precision), (0, None, None, None))
+    one = functools.partial(eval_step, model, image_size, precision)
+
+    @functools.wraps(eval_step)
+    def trials(params, *batch):  # one after another: a batch of one fills the device
+        if len(params["cls"]) == 1:
+            return over_trials(one, (0, None, None, None))(params, *batch)
+        return jax.lax.map(lambda params: one(params, *batch), params)
+
     mapped = jax.shard_map(
         trials,
         mesh=mesh,

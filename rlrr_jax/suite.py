@@ -1,7 +1,9 @@
-"""Many runs: tasks x methods x seeds. What they cost, what failed, and the table at the end."""
+"""Many runs: tasks x methods x trials. What trains together, what it costs, what failed."""
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import math
 import time
 import traceback
@@ -55,10 +57,11 @@ def run(config, workdir=None):
 
     load_data = functools.lru_cache(8)(_load_data)  # the runs of a task share its images
     rows = []
-    for work in works:
-        with survive(work), files.lock(work.folder):
-            chosen = choose(work, weights, load_data, forecast)
-            rows.append(finish(chosen, weights, load_data, forecast))
+    for _, group in itertools.groupby(works, lambda work: config_lib.together(work.run)):
+        group = list(group)
+        with survive(*group), locked(group):
+            chosen = choose(group, weights, load_data, forecast)
+            rows += finish(chosen, weights, load_data, forecast)
     if not rows:
         raise UserError(f"every run failed; {explain(problems)[0]}")
     everything = report.collect(workdir)
@@ -80,9 +83,10 @@ def _locate(runs, workdir, survive):
     works, entries = [], []
     entry = functools.cache(store.locate)  # the runs of a task share it
     for r in runs:
-        folder = workdir / r.task / r.method / f"seed{r.seed}"
+        folder = workdir / r.task / r.method / report.folder(r)
         folder.mkdir(parents=True, exist_ok=True)
-        work = Work(r, folder, None, f"{r.task} {r.method} seed {r.seed}")
+        label = f"{r.task} {r.method} seed {r.seed}" + f" {r.trial}" * bool(r.trial)
+        work = Work(r, folder, None, label)
         with survive(work):
             if found := _before(r, folder):  # its data may be gone
                 works.append(work._replace(found=found))
@@ -117,70 +121,143 @@ def _check_weights(run, weights):
 
 
 @contextlib.contextmanager
-def _survive(problems, work, alone):
-    """Notes what goes wrong with a run, in `error.txt` too, and goes on; raises it if `alone`."""
-    path = work.folder / "error.txt"
+def _survive(problems, *works, alone):
+    """Notes what goes wrong with runs, in `error.txt` too, and goes on; raises it if `alone`."""
     try:
         yield
-        path.unlink(missing_ok=True)
+        for work in works:
+            (work.folder / "error.txt").unlink(missing_ok=True)
     except Exception as e:
         if alone:
             raise
         expected = isinstance(e, UserError | OSError)
-        problems[work.label] = str(e) if expected else f"{type(e).__name__}: {first_line(e)} ({path})"
-        files.write(path, problems[work.label] if expected else traceback.format_exc())
-        if problems[work.label] not in [*problems.values()][:-1]:  # once for all seeds
-            print(f"{work.label}: failed: {problems[work.label]}", flush=True)
+        text = str(e) if expected else f"{type(e).__name__}: {first_line(e)}"
+        for work in works:
+            path = work.folder / "error.txt"
+            files.write(path, text if expected else traceback.format_exc())
+            why = text if expected else f"{text} ({works[0].folder / 'error.txt'})"
+            if why not in problems.values():  # once for all seeds
+                print(f"{work.label}: failed: {why}", flush=True)
+            problems[work.label] = why
 
 
-def finish(work, weights, load_data, forecast):
-    """The row of a run, which is trained if it has not been."""
-    path, sha256 = weights[work.run.pretrained.name]
-    check_folder(work, sha256)
-    result = work.folder / "result.json"
-    if result.exists():
-        if work.folder.parent.name != "search":
+@contextlib.contextmanager
+def locked(works):
+    """Holds the folders of runs for this process."""
+    with contextlib.ExitStack() as stack:
+        for work in works:
+            work.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.lock(work.folder))
+        yield
+
+
+# What trains together -------------------------------------------------------------------------
+
+
+def finish(works, weights, load_data, forecast):
+    """The rows of runs that may be trained together; those that have not been are trained."""
+    for work in works:
+        check_folder(work, weights[work.run.pretrained.name][1])
+    for group in waiting(works):
+        train_group(group, weights, load_data, forecast)
+    for work in works:
+        if work.label in forecast.before and work.folder.parent.name != "search":
             print(f"{forecast.place(work)}: finished before", flush=True)
-    else:
-        r, marks = work.run, _marks(work, sha256)
-        load = lambda split: load_data(
-            r.task, split, r.image_size, r.data.variant, work.found, r.data.cache_dir
+        forecast.finished(work)
+    return [files.read_json(work.folder / "result.json") for work in works]
+
+
+def finished(work):
+    """Whether a run has its result."""
+    return (work.folder / "result.json").exists()
+
+
+def waiting(works):
+    """The groups to train: as an earlier start made them, those begun alone, then the rest at once."""
+    groups, names = [], {work.folder.name: work for work in works}
+    for path in sorted(works[0].folder.parent.glob("together-*/runs.json")):
+        begun = files.read_json(path)["runs"]
+        if set(begun) <= names.keys():
+            group = [names.pop(name) for name in begun]
+            if all(map(finished, group)):
+                path.parent.rmtree()
+            else:
+                groups.append(group)
+    rest = []
+    for work in names.values():
+        if not finished(work):
+            alone = (work.folder / "checkpoints").exists()
+            groups += [[work]] if alone else []
+            rest += [] if alone else [work]
+    return groups + ([rest] if rest else [])
+
+
+def train_group(works, weights, load_data, forecast):
+    """Trains runs together, in smaller groups if they do not fit into memory.
+
+    What belongs to them all lies in a folder beside theirs until the last has its result: so a killed
+    group goes on as the same group, and ends with the same bits.
+    """
+    run, folder = works[0].run, works[0].folder
+    found = next(work.found for work in works if not finished(work))
+    if len(works) > 1:
+        names = [work.folder.name for work in works]
+        digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
+        folder = works[0].folder.parent / f"together-{digest}"
+        folder.mkdir(exist_ok=True)
+        files.write_json(folder / "runs.json", {"runs": names})
+    path, sha256 = weights[run.pretrained.name]
+    try:
+        train.train_together(
+            runs=[work.run for work in works],
+            folders=[work.folder for work in works],
+            labels=[work.label for work in works],
+            title=forecast.place(*works),
+            checkpoints=folder / "checkpoints",
+            weights=path,
+            marks=_marks(works[0], sha256),
+            load_data=lambda split: load_data(
+                run.task, split, run.image_size, run.data.variant, found, run.data.cache_dir
+            ),
+            tell=functools.partial(forecast.tell, works),
         )
-        tell = functools.partial(forecast.tell, work)
-        train.train_one(r, work.folder, forecast.place(work), path, marks, load, tell)
-    forecast.finished(work)
-    return files.read_json(result)
+    except train.TooLarge as e:
+        folder.rmtree()
+        print(f"{forecast.place(*works)}: {e.fits} fit into memory at once", flush=True)
+        for i in range(0, len(works), e.fits):
+            train_group(works[i : i + e.fits], weights, load_data, forecast)
+        return
+    if len(works) > 1:
+        folder.rmtree()
 
 
-def choose(work, weights, load_data, forecast):
-    """A run of the protocol "vtab" with its hyper-parameters, the best of the grid on val200.
+def choose(works, weights, load_data, forecast):
+    """Runs of the protocol "vtab" with their hyper-parameters, the best of the grid on val200.
 
     Ties go to the smaller learning rate, then weight decay, then drop path. Others are returned as
     they are.
     """
-    if work.run.protocol != "vtab":
-        return work
-    rows = []
-    for trial in trials(work):
-        with contextlib.ExitStack() as stack:
-            trial.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.lock(trial.folder))
-            rows.append(finish(trial, weights, load_data, forecast))
+    if works[0].run.protocol != "vtab":
+        return works
+    search = trials(next((work for work in works if not finished(work)), works[0]))
+    with locked(search):
+        rows = finish(search, weights, load_data, forecast)
     best = min(rows, key=lambda row: (-row["val_acc"], *(row[key] for key in config_lib.GRID)))
-    run = ml_collections.ConfigDict(work.run.to_dict())
-    run.update({key: best[key] for key in config_lib.GRID})
-    run.val_acc = best["val_acc"]
-    return work._replace(run=run)
+    out = []
+    for work in works:
+        run = ml_collections.ConfigDict(work.run.to_dict())
+        run.update({key: best[key] for key in config_lib.GRID})
+        run.val_acc = best["val_acc"]
+        out.append(work._replace(run=run))
+    return out
 
 
 def trials(work):
     """The runs on 800 and 200 images that a run of the protocol "vtab" chooses from; all of seed 0."""
     out = []
     for run in config_lib.trials(work.run):
-        run.seed = 0
-        name = "-".join(["seed0", *(f"{key}{run[key]:g}" for key in config_lib.GRID)])
-        folder = work.folder.parent / "search" / name
-        out.append(Work(run, folder, work.found, f"{run.task} {run.method} {name}"))
+        folder = work.folder.parent / "search" / report.folder(run)
+        out.append(Work(run, folder, work.found, f"{run.task} {run.method} {report.folder(run)}"))
     return out
 
 
@@ -248,18 +325,20 @@ class Forecast:
     """Says what runs cost before they start, and how long they take once an epoch is measured."""
 
     def __init__(self, works):
-        self.left, self.number = {}, {}
+        self.left, self.number, self.before = {}, {}, set()
         for i, work in enumerate(works, 1):
             searched = work.run.protocol == "vtab" and (work.run.task, work.run.method) not in {
                 (w.run.task, w.run.method) for w in works[: i - 1]
             }
             for w in [*(trials(work) if searched else ()), work]:
-                if not (w.folder / "result.json").exists():
+                if finished(w):
+                    self.before.add(w.label)
+                else:
                     self.left[w.label] = w.run.method, cost(w.run)
-                self.number[w.label] = f"[{len(self.number) + 1}/"
+                self.number[w.label] = len(self.number) + 1
         self.told, self.speed = 0.0, {}  # training images a second, by method
         total = functools.reduce(Cost.plus, (c for _, c in self.left.values()), Cost())
-        before = len(self.number) - len(self.left)
+        before = len(self.before)
         print(
             f"{len(self.left)} run(s): {total.steps:,} steps on {total.images:,} training images, "
             f"{total.evaluations:,} evaluation(s) of {total.evaluated:,} images in all"
@@ -268,22 +347,26 @@ class Forecast:
             flush=True,
         )
 
-    def place(self, work):
-        """`"[3/57] cifar rlrr seed 0"`."""
-        return f"{self.number[work.label]}{len(self.number)}] {work.label}"
+    def place(self, *works):
+        """`"[3/57] cifar rlrr seed 0"`, `"[4-6/57] dtd rlrr, 3 trials"`."""
+        first, last = (self.number[work.label] for work in (works[0], works[-1]))
+        many = f"{works[0].run.task} {works[0].run.method}, {len(works)} trials"
+        text, span = (works[0].label, first) if len(works) == 1 else (many, f"{first}-{last}")
+        return f"[{span}/{len(self.number)}] {text}"
 
-    def tell(self, work, clock, epochs):
+    def tell(self, works, clock, epochs):
         """Prints the time left, after the first epoch of each method and then every ten minutes.
 
         A method that has not run yet is taken to be as fast as this one.
         """
-        method, now = work.run.method, clock.images / clock.seconds
+        method, now = works[0].run.method, clock.images / clock.seconds
         known, self.speed[method] = method in self.speed, now
         if known and time.monotonic() - self.told < 600:
             return
         self.told = time.monotonic()
         left = {label: c.passes for label, (_, c) in self.left.items()}
-        left[work.label] -= cost(work.run, epochs).passes
+        for work in works:
+            left[work.label] -= cost(work.run, epochs).passes
         seconds = sum(left[k] / self.speed.get(m, now) for k, (m, _) in self.left.items())
         print(f"\nabout {duration(seconds)} left, {method} trains {now:,.0f} images/s", flush=True)
 

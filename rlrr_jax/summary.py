@@ -37,10 +37,11 @@ A mean is left out where a task is missing. params: trained values without the h
 over tasks. Published rows are copied from their sources (rlrr_jax/published.csv); RLRR's are the best
 epoch's test accuracy on images saved again as JPEG, and their parameters include heads."""
 # Runs of one line are equal in these.
-_SAME = ("method", "method_kwargs", "protocol", "source", "variant", "backbone", "backbone_sha256")
+_SAME = ("method", "method_kwargs", "trial", "protocol", "source", "variant", "backbone")
+_SAME += ("backbone_sha256", "gelu", "drop_path_mode", "epochs", "batch_size", "image_size")
+_SAME += ("dtype", "precision")
 # And those of one task in these.
 _HYPER = ("lr", "weight_decay", "drop_path", "schedule", "flip", "dataset")
-_SAME += ("gelu", "drop_path_mode", "epochs", "batch_size", "image_size", "dtype", "precision")
 _SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
 _MORE = {
     "augreg": "RLRR* (ViT-B/16 AugReg)",
@@ -83,7 +84,7 @@ def lines(rows):
     groups = {}
     for row in rows:
         if row["task"] in tasks.VTAB and row["test_acc_final"] is not None:
-            groups.setdefault(json.dumps([row[key] for key in _SAME]), []).append(row)
+            groups.setdefault(json.dumps([row.get(key) for key in _SAME]), []).append(row)
     ours = []
     for group in groups.values():
         ours.append(_line(group, "test_acc_final", ""))
@@ -94,7 +95,8 @@ def lines(rows):
 
 def _tell_apart(ours):
     """Lines with what tells them apart in their labels, where the table has no column for it."""
-    hidden = [k for k in _SAME if k not in ("method", "method_kwargs", "protocol", "source", "variant")]
+    shown = ("method", "method_kwargs", "trial", "protocol", "source", "variant")
+    hidden = [k for k in _SAME if k not in shown]
     differ = [k for k in hidden if len({line.settings[k] for line in ours}) > 1]
     if "backbone" in differ and "backbone_sha256" in differ:
         differ.remove("backbone_sha256")
@@ -116,6 +118,7 @@ def _line(rows, key, suffix):
     counts = [len(seeds) for seeds in values.values()]
     first = rows[0]
     options = [f"{k}={v}" for k, v in first["method_kwargs"].items()]
+    options += [first["trial"]] if first.get("trial") else []
     head = np.mean([row["head_params"] for row in {r["task"]: r for r in rows}.values()])
     return Line(
         label=" ".join([first["method"], *options]) + suffix,
@@ -127,7 +130,7 @@ def _line(rows, key, suffix):
         seeds=tuple(sorted({row["seed"] for row in rows})),
         counts=" to ".join(map(str, sorted({min(counts), max(counts)}))),
         source="",
-        settings={k: first[k] for k in _SAME},
+        settings={k: first.get(k) for k in _SAME},
     )
 
 

@@ -1,6 +1,7 @@
-"""One run from top to bottom: weights and data in, the epochs, one row of results out."""
+"""Training from top to bottom: weights and data in, the epochs, a row of results out for each trial."""
 
 import importlib.metadata
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -22,10 +23,24 @@ def splits(run):
     return ("train800", "val200") if run.protocol == "tune" else ("train800val200", "test")
 
 
-class Job(NamedTuple):
-    """All that a run needs and does not change. Arrays are on the mesh."""
+class TooLarge(Exception):
+    """The trials do not fit into the memory of the devices; `fits` of them should."""
 
-    run: Any
+    def __init__(self, fits):
+        super().__init__(f"only {fits} trials fit at once")
+        self.fits = fits
+
+
+class Job(NamedTuple):
+    """All that a group of trials needs and does not change. Arrays are on the mesh.
+
+    Attributes:
+      runs: fully specified configurations that differ in seed, lr, weight_decay and drop_path.
+      lrs: of each trial and epoch.
+      hyper, init_keys: have a leading trial axis.
+    """
+
+    runs: list
     recipe: step.Recipe
     mesh: Any
     frozen: Any
@@ -33,17 +48,18 @@ class Job(NamedTuple):
     held_out: tuple
     lrs: list
     hyper: dict
-    init_key: Any
+    init_keys: Any
 
 
-def prepare(run, weights, load_data):
+def prepare(runs, weights, load_data):
     """Reads weights and data and lays everything on the devices.
 
     Args:
-      run: a fully specified configuration, see `config.resolve`.
+      runs: the trials, see `Job`.
       weights: path of the pretrained weights.
       load_data: `split -> images, labels`, see `store.load_split`.
     """
+    run = runs[0]
     (images, labels), held_out = map(load_data, splits(run))
     model, method = config_lib.build_model(run), methods.get(run.method, **run.method_kwargs)
     frozen = pretrained.load(weights, model=model, image_size=run.image_size, grid=run.pretrained.grid)
@@ -54,97 +70,131 @@ def prepare(run, weights, load_data):
         num_images=len(labels),
         image_size=run.image_size,
         flip=run.flip,
-        drop_path=run.drop_path > 0,
+        drop_path=any(r.drop_path > 0 for r in runs),
         precision=run.precision,
     )
-    mesh = step.make_mesh(jax.devices()[: run.num_devices])
-    init_key, noise_key, order_key = jax.random.split(jax.random.key(run.seed), 3)
-    lrs = optim.learning_rates(run.schedule, run.lr, run.epochs)
-    hyper = {
-        "lr": jnp.array(lrs),
-        "weight_decay": jnp.array(run.weight_decay),
-        "drop_path": jnp.array(run.drop_path),
-        "noise_key": noise_key,
-        "order_key": order_key,
-    }
+    mesh = step.make_mesh(jax.devices()[: run.num_devices], len(runs))
+    lrs = [optim.learning_rates(r.schedule, r.lr, r.epochs) for r in runs]
+    keys = [jax.random.split(jax.random.key(r.seed), 3) for r in runs]  # init, noise, order
+    hyper = [
+        {
+            "lr": jnp.array(lr),
+            "weight_decay": jnp.array(r.weight_decay),
+            "drop_path": jnp.array(r.drop_path),
+            "noise_key": key[1],
+            "order_key": key[2],
+        }
+        for r, lr, key in zip(runs, lrs, keys)
+    ]
     return Job(
-        run=run,
+        runs=runs,
         recipe=recipe,
         mesh=mesh,
         frozen=step.put(mesh, P(), frozen),
         data=step.put(mesh, P(), {"images": images[:], "labels": labels}),
         held_out=held_out,
         lrs=lrs,
-        hyper=step.put_trial(mesh, hyper),
-        init_key=init_key,
+        hyper=step.put_trials(mesh, hyper),
+        init_keys=step.put_trials(mesh, [key[0] for key in keys]),
     )
 
 
-def train_one(run, folder, label, weights, marks, load_data, tell=lambda clock, epochs: None):
-    """Trains one method on one task with one seed, and writes `result.json` last.
+def train_together(
+    runs,
+    folders,
+    labels,
+    title,
+    checkpoints,
+    weights,
+    marks,
+    load_data,
+    tell=lambda clock, epochs: None,
+):
+    """Trains one method on one task: a trial, or several at once. Writes each `result.json` last.
 
     Args:
-      run: a fully specified configuration, see `config.resolve`.
-      folder: of its files.
-      label: of the run, for the screen.
+      runs: the trials, see `Job`.
+      folders: of each trial's files.
+      labels: of each trial, for its picture.
+      title: of them together, for the screen.
+      checkpoints: folder of the checkpoints.
       weights: path of the pretrained weights.
       marks: `backbone_sha256` and `dataset`, saved with the configuration and the result.
       load_data: `split -> images, labels`.
       tell: called after each epoch with the clock and the number of epochs done.
+
+    Raises TooLarge if several do not fit into memory, before any step.
     """
     clock = Clock()
-    job = prepare(run, weights, load_data)
-    recipe = job.recipe
-    files.write_json(folder / "config.json", {**run.to_dict(), **marks})
-    with checkpoint.open_manager(folder / "checkpoints") as manager:
-        keeper = checkpoint.Keeper(manager, run.checkpoint_seconds)
+    job = prepare(runs, weights, load_data)
+    recipe, epochs = job.recipe, runs[0].epochs
+    for run, folder in zip(runs, folders):
+        files.write_json(folder / "config.json", {**run.to_dict(), **marks})
+    with checkpoint.open_manager(checkpoints) as manager:
+        keeper = checkpoint.Keeper(manager, runs[0].checkpoint_seconds)
         state, metrics, first, start = _start_or_resume(job, keeper, clock)
-        history = [r for r in files.read_rows(folder / "metrics.jsonl") if r["epoch"] < first]
-        if len(history) != first:
-            raise UserError(
-                f"{folder}/metrics.jsonl lacks some of the {first} epochs of the checkpoint beside it: "
-                f"delete {folder} to start this run again"
-            )
+        histories = [_history(folder, first) for folder in folders]
         if first or start:
-            print(f"{label}: goes on at epoch {first + 1}, step {start}", flush=True)
-        train_steps = compile_train_steps(job, state, metrics) if first < run.epochs else None
-        total, done = run.epochs * recipe.num_images, recipe.images_before(first, start)
-        with tqdm(total=total, initial=done, unit="img", desc=label) as bar:
-            for epoch in range(first, run.epochs):
+            print(f"{title}: goes on at epoch {first + 1}, step {start}", flush=True)
+        train_steps = compile_train_steps(job, state, metrics) if first < epochs else None
+        total, done = epochs * recipe.num_images, recipe.images_before(first, start)
+        many = len(runs)
+        with tqdm(total=total * many, initial=done * many, unit="img", desc=title) as bar:
+            for epoch in range(first, epochs):
                 state, metrics = train_epoch(
                     job, train_steps, state, metrics, epoch, start, keeper, clock, bar
                 )
-                row = {"epoch": epoch, "lr": job.lrs[epoch], **_means(recipe, metrics)}
-                row |= evaluate(job, state, epoch)
-                history.append({**row, "seconds": clock.elapsed()})
-                files.write_rows(folder / "metrics.jsonl", history)
+                held_out = evaluate(job, state, epoch)
+                for i, folder in enumerate(folders):
+                    row = {"epoch": epoch, "lr": job.lrs[i][epoch], **_means(recipe, metrics, i)}
+                    histories[i].append({**row, **held_out[i], "seconds": clock.elapsed()})
+                    files.write_rows(folder / "metrics.jsonl", histories[i])
                 metrics, start = jax.tree.map(jnp.zeros_like, metrics), 0
-                last = epoch + 1 == run.epochs
+                last = epoch + 1 == epochs
                 keeper.save_if_due(state, metrics, clock.place(epoch + 1, 0), last)
                 tell(clock, epoch + 1)
-    trainable = jax.tree.map(lambda x: np.asarray(x[0]), state["trainable"])
-    metadata = {"config": run.to_dict(), **marks}
-    checkpoint.save_adapter(folder / "adapter.safetensors", trainable, metadata)
-    report.curves(folder / "curves.png", {label: history})
-    files.write_json(folder / "result.json", _result(job, trainable, history, marks, clock))
+    state = jax.device_get(state["trainable"])
+    for i, (run, folder) in enumerate(zip(runs, folders)):
+        trainable = jax.tree.map(lambda x: x[i], state)
+        metadata = {"config": run.to_dict(), **marks}
+        checkpoint.save_adapter(folder / "adapter.safetensors", trainable, metadata)
+        report.curves(folder / "curves.png", {labels[i]: histories[i]})
+        files.write_json(
+            folder / "result.json", _result(job, run, trainable, histories[i], marks, clock)
+        )
+
+
+def _history(folder, epochs):
+    """The first rows of a trial's `metrics.jsonl`."""
+    rows = [r for r in files.read_rows(folder / "metrics.jsonl") if r["epoch"] < epochs]
+    if len(rows) != epochs:
+        raise UserError(
+            f"{folder}/metrics.jsonl lacks some of the {epochs} epochs of the checkpoint beside it: "
+            f"delete {folder} to start this run again"
+        )
+    return rows
 
 
 class Clock:
-    """Time spent on a run over all its starts, and the training speed."""
+    """Time spent on a group of trials over all its starts, and their training speed."""
 
     def __init__(self):
         self.begun = time.perf_counter()
-        self.images, self.seconds = 0, 0.0  # trained, and the time of that alone
+        self.images, self.seconds = 0, 0.0  # trained by all trials, and the time of that alone
 
     def elapsed(self):
-        """Seconds since the run first began, without the time between two starts."""
+        """Seconds since training first began, without the time between two starts."""
         return time.perf_counter() - self.begun
 
-    def steps(self, batch_size):
-        """Steps that take `DISPATCH_SECONDS`; one as long as the speed is not known."""
+    def steps(self, images):
+        """Steps that take `DISPATCH_SECONDS`; one as long as the speed is not known.
+
+        Args:
+          images: of a step, over all trials.
+        """
         if not self.seconds:
             return 1
-        return max(1, int(DISPATCH_SECONDS * self.images / self.seconds / batch_size))
+        return max(1, int(DISPATCH_SECONDS * self.images / self.seconds / images))
 
     def place(self, epoch, step):
         """How far the run is, for a checkpoint."""
@@ -160,18 +210,22 @@ class Clock:
 def _start_or_resume(job, keeper, clock):
     """State, metrics, epoch and step to go on from."""
     begin = step.map_start(job.recipe, job.mesh)
-    like = step.abstract(begin, job.mesh, job.init_key, job.frozen)
+    like = step.abstract(begin, job.mesh, job.init_keys, job.frozen)
     if found := keeper.restore(like, len(clock.place(0, 0))):
         state, metrics, place = found
         return state, metrics, *clock.resume(place)
-    return *begin(job.init_key, job.frozen), 0, 0
+    return *begin(job.init_keys, job.frozen), 0, 0
 
 
 def compile_train_steps(job, state, metrics):
-    """The program of a whole run, compiled once: `(state, metrics, epoch, start, stop)`."""
+    """The program of a whole run, compiled once: `(state, metrics, epoch, start, stop)`.
+
+    Raises TooLarge if it needs more memory than there is and has more than one trial to leave out.
+    """
     scalar = lambda i: step.put(job.mesh, P(), jnp.int32(i))
     args = (job.frozen, job.data, state, metrics, job.hyper, scalar(0), scalar(0), scalar(0))
     compiled = step.map_train_steps(job.recipe, job.mesh).lower(*args).compile()
+    check_memory(job, compiled.memory_analysis(), device_memory(jax.devices()[0]))
 
     def train_steps(state, metrics, *place):
         return compiled(job.frozen, job.data, state, metrics, job.hyper, *map(scalar, place))
@@ -179,23 +233,48 @@ def compile_train_steps(job, state, metrics):
     return train_steps
 
 
+def device_memory(device):
+    """Bytes that a program may use: what an accelerator reports, 0.7 of a CPU's memory."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return int(0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def check_memory(job, needs, limit):
+    """TooLarge if the trials on a device need more bytes than the limit; one trial always passes.
+
+    Args:
+      needs: `memory_analysis()` of the compiled program, of one device.
+    """
+    groups = job.mesh.shape["trial"]
+    here = len(job.runs) // groups
+    if here == 1:
+        return
+    shared = sum(x.nbytes for x in jax.tree.leaves((job.frozen, job.data)))
+    whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
+    if whole > limit:
+        each = (whole - shared) / here
+        raise TooLarge(groups * min(max(1, int((limit - shared) / each)), here - 1))
+
+
 def train_epoch(job, train_steps, state, metrics, epoch, start, keeper, clock, bar):
     """Steps `start` to the end of an epoch, in one dispatch where the machine is fast enough."""
-    recipe = job.recipe
+    recipe, many = job.recipe, len(job.runs)
     while start < recipe.steps:
-        stop = min(start + clock.steps(recipe.batch_size), recipe.steps)
+        stop = min(start + clock.steps(recipe.batch_size * many), recipe.steps)
         begun = time.perf_counter()
         state, metrics = train_steps(state, metrics, epoch, start, stop)
         jax.block_until_ready(metrics)
-        images = recipe.images_before(0, stop) - recipe.images_before(0, start)
+        images = many * (recipe.images_before(0, stop) - recipe.images_before(0, start))
         clock.seconds += time.perf_counter() - begun
         clock.images += images
         start = stop
         if start < recipe.steps:
             keeper.save_if_due(state, metrics, clock.place(epoch, start))
-        means = _means(recipe, metrics, start)
+        means = _means(recipe, metrics, 0, start)  # of the first trial
         bar.set_postfix(
-            epoch=f"{epoch + 1}/{job.run.epochs}",
+            epoch=f"{epoch + 1}/{job.runs[0].epochs}",
             loss=f"{means['train_loss']:.3f}",
             acc=f"{means['train_acc']:.3f}",
             refresh=False,
@@ -205,22 +284,23 @@ def train_epoch(job, train_steps, state, metrics, epoch, start, keeper, clock, b
 
 
 def evaluate(job, state, epoch):
-    """Held-out accuracy and loss after an epoch, as the protocol has it; {} where it has none."""
-    last, protocol = epoch + 1 == job.run.epochs, job.run.protocol
-    if not last and (protocol in ("fast", "vtab") or epoch == 0):  # the authors skip epoch 0 too
-        return {}
-    key = "val" if protocol == "tune" else "test"
-    params = step.map_merge(job.recipe.method.merge, job.mesh)(job.frozen, state["trainable"])
-    recipe = job.recipe
+    """Each trial's held-out accuracy and loss after an epoch; [{}, ...] where the protocol has none."""
+    run, recipe = job.runs[0], job.recipe
+    last = epoch + 1 == run.epochs
+    if not last and (run.protocol in ("fast", "vtab") or epoch == 0):  # the authors skip epoch 0 too
+        return [{}] * len(job.runs)
+    key = "val" if run.protocol == "tune" else "test"
+    params = step.map_merge(recipe.method.merge, job.mesh)(job.frozen, state["trainable"])
     eval_step = step.map_eval_step(recipe.model, recipe.image_size, recipe.precision, job.mesh)
-    out = step.evaluate(eval_step, params, *job.held_out, job.run.eval_batch_size, job.mesh)
-    return {f"{key}_acc": float(out["accuracy"][0]), f"{key}_loss": float(out["loss"][0])}
+    out = step.evaluate(eval_step, params, *job.held_out, run.eval_batch_size, job.mesh)
+    both = zip(out["accuracy"], out["loss"])
+    return [{f"{key}_acc": float(accuracy), f"{key}_loss": float(loss)} for accuracy, loss in both]
 
 
-def _means(recipe, metrics, steps=None):
-    """Mean loss and accuracy over the images of the first `steps` steps of an epoch."""
+def _means(recipe, metrics, trial, steps=None):
+    """A trial's mean loss and accuracy over the images of the first `steps` steps of an epoch."""
     steps = steps or recipe.steps
-    loss, correct = (np.asarray(metrics[k], np.float64)[0, :steps] for k in ("loss", "correct"))
+    loss, correct = (np.asarray(metrics[k], np.float64)[trial, :steps] for k in ("loss", "correct"))
     sizes = np.diff([recipe.images_before(0, i) for i in range(steps + 1)])
     return {
         "train_loss": float((loss * sizes).sum() / sizes.sum()),
@@ -228,12 +308,11 @@ def _means(recipe, metrics, steps=None):
     }
 
 
-def _result(job, trainable, history, marks, clock):
+def _result(job, run, trainable, history, marks, clock):
     """One row of `results.json`."""
-    run = job.run
     tested = [row for row in history if "test_acc" in row]
     best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
-    same = ("task", "method", "seed", "lr", "weight_decay", "drop_path", "drop_path_mode")
+    same = ("task", "method", "seed", "trial", "lr", "weight_decay", "drop_path", "drop_path_mode")
     same += ("schedule", "flip", "epochs", "batch_size", "protocol", "image_size", "dtype", "precision")
     return {
         "identity": config_lib.fingerprint([run], marks),
@@ -254,8 +333,9 @@ def _result(job, trainable, history, marks, clock):
         "test_acc_best": best and best["test_acc"],
         "best_epoch": best and best["epoch"],
         "num_test": len(job.held_out[1]) if tested else None,
-        "wall_seconds": clock.elapsed(),
-        "images_per_second": clock.images / clock.seconds,
+        "wall_seconds": clock.elapsed() / len(job.runs),  # its share of the time
+        "images_per_second": clock.images / clock.seconds,  # of all trials trained together
+        "trained_together": len(job.runs),
         "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
     }

@@ -74,7 +74,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"drop_path": 1.0}, "must be less than 1"),
+        ({"drop_path": 1.0}, "must be at least 0 and less than 1"),
         ({"grid": {"lr": (0.5,)}}, "only searched by config.protocol=vtab"),
         ({"weight_decay": -1.0}, "must be finite and not negative"),
         ({"batch_size": 0}, "must be greater than 0"),

@@ -326,7 +326,7 @@ def test_an_epoch_shows_every_image_once():
 def test_evaluation_counts_every_image_once(devices, size):
     mesh = step.make_mesh(jax.devices()[:devices])
     tree = random_tree(MODEL, SIZE)
-    params = step.put_trial(mesh, tree)
+    params = step.put_trials(mesh, [tree])
     eval_step = step.map_eval_step(MODEL, SIZE, "highest", mesh)
     out = step.evaluate(eval_step, params, DATA["images"], DATA["labels"], size, mesh)
     with jax.default_matmul_precision("highest"):

@@ -249,17 +249,18 @@ def test_a_suite_that_tunes_shows_its_runs(data_dir, tmp_path):
 def test_ties_go_to_the_smaller_learning_rate(monkeypatch, tmp_path):
     row = lambda lr, wd, dp: {"val_acc": 0.5, "lr": lr, "weight_decay": wd, "drop_path": dp}
     run = config_lib.resolve(config("digits,method=linear", protocol="vtab"))[0]
-    monkeypatch.setattr(suite, "finish", lambda work, *_: row(*(work.run[k] for k in config_lib.GRID)))
+    values = lambda work: row(*(work.run[k] for k in config_lib.GRID))
+    monkeypatch.setattr(suite, "finish", lambda works, *_: [values(w) for w in works])
     work = suite.Work(run, tmp_path / "seed0", None, "x")
-    chosen = suite.choose(work, None, None, None).run
+    chosen = suite.choose([work], None, None, None)[0].run
     assert (chosen.lr, chosen.weight_decay, chosen.drop_path) == (1e-3, 5e-5, 0.0)
     assert len(suite.trials(work)) == 18
     monkeypatch.setattr(
         suite,
         "finish",
-        lambda work, *_: {**row(*(work.run[k] for k in config_lib.GRID)), "val_acc": work.run.lr},
+        lambda works, *_: [{**values(w), "val_acc": w.run.lr} for w in works],
     )
-    assert suite.choose(work, None, None, None).run.lr == 1e-2
+    assert suite.choose([work], None, None, None)[0].run.lr == 1e-2
 
 
 def test_a_given_value_is_not_searched():
@@ -295,13 +296,13 @@ def test_the_time_left_goes_by_the_speed_of_each_method(capsys):
     works = [suite.Work(r, pathlib.Path("/nowhere"), None, r.method) for r in runs]
     forecast = suite.Forecast(works)
     clock = SimpleNamespace(images=1000, seconds=1.0)
-    forecast.tell(works[0], clock, 1)  # 9,000 + 10,000 images and two tests are left
+    forecast.tell([works[0]], clock, 1)  # 9,000 + 10,000 images and two tests are left
     assert f"about {19 + 2 * 797 / 3000:.0f} s left, linear trains 1,000" in capsys.readouterr().out
-    forecast.tell(works[0], clock, 2)
+    forecast.tell([works[0]], clock, 2)
     assert capsys.readouterr().out == ""
     forecast.finished(works[0])
     clock.seconds = 10.0
-    forecast.tell(works[1], clock, 4)
+    forecast.tell([works[1]], clock, 4)
     assert f"about {60 + 797 / 300:.0f} s left, rlrr trains 100" in capsys.readouterr().out
 
 

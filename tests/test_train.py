@@ -30,6 +30,8 @@ KEYS = {
         "schedule",
         "flip",
         "dataset",
+        "trial",
+        "trained_together",
         "num_test",
         "wall_seconds",
         "images_per_second",
@@ -227,7 +229,7 @@ def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
     jobs, prepare = [], train.prepare
     monkeypatch.setattr(train, "prepare", lambda *a: jobs.append(prepare(*a)) or jobs[-1])
     run(small_config(epochs=1), tmp_path)
-    model = config_lib.build_model(jobs[0].run)
+    model = config_lib.build_model(jobs[0].runs[0])
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.device_get(jobs[0].frozen),
@@ -238,10 +240,10 @@ def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
 def test_mean_of_an_epoch_counts_images_not_steps():
     recipe = step.Recipe(None, None, batch_size=6, num_images=22, image_size=32)
     metrics = {"loss": np.array([[1.0, 2.0, 3.0, 7.0]]), "correct": np.array([[6.0, 3.0, 0.0, 4.0]])}
-    means = train._means(recipe, metrics)
+    means = train._means(recipe, metrics, 0)
     assert means["train_loss"] == pytest.approx((6 + 12 + 18 + 28) / 22)
     assert means["train_acc"] == pytest.approx(13 / 22)
-    assert train._means(recipe, metrics, 2)["train_loss"] == pytest.approx(1.5)
+    assert train._means(recipe, metrics, 0, 2)["train_loss"] == pytest.approx(1.5)
 
 
 def test_two_subtrees_of_one_file_are_two_runs(tmp_path):

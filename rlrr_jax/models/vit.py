@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.models import noise
+
 # Dosovitskiy et al. (2021), table 1; Ti and S as in DeiT and AugReg.
 VARIANTS = {
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
@@ -38,23 +40,29 @@ def parse_variant(variant):
     return dict(VARIANTS[size], patch_size=int(patch))
 
 
-def drop_path(x, rate, keys, index, mode):
-    """Drops parts of a residual branch `x` [B, T, D] and rescales the rest by `1 / (1 - rate)`.
+def drop_path_masks(keys, rates, shape, mode):
+    """Which values of the residual branches are kept, [L, 2, B, T, D] or [L, 2, B, 1, 1], bool.
 
     Args:
-      x: the branch's output.
-      rate: probability of a drop, may be traced.
       keys: one PRNG key per example, [B]; so the noise does not depend on how a batch is split.
-      index: number of the branch in the network; folded into the keys.
+      rates: probability of a drop in each of the L blocks, may be traced.
+      shape: (T, D) of a branch.
       mode: "element" drops single values (the RLRR authors' code), "sample" the whole branch of an
         example (stochastic depth, Huang et al., 2016).
     """
-    shape = x.shape[1:] if mode == "element" else (1, 1)
+    shape = shape if mode == "element" else (1, 1)
 
-    def keep(key):
-        return jax.random.bernoulli(jax.random.fold_in(key, index), 1.0 - rate, shape)
+    def keep(block, rate, branch, key):
+        return noise.keep(jax.random.fold_in(key, 1 + 2 * block + branch), rate, shape)
 
-    return jnp.where(jax.vmap(keep)(keys), x / (1.0 - rate).astype(x.dtype), 0)
+    for axes in ((None, None, None, 0), (None, None, 0, None), (0, 0, None, None)):
+        keep = jax.vmap(keep, axes)
+    return keep(jnp.arange(len(rates)), rates, jnp.arange(2), keys)
+
+
+def drop_path(x, rate, keep):
+    """Drops parts of a residual branch `x` [B, T, D] and rescales the rest by `1 / (1 - rate)`."""
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
 
 
 class MlpBlock(nn.Module):
@@ -98,17 +106,12 @@ class Block(nn.Module):
     num_heads: int
     gelu: str
     attention: str
-    drop_path_mode: str
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, layer, keys):
-        index, rate = layer
-
+    def __call__(self, x, rate, keep):
         def residual(x, y, branch):
-            if keys is not None:
-                y = drop_path(y, rate, keys, 1 + 2 * index + branch, self.drop_path_mode)
-            return x + y
+            return x + (y if keep is None else drop_path(y, rate, keep[branch]))
 
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
         y = MultiHeadDotProductAttention(
@@ -125,6 +128,7 @@ class Encoder(nn.Module):
 
     depth: int
     unroll: int
+    drop_path_mode: str
     block: dict
 
     @nn.compact
@@ -133,12 +137,14 @@ class Encoder(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, 0),
             length=self.depth,
             unroll=self.unroll,
         )(**self.block, name="encoderblock")
         rates = jnp.linspace(0.0, 1.0, self.depth) * rate  # 0 at the first block, `rate` at the last
-        x, _ = blocks(x, (jnp.arange(self.depth), rates), keys)
+        # All masks at once: a kernel for each branch would take longer to compile than the rest.
+        keep = None if keys is None else drop_path_masks(keys, rates, x.shape[1:], self.drop_path_mode)
+        x, _ = blocks(x, rates, keep)
         return nn.LayerNorm(epsilon=1e-6, dtype=self.block["dtype"], name="encoder_norm")(x)
 
 
@@ -199,10 +205,11 @@ class ViT(nn.Module):
             num_heads=self.num_heads,
             gelu=self.gelu,
             attention=self.attention,
-            drop_path_mode=self.drop_path_mode,
             dtype=self.dtype,
         )
-        x = Encoder(self.depth, self.unroll, block, name="Transformer")(x, drop_path, keys)
+        x = Encoder(self.depth, self.unroll, self.drop_path_mode, block, name="Transformer")(
+            x, drop_path, keys
+        )
         self.sow("intermediates", "encoded", x)
         head = nn.Dense(
             self.num_classes, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head"

@@ -1,0 +1,48 @@
+"""The masks: JAX's own cipher, the right rate, no pattern."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.random import threefry_2x32
+
+from rlrr_jax.models import noise
+
+
+def test_cipher_is_that_of_jax():
+    rng = np.random.default_rng(0)
+    key, counter = (rng.integers(0, 2**32, shape, np.uint32) for shape in (2, (2, 1000)))
+    ours = noise.threefry2x32(key, counter)
+    theirs = threefry_2x32(jnp.asarray(key), jnp.asarray(counter).ravel())
+    np.testing.assert_array_equal(np.concatenate(ours), theirs)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-4, 0.1, 0.5, 0.999])
+def test_rate_of_drops(rate):
+    number = 2_000_000
+    kept = noise.keep(jax.random.key(3), jnp.float32(rate), (2000, 1000))
+    error = np.sqrt(rate * (1 - rate) / number)
+    assert abs(1 - kept.mean(dtype=float) - rate) <= 4 * error + 2**-17
+    assert rate > 0 or kept.all()
+
+
+def test_no_pattern_within_a_mask_or_between_masks():
+    """Correlations of neighbours, of the four values of a block, of rows, keys and epochs."""
+    rows, columns = 512, 768
+    draw = lambda i: noise.keep(
+        jax.random.fold_in(jax.random.key(0), i), jnp.float32(0.5), (rows, columns)
+    )
+    a, b = (np.asarray(draw(i)) * 2.0 - 1 for i in (0, 1))
+    pairs = [(a, b), (a[1:], a[:-1]), (a[:, 1:], a[:, :-1])]
+    quarters = np.split(a, 4, 1)
+    pairs += [(quarters[i], quarters[j]) for i in range(4) for j in range(i)]
+    for x, y in pairs:
+        assert abs((x * y).mean()) < 5 / np.sqrt(x.size)
+    assert np.abs(a.mean(0)).max() < 5.5 / np.sqrt(rows)
+    assert np.abs(a.mean(1)).max() < 5.5 / np.sqrt(columns)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 6), (3, 7), (2, 8)])
+def test_any_shape(shape):
+    kept = noise.keep(jax.random.key(0), jnp.float32(0.5), shape)
+    assert kept.shape == shape and kept.dtype == bool

@@ -1,0 +1,291 @@
+"""Trials trained together: each as if alone, killed and resumed, split where memory is short."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import vtab
+from rlrr_jax import config as config_lib
+from rlrr_jax import files, report, step, suite, train
+from rlrr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRIALS = ({"lr": (0.02, 0.005), "drop_path": (0.0, 0.2)}, {"weight_decay": 0.1, "seed": 3})
+FOLDERS = (
+    *("seed0-lr0.02-drop_path0", "seed0-lr0.02-drop_path0.2", "seed0-lr0.005-drop_path0"),
+    *("seed0-lr0.005-drop_path0.2", "seed3-weight_decay0.1"),
+)
+
+
+def config(arg="digits,method=rlrr", **changes):
+    config = vtab.get_config(arg)
+    with config.unlocked():
+        config.update({"epochs": 2, "num_devices": 1, **changes})
+    return config
+
+
+def run(config, workdir):
+    rows, problems = suite.run(config, workdir)
+    assert not problems
+    return rows
+
+
+def adapter(folder):
+    return safetensors.numpy.load_file(folder / "adapter.safetensors")
+
+
+def assert_equal_but_for_rounding(ours, theirs):
+    """Two folders of the same trial: losses, accuracies and trained values."""
+    assert (ours / "adapter.safetensors").exists()
+    for a, b in zip(*(files.read_rows(f / "metrics.jsonl") for f in (ours, theirs)), strict=True):
+        assert a["lr"] == b["lr"] and a["train_loss"] == pytest.approx(b["train_loss"], abs=2e-4)
+        assert a["train_acc"] == pytest.approx(b["train_acc"], abs=2e-3)
+    a, b = (files.read_json(f / "result.json") for f in (ours, theirs))
+    assert a["identity"] == b["identity"]
+    assert a["test_acc_final"] == pytest.approx(b["test_acc_final"], abs=2.1 / 797)
+    a, b = map(adapter, (ours, theirs))
+    for name in a:
+        if "key/shift" not in name:  # rounding noise, which Adam turns into steps of lr
+            np.testing.assert_allclose(a[name], b[name], rtol=0, atol=5e-3, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("group")
+    return workdir, run(config(trials=TRIALS), workdir)
+
+
+def test_each_trial_has_its_row_and_folder(group):
+    workdir, rows = group
+    assert [report.folder(row) for row in rows] == list(FOLDERS)
+    assert {path.name for path in (workdir / "digits/rlrr").iterdir()} == set(FOLDERS)
+    assert [(r["lr"], r["drop_path"], r["seed"]) for r in rows[:4]] == [
+        (lr, rate, 0) for lr in (0.02, 0.005) for rate in (0.0, 0.2)
+    ]
+    assert (rows[4]["weight_decay"], rows[4]["seed"]) == (0.1, 3)
+    assert {row["trained_together"] for row in rows} == {5}
+    assert len({row["train_loss"] for row in rows}) == 5
+    text = (workdir / "results.md").read_text()
+    assert "| digits | rlrr lr0.005 drop_path0.2 " in text
+    assert "| digits | rlrr seed 3 weight_decay0.1 " in text
+    assert len(json.loads((workdir / "results.json").read_text())) == 5
+
+
+@pytest.mark.parametrize("number", [0, 3, 4])
+def test_a_trial_equals_the_same_trial_alone(group, number, tmp_path):
+    workdir, rows = group
+    keys = ("lr", "weight_decay", "drop_path")
+    alone = config(seeds=(rows[number]["seed"],), **{key: rows[number][key] for key in keys})
+    (row,) = run(alone, tmp_path)
+    assert row["trained_together"] == 1 and row["trial"] is None
+    ours = workdir / "digits/rlrr" / FOLDERS[number]
+    assert_equal_but_for_rounding(ours, tmp_path / "digits/rlrr" / f"seed{row['seed']}")
+
+
+def test_four_devices_share_the_trials(group, tmp_path):
+    workdir, _ = group
+    again = run(config(trials=TRIALS[:1], num_devices=4), tmp_path)  # a mesh of 4 x 1
+    assert [row["device"] for row in again] == ["4 x cpu"] * 4
+    for name in FOLDERS[:4]:
+        assert_equal_but_for_rounding(tmp_path / "digits/rlrr" / name, workdir / "digits/rlrr" / name)
+
+
+def start(workdir):
+    trials = "({'lr':(0.02,0.005),'drop_path':(0.0,0.2)},)"
+    command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
+    command += ["--config.epochs=4", "--config.protocol=official", "--config.checkpoint_seconds=0"]
+    command += [f"--config.trials={trials}", f"--workdir={workdir}"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def contents(workdir):
+    """All that is no time."""
+    out = {}
+    for path in sorted(workdir.rglob("*")):
+        if path.name in ("result.json", "metrics.jsonl"):
+            rows = files.read_rows(path) if path.suffix == ".jsonl" else [files.read_json(path)]
+            times = ("wall_seconds", "images_per_second", "seconds")
+            out[path.relative_to(workdir)] = [
+                {k: v for k, v in r.items() if k not in times} for r in rows
+            ]
+        elif path.name == "adapter.safetensors":
+            out[path.relative_to(workdir)] = path.read_bytes()
+    return out
+
+
+def test_a_killed_group_goes_on_as_the_same_group(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    reference = start(whole)
+    process = start(broken)
+    rows = lambda: len(files.read_rows(broken / "digits/rlrr" / FOLDERS[0] / "metrics.jsonl"))
+    for _ in range(120 * 50):
+        if rows() >= 2:
+            break
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list(broken.glob("digits/rlrr/*/result.json"))
+    out, err = (last := start(broken)).communicate(timeout=300)
+    assert last.returncode == 0, err
+    assert "[1-4/4] digits rlrr, 4 trials: goes on at epoch" in out
+    assert reference.communicate(timeout=300) and reference.returncode == 0
+    assert len(contents(whole)) == 12 and contents(broken) == contents(whole)
+    assert {p.name for p in (broken / "digits/rlrr").iterdir()} == set(FOLDERS[:4])
+
+
+def test_killed_between_two_results(tmp_path, monkeypatch):
+    """The group is the same again, though one of it has its result."""
+    settings = config("digits,method=linear", seeds=(0, 1, 2))
+    run(settings, tmp_path / "whole")
+    write_json, written = files.write_json, []
+
+    def die(path, value):
+        if path.name == "result.json" and len(written := [*tmp_path.glob("broken/*/*/*/result.json")]):
+            raise KeyboardInterrupt(written)
+        write_json(path, value)
+
+    monkeypatch.setattr(files, "write_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(settings, tmp_path / "broken")
+    monkeypatch.undo()
+    assert len([*tmp_path.glob("broken/*/*/*/result.json")]) == 1 and not written
+    run(settings, tmp_path / "broken")
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    assert {p.name for p in (tmp_path / "broken/digits/linear").iterdir()} == {
+        "seed0",
+        "seed1",
+        "seed2",
+    }
+
+
+def test_added_seeds_leave_finished_ones_alone(tmp_path):
+    (first,) = run(config("digits,method=linear", seeds=(0,)), tmp_path)
+    rows = run(config("digits,method=linear", seeds=(0, 1, 2)), tmp_path)
+    assert rows[0] == first
+    assert [row["trained_together"] for row in rows] == [1, 2, 2]
+
+
+def test_trials_that_do_not_fit_are_trained_in_groups(group, tmp_path, monkeypatch, capsys):
+    needs, check_memory = [], train.check_memory
+
+    def check(job, need, limit):
+        needs.append(need.argument_size_in_bytes + need.temp_size_in_bytes)
+        return check_memory(job, need, needs[0] / 2)
+
+    monkeypatch.setattr(train, "check_memory", check)
+    rows = run(config(trials=TRIALS), tmp_path)
+    together = [row["trained_together"] for row in rows]
+    assert sum(1 / n for n in together) == pytest.approx(3) and max(together) == 2, together
+    assert "[1-5/5] digits rlrr, 5 trials: 2 fit into memory at once" in capsys.readouterr().out
+    assert max(needs[1:]) < needs[0] / 2
+    for name in FOLDERS:
+        assert_equal_but_for_rounding(tmp_path / "digits/rlrr" / name, group[0] / "digits/rlrr" / name)
+
+
+@pytest.mark.parametrize(
+    ("trials", "devices", "each", "limit", "fits"),
+    [
+        (8, 1, 10, 100, None),
+        (8, 1, 10, 65, 5),
+        (8, 2, 10, 45, 6),
+        (8, 1, 10, 5, 1),
+        (1, 1, 10, 5, None),
+    ],
+)
+def test_how_many_fit(trials, devices, each, limit, fits):
+    """15 bytes are shared."""
+    job = SimpleNamespace(
+        mesh=SimpleNamespace(shape={"trial": devices}),
+        runs=[None] * trials,
+        frozen=np.zeros(10, np.uint8),
+        data=np.zeros(5, np.uint8),
+    )
+    needs = SimpleNamespace(
+        argument_size_in_bytes=15 + trials // devices, temp_size_in_bytes=trials // devices * (each - 1)
+    )
+    if fits is None:
+        train.check_memory(job, needs, limit)
+    else:
+        with pytest.raises(train.TooLarge) as e:
+            train.check_memory(job, needs, limit)
+        assert e.value.fits == fits
+
+
+def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplog):
+    """Also for several trials; the first step of all is one by itself, to learn the speed."""
+    dispatches = []
+    compile_train_steps = train.compile_train_steps
+
+    def counted(*args):
+        train_steps = compile_train_steps(*args)
+        return lambda state, metrics, *place: (
+            dispatches.append(place) or train_steps(state, metrics, *place)
+        )
+
+    monkeypatch.setattr(train, "compile_train_steps", counted)
+    monkeypatch.setattr(train, "DISPATCH_SECONDS", 1e6)
+    step.map_eval_step.cache_clear()
+    for number, changes in enumerate(({}, {"trials": TRIALS})):
+        dispatches.clear()
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            run(config(epochs=5, protocol="official", **changes), tmp_path / str(number))
+        assert dispatches == [(0, 0, 1), (0, 1, 32), *((epoch, 0, 32) for epoch in range(1, 5))]
+        compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+        for program in ("train_steps", "eval_step"):
+            assert sum(program in text for text in compiled) == 1, compiled
+
+
+def resolve(**changes):
+    return config_lib.resolve(config("cifar", **changes))
+
+
+def test_trials_and_seeds_multiply():
+    runs = resolve(trials=({"lr": (1e-3, 1e-2)}, {"drop_path": 0.3, "seed": 9}), seeds=(0, 1))
+    assert [(r.lr, r.drop_path, r.seed, r.trial) for r in runs] == [
+        (1e-3, 0.1, 0, "lr0.001"),
+        (1e-3, 0.1, 1, "lr0.001"),
+        (1e-2, 0.1, 0, "lr0.01"),
+        (1e-2, 0.1, 1, "lr0.01"),
+        (3e-3, 0.3, 9, "drop_path0.3"),
+    ]
+    assert len({config_lib.together(r) for r in runs}) == 1
+
+
+def test_a_trial_is_the_same_work_as_a_run_with_that_value():
+    (trial,), (alone,) = resolve(trials=({"lr": 0.5},)), resolve(lr=0.5)
+    assert config_lib.fingerprint([trial]) == config_lib.fingerprint([alone])
+    assert config_lib.together(alone) != config_lib.together(resolve(batch_size=64)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trials": ({"lrr": 1},)}, "unknown key of config.trials 'lrr': did you mean 'lr'"),
+        ({"trials": ("lr",)}, "must be a list, such as"),
+        ({"trials": ({"lr": 1e-3}, {"lr": 1e-3})}, "must be different trials"),
+        ({"trials": ({"lr": ()},)}, "must be different trials"),
+        ({"trials": ({"lr": -1.0},)}, "config.trials.lr=-1.0 must be greater than 0"),
+        ({"trials": ({"lr": "high"},)}, "config.trials.lr=high must be greater than 0"),
+        ({"trials": ({"drop_path": (0.1, 1.0)},)}, "config.trials.drop_path=1.0 must be at least 0"),
+        ({"trials": ({"seed": 1.5},)}, "config.trials.seed=1.5 must be a whole number"),
+        ({"trials": ({"lr": 1.0},), "protocol": "vtab"}, "vtab makes its own trials"),
+    ],
+)
+def test_impossible_trials(changes, message):
+    with pytest.raises(UserError, match=message):
+        resolve(**changes)
