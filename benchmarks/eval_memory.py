@@ -100,13 +100,13 @@ def make_model(args, classes):
     return model, method.merge(frozen, method.init(jax.random.key(1), frozen))
 
 
-def write_folder(folder, number, classes):
-    """A VTAB-1k folder whose test list names 100 JPEGs of 300 x 250 again and again."""
+def write_folder(folder, number, classes, size=(300, 250)):
+    """A VTAB-1k folder whose test list names 100 JPEGs again and again."""
     (folder / "images" / "test").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(100):
         coarse = Image.fromarray(rng.integers(0, 256, (25, 30, 3), np.uint8))
-        coarse.resize((300, 250)).save(folder / f"images/test/{i:06d}.jpg")
+        coarse.resize(size).save(folder / f"images/test/{i:06d}.jpg")
     lines = (f"images/test/{i % 100:06d}.jpg {i % classes}\n" for i in range(number))
     (folder / "test.txt").write_text("".join(lines))
 

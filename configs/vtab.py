@@ -45,6 +45,7 @@ def get_config(arg=None):
     config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)
+    config.model.remat = placeholder(bool)  # compute twice to save memory; None: if it does not fit
     config.pretrained = ConfigDict()
     config.pretrained.name = placeholder(str)  # a name, file or address; None goes by the variant
     config.pretrained.grid = placeholder(tuple)  # of a position embedding that is not square

@@ -30,6 +30,7 @@ PLACES = (
     "checkpoint_seconds",
     "eval_batch_size",
     "model.unroll",
+    "model.remat",
     "trial",
     "data.dir",
     "data.cache_dir",
@@ -161,6 +162,11 @@ def model_sizes(variant):
     return BUNDLED_MODEL if variant == "bundled" else vit.parse_variant(variant)
 
 
+def default_unroll(variant):
+    """Blocks in each step of the scan over depth: on CPUs all, faster and with less memory."""
+    return model_sizes(variant)["depth"] if jax.default_backend() == "cpu" else 1
+
+
 def build_model(run):
     """The `vit.ViT` of a run."""
     return vit.ViT(
@@ -170,6 +176,7 @@ def build_model(run):
         attention=run.model.attention,
         drop_path_mode=run.drop_path_mode,
         unroll=run.model.unroll,
+        remat=bool(run.model.remat),
         dtype=jax.numpy.dtype(run.dtype),
     )
 
@@ -222,9 +229,7 @@ def _resolve_one(config, task_name, method_name, kwargs, changes, suite):
     _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
     _fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
-    # Unrolled, B/16 trains a tenth faster on CPUs and needs less memory (benchmarks/README.md).
-    unroll = model_sizes(run.model.variant)["depth"] if jax.default_backend() == "cpu" else 1
-    _fill(run.model, "unroll", unroll)
+    _fill(run.model, "unroll", default_unroll(run.model.variant))
     pretrained.check_size(run.image_size, build_model(run).patch_size)
     return run
 

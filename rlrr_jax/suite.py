@@ -221,14 +221,24 @@ def train_group(works, weights, load_data, forecast):
             ),
             tell=functools.partial(forecast.tell, works),
         )
+        parts = []
     except train.TooLarge as e:
-        folder.rmtree()
-        print(f"{forecast.place(*works)}: {e.fits} fit into memory at once", flush=True)
-        for i in range(0, len(works), e.fits):
-            train_group(works[i : i + e.fits], weights, load_data, forecast)
-        return
+        parts = _smaller(works, e.fits, forecast.place(*works))
     if len(works) > 1:
         folder.rmtree()
+    for part in parts:
+        train_group(part, weights, load_data, forecast)
+
+
+def _smaller(works, fits, title):
+    """Groups of as many as fit into memory; the same group with `model.remat` if not even one does."""
+    if fits:
+        print(f"{title}: {fits} fit into memory at once", flush=True)
+        return [works[i : i + fits] for i in range(0, len(works), fits)]
+    print(f"{title}: not enough memory, so activations are computed twice (model.remat)", flush=True)
+    for work in works:
+        work.run.model.remat = True
+    return [works]
 
 
 def choose(works, weights, load_data, forecast):

@@ -24,7 +24,7 @@ def splits(run):
 
 
 class TooLarge(Exception):
-    """The trials do not fit into the memory of the devices; `fits` of them should."""
+    """The trials do not fit into the memory of the devices; `fits` of them should, or not even one."""
 
     def __init__(self, fits):
         super().__init__(f"only {fits} trials fit at once")
@@ -242,20 +242,24 @@ def device_memory(device):
 
 
 def check_memory(job, needs, limit):
-    """TooLarge if the trials on a device need more bytes than the limit; one trial always passes.
+    """TooLarge if the trials on a device need more bytes than the limit.
+
+    One trial passes if `config.model.remat` has been decided.
 
     Args:
       needs: `memory_analysis()` of the compiled program, of one device.
     """
     groups = job.mesh.shape["trial"]
     here = len(job.runs) // groups
-    if here == 1:
+    whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
+    if whole <= limit:
         return
     shared = sum(x.nbytes for x in jax.tree.leaves((job.frozen, job.data)))
-    whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
-    if whole > limit:
-        each = (whole - shared) / here
-        raise TooLarge(groups * min(max(1, int((limit - shared) / each)), here - 1))
+    fits = min(max(0, int((limit - shared) / ((whole - shared) / here))), here - 1)
+    if not fits and job.runs[0].model.remat is None:
+        raise TooLarge(0)
+    if here > 1:
+        raise TooLarge(groups * max(1, fits))
 
 
 def train_epoch(job, train_steps, state, metrics, epoch, start, keeper, clock, bar):

@@ -197,32 +197,56 @@ def test_trials_that_do_not_fit_are_trained_in_groups(group, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("trials", "devices", "each", "limit", "fits"),
+    ("trials", "devices", "limit", "remat", "fits"),
     [
-        (8, 1, 10, 100, None),
-        (8, 1, 10, 65, 5),
-        (8, 2, 10, 45, 6),
-        (8, 1, 10, 5, 1),
-        (1, 1, 10, 5, None),
+        (8, 1, 95, None, None),
+        (8, 1, 94, None, 7),
+        (8, 1, 65, None, 5),
+        (8, 2, 45, None, 6),
+        (8, 1, 20, None, 0),
+        (8, 1, 20, True, 1),
+        (8, 1, 20, False, 1),
+        (1, 1, 20, None, 0),
+        (1, 1, 20, True, None),
     ],
 )
-def test_how_many_fit(trials, devices, each, limit, fits):
-    """15 bytes are shared."""
+def test_how_many_fit(trials, devices, limit, remat, fits):
+    """15 bytes are shared, each trial on a device takes 10."""
+    run = SimpleNamespace(model=SimpleNamespace(remat=remat))
     job = SimpleNamespace(
         mesh=SimpleNamespace(shape={"trial": devices}),
-        runs=[None] * trials,
+        runs=[run] * trials,
         frozen=np.zeros(10, np.uint8),
         data=np.zeros(5, np.uint8),
     )
-    needs = SimpleNamespace(
-        argument_size_in_bytes=15 + trials // devices, temp_size_in_bytes=trials // devices * (each - 1)
-    )
+    here = trials // devices
+    needs = SimpleNamespace(argument_size_in_bytes=15 + here, temp_size_in_bytes=9 * here)
     if fits is None:
         train.check_memory(job, needs, limit)
     else:
         with pytest.raises(train.TooLarge) as e:
             train.check_memory(job, needs, limit)
         assert e.value.fits == fits
+
+
+def test_a_trial_that_does_not_fit_computes_twice(tmp_path, monkeypatch, capsys):
+    settings = config("digits,method=rlrr", epochs=1)
+    plain = run(settings, tmp_path / "plain")
+    needs, check_memory = [], train.check_memory
+
+    def check(job, need, limit):
+        needs.append(need.temp_size_in_bytes)
+        return check_memory(job, need, 1)
+
+    monkeypatch.setattr(train, "check_memory", check)
+    monkeypatch.setattr(config_lib, "default_unroll", lambda variant: 1)
+    again = run(settings, tmp_path / "again")
+    assert needs[1] < 0.7 * needs[0]
+    assert "not enough memory, so activations are computed twice" in capsys.readouterr().out
+    assert again[0]["identity"] == plain[0]["identity"]
+    assert again[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], abs=1e-3)
+    assert files.read_json(tmp_path / "again/digits/rlrr/seed0/config.json")["model"]["remat"]
+    assert run(settings, tmp_path / "again") == again
 
 
 def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplog):

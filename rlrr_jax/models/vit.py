@@ -128,13 +128,18 @@ class Encoder(nn.Module):
 
     depth: int
     unroll: int
+    remat: bool
     drop_path_mode: str
     block: dict
 
     @nn.compact
     def __call__(self, x, rate, keys):
+        block = Block
+        if self.remat:  # keep what the Dense layers give; attention and the rest are made again
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            block = nn.remat(Block, policy=keep, prevent_cse=self.unroll > 1)
         blocks = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0),
@@ -156,6 +161,7 @@ class ViT(nn.Module):
       attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn".
       drop_path_mode: see `drop_path`.
       unroll: how many blocks each step of the scan over depth contains.
+      remat: whether training computes again what it can instead of keeping it, to save memory.
       dtype: of activations and matmuls; parameters are always float32.
     """
 
@@ -169,6 +175,7 @@ class ViT(nn.Module):
     attention: str = "xla"
     drop_path_mode: str = "element"
     unroll: int = 1
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @classmethod
@@ -207,9 +214,8 @@ class ViT(nn.Module):
             attention=self.attention,
             dtype=self.dtype,
         )
-        x = Encoder(self.depth, self.unroll, self.drop_path_mode, block, name="Transformer")(
-            x, drop_path, keys
-        )
+        modes = self.unroll, self.remat, self.drop_path_mode
+        x = Encoder(self.depth, *modes, block, name="Transformer")(x, drop_path, keys)
         self.sow("intermediates", "encoded", x)
         head = nn.Dense(
             self.num_classes, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head"

@@ -44,6 +44,18 @@ def test_gelus_differ():
     assert 1e-5 < float(jnp.abs(tanh - exact).max()) < 1e-2
 
 
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_remat_changes_no_gradient(unroll):
+    params = random_tree(vit.ViT(**SMALL), 48)
+
+    def loss(params, remat):
+        model = vit.ViT(**SMALL, unroll=unroll, remat=remat)
+        return apply(model, params, images(), 0.3, keys(5)).var()
+
+    plain, saved = (jax.grad(loss)(params, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), plain, saved)
+
+
 def test_unroll_changes_no_result():
     params = random_tree(vit.ViT(**SMALL), 48)
     one, three = (apply(vit.ViT(**SMALL, unroll=n), params, images()) for n in (1, 3))

@@ -1,0 +1,165 @@
+"""Our train and eval steps as a run calls them, on random weights and images: what is measured."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from rlrr_jax import config, methods, step
+from rlrr_jax.models import vit
+
+CLASSES = 100
+
+
+class Ours:
+    """Compiled programs and their arguments.
+
+    Args:
+      method, variant, dtype, batch, size, trials: as in a configuration.
+      steps: the most that one call will do.
+      drop_path: rate; 0 leaves drop path and flip out of the program.
+      unroll, remat, attention: as in `config.model`.
+    """
+
+    def __init__(
+        self,
+        method="rlrr",
+        variant="B/16",
+        dtype="float32",
+        batch=8,
+        size=224,
+        trials=1,
+        steps=2,
+        drop_path=0.1,
+        unroll=None,
+        remat=False,
+        attention="xla",
+    ):
+        self.batch, self.size, self.trials, self.steps = batch, size, trials, steps
+        self.sizes = config.model_sizes(variant)
+        unroll = unroll or config.default_unroll(variant)
+        self.model = vit.ViT(
+            **self.sizes,
+            num_classes=CLASSES,
+            unroll=unroll,
+            remat=remat,
+            attention=attention,
+            dtype=jnp.dtype(dtype),
+        )
+        self.precision = "highest" if dtype == "float32" else "default"
+        self.mesh = step.make_mesh(jax.devices(), trials)
+        self.method = methods.get(method)
+        self.recipe = step.Recipe(
+            model=self.model,
+            method=self.method,
+            batch_size=batch,
+            num_images=batch * steps,
+            image_size=size,
+            flip=drop_path > 0,
+            drop_path=drop_path > 0,
+            precision=self.precision,
+        )
+        hyper = {"lr": jnp.array([1e-3]), "weight_decay": jnp.array(1e-4)}
+        hyper["drop_path"] = jnp.array(float(drop_path))
+        keys = [
+            {"noise_key": jax.random.key(i), "order_key": jax.random.key(-i)} for i in range(trials)
+        ]
+        self.hyper = step.put_trials(self.mesh, [{**hyper, **key} for key in keys])
+        self.images = jax.ShapeDtypeStruct((batch * steps, size, size, 3), jnp.uint8)
+        self.labels = jax.ShapeDtypeStruct((batch * steps,), jnp.int32)
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        self.frozen = jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
+        self.eval_step = step.map_eval_step(self.model, size, self.precision, self.mesh)
+
+    def compile(self):
+        """Compiles, without weights: seconds, memory on a device in GiB, GFLOP of an image."""
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        data = {"images": self.images, "labels": self.labels}
+        many = functools.partial(jax.tree.map, lambda x: _shape((self.trials, *x.shape), x.dtype))
+        start = functools.partial(step.init_state, self.recipe)
+        state = many(jax.eval_shape(start, jax.random.key(0), self.frozen))
+        metrics = many(jax.eval_shape(functools.partial(step.init_metrics, self.recipe)))
+        begun = time.perf_counter()
+        train = step.map_train_steps(self.recipe, self.mesh)
+        compiled = train.lower(self.frozen, data, state, metrics, self.hyper, *[scalar] * 3).compile()
+        seconds = time.perf_counter() - begun
+        memory = compiled.memory_analysis()
+        slots = -(-self.batch // self.mesh.shape["data"]) * self.mesh.shape["data"]
+        batch = _shape((slots, self.size, self.size, 3), jnp.uint8)
+        begun = time.perf_counter()
+        self.eval_step.lower(
+            many(self.frozen), batch, _shape((slots,), jnp.int32), _shape((slots,), jnp.float32)
+        ).compile()
+        return {
+            "train_compile_seconds": seconds,
+            "eval_compile_seconds": time.perf_counter() - begun,
+            "train_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
+            "gflop": self.flop() / 1e9,
+        }
+
+    def flop(self):
+        """Of the matmuls of one image's forward pass; training takes three times as much."""
+        s, tokens = self.sizes, (self.size // self.sizes["patch_size"]) ** 2 + 1
+        dense = 4 * s["width"] ** 2 + 2 * s["width"] * s["mlp_dim"]
+        block = tokens * dense + 2 * tokens**2 * s["width"]
+        patches = (tokens - 1) * 3 * s["patch_size"] ** 2 * s["width"]
+        return 2 * (s["depth"] * block + patches)
+
+    def fill(self):
+        """Makes weights and data, and runs everything once."""
+        rng = np.random.default_rng(0)
+        draw = lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype)
+        self.frozen = step.put(self.mesh, P(), jax.tree.map(draw, self.frozen))
+        self.images = rng.integers(0, 256, self.images.shape, np.uint8)
+        self.labels = rng.integers(0, CLASSES, self.labels.shape).astype(np.int32)
+        self.data = step.put(self.mesh, P(), {"images": self.images, "labels": self.labels})
+        keys = step.put(self.mesh, P("trial"), jax.random.split(jax.random.key(0), self.trials))
+        self.now = step.map_start(self.recipe, self.mesh)(keys, self.frozen)
+        self.train_steps = step.map_train_steps(self.recipe, self.mesh)
+        self.unmerged = step.put_trials(self.mesh, [self.frozen] * self.trials)
+        dtype, tokens = self.model.dtype, (self.size // self.model.patch_size) ** 2 + 1
+        shape = (self.batch * tokens, self.model.width)
+        self.factors = jnp.ones(shape, dtype), jnp.ones((self.model.width, self.model.mlp_dim), dtype)
+        self.product = jax.jit(functools.partial(jnp.matmul, precision=self.precision))
+        for number in (1, self.steps):
+            self.train(number)
+        self.merge()
+        self.evaluate(1)
+        self.matmul()
+
+    def train(self, number):
+        """So many steps, as one dispatch."""
+        scalars = [step.put(self.mesh, P(), jnp.int32(i)) for i in (0, 0, number)]
+        self.now = self.train_steps(self.frozen, self.data, *self.now, self.hyper, *scalars)
+        jax.block_until_ready(self.now)
+
+    def merge(self):
+        """What precedes an evaluation, once."""
+        merge = step.map_merge(self.method.merge, self.mesh)
+        self.merged = jax.block_until_ready(merge(self.frozen, self.now[0]["trainable"]))
+
+    def evaluate(self, number, params=None):
+        """So many batches."""
+        number *= self.batch
+        data = self.images[:number], self.labels[:number]
+        step.evaluate(self.eval_step, params or self.merged, *data, self.batch, self.mesh)
+
+    def plain(self, number):
+        """The same, of the backbone itself."""
+        self.evaluate(number, self.unmerged)
+
+    def matmul(self):
+        """A matmul of the size of the MLP's first."""
+        jax.block_until_ready(self.product(*self.factors))
+
+    def matmul_flop(self):
+        """Of one such matmul."""
+        (rows, inner), columns = self.factors[0].shape, self.factors[1].shape[1]
+        return 2 * rows * inner * columns
+
+
+def _shape(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
