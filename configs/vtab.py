@@ -17,6 +17,8 @@ def get_config(arg=None):
     config.task = placeholder(str)
     config.method = placeholder(str)  # several: "linear+rlrr"; None: rlrr
     config.method_kwargs = ConfigDict()  # options of the method, such as init=damped
+    # The same method with several sets of options: ({"rank": 1}, {"rank": 2}); "method" may be one.
+    config.variants = placeholder(tuple)
     config.seeds = placeholder(tuple)  # one run each; None: 0, and (0, 1, 2) for several VTAB tasks
     # Runs that differ in lr, weight_decay, drop_path or seed, such as ({"lr": 1e-3}, {"lr": 3e-3}), or,
     # with tuples, a grid: ({"lr": (1e-3, 3e-3), "drop_path": (0.0, 0.1)},). They are trained together.
@@ -27,16 +29,26 @@ def get_config(arg=None):
     # "vtab": choose from the grid on 800/200, then train on 1000, tested once;
     # "tune": train on 800, evaluate on 200, never test.
     config.protocol = placeholder(str)
-    # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead.
+    # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead, and () is the
+    # method's own value. With times_own_lr, those of lr are multiples of the method's own.
     config.grid = ConfigDict(DEFAULT_GRID)
     config.epochs = placeholder(int)
     config.batch_size = 32
-    config.schedule = placeholder(str)  # "official" or "cosine"
+    config.total_steps = placeholder(int)  # instead of epochs
+    config.optimizer = "adamw"  # or "momentum"
+    config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"
+    config.grad_clip = placeholder(float)  # largest norm of the gradient
+    config.schedule = placeholder(str)  # "official", "cosine" or "bigvision", see optim.py
+    config.warmup_steps = placeholder(int)  # of "bigvision"
     config.lr = placeholder(float)
     config.weight_decay = placeholder(float)
     config.drop_path = placeholder(float)
     config.drop_path_mode = "element"  # or "sample"
     config.flip = placeholder(bool)
+    # Random crops: "resmall" (the shorter side to crop_from pixels, then a square) or "inception" (5 to
+    # 100 % of the area). Evaluated is the middle square. None: the whole image, resized to a square.
+    config.crop = placeholder(str)
+    config.crop_from = placeholder(int)
 
     config.image_size = placeholder(int)  # pixels, a multiple of the patch size
     config.model = ConfigDict()

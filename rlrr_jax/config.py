@@ -1,6 +1,7 @@
 """From a configuration to fully specified runs; all names and values are checked before any work."""
 
 import ast
+import functools
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlrr_jax import methods, optim, pretrained
-from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.data import crops, sources, store, tasks
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import vit
 
@@ -23,6 +24,7 @@ DEFAULT_GRID = {
     "lr": (1e-3, 3e-3, 1e-2),
     "weight_decay": (5e-5, 5e-2),
     "drop_path": (0.0, 0.1, 0.3),
+    "times_own_lr": False,
 }
 # What may differ between two starts of the same run: where and how, not what.
 PLACES = (
@@ -32,6 +34,7 @@ PLACES = (
     "model.unroll",
     "model.remat",
     "trial",
+    "options",
     "data.dir",
     "data.cache_dir",
     "pretrained.cache_dir",
@@ -39,7 +42,7 @@ PLACES = (
 
 
 def resolve(config):
-    """The runs a configuration asks for, as fully specified ConfigDicts: tasks x methods x seeds.
+    """The runs a configuration asks for, as fully specified ConfigDicts: tasks x methods x trials.
 
     Raises UserError for any unknown name or impossible value.
     """
@@ -48,14 +51,15 @@ def resolve(config):
     bundled = all(name in tasks.BUNDLED for name in names)
     suite = len([name for name in names if name in tasks.VTAB]) > 1
     chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
-    if config.protocol != "vtab" and config.grid.to_dict() != DEFAULT_GRID:
+    searched = config.protocol == "vtab" or config.lr is not None
+    if not searched and config.grid.to_dict() != DEFAULT_GRID:
         raise UserError("config.grid is only searched by config.protocol=vtab: add that")
-    kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
+    variants = _variants(config, chosen)
     seeds = config.seeds or ((0, 1, 2) if suite else (0,))
     return [
-        _resolve_one(config, task, method, kwargs[method], changes, suite)
+        _resolve_one(config, task, variant, changes, suite)
         for task in names
-        for method in chosen
+        for variant in variants
         for changes in _changes(config, seeds)
     ]
 
@@ -113,6 +117,7 @@ def trials(run):
         trial = ConfigDict(run.to_dict())
         trial.update(protocol="tune", seed=0, trial=trial_name(change), **change)
         del trial.grid
+        _set_epochs(trial)
         out.append(trial)
     return out
 
@@ -167,6 +172,11 @@ def default_unroll(variant):
     return model_sizes(variant)["depth"] if jax.default_backend() == "cpu" else 1
 
 
+def shorter(run):
+    """To how many pixels the shorter side of an image is resized before a square is cut out, or None."""
+    return run.crop_from if run.crop else None
+
+
 def build_model(run):
     """The `vit.ViT` of a run."""
     return vit.ViT(
@@ -202,6 +212,25 @@ def _method_kwargs(chosen, kwargs, config):
     return out
 
 
+def _variants(config, chosen):
+    """`[(method, options, name)]`: of each method, or of each of `config.variants`, which has a name."""
+    if not config.variants:
+        kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
+        return [(method, kwargs[method], None) for method in chosen]
+    out = []
+    for variant in config.variants:
+        if not isinstance(variant, dict):
+            raise UserError(f"config.variants={config.variants} must be a list, such as ({{'rank': 2}},)")
+        options = {**config.method_kwargs.to_dict(), **variant}
+        method = options.pop("method", chosen[0])
+        kwargs = _method_kwargs([method], options, config)[method]
+        name = "-".join(f"{k}{v}" for k, v in variant.items() if k != "method")
+        out.append((method, kwargs, name or None))
+    if len({(method, name) for method, _, name in out}) < len(out):
+        raise UserError(f"config.variants={config.variants} must be different variants")
+    return out
+
+
 def _literal(text):
     """`"4"` -> 4, `"(1, 2)"` -> (1, 2); other strings stay."""
     try:
@@ -210,28 +239,70 @@ def _literal(text):
         return text
 
 
-def _resolve_one(config, task_name, method_name, kwargs, changes, suite):
+def _resolve_one(config, task_name, variant, changes, suite):
     run = ConfigDict(config.to_dict())
-    del run.seeds, run.trials
+    del run.seeds, run.trials, run.variants
+    method_name, kwargs, options = variant
     task, method = tasks.get(task_name), methods.get(method_name, **kwargs)
     run.update(task=task_name, method=method_name, trial=trial_name(changes), **changes)
-    run.method_kwargs = ConfigDict(kwargs)
+    run.method_kwargs, run.options = ConfigDict(kwargs), options
     bundled = task.group == "bundled"
     _fill(run, "protocol", "fast" if bundled or suite else "official")
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
-    for key, value in {**recipe, **method.DEFAULTS, **task.recipes.get(method_name, {})}.items():
-        if run.protocol != "vtab" or key not in GRID:  # which are chosen later
-            _fill(run, key, value)
-    if run.protocol != "vtab":
+    recipe = {**recipe, **method.DEFAULTS, **task.recipes.get(method_name, {})}
+    if run.protocol == "vtab":
+        _fill_grid(run.grid, {key: recipe.pop(key) for key in GRID})  # which are chosen later
+    else:
         del run.grid
+    _set_epochs(run)
+    for key, value in recipe.items():
+        _fill(run, key, value)
+    _check_schedule(run)
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     _fill(run.pretrained, "name", _default_weights(run.model.variant))
     _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
+    if run.crop and (run.crop_from or 0) < run.image_size:
+        raise UserError(
+            f"config.crop={run.crop} needs config.crop_from of at least the image size {run.image_size}"
+        )
     _fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
     _fill(run.model, "unroll", default_unroll(run.model.variant))
     pretrained.check_size(run.image_size, build_model(run).patch_size)
+    _as_user_error(jax.eval_shape, method.init, jax.random.key(0), _shapes(run.model.variant))
     return run
+
+
+def _set_epochs(run):
+    """Epochs that `config.total_steps` takes; the last may be cut short."""
+    if run.total_steps:
+        task = tasks.get(run.task)
+        number = task.number(task.parts[0 if run.protocol == "tune" else 2])
+        run.epochs = math.ceil(run.total_steps / math.ceil(number / run.batch_size))
+
+
+def _check_schedule(run):
+    if run.schedule == "bigvision" and not run.total_steps:
+        raise UserError("config.schedule=bigvision needs config.total_steps: set it")
+    if run.warmup_steps is not None and run.schedule != "bigvision":
+        raise UserError("config.warmup_steps is only used by config.schedule=bigvision: leave it out")
+
+
+def _fill_grid(grid, own):
+    """Makes the values to choose from those of this method and task, whose own are `own`."""
+    if grid.times_own_lr:
+        grid.lr = tuple(float(f"{own['lr'] * times:.3g}") for times in grid.lr)
+    for key in GRID:
+        grid[key] = tuple(grid[key]) or (own[key],)
+    del grid.times_own_lr
+
+
+@functools.cache
+def _shapes(variant):
+    """Shapes of the weights of a ViT with two classes."""
+    model = vit.ViT(**model_sizes(variant), num_classes=2)
+    image = jax.ShapeDtypeStruct((1, model.patch_size, model.patch_size, 3), "float32")
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
 def _fill(node, key, value):
@@ -265,6 +336,9 @@ def _check_common(config):
         _as_user_error(optim.learning_rates, config.schedule, 1.0, 1)
     choices = {
         "protocol": PROTOCOLS,
+        "optimizer": ("adamw", "momentum"),
+        "momentum_dtype": ("bfloat16", "float32"),
+        "crop": crops.KINDS,
         "data.source": sources.KINDS,
         "data.variant": store.VARIANTS,
         "drop_path_mode": ("element", "sample"),
@@ -277,7 +351,8 @@ def _check_common(config):
         value = _at(config, key)
         if value is not None and value not in allowed:
             raise unknown(f"value of config.{key}", value, allowed)
-    for key in ("epochs", "batch_size", "eval_batch_size", "image_size", "model.unroll", "num_devices"):
+    numbers = ("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "model.unroll")
+    for key in (*numbers, "num_devices", "grad_clip", "crop_from"):
         value = _at(config, key)
         if value is not None and value <= 0:
             raise UserError(f"config.{key}={value} must be greater than 0")
@@ -290,8 +365,6 @@ def _check_common(config):
     if not seeds or len(set(seeds)) < len(seeds) or not all(_whole(s) and s < 2**63 for s in seeds):
         raise UserError(f"config.seeds={seeds} must be different whole numbers, such as (0,1,2)")
     for key in GRID:
-        if not config.grid[key]:
-            raise UserError(f"config.grid.{key} must be some values, such as (0.001,0.01)")
         for value in config.grid[key]:
             _check_hyper("config.grid", {key: value})
     grid = config.pretrained.grid

@@ -1,6 +1,7 @@
-"""The optimiser and the learning-rate schedules; one learning rate per epoch."""
+"""Optimisers and learning-rate schedules."""
 
 import math
+from typing import NamedTuple
 
 import optax
 
@@ -14,25 +15,63 @@ def adamw(method, trainable, lr, weight_decay):
     )
 
 
-def learning_rates(schedule, lr, epochs):
-    """Learning rate of each of `epochs` epochs, a list of floats.
+class Optimizer(NamedTuple):
+    """How gradients become updates.
+
+    Attributes:
+      name: "adamw", or "momentum" as big_vision fine-tunes (SGD, momentum 0.9).
+      momentum_dtype: in which "momentum" keeps its state.
+      grad_clip: largest norm of the whole gradient; None: any.
+    """
+
+    name: str = "adamw"
+    momentum_dtype: str = "bfloat16"
+    grad_clip: float | None = None
+
+
+def build(optimizer, method, trainable, lr, weight_decay):
+    """The optax transformation; `lr` and `weight_decay` may be traced."""
+    if optimizer.name == "adamw":
+        tx = adamw(method, trainable, lr, weight_decay)
+    else:
+        tx = optax.chain(
+            optax.trace(0.9, accumulator_dtype=optimizer.momentum_dtype),
+            optax.add_decayed_weights(weight_decay, mask=method.decay(trainable)),
+            optax.scale_by_learning_rate(lr),
+        )
+    clip = optimizer.grad_clip
+    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+
+
+def learning_rates(schedule, lr, epochs, steps=1, total_steps=None, warmup_steps=0):
+    """Learning rate of each step of `epochs` epochs of so many steps, a list of floats.
 
     Args:
       schedule: "official", what the authors' scheduler really yields: of 110 epochs, 10 of warm-up
         (the first two both at `WARMUP_LR`), a cosine over 100, the last 9 at `MIN_LR`; other numbers
         of epochs are divided in the same way. "cosine", for short runs: an epoch of warm-up in ten,
-        then a cosine to almost zero, no epoch wasted.
+        then a cosine to almost zero, no epoch wasted. Both have one value an epoch. "bigvision": a
+        linear warm-up by steps, which begins at 0, then a cosine to 0 at `total_steps`.
       lr: the largest learning rate.
 
     Raises ValueError for an unknown schedule.
     """
+    if schedule == "bigvision":
+        total = total_steps or epochs * steps
+        return [_bigvision(i, lr, warmup_steps, total) for i in range(epochs * steps)]
     if schedule == "official":
         warmup = cooldown = epochs // 11
-        return [_official(max(e - 1, 0), lr, warmup, epochs - cooldown) for e in range(epochs)]
-    if schedule == "cosine":
-        warmup = epochs // 10
-        return [_cosine(e, lr, warmup, epochs) for e in range(epochs)]
-    raise ValueError(f"unknown schedule {schedule!r}: use official or cosine")
+        each = [_official(max(e - 1, 0), lr, warmup, epochs - cooldown) for e in range(epochs)]
+    elif schedule == "cosine":
+        each = [_cosine(e, lr, epochs // 10, epochs) for e in range(epochs)]
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: use official, cosine or bigvision")
+    return [value for value in each for _ in range(steps)]
+
+
+def _bigvision(t, lr, warmup, total):
+    progress = min(max((t - warmup) / max(total - warmup, 1), 0.0), 1.0)
+    return lr * 0.5 * (1 + math.cos(math.pi * progress)) * (min(1.0, t / warmup) if warmup else 1.0)
 
 
 def _official(t, lr, warmup, length):

@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import json
+import statistics
 
 from etils import epath
 
@@ -19,6 +21,8 @@ COLUMNS = (
     "of full",
     "head",
     "lr",
+    "lr chosen from",
+    "seeds",
     "epochs",
     "images/s",
     "time",
@@ -27,6 +31,15 @@ COLUMNS = (
 
 COMPARED = ("test_acc_final", "test_acc_best", "val_acc", "train_loss")  # of two results of a run
 MOST_CURVES = 12  # in one picture
+MOST_COMPARED = 4  # tasks in one picture
+# What may differ between the seeds of one line of the table.
+VARIES = {"seed", "identity", *COMPARED, "best_epoch", "wall_seconds", "images_per_second"}
+VARIES |= {"trained_together", "device", "versions"}
+
+
+def method_folder(run):
+    """Name of the folder above, or of a method with its options: `"rlrr"`, `"rlrr-rank2"`."""
+    return run["method"] + (f"-{run['options']}" if run.get("options") else "")
 
 
 def folder(run):
@@ -37,8 +50,9 @@ def folder(run):
 def collect(*workdirs, out=None):
     """All finished runs below workdirs, also as files in the folder `out`.
 
-    These are `results.json` (all rows), `results.md` (what the screen shows, and each run) and, where
-    there is a VTAB task, `summary.{csv,json,png}`. With one workdir, `out` is that one.
+    These are `results.json` (all rows), `results.md` (what the screen shows, and each run), where there
+    is a VTAB task, `summary.{csv,json,png}`, and where there are several methods, `comparison.png`. With
+    one workdir, `out` is that one.
     Raises UserError if there is no finished run, or if two workdirs disagree about one.
     """
     workdirs = [epath.Path(w).expanduser() for w in workdirs]
@@ -51,6 +65,11 @@ def collect(*workdirs, out=None):
     unfinished = [line for w in workdirs for line in _unfinished(w)]
     lines = summary.lines(rows)
     text = [table(rows), caption(rows), *unfinished]
+    if len(folded := fold(rows)) < len(rows):
+        text += ["Each run:", _table([[row] for row in rows])]
+    tested = [group for group in folded if group[0]["test_acc_final"] is not None]
+    if len(tested) > len({group[0]["task"] for group in tested}) <= MOST_COMPARED:
+        files.write(out / "comparison.png", comparison(tested))
     if lines:
         text = [summary.markdown(lines), summary.CAPTION, *text]
         files.write(out / "summary.csv", summary.csv(lines))
@@ -106,10 +125,23 @@ def show(rows):
     return f"{table(rows)}\n\n{caption(rows)}"
 
 
+def fold(rows):
+    """Rows that differ only in their seeds, and what follows from them, put together: lists of rows."""
+    groups = {}
+    for row in rows:
+        same = {key: value for key, value in row.items() if key not in VARIES}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
 def table(rows):
-    """Rows of `results.json` as an aligned Markdown table."""
-    full = {r["task"]: r["trainable_params"] for r in rows if r["method"] == "full"}
-    cells = [_cells(row, full.get(row["task"])) for row in rows]
+    """Rows of `results.json`, seeds folded, as an aligned Markdown table."""
+    return _table(fold(rows))
+
+
+def _table(groups):
+    full = {g[0]["task"]: g[0]["trainable_params"] for g in groups if g[0]["method"] == "full"}
+    cells = [_cells(group, full.get(group[0]["task"])) for group in groups]
     used = [i for i in range(len(COLUMNS)) if any(c[i] for c in cells)]
     lines = [[COLUMNS[i] for i in used], *([c[i] for i in used] for c in cells)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
@@ -124,29 +156,35 @@ def table(rows):
     return "\n".join([text(lines[0]), rule, *map(text, lines[1:])])
 
 
-def _cells(row, full):
+def _cells(rows, full):
+    row = rows[0]
+    values = lambda key: [r[key] for r in rows]
+    speeds = [speed for speed in values("images_per_second") if speed]
     return [
         row["task"],
-        " ".join([row["method"], *_which(row)]),
+        " ".join([row["method"], *_which(row, seed=len(rows) == 1)]),
         row["protocol"],
-        percent(row["val_acc"]) + " (val)"
+        spread(values("val_acc")) + " (val)"
         if row["test_acc_final"] is None
-        else percent(row["test_acc_final"]),
-        percent(row["test_acc_best"]),
+        else spread(values("test_acc_final")),
+        spread(values("test_acc_best")),
         f"{row['trainable_params']:,}",
         percent(row["trainable_params"] / full) if full else "",
         f"{row['head_params']:,}",
-        f"{row['lr']:g}",
+        ", ".join(dict.fromkeys(f"{lr:g}" for lr in values("lr"))),
+        " ".join(f"{lr:g}" for lr in row["grid"]["lr"]) if row.get("grid") else "",
+        f"{len(rows)}" if len(rows) > 1 else "",
         f"{row['epochs']}",
-        f"{row['images_per_second']:,.0f}" if row["images_per_second"] else "",
-        f"{row['wall_seconds']:.0f} s",
+        f"{sum(speeds) / len(speeds):,.0f}" if speeds else "",
+        f"{sum(values('wall_seconds')):.0f} s",
     ]
 
 
-def _which(row):
+def _which(row, seed=True):
     """What tells runs of a task and method apart, in words."""
-    seed = [f"seed {row['seed']}"] if row["seed"] else []
-    return seed + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
+    options = [f"{k}={v}" for k, v in row["method_kwargs"].items()]
+    seed = [f"seed {row['seed']}"] if row["seed"] and seed else []
+    return options + seed + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
 
 
 def percent(fraction):
@@ -154,13 +192,62 @@ def percent(fraction):
     return "" if fraction is None else f"{100 * fraction:.2f} %"
 
 
+def spread(fractions):
+    """`"64.20 %"`, of several `"64.20 ± 0.31 %"` with the standard deviation (n - 1); empty for None."""
+    if None in fractions:
+        return ""
+    if len(fractions) == 1:
+        return percent(fractions[0])
+    mean, deviation = statistics.mean(fractions), statistics.stdev(fractions)
+    return f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
+
+
+def comparison(groups):
+    """A PNG: test accuracy against the number of trained values, for each task.
+
+    Args:
+      groups: see `fold`.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(group[0]["task"] for group in groups))
+    size = (1 + 5.5 * len(names), 4.5)
+    figure, axes = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names):
+        mine = sorted(
+            (g for g in groups if g[0]["task"] == name), key=lambda g: g[0]["trainable_params"]
+        )
+        for i, group in enumerate(mine):
+            values = [100 * row["test_acc_final"] for row in group]
+            mean = statistics.mean(values)
+            error = statistics.stdev(values) if len(values) > 1 else None
+            # The colours of Okabe and Ito, told apart by colour-blind people, too.
+            colour = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")[i % 5]
+            x = group[0]["trainable_params"]
+            axis.errorbar(x, mean, error, fmt="osD^v"[i % 5], color=colour, ms=5, capsize=2)
+            label = " ".join([group[0]["method"], *_which(group[0], seed=len(group) == 1)])
+            place = dict(xytext=(5, 5 if i % 2 else -11), textcoords="offset points")
+            axis.annotate(label, (x, mean), fontsize=8, color=colour, **place)
+        axis.set_xscale("symlog", linthresh=1000)
+        axis.margins(x=0.15)
+        axis.set(title=name, xlabel="trained values without the head", ylabel="test accuracy [%]")
+        axis.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    plt.close(figure)
+    return picture.getvalue()
+
+
 def all_curves(workdir, rows):
     """The curves of all runs of a workdir in one picture."""
     histories = {}
     for row in rows:
         name = " ".join([row["task"], row["method"], *_which(row)])
-        path = epath.Path(workdir) / row["task"] / row["method"] / folder(row) / "metrics.jsonl"
-        histories[name] = files.read_rows(path)
+        path = epath.Path(workdir) / row["task"] / method_folder(row) / folder(row)
+        histories[name] = files.read_rows(path / "metrics.jsonl")
     curves(epath.Path(workdir) / "curves.png", histories)
 
 
@@ -204,7 +291,12 @@ def caption(rows):
             f"pixels), backbone {row['backbone']} "
             f"(SHA-256 {row['backbone_sha256'][:12]}), {row['dtype']}, {row['device']}"
         )
-    lines.append("test acc: after the last epoch. params: trained values outside the head.")
+    several = any(len(group) > 1 for group in fold(rows))
+    lines.append(
+        "test acc: after the last epoch"
+        + ", mean and standard deviation (n - 1) over seeds, time their sum" * several
+        + ". params: trained values outside the head."
+    )
     return "\n".join(dict.fromkeys(lines))
 
 

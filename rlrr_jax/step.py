@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
       flip: whether training images are flipped left to right at random.
       precision: of matmuls, as `jax.default_matmul_precision` names it.
       drop_path: False leaves its noise out of the program; the rate itself is traced.
+      optimizer: see `optim.build`.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class Recipe(NamedTuple):
     flip: bool = False
     drop_path: bool = True
     precision: str = "highest"
+    optimizer: optim.Optimizer = optim.Optimizer()
 
     @property
     def steps(self):
@@ -61,9 +63,14 @@ def make_mesh(devices, trials=1):
     )
 
 
+def place(mesh, spec):
+    """How arrays lie on the mesh."""
+    return NamedSharding(mesh, spec)
+
+
 def put(mesh, spec, tree):
     """Lays a tree on the mesh; every argument gets its final place before the first call."""
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    return jax.device_put(tree, place(mesh, spec))
 
 
 def put_trials(mesh, trees):
@@ -84,7 +91,7 @@ def init_state(recipe, key, frozen):
     trainable = recipe.method.init(key, frozen)
     return {
         "trainable": trainable,
-        "opt_state": optim.adamw(recipe.method, trainable, 0.0, 0.0).init(trainable),
+        "opt_state": optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0).init(trainable),
     }
 
 
@@ -136,7 +143,8 @@ def train_step(recipe, frozen, data, order, state, hyper, epoch, step):
     batch = take_batch(recipe, data, order, hyper, epoch, step)
     trainable = state["trainable"]
     loss, correct, grads = loss_and_grad(recipe, frozen, trainable, batch, hyper["drop_path"])
-    tx = optim.adamw(recipe.method, trainable, hyper["lr"][epoch], hyper["weight_decay"])
+    lr = hyper["lr"][epoch * recipe.steps + step]
+    tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper["weight_decay"])
     updates, opt_state = tx.update(grads, state["opt_state"], trainable)
     state = {"trainable": optax.apply_updates(trainable, updates), "opt_state": opt_state}
     return state, loss, correct
@@ -148,7 +156,7 @@ def train_steps(recipe, frozen, data, state, metrics, hyper, epoch, start, stop)
     Args:
       data: `images` [N, h, w, 3] uint8 and `labels` [N], the whole training set.
       metrics: of this epoch so far, see `init_metrics`.
-      hyper: `lr` [epochs], `weight_decay`, `drop_path`, `noise_key` and `order_key`.
+      hyper: `lr` [epochs * S], `weight_decay`, `drop_path`, `noise_key` and `order_key`.
 
     Returns:
       The new state and metrics.
@@ -219,13 +227,12 @@ def map_start(recipe, mesh):
     def start(key, frozen):
         return init_state(recipe, key, frozen), init_metrics(recipe)
 
-    return jax.jit(jax.vmap(start, (0, None)), out_shardings=NamedSharding(mesh, P("trial")))
+    return jax.jit(jax.vmap(start, (0, None)), out_shardings=place(mesh, P("trial")))
 
 
 def abstract(function, mesh, *args):
     """Shapes of what a function mapped by trials would return, with their places on the mesh."""
-    place = NamedSharding(mesh, P("trial"))
-    add = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    add = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(mesh, P("trial")))
     return jax.tree.map(add, jax.eval_shape(function, *args))
 
 
@@ -233,7 +240,7 @@ def abstract(function, mesh, *args):
 def map_merge(merge, mesh):
     """A method's `merge` for all trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
     merge = jax.vmap(merge, in_axes=(None, 0))
-    return jax.jit(merge, out_shardings=NamedSharding(mesh, P("trial")))
+    return jax.jit(merge, out_shardings=place(mesh, P("trial")))
 
 
 @functools.lru_cache(8)

@@ -83,19 +83,20 @@ def _locate(runs, workdir, survive):
     works, entries = [], []
     entry = functools.cache(store.locate)  # the runs of a task share it
     for r in runs:
-        folder = workdir / r.task / r.method / report.folder(r)
+        folder = workdir / r.task / report.method_folder(r) / report.folder(r)
         folder.mkdir(parents=True, exist_ok=True)
-        label = f"{r.task} {r.method} seed {r.seed}" + f" {r.trial}" * bool(r.trial)
+        label = f"{r.task} {report.method_folder(r)} seed {r.seed}" + f" {r.trial}" * bool(r.trial)
         work = Work(r, folder, None, label)
         with survive(work):
             if found := _before(r, folder):  # its data may be gone
                 works.append(work._replace(found=found))
                 continue
             found = config_lib.locate(r)
-            where = (r.image_size, r.data.variant, found, r.data.cache_dir)
+            where = (r.image_size, r.data.variant, found, r.data.cache_dir, config_lib.shorter(r))
             if found.kind != "bundled":
-                parts = {*train.splits(r), *(("train800", "val200") if r.protocol == "vtab" else ())}
-                entries += [entry(r.task, part, *where) for part in sorted(parts)]
+                parts = [train.splits(r), *([tasks.get(r.task).parts[:2]] if r.protocol == "vtab" else [])]
+                stored = {part for pair in parts for part in (pair[1:] if r.crop else pair)}
+                entries += [entry(r.task, part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):
         print(f"decoded images to write: {wanted / 1e9:.2f} GB", flush=True)
@@ -216,8 +217,15 @@ def train_group(works, weights, load_data, forecast):
             checkpoints=folder / "checkpoints",
             weights=path,
             marks=_marks(works[0], sha256),
-            load_data=lambda split: load_data(
-                run.task, split, run.image_size, run.data.variant, found, run.data.cache_dir
+            load_data=lambda split, crop=None: load_data(
+                run.task,
+                split,
+                run.image_size,
+                run.data.variant,
+                found,
+                run.data.cache_dir,
+                config_lib.shorter(run),
+                crop,
             ),
             tell=functools.partial(forecast.tell, works),
         )
@@ -267,7 +275,8 @@ def trials(work):
     out = []
     for run in config_lib.trials(work.run):
         folder = work.folder.parent / "search" / report.folder(run)
-        out.append(Work(run, folder, work.found, f"{run.task} {run.method} {report.folder(run)}"))
+        label = f"{run.task} {report.method_folder(run)} {report.folder(run)}"
+        out.append(Work(run, folder, work.found, label))
     return out
 
 
@@ -295,8 +304,10 @@ def _marks(work, sha256):
     return {"backbone_sha256": sha256, "dataset": work.found.dataset}
 
 
-def _load_data(task, split, size, variant, found, cache_dir):
-    return store.load_split(task, split, size, variant, found, cache_dir)
+def _load_data(task, split, size, variant, found, cache_dir, shorter, crop):
+    if crop:
+        return store.load_crops(task, split, size, crop, shorter, variant, found)
+    return store.load_split(task, split, size, variant, found, cache_dir, shorter)
 
 
 # What it costs --------------------------------------------------------------------------------
@@ -321,14 +332,16 @@ class Cost(NamedTuple):
 
 def cost(run, epochs=None):
     """The `Cost` of a run, or of its first epochs."""
-    images = 800 if run.protocol == "tune" else 1000
-    held_out = 200 if run.protocol == "tune" else tasks.get(run.task).num_test
+    images, held_out = map(tasks.get(run.task).number, train.splits(run))
     epochs = run.epochs if epochs is None else epochs
     if run.protocol in ("official", "tune"):
         times = max(epochs - 1, int(run.epochs == 1 == epochs))
     else:
         times = int(epochs == run.epochs)
-    return Cost(epochs * math.ceil(images / run.batch_size), epochs * images, times, times * held_out)
+    steps = epochs * math.ceil(images / run.batch_size)
+    if run.total_steps and steps > run.total_steps:
+        steps, images = run.total_steps, images * run.total_steps / steps
+    return Cost(steps, round(epochs * images), times, times * held_out)
 
 
 class Forecast:
@@ -337,8 +350,8 @@ class Forecast:
     def __init__(self, works):
         self.left, self.number, self.before = {}, {}, set()
         for i, work in enumerate(works, 1):
-            searched = work.run.protocol == "vtab" and (work.run.task, work.run.method) not in {
-                (w.run.task, w.run.method) for w in works[: i - 1]
+            searched = work.run.protocol == "vtab" and work.folder.parent not in {
+                w.folder.parent for w in works[: i - 1]
             }
             for w in [*(trials(work) if searched else ()), work]:
                 if finished(w):
@@ -360,7 +373,7 @@ class Forecast:
     def place(self, *works):
         """`"[3/57] cifar rlrr seed 0"`, `"[4-6/57] dtd rlrr, 3 trials"`."""
         first, last = (self.number[work.label] for work in (works[0], works[-1]))
-        many = f"{works[0].run.task} {works[0].run.method}, {len(works)} trials"
+        many = f"{works[0].run.task} {report.method_folder(works[0].run)}, {len(works)} trials"
         text, span = (works[0].label, first) if len(works) == 1 else (many, f"{first}-{last}")
         return f"[{span}/{len(self.number)}] {text}"
 

@@ -1,8 +1,10 @@
 """Training from top to bottom: weights and data in, the epochs, a row of results out for each trial."""
 
 import importlib.metadata
+import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from rlrr_jax import checkpoint, files, methods, optim, pretrained, report, step
 from rlrr_jax import config as config_lib
+from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
 
 DISPATCH_SECONDS = 10  # a dispatch should last no longer, so that progress and Ctrl-C come through
@@ -20,7 +23,8 @@ DISPATCH_SECONDS = 10  # a dispatch should last no longer, so that progress and 
 
 def splits(run):
     """Which split a run trains on and which it is evaluated on."""
-    return ("train800", "val200") if run.protocol == "tune" else ("train800val200", "test")
+    train, val, both = tasks.get(run.task).parts
+    return (train, val) if run.protocol == "tune" else (both, "test")
 
 
 class TooLarge(Exception):
@@ -36,7 +40,8 @@ class Job(NamedTuple):
 
     Attributes:
       runs: fully specified configurations that differ in seed, lr, weight_decay and drop_path.
-      lrs: of each trial and epoch.
+      crops: the `crops.Crops` that make the images of `data` anew in each epoch, or None.
+      lrs: of each trial and step.
       hyper, init_keys: have a leading trial axis.
     """
 
@@ -45,10 +50,16 @@ class Job(NamedTuple):
     mesh: Any
     frozen: Any
     data: dict
+    crops: Any
     held_out: tuple
     lrs: list
     hyper: dict
     init_keys: Any
+
+    def steps(self, epoch):
+        """Steps of an epoch; `config.total_steps` may end the last one early."""
+        before, run = epoch * self.recipe.steps, self.runs[0]
+        return min(self.recipe.steps, (run.total_steps or math.inf) - before)
 
 
 def prepare(runs, weights, load_data):
@@ -57,10 +68,12 @@ def prepare(runs, weights, load_data):
     Args:
       runs: the trials, see `Job`.
       weights: path of the pretrained weights.
-      load_data: `split -> images, labels`, see `store.load_split`.
+      load_data: `(split, crop=None) -> images, labels`, see `store.load_split` and `load_crops`.
     """
     run = runs[0]
-    (images, labels), held_out = map(load_data, splits(run))
+    part, held_out = splits(run)
+    images, labels = load_data(part, crop=run.crop)
+    held_out = load_data(held_out)
     model, method = config_lib.build_model(run), methods.get(run.method, **run.method_kwargs)
     frozen = pretrained.load(weights, model=model, image_size=run.image_size, grid=run.pretrained.grid)
     recipe = step.Recipe(
@@ -72,9 +85,15 @@ def prepare(runs, weights, load_data):
         flip=run.flip,
         drop_path=any(r.drop_path > 0 for r in runs),
         precision=run.precision,
+        optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
     )
     mesh = step.make_mesh(jax.devices()[: run.num_devices], len(runs))
-    lrs = [optim.learning_rates(r.schedule, r.lr, r.epochs) for r in runs]
+    lrs = [
+        optim.learning_rates(
+            r.schedule, r.lr, r.epochs, recipe.steps, r.total_steps, r.warmup_steps or 0
+        )
+        for r in runs
+    ]
     keys = [jax.random.split(jax.random.key(r.seed), 3) for r in runs]  # init, noise, order
     hyper = [
         {
@@ -86,12 +105,18 @@ def prepare(runs, weights, load_data):
         }
         for r, lr, key in zip(runs, lrs, keys)
     ]
+    if run.crop:  # the images come with each epoch
+        shape = (len(labels), run.image_size, run.image_size, 3)
+        crops, images = images, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=step.place(mesh, P()))
+    else:
+        crops, images = None, step.put(mesh, P(), images[:])
     return Job(
         runs=runs,
         recipe=recipe,
         mesh=mesh,
         frozen=step.put(mesh, P(), frozen),
-        data=step.put(mesh, P(), {"images": images[:], "labels": labels}),
+        data={"images": images, "labels": step.put(mesh, P(), labels)},
+        crops=crops,
         held_out=held_out,
         lrs=lrs,
         hyper=step.put_trials(mesh, hyper),
@@ -137,16 +162,17 @@ def train_together(
         if first or start:
             print(f"{title}: goes on at epoch {first + 1}, step {start}", flush=True)
         train_steps = compile_train_steps(job, state, metrics) if first < epochs else None
-        total, done = epochs * recipe.num_images, recipe.images_before(first, start)
-        many = len(runs)
+        total = recipe.images_before(epochs - 1, job.steps(epochs - 1))
+        done, many = recipe.images_before(first, start), len(runs)
         with tqdm(total=total * many, initial=done * many, unit="img", desc=title) as bar:
-            for epoch in range(first, epochs):
+            for epoch, data in epochs_data(job, first):
                 state, metrics = train_epoch(
-                    job, train_steps, state, metrics, epoch, start, keeper, clock, bar
+                    job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar
                 )
-                held_out = evaluate(job, state, epoch)
+                held_out, steps = evaluate(job, state, epoch), job.steps(epoch)
                 for i, folder in enumerate(folders):
-                    row = {"epoch": epoch, "lr": job.lrs[i][epoch], **_means(recipe, metrics, i)}
+                    lr = job.lrs[i][epoch * recipe.steps + steps - 1]
+                    row = {"epoch": epoch, "lr": lr, **_means(recipe, metrics, i, steps)}
                     histories[i].append({**row, **held_out[i], "seconds": clock.elapsed()})
                     files.write_rows(folder / "metrics.jsonl", histories[i])
                 metrics, start = jax.tree.map(jnp.zeros_like, metrics), 0
@@ -218,7 +244,7 @@ def _start_or_resume(job, keeper, clock):
 
 
 def compile_train_steps(job, state, metrics):
-    """The program of a whole run, compiled once: `(state, metrics, epoch, start, stop)`.
+    """The program of a whole run, compiled once: `(data, state, metrics, epoch, start, stop)`.
 
     Raises TooLarge if it needs more memory than there is and has more than one trial to leave out.
     """
@@ -227,8 +253,8 @@ def compile_train_steps(job, state, metrics):
     compiled = step.map_train_steps(job.recipe, job.mesh).lower(*args).compile()
     check_memory(job, compiled.memory_analysis(), device_memory(jax.devices()[0]))
 
-    def train_steps(state, metrics, *place):
-        return compiled(job.frozen, job.data, state, metrics, job.hyper, *map(scalar, place))
+    def train_steps(data, state, metrics, *place):
+        return compiled(job.frozen, data, state, metrics, job.hyper, *map(scalar, place))
 
     return train_steps
 
@@ -254,7 +280,7 @@ def check_memory(job, needs, limit):
     whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
     if whole <= limit:
         return
-    shared = sum(x.nbytes for x in jax.tree.leaves((job.frozen, job.data)))
+    shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((job.frozen, job.data)))
     fits = min(max(0, int((limit - shared) / ((whole - shared) / here))), here - 1)
     if not fits and job.runs[0].model.remat is None:
         raise TooLarge(0)
@@ -262,19 +288,33 @@ def check_memory(job, needs, limit):
         raise TooLarge(groups * max(1, fits))
 
 
-def train_epoch(job, train_steps, state, metrics, epoch, start, keeper, clock, bar):
+def epochs_data(job, first):
+    """Each epoch from `first` and its training images; random crops are made while the last one runs."""
+    epochs = range(first, job.runs[0].epochs)
+    if job.crops is None:
+        yield from ((epoch, job.data) for epoch in epochs)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        crops = pool.submit(job.crops.epoch, first)
+        for epoch in epochs:
+            images = crops.result()
+            crops = pool.submit(job.crops.epoch, epoch + 1) if epoch + 1 < epochs.stop else None
+            yield epoch, {**job.data, "images": step.put(job.mesh, P(), images)}
+
+
+def train_epoch(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar):
     """Steps `start` to the end of an epoch, in one dispatch where the machine is fast enough."""
-    recipe, many = job.recipe, len(job.runs)
-    while start < recipe.steps:
-        stop = min(start + clock.steps(recipe.batch_size * many), recipe.steps)
+    recipe, many, steps = job.recipe, len(job.runs), job.steps(epoch)
+    while start < steps:
+        stop = min(start + clock.steps(recipe.batch_size * many), steps)
         begun = time.perf_counter()
-        state, metrics = train_steps(state, metrics, epoch, start, stop)
+        state, metrics = train_steps(data, state, metrics, epoch, start, stop)
         jax.block_until_ready(metrics)
         images = many * (recipe.images_before(0, stop) - recipe.images_before(0, start))
         clock.seconds += time.perf_counter() - begun
         clock.images += images
         start = stop
-        if start < recipe.steps:
+        if start < steps:
             keeper.save_if_due(state, metrics, clock.place(epoch, start))
         means = _means(recipe, metrics, 0, start)  # of the first trial
         bar.set_postfix(
@@ -317,11 +357,14 @@ def _result(job, run, trainable, history, marks, clock):
     tested = [row for row in history if "test_acc" in row]
     best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
     same = ("task", "method", "seed", "trial", "lr", "weight_decay", "drop_path", "drop_path_mode")
+    same += ("optimizer", "grad_clip", "total_steps", "warmup_steps", "crop", "crop_from")
     same += ("schedule", "flip", "epochs", "batch_size", "protocol", "image_size", "dtype", "precision")
     return {
         "identity": config_lib.fingerprint([run], marks),
         **{key: run[key] for key in same},
         "method_kwargs": run.method_kwargs.to_dict(),
+        "options": run.options,
+        "grid": run.grid.to_dict() if "grid" in run else None,  # that "vtab" chose from
         "init": {**methods.options(run.method), **run.method_kwargs}.get("init"),
         "source": run.data.source,
         "dataset": marks["dataset"],

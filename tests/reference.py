@@ -1,6 +1,6 @@
 """A second formulation of the ViT and of RLRR, for comparison: plain numpy-like code, a Python loop
-over blocks, convolution for the patches, attention written out, adapters applied where the paper
-draws them instead of folded into weights."""
+over blocks, convolution for the patches, attention written out, adapters applied where their papers
+draw them instead of folded into weights."""
 
 import jax
 import jax.numpy as jnp
@@ -12,51 +12,49 @@ def layer_norm(x, p):
     return (x - mean) / jnp.sqrt(var + 1e-6) * p["scale"] + p["bias"]
 
 
-def dense(x, p, a=None):
-    """x @ kernel + bias; with an adapter `a`, the kernel's entries are rescaled one by one."""
-    out = p["bias"].shape
-    kernel = p["kernel"].reshape(-1, p["bias"].size)
-    if a is not None:
-        left, right = a["scale_in"].reshape(-1), a["scale_out"].reshape(-1)
-        kernel = kernel * (1 + jnp.outer(left, right))
-    x = jnp.einsum("bti,ij->btj", x.reshape(*x.shape[:2], -1), kernel)
-    x = x.reshape(*x.shape[:2], *out) + p["bias"]
-    return x if a is None else x + a["shift"]
+def dense(x, p):
+    """x [B, T, in] @ kernel + bias, heads flattened: [B, T, out]."""
+    bias = p["bias"].reshape(-1)
+    return jnp.einsum("bti,ij->btj", x, p["kernel"].reshape(-1, bias.size)) + bias
 
 
-def affine(x, a):
-    return x if a is None else x * a["scale"] + a["shift"]
-
-
-def forward(params, images, patch_size, gelu, adapter=None):
-    """Logits of a plain tree, or of a frozen tree with an RLRR adapter beside it."""
-    sub = lambda tree, *path: None if tree is None else sub(tree[path[0]], *path[1:]) if path else tree
-    p = params["embedding"]
+def patches(x, p):
+    """Images [B, H, W, 3] to [B, h * w, D], as a convolution."""
     x = jax.lax.conv_general_dilated(
-        images, p["kernel"], (patch_size,) * 2, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, p["kernel"], p["kernel"].shape[:2], "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    x = affine(x.reshape(len(images), -1, x.shape[-1]) + p["bias"], sub(adapter, "embedding"))
-    x = x + params["pos_embedding"]
+    return x.reshape(len(x), -1, x.shape[-1]) + p["bias"]
+
+
+def plain(site, block, x, p):
+    """What a plain ViT does at a site with the weights `p` there."""
+    if "orm" in site:
+        return layer_norm(x, p)
+    return patches(x, p) if site == "embedding" else dense(x, p)
+
+
+def forward(params, images, num_heads, gelu, around=plain):
+    """Logits of a tree.
+
+    Args:
+      around: `(site, block, x, p) -> y`, done at "embedding", "LayerNorm_0", "query", "key", "value",
+        "out", "LayerNorm_1", "Dense_0", "Dense_1" of each block and "encoder_norm": where an adapter
+        does something beside or instead of `plain`. x and y are [B, T, ...], heads flattened.
+    """
+    x = around("embedding", None, images, params["embedding"]) + params["pos_embedding"]
     x = jnp.concatenate([jnp.broadcast_to(params["cls"], (len(x), 1, x.shape[-1])), x], 1)
     blocks = params["Transformer"]["encoderblock"]
-    extra = sub(adapter, "Transformer", "encoderblock")
-    depth = blocks["LayerNorm_0"]["scale"].shape[0]
-    for i in range(depth):
+    for i in range(blocks["LayerNorm_0"]["scale"].shape[0]):
         b = jax.tree.map(lambda v: v[i], blocks)
-        a = jax.tree.map(lambda v: v[i], extra)
-        attn, attn_a = b["MultiHeadDotProductAttention_0"], sub(a, "MultiHeadDotProductAttention_0")
-        y = affine(layer_norm(x, b["LayerNorm_0"]), sub(a, "LayerNorm_0"))
-        q, k, v = (dense(y, attn[n], sub(attn_a, n)) for n in ("query", "key", "value"))
+        attention, mlp = b["MultiHeadDotProductAttention_0"], b["MlpBlock_0"]
+        y = around("LayerNorm_0", i, x, b["LayerNorm_0"])
+        split = lambda y: y.reshape(*y.shape[:2], num_heads, -1)
+        q, k, v = (split(around(n, i, y, attention[n])) for n in ("query", "key", "value"))
         weights = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(q.shape[-1])
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(weights), v)
-        x = x + dense(y, attn["out"], sub(attn_a, "out"))
-        y = affine(layer_norm(x, b["LayerNorm_1"]), sub(a, "LayerNorm_1"))
-        y = dense(y, b["MlpBlock_0"]["Dense_0"], sub(a, "MlpBlock_0", "Dense_0"))
-        y = jax.nn.gelu(y, approximate=gelu == "tanh")
-        x = x + dense(y, b["MlpBlock_0"]["Dense_1"], sub(a, "MlpBlock_0", "Dense_1"))
-    x = affine(
-        layer_norm(x, params["Transformer"]["encoder_norm"]),
-        sub(adapter, "Transformer", "encoder_norm"),
-    )
-    head = params["head"] if adapter is None else adapter["head"]
-    return x[:, 0] @ head["kernel"] + head["bias"]
+        x = x + around("out", i, y.reshape(x.shape), attention["out"])
+        y = around("LayerNorm_1", i, x, b["LayerNorm_1"])
+        y = jax.nn.gelu(around("Dense_0", i, y, mlp["Dense_0"]), approximate=gelu == "tanh")
+        x = x + around("Dense_1", i, y, mlp["Dense_1"])
+    x = around("encoder_norm", None, x, params["Transformer"]["encoder_norm"])
+    return x[:, 0] @ params["head"]["kernel"] + params["head"]["bias"]

@@ -115,7 +115,7 @@ def open_split(name, split, found):
 
     Args:
       name: of the task.
-      split: "train800", "val200", "train800val200" or "test".
+      split: one of the task's, such as "train800" or "test".
       found: see `find`.
 
     Raises UserError if the dataset is damaged or has another number of examples.
@@ -125,11 +125,10 @@ def open_split(name, split, found):
     opened = {"bundled": _bundled, "tfds": _tfds, "folder": _folder}[found.kind](
         name, task, split, found
     )
-    number = {**tasks.SPLITS, "test": task.num_test}[split]
+    number = task.number(split)
     if opened.number != number:
-        kind = split if split in tasks.SPLITS else "test"
         raise UserError(
-            f"{name} has {opened.number} {kind} images instead of {number} in {found.path}: prepare "
+            f"{name} has {opened.number} {split} images instead of {number} in {found.path}: prepare "
             f"the dataset again"
         )
     return opened

@@ -1,5 +1,6 @@
 """Splits as arrays: decoded and resized once with Pillow, then memory-mapped from a cache folder."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -17,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rlrr_jax import files
-from rlrr_jax.data import sources, tasks
+from rlrr_jax.data import crops, sources, tasks
 from rlrr_jax.errors import UserError
 
 _BLOCK = 256  # images that are decoded, written and checked together
@@ -64,13 +65,29 @@ class Entry(NamedTuple):
         return self.split.number * self.side**2 * 3
 
 
-def decode(image, size, variant="original", scale=1):
+def decode(image, size, variant="original", scale=1, shorter=None):
     """An RGB image [size, size, 3] uint8 from encoded bytes or an array.
 
     The authors' preprocessing: Pillow's bicubic resize (antialiased), the aspect ratio ignored.
 
     Args:
-      variant: "jpeg75" saves and loads the image as JPEG of quality 75, 4:2:0, before the resize.
+      variant, scale: see `rgb`.
+      shorter: big_vision's evaluation instead: the middle of the image with its shorter side
+        resized to so many pixels (`crops.central`).
+    """
+    image = rgb(image, variant, scale)
+    if shorter:
+        return crops.central(np.asarray(image), size, shorter)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def rgb(image, variant="original", scale=1):
+    """An RGB Pillow image from encoded bytes or an array.
+
+    Args:
+      variant: "jpeg75" saves and loads the image as JPEG of quality 75, 4:2:0.
       scale: what pixel values are multiplied by first (dsprites is stored as 0 and 1).
     """
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
@@ -79,22 +96,23 @@ def decode(image, size, variant="original", scale=1):
         image = Image.fromarray(np.asarray(image) * np.uint8(scale))
     if variant == "jpeg75":
         image = Image.open(io.BytesIO(sources.jpeg75(image))).convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return image
 
 
-def load_split(name, split, size, variant="original", found=None, cache_dir=None):
+def load_split(
+    name, split, size, variant="original", found=None, cache_dir=None, shorter=None
+):
     """Images and labels of a split, in the source's order.
 
     Args:
       name: of the task.
-      split: "train800", "val200", "train800val200" or "test".
+      split: one of the task's, such as "train800" or "test".
       size: of the images the model takes. Small images of one size are kept as they are, and are
         to be resized on the device (`resize.bicubic`, bit-equal to Pillow).
       variant: "original" or "jpeg75".
       found: the `sources.Found`; None looks in the default places.
       cache_dir: of decoded images; None is ~/.cache/rlrr_jax.
+      shorter: see `decode`.
 
     Returns:
       images [N, side, side, 3] uint8 (a NumPy array, or `Images` in a file) and labels [N] int32.
@@ -106,10 +124,11 @@ def load_split(name, split, size, variant="original", found=None, cache_dir=None
     found = found or sources.find(name)
     if found.kind == "bundled":
         source = sources.open_split(name, split, found)
-        images = [decode(image, tasks.get(name).side, variant) for image, _ in source.read(0, None)]
+        side = size if shorter else tasks.get(name).side
+        images = [decode(i, side, variant, shorter=shorter) for i, _ in source.read(0, None)]
         labels = np.array([label for _, (label,) in source.read(0, None)], np.int32)
         return np.stack(images), labels
-    entry = locate(name, split, size, variant, found, cache_dir)
+    entry = locate(name, split, size, variant, found, cache_dir, shorter)
     entry.folder.parent.mkdir(parents=True, exist_ok=True)
     with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True):
         if not intact(entry):
@@ -118,12 +137,38 @@ def load_split(name, split, size, variant="original", found=None, cache_dir=None
     return Images(entry.folder / "images.npy"), labels
 
 
-def locate(name, split, size, variant="original", found=None, cache_dir=None):
+def load_crops(name, split, size, kind, shorter, variant="original", found=None):
+    """The `crops.Crops` of a training split, decoded anew in each epoch, and its labels [N] int32.
+
+    Args:
+      kind, shorter: see `crops.Crops`; the others as in `load_split`.
+    """
+    name = tasks.canonical(name)
+    found = found or sources.find(name)
+    source = sources.open_split(name, split, found)
+    scale = tasks.get(name).scale if found.kind == "tfds" else 1
+    mine = source.tasks.index(name)
+    labels = []
+    for start in range(0, source.number, _BLOCK):
+        examples = source.read(start, min(start + _BLOCK, source.number))
+        labels += [values[mine] for _, values in examples]
+    labels = np.array(labels, np.int32)
+    _check_labels(name, split, labels)
+
+    def read(i):
+        ((image, _),) = source.read(i, i + 1)
+        with readable(source, i):
+            return np.asarray(rgb(image, variant, scale))
+
+    return crops.Crops(read, source.number, kind, size, shorter), labels
+
+
+def locate(name, split, size, variant="original", found=None, cache_dir=None, shorter=None):
     """The `Entry` of a split. Tasks that have the same images share it."""
     task = tasks.get(name)
     found = found or sources.find(name)
     source = sources.open_split(name, split, found)
-    native = 0 < task.side <= size and _side(source) == task.side
+    native = not shorter and 0 < task.side <= size and _side(source) == task.side
     side = task.side if native else size
     key = {
         **source.key,
@@ -131,6 +176,7 @@ def locate(name, split, size, variant="original", found=None, cache_dir=None):
         **dict(labels=[_code(tasks.get(name).label) for name in source.tasks]),
         **dict(variant=variant if found.kind == "tfds" else "stored"),
         **dict(pillow=PIL.__version__, format=_FORMAT, tasks=list(source.tasks)),
+        **(dict(shorter=shorter) if shorter else {}),
     }
     key = json.loads(json.dumps(key))
     mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
@@ -241,13 +287,21 @@ def build(entry, name, split):
 
 def _decode(entry, task, item):
     i, (image, _) = item
-    try:
+    with readable(entry.split, i):
         if entry.key["native"] and Image.open(io.BytesIO(image)).size != (entry.side,) * 2:
             raise OSError(f"its size is not {entry.side} x {entry.side}")
-        return decode(image, entry.side, entry.key["variant"], entry.key["scale"])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's
+        key = entry.key
+        return decode(image, entry.side, key["variant"], key["scale"], key.get("shorter"))
+
+
+@contextlib.contextmanager
+def readable(split, i):
+    """Explains whatever Pillow raises for the image `i` of a `sources.Split`."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         why = "it is no image" if isinstance(e, PIL.UnidentifiedImageError) else e
-        raise UserError(f"{entry.split.where(i)} is damaged ({why}): prepare it again") from e
+        raise UserError(f"{split.where(i)} is damaged ({why}): prepare it again") from e
 
 
 def _check_labels(name, split, labels):

@@ -1,4 +1,4 @@
-"""What each task is: VTAB-1k's 19 and two bundled ones.
+"""What each task is: VTAB-1k's 19, two bundled ones, and four whole datasets.
 
 Sources: VTAB (Zhai et al., 2019; github.com/google-research/task_adaptation) for splits and labels,
 the authors' VTABConfig.py for the recipes. Split positions are VTAB's percentages of the known sizes.
@@ -12,7 +12,7 @@ import numpy as np
 
 from rlrr_jax.errors import unknown
 
-SPLITS = {"train800": 800, "val200": 200, "train800val200": 1000}  # and "test"
+SPLITS = {"train800": 800, "val200": 200, "train800val200": 1000}  # of VTAB-1k, and "test"
 
 
 def field(name):
@@ -58,7 +58,7 @@ class Task(NamedTuple):
     """One classification task.
 
     Attributes:
-      group: "natural", "specialized", "structured" or "bundled".
+      group: "natural", "specialized", "structured", "bundled" or "full".
       splits: our split names -> tfds's instructions (bundled: parts of the file).
       classes: number of classes.
       num_test: number of test images.
@@ -74,6 +74,8 @@ class Task(NamedTuple):
       epochs: the recipe's.
       schedule: see `optim.learning_rates`.
       recipes: by method, what replaces the method's DEFAULTS (and the task's epochs).
+      sizes: number of images in each split but "test".
+      parts: names of the splits to train on, to choose on, and to train on before the test.
     """
 
     group: str
@@ -92,6 +94,12 @@ class Task(NamedTuple):
     epochs: int = 110
     schedule: str = "official"
     recipes: Mapping = MappingProxyType({})
+    sizes: Mapping = MappingProxyType(SPLITS)
+    parts: tuple = tuple(SPLITS)
+
+    def number(self, split):
+        """Number of images in a split."""
+        return self.num_test if split == "test" else self.sizes[split]
 
 
 def _splits(train, val, test):
@@ -199,7 +207,34 @@ BUNDLED = {
         recipes={"linear": _tuned(0.03), "rlrr": _tuned(0.02), "full": _tuned(5e-4)},
     ),
 }
-TASKS = {**VTAB, **BUNDLED}
+
+
+def _full(dataset, number, percent, classes, num_test, **kwargs):
+    """A whole dataset as big_vision's configs/transfer.py splits it."""
+    name, version = dataset.split(":")
+    train = round(number * percent / 100)
+    return Task(
+        group="full",
+        splits={"train": f"train[:{train}]", "val": f"train[{train}:]", "test": "test"},
+        classes=classes,
+        num_test=num_test,
+        tfds=name,
+        version=version,
+        majors=(int(version[0]), *kwargs.pop("majors", ())),
+        flip=True,
+        sizes={"train": train, "val": number - train},
+        parts=("train", "val", "train"),
+        **kwargs,
+    )
+
+
+FULL = {
+    "cifar10_full": _full("cifar10:3.0.2", 50000, 98, 10, 10000, side=32),
+    "cifar100_full": _full("cifar100:3.0.2", 50000, 98, 100, 10000, side=32),
+    "pets_full": _full("oxford_iiit_pet:4.0.0", 3680, 90, 37, 3669, majors=(3,)),
+    "flowers_full": _full("oxford_flowers102:2.1.1", 1020, 90, 102, 6149),
+}
+TASKS = {**VTAB, **BUNDLED, **FULL}
 GROUPS = {
     group: tuple(name for name, task in VTAB.items() if task.group == group) for group in (_N, _P, _S)
 }
@@ -241,14 +276,14 @@ def canonical(name):
 
 def expand(names):
     """Names of tasks for names, aliases, groups and "all", each once."""
-    groups = {**GROUPS, "all": tuple(VTAB), "bundled": tuple(BUNDLED)}
+    groups = {**GROUPS, "all": tuple(VTAB), "bundled": tuple(BUNDLED), "full": tuple(FULL)}
     every = [task for name in names for task in groups.get(name) or (canonical(name),)]
     return list(dict.fromkeys(every))
 
 
 def sharing(name, split):
     """The tasks that have the same images in a split, in the same order."""
-    like = lambda task: (task.tfds or name, task.image, task.scale, task.splits[split])
+    like = lambda task: (task.group, task.tfds or name, task.image, task.scale, task.splits.get(split))
     return [other for other, task in TASKS.items() if task.tfds and like(task) == like(get(name))] or [
         name
     ]

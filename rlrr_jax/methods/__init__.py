@@ -1,16 +1,48 @@
-"""Fine-tuning methods, each a pair of functions on parameter trees.
+"""Fine-tuning methods, each a pair of functions on parameter trees in a file of its own.
 
-To add one: write `methods/<name>.py` with a function `method(**options) -> Method` and put it in
-`METHODS`. See `rlrr.py`.
+To add one: write `methods/<name>.py` with `FORMULA`, `DEFAULTS` and a function `method(**options) ->
+Method`, and put the module into `METHODS`. `python -m rlrr_jax.methods` lists them all.
 """
 
 import difflib
 import inspect
 
-from rlrr_jax.methods import full, linear, rlrr
+from rlrr_jax.methods import (
+    apla,
+    arc,
+    bitfit,
+    dora,
+    fact,
+    full,
+    hta,
+    last,
+    linear,
+    lora,
+    norm,
+    repadapter,
+    rlrr,
+    ssf,
+    vera,
+)
 from rlrr_jax.methods.base import Method, head_count, trainable_count
 
-METHODS = {"rlrr": rlrr.method, "linear": linear.method, "full": full.method}
+METHODS = {
+    "rlrr": rlrr,
+    "linear": linear,
+    "full": full,
+    "bitfit": bitfit,
+    "norm": norm,
+    "last": last,
+    "ssf": ssf,
+    "lora": lora,
+    "dora": dora,
+    "vera": vera,
+    "fact": fact,
+    "arc": arc,
+    "repadapter": repadapter,
+    "apla": apla,
+    "hta": hta,
+}
 
 __all__ = ["METHODS", "Method", "get", "head_count", "options", "trainable_count"]
 
@@ -25,12 +57,12 @@ def get(name, **kwargs):
     for key in kwargs:
         if key not in options(name):
             raise ValueError(_unknown(f"option of method {name!r}", key, options(name)))
-    return METHODS[name](**kwargs)
+    return METHODS[name].method(**kwargs)
 
 
 def options(name):
     """A method's options and their defaults."""
-    return {k: p.default for k, p in inspect.signature(METHODS[name]).parameters.items()}
+    return {k: p.default for k, p in inspect.signature(METHODS[name].method).parameters.items()}
 
 
 def _unknown(kind, name, known):

@@ -1,9 +1,30 @@
-"""What a fine-tuning method is."""
+"""What a fine-tuning method is, and what several of them need."""
 
+import difflib
+import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+BLOCK = ("Transformer", "encoderblock")  # all blocks, stacked: the leading axis is the depth L
+_ATTENTION = (*BLOCK, "MultiHeadDotProductAttention_0")
+DENSE = {
+    "query": (*_ATTENTION, "query"),
+    "key": (*_ATTENTION, "key"),
+    "value": (*_ATTENTION, "value"),
+    "out": (*_ATTENTION, "out"),
+    "Dense_0": (*BLOCK, "MlpBlock_0", "Dense_0"),
+    "Dense_1": (*BLOCK, "MlpBlock_0", "Dense_1"),
+}
+# What gets its input straight from a LayerNorm of a block.
+AFTER_NORM = {"attention": ("query", "key", "value"), "mlp": ("Dense_0",)}
+
+# Merging is done in float32 everywhere: in bfloat16 or TF32 a small change is lost.
+dot = functools.partial(jnp.matmul, precision="highest")
 
 
 class Method(NamedTuple):
@@ -32,3 +53,116 @@ def trainable_count(trainable):
 def head_count(trainable):
     """Number of trained values in the head."""
     return sum(x.size for x in jax.tree.leaves(trainable["head"]))
+
+
+def zero_head(frozen):
+    """The start of every head: kernel and bias are zero."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape), frozen["head"])
+
+
+def decay_of(*names):
+    """The decay rule "leaves of these names", such as `decay_of("kernel")`."""
+    rule = lambda path, _: path[-1].key in names
+    return functools.partial(jax.tree_util.tree_map_with_path, rule)
+
+
+def names_in(text, known, what):
+    """`"query+value"` -> `("query", "value")`; ValueError, with the nearest, for an unknown name."""
+    names = tuple(dict.fromkeys(str(text).split("+")))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? Known" if near else "known"
+            raise ValueError(f"unknown {what} {name!r}: {hint}, joined by +: {', '.join(known)}")
+    return names
+
+
+def positive(what, value):
+    """ValueError unless an option is a whole number above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{what}={value} must be a whole number greater than 0")
+
+
+# Trees ----------------------------------------------------------------------------------------
+
+
+def subtree(tree, path):
+    """What lies at a path of keys."""
+    return functools.reduce(operator.getitem, path, tree)
+
+
+def replaced(tree, path, value):
+    """A copy of a tree with another value at a path of keys."""
+    if not path:
+        return value
+    return {**tree, path[0]: replaced(tree[path[0]], path[1:], value)}
+
+
+def sizes(frozen, names=DENSE):
+    """`{name: (L, in, out)}` of Dense layers, heads flattened."""
+    out = {}
+    for name in names:
+        node = subtree(frozen, DENSE[name])
+        depth, *outputs = node["bias"].shape
+        out[name] = depth, node["kernel"].size // node["bias"].size, node["bias"].size // depth
+    return out
+
+
+def change_dense(frozen, names, change):
+    """A tree with other weights in these Dense layers of every block.
+
+    Args:
+      frozen: a ViT tree.
+      names: keys of `DENSE`.
+      change: `(name, kernel [L, in, out], bias [L, out]) -> kernel, bias`.
+    """
+    for name, shape in sizes(frozen, names).items():
+        node = subtree(frozen, DENSE[name])
+        kernel, bias = change(name, node["kernel"].reshape(shape), node["bias"].reshape(shape[0], -1))
+        new = {
+            "kernel": kernel.reshape(node["kernel"].shape),
+            "bias": bias.reshape(node["bias"].shape),
+        }
+        frozen = replaced(frozen, DENSE[name], new)
+    return frozen
+
+
+def uniform(key, shape, bound):
+    """Values between -bound and bound."""
+    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * bound
+
+
+def affine(node, scale, shift):
+    """Folds `y * scale + shift` of the output of a Dense, LayerNorm or patch embedding into it."""
+    name = "kernel" if "kernel" in node else "scale"
+    weight = node[name]
+    if weight.ndim > scale.ndim > 1:  # a Dense of every block
+        depth, *outputs = scale.shape
+        flat = weight.reshape(depth, -1, math.prod(outputs))
+        scaled = columns(flat, scale.reshape(depth, -1)).reshape(weight.shape)
+    else:
+        scaled = weight * scale
+    return {name: scaled, "bias": node["bias"] * scale + shift}
+
+
+def columns(kernel, scale):
+    """Every column of kernels [L, in, out] times its own factor [L, out]."""
+    # An einsum, because its gradients are matrix-vector products: under `vmap` XLA's CPU code for the
+    # sums of a broadcast product is ten times slower.
+    return jnp.einsum("lio,lo->lio", kernel, scale, precision="highest")
+
+
+def prepend(frozen, place, down, up, shift):
+    """Folds `x + x down up + shift` into what follows a LayerNorm of every block.
+
+    Args:
+      place: of `AFTER_NORM`.
+      down, up: [L, D, r] and [r, D] or [L, r, D].
+      shift: [L, D].
+    """
+
+    def change(name, kernel, bias):
+        new = kernel + dot(down, dot(up, kernel))
+        return new, bias + dot(shift[:, None], kernel)[:, 0]
+
+    return change_dense(frozen, AFTER_NORM[place], change)

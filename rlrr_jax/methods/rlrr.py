@@ -1,4 +1,4 @@
-"""RLRR: residual-based low-rank rescaling (Dong et al., CVPR 2024).
+"""RLRR: residual-based low-rank rescaling (Dong et al., CVPR 2024), and the variants of its paper.
 
 Every Dense of every block gets `kernel + kernel * scale_in * scale_out` and `bias + shift`; every
 LayerNorm and the patch embedding get their output scaled and shifted, which folds into their weights.
@@ -6,84 +6,204 @@ LayerNorm and the patch embedding get their output scaled and shifted, which fol
 
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlrr_jax.methods.base import Method
+from rlrr_jax.methods.base import (
+    BLOCK,
+    Method,
+    affine,
+    decay_of,
+    names_in,
+    positive,
+    replaced,
+    subtree,
+    uniform,
+    zero_head,
+)
 
+FORMULA = "W' = W + W * (s_in s_out), b' = b + f; LayerNorms and patch embedding: s * y + f"
 # The values the authors use most; each task of theirs brings its own.
 DEFAULTS = dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1)
+STARTS = ("paper", "damped", "identity", "normal", "zero", "constant", "uniform")
+SIDES = {"both": ("scale_in", "scale_out"), "left": ("scale_in",), "right": ("scale_out",)}
+PLACES = ("mha", "ffn", "norm", "patch")
 
 
-def method(init="paper"):
+class Variant(NamedTuple):
+    """The options of `method`."""
+
+    init: str
+    rank: int
+    with_weight: bool
+    sides: str
+    residual: bool
+    shift: bool
+    where: tuple
+    layers: Any
+
+
+def method(
+    init="paper",
+    rank=1,
+    with_weight=True,
+    sides="both",
+    residual=True,
+    shift=True,
+    where="mha+ffn+norm+patch",
+    layers=None,
+):
     """RLRR as a `Method`.
 
     Args:
-      init: "paper", the authors' start, which is not the identity; "damped", the same with
-        `scale_in` times 0.1; "identity", where merging changes nothing.
+      init: start of the scales. "paper", the authors', which is not the identity: `scale_in` is
+        U(+-sqrt(6 / in)), `scale_out` U(+-sqrt(6)). "damped": the same with `scale_in` times 0.1.
+        "identity": merging changes nothing; `scale_in` is 0, those of LayerNorms and patches are 1.
+        The others are rows of the paper's table 10, which names them without their values: "zero"
+        (`scale_in` is 0), "normal", "constant" and "uniform" (both scales alike, their product as
+        large as that of "paper"). Without `residual` both start at N(1, 0.02^2), whatever `init`.
+      rank: of the scales' product, `S_in [in, rank] S_out [rank, out]` (table 11).
+      with_weight: False adds the product itself, not times the kernel: LoRA with a shift.
+      sides: "both", or only "left" (inputs) or "right" (outputs) of the kernel is rescaled; a single
+        side starts at U(+-sqrt(6 / in)).
+      residual: False multiplies the kernel by the product instead of adding that.
+      shift: whether biases of Dense layers are shifted.
+      where: of "mha", "ffn", "norm" and "patch", joined by "+".
+      layers: only the first so many blocks have adapters; None: all.
 
-    Raises ValueError for another `init`.
+    Raises ValueError for other values, and for those that exclude each other.
     """
-    if init not in ("paper", "damped", "identity"):
-        raise ValueError(f"unknown init {init!r} of method 'rlrr': use paper, damped or identity")
-    return Method(lambda key, frozen: _init(key, frozen, init), merge, decay, DEFAULTS)
+    if init not in STARTS:
+        raise ValueError(f"unknown init {init!r} of method 'rlrr': use {', '.join(STARTS)}")
+    if sides not in SIDES:
+        raise ValueError(f"unknown sides {sides!r} of method 'rlrr': use {', '.join(SIDES)}")
+    positive("option rank", rank)
+    if layers is not None:
+        positive("option layers", layers)
+    if not with_weight and (sides != "both" or not residual):
+        raise ValueError("with_weight=False needs both sides and the residual")
+    if rank > 1 and sides != "both":
+        raise ValueError(f"rank={rank} needs both sides")
+    where = names_in(where, PLACES, "place of method 'rlrr'")
+    v = Variant(init, rank, with_weight, sides, residual, shift, where, layers)
+    return Method(
+        lambda key, frozen: _init(key, frozen, v),
+        lambda frozen, trainable: merge(frozen, trainable, v),
+        decay,
+        DEFAULTS,
+    )
 
 
-def _init(key, frozen, start):
-    def adapter(key, path, node):
-        """The trainable node beside one Dense, LayerNorm or patch embedding."""
-        kernel, shape = node.get("kernel"), node["bias"].shape
-        keys = jax.random.split(key)
-        if kernel is None or path == ("embedding",):
-            if start == "identity":
-                return {"scale": jnp.ones(shape), "shift": jnp.zeros(shape)}
-            noise = 0.02 * jax.random.normal(keys[0], (2, *shape))
-            return {"scale": 1 + noise[0], "shift": noise[1]}
-        inputs = kernel.shape[: kernel.ndim - len(shape) + 1]  # [L, in], all but the output axes
-        # The authors' Kaiming-uniform start: fan-in is the kernel's, and 1 for `scale_out`.
-        bound = math.sqrt(6 / math.prod(inputs[1:])) * {"paper": 1, "damped": 0.1, "identity": 0}[start]
-        return {
-            "scale_in": jax.random.uniform(keys[0], inputs, minval=-1, maxval=1) * bound,
-            "scale_out": jax.random.uniform(keys[1], shape, minval=-1, maxval=1) * math.sqrt(6),
-            "shift": jnp.zeros(shape),
-        }
-
+def _init(key, frozen, v):
     counter = itertools.count()
 
     def walk(node, path):
         if path == ("head",):
-            return {
-                "kernel": jnp.zeros(node["kernel"].shape),
-                "bias": jnp.zeros(node["bias"].shape),
-            }
+            return zero_head(frozen)
         if "bias" in node:
-            return adapter(jax.random.fold_in(key, next(counter)), path, node)
-        children = {k: walk(v, (*path, k)) for k, v in sorted(node.items()) if isinstance(v, dict)}
-        return {k: v for k, v in children.items() if v}
+            each = jax.random.fold_in(key, next(counter))
+            if "kernel" in node and path[0] == "Transformer":
+                there = ("mha" if "MultiHead" in path[-2] else "ffn") in v.where
+                return _dense(each, node, v) if there else {}
+            return _affine(each, node, v) if _place(path) in v.where else {}
+        children = {k: walk(x, (*path, k)) for k, x in sorted(node.items()) if isinstance(x, dict)}
+        return {k: x for k, x in children.items() if x}
 
-    return walk(frozen, ())
+    return walk(_first(frozen, v.layers), ())
 
 
-def merge(frozen, trainable):
+def _place(path):
+    return "patch" if path == ("embedding",) else "norm"
+
+
+def _affine(key, node, v):
+    """Scale and shift of a LayerNorm or of the patch embedding."""
+    shape = node["bias"].shape
+    if v.init == "identity":
+        return {"scale": jnp.ones(shape), "shift": jnp.zeros(shape)}
+    noise = 0.02 * jax.random.normal(jax.random.split(key)[0], (2, *shape))
+    return {"scale": 1 + noise[0], "shift": noise[1]}
+
+
+def _dense(key, node, v):
+    """The trainable node beside a Dense of every block."""
+    outputs = node["bias"].shape  # [L, ...]
+    inputs = node["kernel"].shape[: node["kernel"].ndim - len(outputs) + 1]  # [L, ...]
+    fan_in = math.prod(inputs[1:])
+    shapes = {
+        "scale_in": (*inputs, v.rank) if v.rank > 1 else inputs,
+        "scale_out": (outputs[0], v.rank, *outputs[1:]) if v.rank > 1 else outputs,
+    }
+    # The authors' Kaiming-uniform start: fan-in is the kernel's, and the rank's for `scale_out`.
+    bounds = {"scale_in": math.sqrt(6 / fan_in), "scale_out": math.sqrt(6 / v.rank)}
+    if v.sides != "both":
+        bounds["scale_out"] = bounds["scale_in"]
+    alike = math.sqrt(2) * (fan_in * v.rank**2) ** -0.25  # of both, for a product as large
+    keys = dict(zip(shapes, jax.random.split(key)))
+
+    def start(name):
+        key, shape = keys[name], shapes[name]
+        if not v.residual:
+            return (1 + 0.02 * jax.random.normal(key, shape)) / math.sqrt(v.rank)
+        if v.init in ("normal", "constant", "uniform"):
+            draw = {
+                "normal": lambda: jax.random.normal(key, shape),
+                "constant": lambda: jnp.ones(shape),
+                "uniform": lambda: uniform(key, shape, math.sqrt(3)),
+            }[v.init]
+            return draw() * alike
+        damp = {"damped": 0.1, "identity": 0, "zero": 0}.get(v.init, 1)
+        first = name == SIDES[v.sides][0]
+        return uniform(key, shape, bounds[name]) * (damp if first else 1)
+
+    tree = {name: start(name) for name in SIDES[v.sides]}
+    return {**tree, "shift": jnp.zeros(outputs)} if v.shift else tree
+
+
+def _first(frozen, layers):
+    """A tree with only the first blocks."""
+    if layers is None:
+        return frozen
+    depth = len(subtree(frozen, BLOCK)["LayerNorm_0"]["scale"])
+    if layers > depth:
+        raise ValueError(f"option layers={layers} is more than the {depth} blocks of the model")
+    return replaced(frozen, BLOCK, jax.tree.map(lambda x: x[:layers], subtree(frozen, BLOCK)))
+
+
+def merge(frozen, trainable, v):
     """Folds the scales and shifts into the frozen weights: a plain ViT tree."""
+    params = _merge(_first(frozen, v.layers), trainable, v)
+    if v.layers is None:
+        return params
+    join = lambda first, every: jnp.concatenate([first, every[v.layers :]])
+    return replaced(
+        params, BLOCK, jax.tree.map(join, subtree(params, BLOCK), subtree(frozen, BLOCK))
+    )
+
+
+def _merge(frozen, trainable, v):
     if "kernel" in trainable:  # the head
         return trainable
-    if "shift" not in trainable:
-        return {k: merge(v, trainable[k]) if k in trainable else v for k, v in frozen.items()}
-    shift = trainable["shift"]
-    if "scale_in" in trainable:
-        kernel = frozen["kernel"]
-        flat = (
-            trainable[k].reshape(len(kernel), -1) for k in ("scale_in", "scale_out")
-        )  # [L, in], ...
-        # An einsum, because its gradients are matrix-vector products: under `vmap` XLA's CPU code for
-        # the sums of a broadcast product is ten times slower. "highest" keeps it in float32 everywhere.
-        scale = jnp.einsum("li,lo->lio", *flat, precision="highest").reshape(kernel.shape)
-        return {"kernel": kernel + kernel * scale, "bias": frozen["bias"] + shift}
-    scale = trainable["scale"]
-    name = "kernel" if "kernel" in frozen else "scale"
-    return {name: frozen[name] * scale, "bias": frozen["bias"] * scale + shift}
+    if "scale" in trainable:
+        return affine(frozen, **trainable)
+    if not trainable.keys() & {"scale_in", "scale_out"}:
+        return {k: _merge(x, trainable[k], v) if k in trainable else x for k, x in frozen.items()}
+    kernel, bias = frozen["kernel"], frozen["bias"]
+    depth, fan_in = len(kernel), kernel.size // bias.size
+    equation, shape = ("li,lo->lio", (depth, -1)) if v.rank == 1 else ("lir,lro->lio", None)
+    left = trainable.get("scale_in", jnp.ones((depth, fan_in)))
+    right = trainable.get("scale_out", jnp.ones(bias.shape))
+    left = left.reshape(shape or (depth, -1, v.rank))
+    right = right.reshape(shape or (depth, v.rank, -1))
+    # An einsum, because its gradients are matrix-vector products, see `affine`.
+    product = jnp.einsum(equation, left, right, precision="highest").reshape(kernel.shape)
+    change = kernel * product if v.with_weight else product
+    return {
+        "kernel": kernel + change if v.residual else change,
+        "bias": bias + trainable["shift"] if v.shift else bias,
+    }
 
 
 def decay(trainable):
@@ -91,9 +211,7 @@ def decay(trainable):
 
     That is `scale_in`, `scale_out`, the patch scale and shift, and the head kernel.
     """
-
-    def rule(path, _):
-        names = [p.key for p in path]
-        return names[0] == "embedding" or names[-1] in ("scale_in", "scale_out", "kernel")
-
-    return jax.tree_util.tree_map_with_path(rule, trainable)
+    tree = decay_of("scale_in", "scale_out", "kernel")(trainable)
+    if "embedding" in tree:
+        tree["embedding"] = jax.tree.map(lambda _: True, tree["embedding"])
+    return tree

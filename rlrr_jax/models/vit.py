@@ -5,6 +5,7 @@ The parameter tree is big_vision's in its scanned form: all blocks are stacked u
 """
 
 import difflib
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -76,7 +77,8 @@ class MlpBlock(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         x = nn.Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x)
-        x = nn.gelu(x, approximate=self.gelu == "tanh")
+        # Without `checkpoint` the gradient would keep five arrays of this size instead of one.
+        x = jax.checkpoint(functools.partial(nn.gelu, approximate=self.gelu == "tanh"))(x)
         return nn.Dense(width, dtype=self.dtype, name="Dense_1")(x)
 
 
@@ -95,7 +97,10 @@ class MultiHeadDotProductAttention(nn.Module):
             nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)  # [B, T, H, Dh]
             for name in ("query", "key", "value")
         )
-        x = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+        attention = functools.partial(jax.nn.dot_product_attention, implementation=self.implementation)
+        if self.implementation == "xla":  # keep what the matmuls give, not the steps of the softmax
+            attention = jax.checkpoint(attention, policy=jax.checkpoint_policies.dots_saveable)
+        x = attention(query, key, value)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(x)
 
 
@@ -113,12 +118,13 @@ class Block(nn.Module):
         def residual(x, y, branch):
             return x + (y if keep is None else drop_path(y, rate, keep[branch]))
 
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(x)
+        norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=1e-6, dtype=self.dtype)
+        y = norm(name="LayerNorm_0")(x)
         y = MultiHeadDotProductAttention(
             self.num_heads, self.attention, self.dtype, name="MultiHeadDotProductAttention_0"
         )(y)
         x = residual(x, y, 0)
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_1")(x)
+        y = norm(name="LayerNorm_1")(x)
         y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
         return residual(x, y, 1), None
 

@@ -1,56 +1,255 @@
-"""What holds for every method, and what names are refused."""
+"""What holds for every method: merged equals its own definition, counts, starts, names refused."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import reference
 from flax.traverse_util import flatten_dict
-from models.test_vit import SMALL, random_tree
+from methods.direct import DIRECT
+from models.test_vit import SMALL, apply, images, random_tree
 
-from rlrr_jax import methods
+from rlrr_jax import methods, step
 from rlrr_jax.models import vit
+
+MODEL = vit.ViT(**SMALL)
+LABELS = jnp.array([0, 3, 6, 1, 2])
+EVERY = [(name, {}) for name in methods.METHODS]
+OPTIONS = [
+    ("rlrr", dict(rank=3)),
+    ("rlrr", dict(with_weight=False)),
+    ("rlrr", dict(with_weight=False, rank=2, init="normal")),
+    ("rlrr", dict(sides="left")),
+    ("rlrr", dict(sides="right", shift=False)),
+    ("rlrr", dict(residual=False)),
+    ("rlrr", dict(residual=False, rank=2)),
+    ("rlrr", dict(residual=False, sides="right")),
+    ("rlrr", dict(where="mha")),
+    ("rlrr", dict(where="ffn+patch")),
+    ("rlrr", dict(layers=2, init="uniform")),
+    ("last", dict(blocks=2)),
+    ("lora", dict(rank=3, alpha=6, targets="key+Dense_0+Dense_1+out")),
+    ("dora", dict(rank=3, alpha=6, targets="Dense_1+value")),
+    ("vera", dict(rank=5, targets="query+Dense_0+Dense_1", projection_seed=3)),
+    ("fact", dict(kind="tk", rank=4, scale=0.5)),
+    ("arc", dict(bottleneck=3, where="mlp")),
+    ("repadapter", dict(hidden=6, groups=2, scale=0.5, where="attention")),
+    ("apla", dict(columns=5, column_seed=2)),
+    ("hta", dict(rank=0, targets="value+out")),
+]
+CASES = pytest.mark.parametrize(
+    ("name", "options"), EVERY + OPTIONS, ids=lambda x: x if isinstance(x, str) else f"{x or ''}"
+)
+# Leaves of the merged tree that a method may change, by endings; the head always.
+CHANGES = {
+    "linear": (),
+    "bitfit": ("bias",),
+    "norm": ("Norm_0/scale", "Norm_0/bias", "Norm_1/scale", "Norm_1/bias", "_norm/scale", "_norm/bias"),
+    "lora": ("query/kernel", "value/kernel"),
+    "dora": ("query/kernel", "value/kernel"),
+    "vera": ("query/kernel", "value/kernel"),
+    "fact": tuple(f"{n}/kernel" for n in ("query", "key", "value", "out", "Dense_0", "Dense_1")),
+    "arc": tuple(f"{n}/{k}" for n in ("query", "key", "value", "Dense_0") for k in ("kernel", "bias")),
+    "apla": ("out/kernel", "out/bias"),
+    "hta": tuple(f"{n}/kernel" for n in ("query", "key", "value", "out")),
+}
+CHANGES["repadapter"] = CHANGES["arc"]
+# Merging at the start changes nothing, except for these.
+NOT_IDENTITY = ("rlrr", "ssf")
+COUNTS = {  # on ViT-B/16
+    "rlrr": 288_768,  # published
+    "linear": 0,
+    "full": 85_798_656,  # published as 85.8M
+    "bitfit": 102_912,  # published as 0.10M
+    "norm": 25 * 2 * 768,
+    "last": 12 * 768**2 + 13 * 768 + 2 * 768,  # a block (7,087,872) and the final LayerNorm
+    "ssf": 205_824,  # published as 0.24M with a mean head of 0.04M
+    "lora": 294_912,  # published as 0.29M
+    "dora": 294_912 + 24 * 768,
+    "vera": 24_576,  # published as 24.6K
+    "fact": 2 * 768 * 16 + 144 * 16**2,  # the paper's formula 2 d r + 12 L r^2
+    "arc": 96_432,  # published as 0.13M with a mean head of 0.04M
+    "repadapter": 239_808,  # published as 0.22M: 221,184 without its biases
+    "apla": 12 * 768 * 769,
+    "hta": 184_320,  # published as 0.22M with a mean head of 0.04M
+}
+
+
+def b16(size=224):
+    model = vit.ViT.from_variant("B/16", num_classes=100)
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
 @pytest.fixture(scope="module")
 def frozen():
-    tree = random_tree(vit.ViT(**SMALL), 48)
+    tree = random_tree(MODEL, 48)
     return {**tree, "head": jax.tree.map(jnp.zeros_like, tree["head"])}
 
 
+def moved(tree, seed=3):
+    """Every leaf moved, as after training."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        structure, [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    )
+
+
+def loss_of(logits):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean(), logits
+
+
+@jax.jit
+def plain_gradient(params):
+    """Logits and gradient of the ViT's own weights; compiled once for all methods."""
+    with jax.default_matmul_precision("highest"):
+        loss = lambda params: loss_of(MODEL.apply({"params": params}, images()))
+        (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return logits, grads
+
+
+@CASES
+def test_merged_equals_the_methods_own_definition(name, options, frozen):
+    """Logits and gradients."""
+    method = methods.get(name, **options)
+    trainable = moved(method.init(jax.random.key(0), frozen))
+    params, back = jax.vjp(lambda t: method.merge(frozen, t), trainable)
+    ours, grads = plain_gradient(params)
+    (grads,) = back(grads)
+
+    def direct(trainable):
+        params = {**frozen, "head": trainable["head"]}
+        if name == "full":
+            params |= {key: trainable[key] for key in ("cls", "pos_embedding")}
+        around = DIRECT[name](frozen, trainable, **options)
+        return loss_of(reference.forward(params, images(), 4, "tanh", around))
+
+    with jax.default_matmul_precision("highest"):  # op by op, which compiles least
+        (_, theirs), other_grads = jax.value_and_grad(direct, has_aux=True)(trainable)
+    assert float(jnp.abs(ours).max()) > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    grads, other_grads = (flatten_dict(tree, sep="/") for tree in (grads, other_grads))
+    for leaf, grad in grads.items():
+        np.testing.assert_allclose(grad, other_grads[leaf], rtol=1e-4, atol=2e-5, err_msg=leaf)
+        no_gradient = leaf.endswith(("key/shift", "key/bias"))  # softmax does not see them
+        assert no_gradient or jnp.abs(grad).max() > 0, leaf
+
+
+@CASES
+def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, options, frozen):
+    method = methods.get(name, **options)
+    keys = jax.random.split(jax.random.key(0), 2)
+    trainable = jax.jit(jax.vmap(method.init, (0, None)))(keys, frozen)
+    shapes = jax.eval_shape(method.init, keys[0], frozen)
+    assert jax.tree.map(lambda x: x.shape[1:], trainable) == jax.tree.map(lambda x: x.shape, shapes)
+    trainable = moved(trainable)
+    both = jax.jit(jax.vmap(method.merge, (None, 0)))(frozen, trainable)
+    for i in (0, 1):
+        one = method.merge(frozen, jax.tree.map(lambda x: x[i], trainable))
+        assert jax.tree.structure(one) == jax.tree.structure(frozen)
+        for a, b, c in zip(*map(jax.tree.leaves, (one, frozen, both)), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            np.testing.assert_allclose(a, c[i], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_merge_gives_a_plain_vit_tree_and_init_traces(name, frozen):
+def test_start(name, frozen):
+    """Most start at the identity, and all with a zero head."""
     method = methods.get(name)
-    trainable = method.init(jax.random.key(0), frozen)
-    shapes = jax.eval_shape(method.init, jax.random.key(0), frozen)
-    assert jax.tree.map(jnp.shape, trainable) == jax.tree.map(lambda x: x.shape, shapes)
-    merged = method.merge(frozen, trainable)
-    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, frozen)
+    merged = method.merge(frozen, method.init(jax.random.key(0), frozen))
     assert all((x == 0).all() for x in jax.tree.leaves(merged["head"]))
     assert method.DEFAULTS.keys() == {"lr", "weight_decay", "drop_path"}
+    same = jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, 0, 1e-7)), merged, frozen))
+    assert all(same) == (name not in NOT_IDENTITY)
+    head = random_tree(MODEL, 48)["head"]
+    ours, theirs = (apply(MODEL, {**tree, "head": head}, images()) for tree in (merged, frozen))
+    assert bool(jnp.allclose(ours, theirs, 0, 1e-6)) == (name not in NOT_IDENTITY)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_only_its_own_leaves_change(name, frozen):
+    method = methods.get(name)
+    merged = method.merge(frozen, moved(method.init(jax.random.key(0), frozen)))
+    ours, theirs = (flatten_dict(tree, sep="/") for tree in (merged, frozen))
+    changed = {key for key in ours if (ours[key] != theirs[key]).any()}
+    may = {key for key in ours if key.startswith("head/") or key.endswith(CHANGES[name] or "-")}
+    assert changed == may
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_head_kernel_decays_and_its_bias_does_not(name, frozen):
+def test_counts(name):
+    shapes = jax.eval_shape(methods.get(name).init, jax.random.key(0), b16())
+    assert methods.trainable_count(shapes) == COUNTS[name]
+    assert methods.head_count(shapes) == 76_900
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("rlrr", dict(rank=2), 288_768 + 165_888),
+        ("fact", dict(kind="tk", rank=16), 30_976),
+        ("hta", dict(rank=0), 110_592),
+        ("hta", dict(rank=2), 258_048),
+        ("arc", dict(where="attention"), 48_216),
+        ("apla", dict(columns=8), 73_824),
+        ("last", dict(blocks=2), 2 * 7_087_872 + 1_536),
+    ],
+)
+def test_counts_of_options(name, options, count):
+    shapes = jax.eval_shape(methods.get(name, **options).init, jax.random.key(0), b16())
+    assert methods.trainable_count(shapes) == count
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_decay(name, frozen):
+    """The head's kernel decays, its bias does not; nor do biases, shifts of outputs and norms."""
     method = methods.get(name)
     decay = method.decay(method.init(jax.random.key(0), frozen))
     assert decay["head"] == {"kernel": True, "bias": False}
+    names = {"/".join(k) for k, v in flatten_dict(decay).items() if v and k[0] != "head"}
+    if name in ("linear", "bitfit", "norm", "ssf"):
+        assert not names
+    elif name in ("full", "last", "apla"):
+        assert names and all(n.endswith("kernel") for n in names)
+    else:
+        assert names
 
 
-def test_linear_trains_the_head_alone(frozen):
-    trainable = methods.get("linear").init(jax.random.key(0), frozen)
-    assert flatten_dict(trainable).keys() == {("head", "kernel"), ("head", "bias")}
-    merged = methods.get("linear").merge(frozen, {"head": jax.tree.map(jnp.ones_like, frozen["head"])})
-    assert (merged["head"]["bias"] == 1).all()
-    np.testing.assert_array_equal(merged["cls"], frozen["cls"])
-
-
-def test_full_trains_everything_and_decays_kernels_only(frozen):
-    method = methods.get("full")
-    trainable = method.init(jax.random.key(0), frozen)
-    assert jax.tree.structure(trainable) == jax.tree.structure(frozen)
-    jax.tree.map(np.testing.assert_array_equal, trainable, frozen)
-    decayed = {k[-1] for k, v in flatten_dict(method.decay(trainable)).items() if v}
-    assert decayed == {"kernel"}
+@pytest.mark.parametrize("name", [n for n in methods.METHODS if n not in ("linear", "rlrr", "full")])
+def test_trains_in_the_common_step(name, frozen):
+    """Two trials at once: eight steps on one batch lower the loss, and each is as if alone."""
+    recipe = step.Recipe(MODEL, methods.get(name), batch_size=6, num_images=6, image_size=48)
+    mesh = step.make_mesh(jax.devices()[:1], 2)
+    rng = np.random.default_rng(0)
+    data = {"images": rng.integers(0, 256, (6, 48, 48, 3), np.uint8), "labels": np.arange(6) % 3}
+    data["labels"] = data["labels"].astype(np.int32)
+    lrs = (1e-2, 3e-3)
+    hyper = [
+        {
+            "lr": jnp.array([lr] * 9),
+            "weight_decay": jnp.array(1e-4),
+            "drop_path": jnp.array(0.1),
+            "noise_key": jax.random.key(1),
+            "order_key": jax.random.key(2),
+        }
+        for lr in lrs
+    ]
+    keys = jax.random.split(jax.random.key(0), 2)
+    start = step.map_start(recipe, mesh)
+    train = step.map_train_steps(recipe, mesh)
+    losses = []
+    for trials in ([0, 1], [0], [1]):
+        state, metrics = start(keys[jnp.array(trials)], frozen)
+        owned = jax.tree.map(lambda *x: jnp.stack(x), *[hyper[i] for i in trials])
+        losses.append([])
+        for epoch in range(9):
+            state, metrics = train(frozen, data, state, metrics, owned, epoch, 0, 1)
+            losses[-1].append(np.asarray(metrics["loss"])[:, 0])
+    both, *alone = (np.array(x) for x in losses)
+    np.testing.assert_allclose(both, np.concatenate(alone, 1), rtol=0, atol=1e-3)
+    assert (both[-1] < both[0] - 0.01).all(), both
 
 
 def test_unknown_names_are_answered_with_the_nearest():
@@ -58,5 +257,38 @@ def test_unknown_names_are_answered_with_the_nearest():
         methods.get("rlr")
     with pytest.raises(ValueError, match="unknown option of method 'rlrr' 'inti': did you mean 'init'"):
         methods.get("rlrr", inti="paper")
-    with pytest.raises(ValueError, match="use paper, damped or identity"):
-        methods.get("rlrr", init="zero")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rlrr", dict(init="zeros"), "unknown init 'zeros' of method 'rlrr': use paper, damped"),
+        ("rlrr", dict(sides="up"), "use both, left, right"),
+        ("rlrr", dict(rank=0), "option rank=0 must be a whole number greater than 0"),
+        ("rlrr", dict(rank=2, sides="left"), "rank=2 needs both sides"),
+        ("rlrr", dict(with_weight=False, residual=False), "needs both sides and the residual"),
+        ("rlrr", dict(where="mlp"), "unknown place of method 'rlrr' 'mlp'.* joined by .: mha, ffn"),
+        ("rlrr", dict(layers=0), "option layers=0 must be"),
+        ("lora", dict(targets="query+vlue"), "'vlue': did you mean 'value'"),
+        ("lora", dict(rank="eight"), "option rank=eight must be a whole number"),
+        ("fact", dict(kind="tp"), "unknown kind 'tp' of method 'fact': use tt or tk"),
+        ("repadapter", dict(hidden=5), "hidden=5 is not divisible by groups=2"),
+        ("hta", dict(targets="Dense_0"), "unknown target of method 'hta' 'Dense_0'"),
+    ],
+)
+def test_impossible_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        methods.get(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rlrr", dict(layers=4), "option layers=4 is more than the 3 blocks of the model"),
+        ("last", dict(blocks=4), "option blocks=4 is more than the 3 blocks of the model"),
+        ("apla", dict(columns=33), "option columns=33 is more than the model's width 32"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(name, options, message, frozen):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(methods.get(name, **options).init, jax.random.key(0), frozen)

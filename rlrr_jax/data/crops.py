@@ -1,0 +1,126 @@
+"""big_vision's random crops (configs/transfer.py, pp/ops_image.py), made on the host in NumPy.
+
+All pixels are what TensorFlow's resizes without antialiasing give, cut off to whole numbers as
+big_vision does, since Pillow's filters are others.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+import os
+
+import numpy as np
+
+KINDS = ("resmall", "inception")
+
+
+def area(start, stop, source, target):
+    """Rows [start, stop) of the matrix [target, source] that averages over equal parts of a side."""
+    edges = np.arange(start, stop + 1) * (source / target)
+    low, high = edges[:-1, None], edges[1:, None]
+    pixel = np.arange(source)
+    overlap = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
+    return (np.maximum(overlap, 0) * (target / source)).astype(np.float32)
+
+
+def bilinear(source, target):
+    """The matrix [target, source] that interpolates between the two nearest pixels of a side."""
+    place = np.clip((np.arange(target) + 0.5) * (source / target) - 0.5, 0, source - 1)
+    low = np.floor(place).astype(int)
+    matrix = np.zeros((target, source), np.float32)
+    np.add.at(matrix, (np.arange(target), low), 1 - (place - low))
+    np.add.at(matrix, (np.arange(target), np.minimum(low + 1, source - 1)), place - low)
+    return matrix
+
+
+def resample(image, rows, columns):
+    """An image [h, w, 3] uint8 through matrices [H, h] and [W, w]: [H, W, 3] uint8."""
+    height, width, channels = image.shape
+    out = rows @ image.reshape(height, -1).astype(np.float32)
+    out = columns @ out.reshape(-1, width, channels)  # [H, W, 3]
+    # A thousandth makes up for rounding errors of sums that are whole numbers.
+    return np.clip(out + 1e-3, 0, 255).astype(np.uint8)
+
+
+def small(height, width, shorter):
+    """Size of an image whose shorter side becomes `shorter`, as `resize_small` rounds it."""
+    return tuple(round(side * shorter / min(height, width)) for side in (height, width))
+
+
+def window(image, size, shorter, top, left):
+    """A square of `size` pixels of the image with its shorter side resized to `shorter`."""
+    height, width = small(*image.shape[:2], shorter)
+    rows = area(top, top + size, image.shape[0], height)
+    return resample(image, rows, area(left, left + size, image.shape[1], width))
+
+
+def central(image, size, shorter):
+    """`resize_small` and the middle: what big_vision evaluates."""
+    height, width = small(*image.shape[:2], shorter)
+    return window(image, size, shorter, (height - size) // 2, (width - size) // 2)
+
+
+def random_crop(rng, image, size, shorter):
+    """`resize_small` and `random_crop`."""
+    height, width = small(*image.shape[:2], shorter)
+    top, left = (int(rng.integers(side - size + 1)) for side in (height, width))
+    return window(image, size, shorter, top, left)
+
+
+def inception_crop(rng, image, size):
+    """`inception_crop`: a random part of 5 to 100 percent of the area, resized to a square."""
+    top, left, height, width = inception_box(rng, *image.shape[:2])
+    part = image[top : top + height, left : left + width]
+    return resample(part, bilinear(height, size), bilinear(width, size))
+
+
+def inception_box(rng, height, width, least=0.05, aspects=(0.75, 1.33), attempts=100):
+    """(top, left, height, width) as TensorFlow's `sample_distorted_bounding_box` draws it.
+
+    The aspect ratio is uniform, and so is the height among those that fit, not the area. The whole
+    image if no attempt succeeds.
+    """
+    smallest = least * height * width
+    for _ in range(attempts):
+        aspect = rng.uniform(*aspects)
+        low = round((smallest / aspect) ** 0.5)
+        high = min(round((height * width / aspect) ** 0.5), height, int((width + 0.4999) / aspect))
+        if low > high:
+            continue
+        h = int(rng.integers(low, high + 1))
+        w = round(h * aspect)
+        if h * w < smallest:
+            h += 1
+            w = round(h * aspect)
+        if smallest <= h * w and 0 < h <= height and 0 < w <= width:
+            top, left = (int(rng.integers(max(n, 1))) for n in (height - h, width - w))
+            return top, left, h, w
+    return 0, 0, height, width
+
+
+class Crops:
+    """The images of a split, cropped anew in each epoch.
+
+    Args:
+      read: `i -> image [h, w, 3] uint8`.
+      number: of images.
+      kind: "resmall" or "inception".
+      size: of the crops.
+      shorter: see `random_crop`.
+    """
+
+    def __init__(self, read, number, kind, size, shorter):
+        self.read, self.number, self.kind, self.size, self.shorter = read, number, kind, size, shorter
+
+    def epoch(self, epoch):
+        """All crops of an epoch, [N, size, size, 3] uint8. They depend on the epoch alone."""
+
+        def one(i):
+            rng = np.random.default_rng((epoch, i))
+            if self.kind == "inception":
+                return inception_crop(rng, self.read(i), self.size)
+            return random_crop(rng, self.read(i), self.size, self.shorter)
+
+        out = np.empty((self.number, self.size, self.size, 3), np.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for i, crop in enumerate(pool.map(one, range(self.number))):
+                out[i] = crop
+        return out

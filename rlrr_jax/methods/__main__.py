@@ -1,0 +1,41 @@
+"""`python -m rlrr_jax.methods`: what methods there are, their options and counts for a ViT."""
+
+import argparse
+
+import jax
+
+from rlrr_jax import config, methods
+from rlrr_jax.errors import UserError, one_sentence
+from rlrr_jax.models import vit
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(description="Lists the methods.")
+    parser.add_argument("--variant", default="B/16", help="of a ViT for 224 pixels; or bundled")
+    args = parser.parse_args()
+    try:
+        sizes = config.model_sizes(args.variant)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    model = vit.ViT(**sizes, num_classes=2)
+    size = 32 if args.variant == "bundled" else 224
+    image = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+    frozen = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    for name, module in methods.METHODS.items():
+        number = count(methods.get(name), frozen)
+        print(f"{name}: {module.__doc__.splitlines()[0].partition(': ')[2]}")
+        print(f"    {module.FORMULA}")
+        defaults = ", ".join(f"{k} {v:g}" for k, v in module.DEFAULTS.items())
+        print(f"    {number:,} values and the head on {args.variant}; {defaults}")
+        if options := methods.options(name):
+            print("    options:", ", ".join(f"{k}={v}" for k, v in options.items()))
+
+
+def count(method, frozen):
+    """Values that a method trains beside the head; `frozen` may be shapes."""
+    return methods.trainable_count(jax.eval_shape(method.init, jax.random.key(0), frozen))
+
+
+if __name__ == "__main__":
+    one_sentence(main)

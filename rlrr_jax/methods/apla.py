@@ -1,0 +1,56 @@
+"""APLA: only attention's output projection is trained (Sorkhei et al., 2025)."""
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.methods import base
+
+FORMULA = "W_out' = anything, or anything in some random columns"
+DEFAULTS = dict(lr=1e-4, weight_decay=1e-5, drop_path=0.0)  # of its authors' scripts; not tuned here
+
+
+def method(columns=None, column_seed=0):
+    """APLA as a `Method`.
+
+    Args:
+      columns: how many outputs are trained, with their biases, drawn anew in each block; None: all.
+      column_seed: of that draw, which is made anew from it instead of being stored.
+
+    Raises ValueError for other values.
+    """
+    if columns is not None:
+        base.positive("option columns", columns)
+
+    def chosen(frozen):
+        """Indices of the trained outputs, [L, columns]."""
+        depth, _, width = base.sizes(frozen, ("out",))["out"]
+        if columns is None or columns == width:
+            return jnp.tile(jnp.arange(width), (depth, 1))
+        if columns > width:
+            raise ValueError(f"option columns={columns} is more than the model's width {width}")
+        keys = jax.random.split(jax.random.key(column_seed), depth)
+        return jax.vmap(lambda key: jax.random.permutation(key, width)[:columns])(keys)
+
+    def init(key, frozen):
+        del key
+        node, shape = base.subtree(frozen, base.DENSE["out"]), base.sizes(frozen, ("out",))["out"]
+        kernel, index = node["kernel"].reshape(shape), chosen(frozen)
+        return {
+            "out": {
+                "kernel": jnp.take_along_axis(kernel, index[:, None], 2),
+                "bias": jnp.take_along_axis(node["bias"], index, 1),
+            },
+            "head": base.zero_head(frozen),
+        }
+
+    def merge(frozen, trainable):
+        def change(name, kernel, bias):
+            new, index = trainable[name], chosen(frozen)
+            if new["kernel"].shape == kernel.shape:
+                return new["kernel"], new["bias"]
+            put = jax.vmap(lambda whole, i, part: whole.at[..., i].set(part))
+            return put(kernel, index, new["kernel"]), put(bias, index, new["bias"])
+
+        return {**base.change_dense(frozen, ("out",), change), "head": trainable["head"]}
+
+    return base.Method(init, merge, base.decay_of("kernel"), DEFAULTS)

@@ -1,0 +1,26 @@
+"""BitFit: only biases are trained (Ben Zaken et al., ACL 2022)."""
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rlrr_jax.methods.base import Method, decay_of, zero_head
+
+FORMULA = "W' = W, b' = anything"
+DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
+
+
+def method():
+    """BitFit as a `Method`: the biases of the patch embedding, every Dense and every LayerNorm."""
+    return Method(init, merge, decay_of("kernel"), DEFAULTS)
+
+
+def init(key, frozen):
+    """A copy of every bias; the head is zero."""
+    del key
+    biases = {k: jnp.array(v) for k, v in flatten_dict(frozen).items() if k[-1] == "bias"}
+    return {**unflatten_dict(biases), "head": zero_head(frozen)}
+
+
+def merge(frozen, trainable):
+    """The frozen tree with the trained biases."""
+    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})

@@ -1,0 +1,36 @@
+"""DoRA: LoRA for the direction of each kernel column, a length beside it (Liu et al., ICML 2024)."""
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.methods import base, lora
+
+FORMULA = "W' = m * V / |V|, V = W + (alpha / r) A B, |V| the norm of each output's column"
+DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
+
+
+def method(rank=8, alpha=None, targets="query+value"):
+    """DoRA as a `Method`. As its authors advise, the norm |V| gets no gradient (section 4.3).
+
+    Args and errors: see `lora.method`.
+    """
+    base.positive("option rank", rank)
+    targets = base.names_in(targets, base.DENSE, "target of method 'dora'")
+    scale = 1.0 if alpha is None else alpha / rank
+
+    def init(key, frozen):
+        tree = lora.factors(key, frozen, targets, rank)
+        for name, shape in base.sizes(frozen, targets).items():
+            kernel = base.subtree(frozen, base.DENSE[name])["kernel"].reshape(shape)
+            tree[name]["magnitude"] = jnp.linalg.norm(kernel, axis=1)  # [L, out]
+        return {**tree, "head": base.zero_head(frozen)}
+
+    def merge(frozen, trainable):
+        def change(name, kernel, bias):
+            direction = kernel + scale * lora.product(trainable[name])
+            norm = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=1))
+            return base.columns(direction, trainable[name]["magnitude"] / norm), bias
+
+        return {**base.change_dense(frozen, targets, change), "head": trainable["head"]}
+
+    return base.Method(init, merge, base.decay_of("down", "up", "kernel"), DEFAULTS)

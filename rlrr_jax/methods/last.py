@@ -1,0 +1,39 @@
+"""Partial fine-tuning: only the last blocks are trained ("Partial-k" of Jia et al., ECCV 2022)."""
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.methods.base import BLOCK, Method, decay_of, positive, replaced, subtree, zero_head
+
+FORMULA = "W' = anything in the last k blocks, W before"
+DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
+_NORM = ("Transformer", "encoder_norm")
+
+
+def method(blocks=1):
+    """The last `blocks` blocks and, as in VPT's code, the final LayerNorm, as a `Method`."""
+    positive("option blocks", blocks)
+    return Method(
+        lambda key, frozen: _init(frozen, blocks),
+        lambda frozen, trainable: _merge(frozen, trainable, blocks),
+        decay_of("kernel"),
+        DEFAULTS,
+    )
+
+
+def _init(frozen, k):
+    depth = len(subtree(frozen, BLOCK)["LayerNorm_0"]["scale"])
+    if k > depth:
+        raise ValueError(f"option blocks={k} is more than the {depth} blocks of the model")
+    return {
+        "last": jax.tree.map(lambda x: jnp.array(x[-k:]), subtree(frozen, BLOCK)),
+        "encoder_norm": jax.tree.map(jnp.array, subtree(frozen, _NORM)),
+        "head": zero_head(frozen),
+    }
+
+
+def _merge(frozen, trainable, k):
+    join = lambda first, last: jnp.concatenate([first[:-k], last])
+    blocks = jax.tree.map(join, subtree(frozen, BLOCK), trainable["last"])
+    params = replaced(replaced(frozen, BLOCK, blocks), _NORM, trainable["encoder_norm"])
+    return {**params, "head": trainable["head"]}

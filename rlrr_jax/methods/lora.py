@@ -1,0 +1,54 @@
+"""LoRA: a product of low rank is added to some kernels (Hu et al., ICLR 2022)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.methods import base
+
+FORMULA = "W' = W + (alpha / r) A B"
+DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
+
+
+def method(rank=8, alpha=None, targets="query+value"):
+    """LoRA as a `Method`; no dropout of its input, which could not be folded.
+
+    Args:
+      rank: r of A [in, r] and B [r, out].
+      alpha: None is the rank, so that the product is not scaled.
+      targets: Dense layers, joined by "+": query, key, value, out, Dense_0, Dense_1.
+
+    Raises ValueError for other values.
+    """
+    base.positive("option rank", rank)
+    targets = base.names_in(targets, base.DENSE, "target of method 'lora'")
+    scale = 1.0 if alpha is None else alpha / rank
+
+    def change(trainable):
+        return lambda name, kernel, bias: (kernel + scale * product(trainable[name]), bias)
+
+    return base.Method(
+        lambda key, frozen: {**factors(key, frozen, targets, rank), "head": base.zero_head(frozen)},
+        lambda frozen, trainable: {
+            **base.change_dense(frozen, targets, change(trainable)),
+            "head": trainable["head"],
+        },
+        base.decay_of("down", "up", "kernel"),
+        DEFAULTS,
+    )
+
+
+def factors(key, frozen, targets, rank):
+    """`{name: {"down" [L, in, r], "up" [L, r, out]}}`: A is U(+-1 / sqrt(in)), B is zero."""
+    tree = {}
+    for i, (name, (depth, inputs, outputs)) in enumerate(base.sizes(frozen, targets).items()):
+        shape, bound = (depth, inputs, rank), 1 / math.sqrt(inputs)
+        down = base.uniform(jax.random.fold_in(key, i), shape, bound)
+        tree[name] = {"down": down, "up": jnp.zeros((depth, rank, outputs))}
+    return tree
+
+
+def product(node):
+    """A B of every block, [L, in, out]."""
+    return base.dot(node["down"], node["up"])

@@ -1,0 +1,27 @@
+"""LayerNorm tuning: only scale and bias of every LayerNorm are trained (Zhao et al., ICLR 2024)."""
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rlrr_jax.methods.base import Method, decay_of, zero_head
+
+FORMULA = "W' = W, b' = b; scale and bias of each LayerNorm anything"
+DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
+
+
+def method():
+    """LayerNorm tuning as a `Method`."""
+    return Method(init, merge, decay_of("kernel"), DEFAULTS)
+
+
+def init(key, frozen):
+    """A copy of every LayerNorm; the head is zero."""
+    del key
+    is_norm = lambda path: any("norm" in part.lower() for part in path)
+    norms = {k: jnp.array(v) for k, v in flatten_dict(frozen).items() if is_norm(k)}
+    return {**unflatten_dict(norms), "head": zero_head(frozen)}
+
+
+def merge(frozen, trainable):
+    """The frozen tree with the trained LayerNorms."""
+    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})

@@ -1,0 +1,60 @@
+"""RepAdapter: linear adapters before attention and MLP, the second half grouped.
+
+(Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization", 2023.) They stand
+between a LayerNorm and what follows, so they fold into query, key, value and Dense_0.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.methods import base
+
+FORMULA = "W' = (I + s A B) W, b' = b + s (a B + c) W; B in groups: block-diagonal"
+DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.1)  # its authors'; not tuned here
+
+
+def method(hidden=8, groups=2, scale=1.0, where="attention+mlp"):
+    """RepAdapter as a `Method`; without the dropout of its authors' code, which could not be folded.
+
+    Args:
+      hidden: width of A's output [D, hidden].
+      groups: each group of B's outputs sees its share of the hidden values.
+      scale: s, which its authors choose for each task.
+      where: "attention", "mlp" or both, joined by "+".
+
+    Raises ValueError for other values.
+    """
+    base.positive("option hidden", hidden)
+    base.positive("option groups", groups)
+    if hidden % groups:
+        raise ValueError(f"hidden={hidden} is not divisible by groups={groups}")
+    where = base.names_in(where, base.AFTER_NORM, "place of method 'repadapter'")
+
+    def init(key, frozen):
+        depth, width = base.sizes(frozen)["query"][:2]
+        if width % groups:
+            raise ValueError(f"groups={groups} does not divide the model's width {width}")
+        bound = math.sqrt(6 / (width + hidden))  # Xavier-uniform
+        tree = {
+            place: {
+                "down": base.uniform(jax.random.fold_in(key, i), (depth, width, hidden), bound),
+                "down_bias": jnp.zeros((depth, hidden)),
+                "up": jnp.zeros((depth, groups, hidden // groups, width // groups)),
+                "up_bias": jnp.zeros((depth, width)),
+            }
+            for i, place in enumerate(where)
+        }
+        return {**tree, "head": base.zero_head(frozen)}
+
+    def merge(frozen, trainable):
+        for place in where:
+            node = trainable[place]
+            up = jax.vmap(lambda up: jax.scipy.linalg.block_diag(*up))(node["up"])  # [L, hidden, D]
+            shift = base.dot(node["down_bias"][:, None], up)[:, 0] + node["up_bias"]
+            frozen = base.prepend(frozen, place, scale * node["down"], up, scale * shift)
+        return {**frozen, "head": trainable["head"]}
+
+    names = ("down", "down_bias", "up", "up_bias", "kernel")
+    return base.Method(init, merge, base.decay_of(*names), DEFAULTS)

@@ -1,0 +1,37 @@
+"""SSF: the output of every operation is scaled and shifted (Lian et al., NeurIPS 2022)."""
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rlrr_jax.methods.base import Method, affine, decay_of, replaced, subtree, zero_head
+
+FORMULA = "W' = W * s_out, b' = b * s_out + f; LayerNorms and patch embedding, too"
+DEFAULTS = dict(lr=5e-3, weight_decay=5e-5, drop_path=0.0)  # of most of its authors' VTAB-1k scripts
+
+
+def method():
+    """SSF as a `Method`. As in its authors' code only the head's kernel decays."""
+    return Method(init, merge, decay_of("kernel"), DEFAULTS)
+
+
+def _sites(tree, name):
+    """Paths of all Dense, LayerNorm and patch embedding nodes but the head."""
+    return sorted(k[:-1] for k in flatten_dict(tree) if k[-1] == name and k[0] != "head")
+
+
+def init(key, frozen):
+    """A scale, N(1, 0.02^2), and a shift, N(0, 0.02^2), beside each bias. Not quite the identity."""
+    tree = {}
+    for i, path in enumerate(_sites(frozen, "bias")):
+        shape = subtree(frozen, path)["bias"].shape
+        scale, shift = 0.02 * jax.random.normal(jax.random.fold_in(key, i), (2, *shape))
+        tree |= {(*path, "scale"): 1 + scale, (*path, "shift"): shift}
+    return {**unflatten_dict(tree), "head": zero_head(frozen)}
+
+
+def merge(frozen, trainable):
+    """Folds scales and shifts into kernels (of LayerNorms: scales) and biases."""
+    params = {**frozen, "head": trainable["head"]}
+    for path in _sites(trainable, "shift"):
+        params = replaced(params, path, affine(subtree(frozen, path), **subtree(trainable, path)))
+    return params

@@ -1,0 +1,56 @@
+"""VeRA: LoRA whose factors are random, frozen and shared; two vectors are trained beside them.
+
+(Kopiczko et al., ICLR 2024.)
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.methods import base
+
+FORMULA = "W' = W + A diag(d) B diag(b), A and B random, the same in every block"
+DEFAULTS = dict(lr=1e-2, weight_decay=0.0, drop_path=0.0)  # not tuned on VTAB-1k
+
+
+def method(rank=256, targets="query+value", projection_seed=0):
+    """VeRA as a `Method`.
+
+    Args:
+      rank: r of A [in, r] and B [r, out], Kaiming-uniform.
+      targets: see `lora.method`.
+      projection_seed: of A and B, which are made anew from it instead of being stored.
+
+    Raises ValueError for other values.
+    """
+    base.positive("option rank", rank)
+    targets = base.names_in(targets, base.DENSE, "target of method 'vera'")
+
+    def init(key, frozen):
+        del key
+        tree = {
+            name: {"d": jnp.full((depth, rank), 0.1), "b": jnp.zeros((depth, outputs))}
+            for name, (depth, _, outputs) in base.sizes(frozen, targets).items()
+        }
+        return {**tree, "head": base.zero_head(frozen)}
+
+    def merge(frozen, trainable):
+        shapes = base.sizes(frozen, targets).values()
+        down, up = projections(projection_seed, *(max(s[i] for s in shapes) for i in (1, 2)), rank)
+
+        def change(name, kernel, bias):
+            (_, inputs, outputs), node = kernel.shape, trainable[name]
+            scaled = up[:, :outputs] * node["b"][:, None]  # [L, r, out]
+            return kernel + base.dot(down[:inputs] * node["d"][:, None], scaled), bias
+
+        return {**base.change_dense(frozen, targets, change), "head": trainable["head"]}
+
+    return base.Method(init, merge, base.decay_of("d", "b", "kernel"), DEFAULTS)
+
+
+def projections(seed, inputs, outputs, rank):
+    """A [in, r] and B [r, out] of the largest kernel; smaller ones use their first rows and columns."""
+    down, up = jax.random.split(jax.random.key(seed))
+    down = base.uniform(down, (inputs, rank), math.sqrt(6 / inputs))
+    return down, base.uniform(up, (rank, outputs), math.sqrt(6 / rank))

@@ -1,0 +1,197 @@
+"""The configurations beside vtab.py, and the recipe for a method of one's own in the README."""
+
+import pathlib
+import re
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import ablations, compare, transfer, vtab
+from rlrr_jax import config as config_lib
+from rlrr_jax import files, methods, report, suite
+from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(config, workdir):
+    rows, problems = suite.run(config, workdir)
+    assert not problems
+    return rows
+
+
+def changed(config, **changes):
+    with config.unlocked():
+        config.update({"num_devices": 1, **changes})
+    return config
+
+
+# compare.py -----------------------------------------------------------------------------------
+
+
+def test_compare_gives_every_method_the_same_number_of_candidates():
+    runs = config_lib.resolve(compare.get_config("kitti"))
+    assert {r.method for r in runs} == set(methods.METHODS) and len(runs) == 3 * len(methods.METHODS)
+    for r in runs:
+        assert r.protocol == "vtab" and len(r.grid.lr) == 5
+        own = methods.get(r.method).DEFAULTS
+        own |= tasks.get("kitti").recipes.get(r.method, {})
+        assert r.grid.lr == pytest.approx([own["lr"] * x for x in (0.1, 0.3, 1, 3, 10)])
+        assert (r.grid.weight_decay, r.grid.drop_path) == ((own["weight_decay"],), (own["drop_path"],))
+    trials = config_lib.trials(runs[0])
+    assert [t.lr for t in trials] == list(runs[0].grid.lr)
+    assert {(t.weight_decay, t.drop_path, t.protocol) for t in trials} == {(5e-2, 0.3, "tune")}
+
+
+def test_compare_prints_one_table_and_one_picture(tmp_path):
+    config = compare.get_config("digits,method=linear+bitfit")
+    rows = run(changed(config, epochs=1, seeds=(0, 1)), tmp_path)
+    assert len(rows) == 4
+    text = report.show(rows)
+    lines = [line for line in text.splitlines() if line.startswith("| digits")]
+    assert len(lines) == 2
+    assert re.search(r"\| digits \| linear \| vtab +\| +\d\d\.\d\d ± \d\.\d\d % \|", lines[0])
+    assert "lr chosen from" in text and "0.003 0.009 0.03 0.09 0.3" in text
+    for row in rows:
+        folder = tmp_path / "digits" / row["method"] / "search"
+        tried = [files.read_json(p) for p in folder.glob("seed0-*/result.json")]
+        assert len(tried) == 5 and {t["num_test"] for t in tried} == {None}
+        best = max(tried, key=lambda t: (t["val_acc"], -t["lr"]))
+        assert (row["lr"], row["val_acc"]) == (best["lr"], best["val_acc"])
+    picture = (tmp_path / "comparison.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert "Each run:" in (tmp_path / "results.md").read_text()
+
+
+def test_seeds_are_folded_with_their_deviation():
+    row = {
+        **dict(task="digits", method="rlrr", method_kwargs={}, protocol="fast", seed=0, lr=0.1),
+        **dict(test_acc_final=0.5, test_acc_best=None, val_acc=None, trainable_params=5),
+        **dict(head_params=1, epochs=3, images_per_second=10.0, wall_seconds=2.0),
+    }
+    other = {**row, "seed": 1, "test_acc_final": 0.7}
+    (line,) = report.table([row, other]).splitlines()[2:]
+    assert "60.00 ± 14.14 %" in line and "4 s" in line
+    for key, value in (("epochs", 4), ("lr", 0.2), ("method_kwargs", {"rank": 2}), ("new", 1)):
+        assert len(report.table([row, {**other, key: value}]).splitlines()) == 4, key
+
+
+# ablations.py ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("table", "number"), [("table6", 6), ("table10", 5), ("table11", 3), ("rank", 4)])
+def test_ablations_resolve_on_any_task(table, number):
+    for task in ("hearts", "cifar"):
+        runs = config_lib.resolve(ablations.get_config(f"{table},{task}"))
+        assert len(runs) == number == len({report.method_folder(r) for r in runs})
+        assert {r.task for r in runs} == {task}
+
+
+def test_figure2_goes_by_the_depth():
+    for arg, depth in (("figure2", 6), ("figure2,cifar", 12)):
+        runs = config_lib.resolve(ablations.get_config(arg))
+        assert len(runs) == 4 * depth
+        assert max(r.method_kwargs["layers"] for r in runs) == depth
+
+
+def test_ablation_rows_and_folders(tmp_path):
+    config = ablations.get_config("table11,digits")
+    rows = run(changed(config, epochs=1), tmp_path)
+    folders = {path.name for path in (tmp_path / "digits").iterdir()}
+    assert folders == {"rlrr-with_weightFalse", "rlrr-with_weightTrue", "lora-rank16"}
+    text = report.show(rows)
+    assert "rlrr with_weight=False" in text and "lora rank=16" in text
+    assert len({row["identity"] for row in rows}) == 3
+    assert run(config, tmp_path) == rows
+
+
+def test_an_unknown_table_is_named():
+    with pytest.raises(ValueError, match="ablations.py:TABLE,TASK with one of the tables table6"):
+        ablations.get_config("table7")
+
+
+# transfer.py ----------------------------------------------------------------------------------
+
+
+def test_transfer_is_big_visions_recipe():
+    (r,) = config_lib.resolve(transfer.get_config("cifar100_full"))
+    assert (r.method, r.lr, r.batch_size, r.optimizer, r.grad_clip) == ("full", 0.01, 512, "momentum", 1)
+    assert (r.momentum_dtype, r.weight_decay, r.drop_path) == ("bfloat16", 0, 0)
+    assert (r.total_steps, r.warmup_steps, r.schedule) == (10_000, 500, "bigvision")
+    assert (r.crop, r.crop_from, r.image_size, r.flip) == ("resmall", 448, 384, True)
+    assert r.epochs == 105  # of 96 steps: 49,000 images
+    (pets,) = config_lib.resolve(transfer.get_config("pets_full"))
+    assert (pets.total_steps, pets.warmup_steps, pets.epochs) == (500, 100, 72)
+    assert suite.cost(pets).steps == 500
+    (vtab_task,) = config_lib.resolve(transfer.get_config("dtd"))
+    assert (vtab_task.total_steps, vtab_task.epochs) == (500, 250)
+    (rlrr,) = config_lib.resolve(transfer.get_config("pets_full,method=rlrr"))
+    assert rlrr.protocol == "vtab" and len(config_lib.trials(rlrr)) == 5
+    with pytest.raises(ValueError, match="different numbers of steps"):
+        transfer.get_config("cifar10_full,pets_full")
+
+
+def test_full_splits_are_big_visions():
+    sizes = {name: dict(tasks.get(name).sizes) for name in tasks.FULL}
+    assert sizes["cifar10_full"] == {"train": 49_000, "val": 1_000}
+    assert sizes["pets_full"] == {"train": 3_312, "val": 368}
+    assert sizes["flowers_full"] == {"train": 918, "val": 102}
+    assert tasks.expand(["full"]) == list(tasks.FULL)
+    assert tasks.get("cifar10_full").splits["val"] == "train[49000:]"
+
+
+def test_transfer_trains_on_crops_and_stops_at_its_last_step(tmp_path):
+    config = changed(transfer.get_config("digits"), total_steps=7, warmup_steps=2, batch_size=200)
+    (row,) = run(config, tmp_path / "whole")
+    history = files.read_rows(tmp_path / "whole/digits/full/seed0/metrics.jsonl")
+    assert (row["epochs"], row["total_steps"], len(history)) == (2, 7, 2)
+    assert history[0]["lr"] > history[1]["lr"] > 0
+    assert row["test_acc_final"] > 0.15
+    assert (row["optimizer"], row["crop"], row["crop_from"]) == ("momentum", "resmall", 36)
+
+
+def test_crops_reach_the_step(tmp_path, monkeypatch):
+    """Every epoch trains on its own crops, a resumed one on the same; the test images are central."""
+    seen = []
+
+    def look(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar):
+        seen.append(np.asarray(data["images"]))
+        clock.seconds, clock.images = clock.seconds + 1, clock.images + len(seen[-1])
+        return state, metrics
+
+    monkeypatch.setattr(suite.train, "train_epoch", look)
+    config = changed(transfer.get_config("digits"), total_steps=4)
+    run(config, tmp_path)
+    found = sources.find("digits")
+    crops, labels = store.load_crops("digits", "train800val200", 32, "resmall", 36, found=found)
+    assert len(seen) == 2 and len(labels) == 1000
+    for epoch in (0, 1):
+        np.testing.assert_array_equal(seen[epoch], crops.epoch(epoch))
+    images, _ = store.load_split("digits", "test", 32, found=found, shorter=36)
+    ((original, _),) = sources.open_split("digits", "test", found).read(0, 1)
+    np.testing.assert_array_equal(images[0], store.decode(original, 32, shorter=36))
+
+
+# README ---------------------------------------------------------------------------------------
+
+
+def test_the_readmes_method_runs_as_written(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text().partition("## Adding a method")[2]
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert len(code.splitlines()) < 30
+    module = types.ModuleType("rlrr_jax.methods.gain")
+    exec(compile(code, "gain.py", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "rlrr_jax.methods.gain", module)
+    monkeypatch.setitem(methods.METHODS, "gain", module)
+    config = changed(vtab.get_config("digits,method=linear+gain,targets=query+value"), epochs=2)
+    linear, gain = run(config, tmp_path)
+    assert gain["trainable_params"] == 2 * 6 and gain["method_kwargs"] == {"targets": "query+value"}
+    assert gain["test_acc_final"] > 0.8
+    assert '"gain": gain' in text and "method=linear+gain" in text
+    with pytest.raises(UserError, match="did you mean 'targets'"):
+        config_lib.resolve(vtab.get_config("digits,method=gain,target=query"))
+    assert jax.tree.leaves(linear)
