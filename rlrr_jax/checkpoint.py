@@ -14,7 +14,7 @@ import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from rlrr_jax import files
+from rlrr_jax import distributed, files
 from rlrr_jax.errors import UserError, first_line
 
 
@@ -42,7 +42,7 @@ class Keeper:
 
         Raises UserError if it cannot be written.
         """
-        if not last and time.monotonic() - self.saved < self.seconds:
+        if not distributed.agree(last or time.monotonic() - self.saved >= self.seconds):
             return
         begun = time.monotonic()
         number = (self.manager.latest_step() or 0) + 1

@@ -220,7 +220,9 @@ def _variants(config, chosen):
     out = []
     for variant in config.variants:
         if not isinstance(variant, dict):
-            raise UserError(f"config.variants={config.variants} must be a list, such as ({{'rank': 2}},)")
+            raise UserError(
+                f"config.variants={config.variants} must be a list, such as ({{'rank': 2}},)"
+            )
         options = {**config.method_kwargs.to_dict(), **variant}
         method = options.pop("method", chosen[0])
         kwargs = _method_kwargs([method], options, config)[method]

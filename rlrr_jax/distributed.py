@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -31,16 +32,20 @@ def start(mode="auto", timeout=300):
       mode: "auto" goes on alone if nothing announces others, "on" does not, "off" never joins.
       timeout: seconds to wait for the others.
 
-    Raises UserError if the others do not come, naming them.
+    Raises UserError if "on" finds nothing. If the others do not come, the process ends with a sentence:
+    JAX itself would abort.
     """
     if mode == "off":
         return
     number, mine = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    timer = threading.Timer(timeout, _give_up, [timeout, number, mine])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             num_processes=number and int(number),
             process_id=mine and int(mine),
-            initialization_timeout=timeout,
+            initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=30,
         )
     except ValueError as e:  # nothing announces others
@@ -50,11 +55,8 @@ def start(mode="auto", timeout=300):
                 f"a TPU pod or GKE, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             ) from e
         return
-    except RuntimeError as e:
-        raise UserError(
-            f"gave up after {timeout} s without all other processes ({_missing(e)}): see whether the same "
-            f"command runs on every host"
-        ) from e
+    finally:
+        timer.cancel()
     if jax.process_count() > 1:
         print(
             f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
@@ -62,13 +64,18 @@ def start(mode="auto", timeout=300):
             file=sys.stderr,
             flush=True,
         )
-        threading.Thread(target=_watch, daemon=True).start()
 
 
-def _missing(error):
-    """The tasks that JAX says did not come, or the first line of what it says."""
-    names = [part.split()[0].strip(",.") for part in str(error).split("/task:")[1:]]
-    return f"missing: {', '.join(sorted(set(names)))}" if names else first_line(error)
+def _give_up(timeout, number, mine):
+    where = os.environ.get("JAX_COORDINATOR_ADDRESS", "process 0")
+    print(
+        f"error: gave up after {timeout} s: not all of the {number or 'announced'} processes came to "
+        f"{where} (this is process {mine or 'of a cluster'}): see whether the same command runs on every "
+        f"host, or raise --distributed_timeout",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def lead():
@@ -103,31 +110,53 @@ def fetch(tree):
     """A tree of arrays as NumPy, whole in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    whole = lambda x: x.is_fully_addressable or x.is_fully_replicated
-    get = lambda x: np.asarray(x) if whole(x) else multihost_utils.process_allgather(x, tiled=True)
+
+    def get(x):
+        if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
     return jax.tree.map(get, tree)
 
 
 @contextlib.contextmanager
-def together():
-    """Whatever ends one process ends all of them, each with its message."""
+def together(*expected):
+    """Whatever ends one process ends all of them, each with its message.
+
+    `expected` exceptions are those that every process raises by itself.
+    """
     if jax.process_count() == 1:
         yield
         return
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=[over])
+    watch.start()
     try:
         yield
-    except BaseException as e:
-        text = str(e) if isinstance(e, UserError | SystemExit) else f"{type(e).__name__}: {first_line(e)}"
-        _client().key_value_set(_FAILED, f"process {jax.process_index()}: {text}", allow_overwrite=True)
+    except expected:
         raise
+    except BaseException as e:
+        text = str(e) if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {first_line(e)}"
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # the first to fail is enough
+            _client().key_value_set(_FAILED, f"process {jax.process_index()}: {text}")
+        time.sleep(4)  # for the others to hear of it: process 0 keeps the service
+        os._exit(1)  # a regular exit would wait for them
+    finally:
+        over.set()
+        watch.join()
 
 
-def _watch():
-    """Waits for another process to fail, then ends this one, which may hang in a collective."""
-    with contextlib.suppress(Exception):  # the service ends with a run that went well
-        text = _client().blocking_key_value_get(_FAILED, 2**31 - 1)
+def _watch(over):
+    """Ends this process, which may hang in a collective, when another one has failed."""
+    while not over.wait(1):
+        try:
+            text = _client().key_value_try_get(_FAILED)
+        except Exception:  # not set
+            continue
         if not text.startswith(f"process {jax.process_index()}:"):
             print(f"error: {text}", file=sys.stderr, flush=True)
+            time.sleep(6 if lead() else 0)  # process 0 keeps the service, and goes last
             os._exit(1)
 
 

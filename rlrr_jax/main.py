@@ -1,14 +1,18 @@
 """`python -m rlrr_jax.main --config configs/vtab.py:cifar`: flags in, a table out."""
 
+import os
 import pathlib
 import re
+import signal
+import sys
+import threading
 import traceback
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlrr_jax import report, suite
+from rlrr_jax import distributed, report, suite, train
 from rlrr_jax.errors import UserError, one_sentence
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
@@ -16,6 +20,17 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the results; default runs/<hash of the configuration>"
 )
 
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    distributed.MODES,
+    "several processes in one run: if something announces them, always, or never",
+)
+_TIMEOUT = flags.DEFINE_integer(
+    "distributed_timeout", 300, "seconds to wait for the other processes", lower_bound=1
+)
+
+STOPPED = 75  # exit code of a run that was stopped by SIGTERM and goes on when started again
 _KEYS = "the configuration file lists them; options of a method are written vtab.py:init=damped"
 CACHE = pathlib.Path("~/.cache/rlrr_jax/compiled")
 BUNDLED = """\
@@ -35,12 +50,22 @@ def main(argv):
     config = _CONFIG.value
     if config is None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
+    distributed.start(_DISTRIBUTED.value, _TIMEOUT.value)
     if jax.config.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR says where
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not distributed.lead():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115; process 0 shows what all do
     if config.task is None:
         print(BUNDLED, flush=True)
-    rows, problems = suite.run(config, _WORKDIR.value)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        with distributed.together(train.Stopped):
+            rows, problems = suite.run(config, _WORKDIR.value, stop.is_set)
+    except train.Stopped:
+        print("stopped and saved: the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     if rows:
         print(f"\n{report.show(rows)}", flush=True)
     if problems:

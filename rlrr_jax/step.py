@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import optim, resize
+from rlrr_jax import distributed, optim, resize
 from rlrr_jax.methods import Method
 
 
@@ -69,8 +69,21 @@ def place(mesh, spec):
 
 
 def put(mesh, spec, tree):
-    """Lays a tree on the mesh; every argument gets its final place before the first call."""
-    return jax.device_put(tree, place(mesh, spec))
+    """Lays a tree, the same in every process, on the mesh.
+
+    Every argument gets its final place before the first call, or the second call compiles again.
+    """
+    sharding = place(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x)))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def put_trials(mesh, trees):
@@ -267,29 +280,42 @@ def map_eval_step(model, image_size, precision, mesh):
 def batches(images, labels, size, mesh):
     """Slices of a split on the mesh as (images, labels, mask), all of one shape.
 
-    The last is padded, and so is each to a multiple of the devices; padding has mask 0.
+    The last is padded, and so is each to a multiple of the devices; padding has mask 0. Each process
+    reads what its devices need.
     """
     size = min(size, len(labels))
     slots = math.ceil(size / mesh.shape["data"]) * mesh.shape["data"]
+    sharding = place(mesh, P("data"))
     for start in range(0, len(labels), size):
         count = min(size, len(labels) - start)
-        batch = (
-            np.zeros((slots, *images.shape[1:]), images.dtype),
-            np.zeros(slots, np.int32),
-            (np.arange(slots) < count).astype(np.float32),
+
+        def shard(array, dtype, index, start=start, count=count):
+            low, high, _ = index[0].indices(slots)
+            part = np.zeros((high - low, *array.shape[1:]), dtype)
+            real = array[start + low : start + max(low, min(high, count))]
+            part[: len(real)] = real
+            return part
+
+        arrays = (images, images.dtype), (labels, np.int32), (np.ones(len(labels)), np.float32)
+        yield tuple(
+            jax.make_array_from_callback(
+                (slots, *array.shape[1:]), sharding, functools.partial(shard, array, dtype)
+            )
+            for array, dtype in arrays
         )
-        batch[0][:count] = images[start : start + count]
-        batch[1][:count] = labels[start : start + count]
-        yield put(mesh, P("data"), batch)
 
 
-def evaluate(step, params, images, labels, size, mesh):
-    """Mean loss and accuracy [T] each of a split, streamed in batches of `size`."""
+def evaluate(step, params, images, labels, size, mesh, check=lambda: None):
+    """Mean loss and accuracy [T] each of a split, streamed in batches of `size`.
+
+    `check` is called before each batch, and may raise to end this.
+    """
     sums = []
     for batch in batches(images, labels, size, mesh):
+        check()
         sums.append(step(params, *batch))
-        sums[-3:-2] = jax.device_get(sums[-3:-2])  # waits, so that few batches are on the device
-    sums = jax.device_get(sums)
+        sums[-3:-2] = distributed.fetch(sums[-3:-2])  # waits, so that few batches are on the device
+    sums = distributed.fetch(sums)
     return {
         "loss": np.sum([s["loss"] for s in sums], 0, np.float64) / len(labels),
         "accuracy": np.sum([s["correct"] for s in sums], 0, np.float64) / len(labels),

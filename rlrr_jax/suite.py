@@ -9,11 +9,12 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 from etils import epath
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, pretrained, report, train
+from rlrr_jax import distributed, files, pretrained, report, train
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError, first_line
 
@@ -27,8 +28,10 @@ class Work(NamedTuple):
     label: str
 
 
-def run(config, workdir=None):
+def run(config, workdir=None, stop=lambda: False):
     """Trains and evaluates all runs of a configuration.
+
+    In several processes, each calls this; process 0 writes. `stop` says whether to save and stop.
 
     Runs that are finished in the workdir are not repeated; an interrupted one goes on; where there
     are several tasks, one that fails does not stop the others.
@@ -39,9 +42,11 @@ def run(config, workdir=None):
     Raises:
       UserError: for anything the user can mend, before any work where that can be seen; of a single
         task at once, of several only if none of them can run.
+      train.Stopped: if `stop` said so, when all is saved.
     """
     runs = config_lib.resolve(config)
     workdir = epath.Path(workdir or f"runs/{config_lib.fingerprint(runs)}").expanduser()
+    _check_alike(runs)
     problems = {}
     survive = functools.partial(_survive, problems, alone=len({r.task for r in runs}) == 1)
     works = _locate(runs, workdir, survive)
@@ -60,14 +65,25 @@ def run(config, workdir=None):
     for _, group in itertools.groupby(works, lambda work: config_lib.together(work.run)):
         group = list(group)
         with survive(*group), locked(group):
-            chosen = choose(group, weights, load_data, forecast)
-            rows += finish(chosen, weights, load_data, forecast)
+            train_all = functools.partial(finish, weights=weights, load_data=load_data)
+            train_all = functools.partial(train_all, forecast=forecast, stop=stop)
+            rows += train_all(choose(group, train_all))
     if not rows:
         raise UserError(f"every run failed; {explain(problems)[0]}")
-    everything = report.collect(workdir)
-    if len(everything) <= report.MOST_CURVES:
-        report.all_curves(workdir, everything)
+    if distributed.lead():
+        everything = report.collect(workdir)
+        if len(everything) <= report.MOST_CURVES:
+            report.all_curves(workdir, everything)
     return rows, problems
+
+
+def _check_alike(runs):
+    """UserError unless every process was given the same configuration."""
+    mine = config_lib.fingerprint(runs)
+    if distributed.any_of(distributed.agree(mine) != mine):
+        raise UserError(
+            "the processes were started with different configurations: start the same command everywhere"
+        )
 
 
 def explain(problems):
@@ -94,7 +110,10 @@ def _locate(runs, workdir, survive):
             found = config_lib.locate(r)
             where = (r.image_size, r.data.variant, found, r.data.cache_dir, config_lib.shorter(r))
             if found.kind != "bundled":
-                parts = [train.splits(r), *([tasks.get(r.task).parts[:2]] if r.protocol == "vtab" else [])]
+                parts = [
+                    train.splits(r),
+                    *([tasks.get(r.task).parts[:2]] if r.protocol == "vtab" else []),
+                ]
                 stored = {part for pair in parts for part in (pair[1:] if r.crop else pair)}
                 entries += [entry(r.task, part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
@@ -128,8 +147,10 @@ def _survive(problems, *works, alone):
         yield
         for work in works:
             (work.folder / "error.txt").unlink(missing_ok=True)
+    except train.Stopped:
+        raise
     except Exception as e:
-        if alone:
+        if alone or jax.process_count() > 1:  # the others would wait for this process
             raise
         expected = isinstance(e, UserError | OSError)
         text = str(e) if expected else f"{type(e).__name__}: {first_line(e)}"
@@ -146,21 +167,22 @@ def _survive(problems, *works, alone):
 def locked(works):
     """Holds the folders of runs for this process."""
     with contextlib.ExitStack() as stack:
-        for work in works:
+        for work in works if distributed.lead() else ():
             work.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock(work.folder))
+        distributed.wait("locked")
         yield
 
 
 # What trains together -------------------------------------------------------------------------
 
 
-def finish(works, weights, load_data, forecast):
+def finish(works, weights, load_data, forecast, stop):
     """The rows of runs that may be trained together; those that have not been are trained."""
     for work in works:
         check_folder(work, weights[work.run.pretrained.name][1])
     for group in waiting(works):
-        train_group(group, weights, load_data, forecast)
+        train_group(group, weights, load_data, forecast, stop)
     for work in works:
         if work.label in forecast.before and work.folder.parent.name != "search":
             print(f"{forecast.place(work)}: finished before", flush=True)
@@ -181,7 +203,7 @@ def waiting(works):
         if set(begun) <= names.keys():
             group = [names.pop(name) for name in begun]
             if all(map(finished, group)):
-                path.parent.rmtree()
+                _remove(path.parent)
             else:
                 groups.append(group)
     rest = []
@@ -193,7 +215,14 @@ def waiting(works):
     return groups + ([rest] if rest else [])
 
 
-def train_group(works, weights, load_data, forecast):
+def _remove(folder):
+    """Deletes a folder that no process needs any more."""
+    distributed.wait("removed")
+    if distributed.lead():
+        folder.rmtree()
+
+
+def train_group(works, weights, load_data, forecast, stop):
     """Trains runs together, in smaller groups if they do not fit into memory.
 
     What belongs to them all lies in a folder beside theirs until the last has its result: so a killed
@@ -205,8 +234,10 @@ def train_group(works, weights, load_data, forecast):
         names = [work.folder.name for work in works]
         digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
         folder = works[0].folder.parent / f"together-{digest}"
-        folder.mkdir(exist_ok=True)
-        files.write_json(folder / "runs.json", {"runs": names})
+        if distributed.lead():
+            folder.mkdir(exist_ok=True)
+            files.write_json(folder / "runs.json", {"runs": names})
+        distributed.wait("group")
     path, sha256 = weights[run.pretrained.name]
     try:
         train.train_together(
@@ -228,14 +259,15 @@ def train_group(works, weights, load_data, forecast):
                 crop,
             ),
             tell=functools.partial(forecast.tell, works),
+            stop=stop,
         )
         parts = []
     except train.TooLarge as e:
         parts = _smaller(works, e.fits, forecast.place(*works))
     if len(works) > 1:
-        folder.rmtree()
+        _remove(folder)
     for part in parts:
-        train_group(part, weights, load_data, forecast)
+        train_group(part, weights, load_data, forecast, stop)
 
 
 def _smaller(works, fits, title):
@@ -249,7 +281,7 @@ def _smaller(works, fits, title):
     return [works]
 
 
-def choose(works, weights, load_data, forecast):
+def choose(works, train_all):
     """Runs of the protocol "vtab" with their hyper-parameters, the best of the grid on val200.
 
     Ties go to the smaller learning rate, then weight decay, then drop path. Others are returned as
@@ -259,7 +291,7 @@ def choose(works, weights, load_data, forecast):
         return works
     search = trials(next((work for work in works if not finished(work)), works[0]))
     with locked(search):
-        rows = finish(search, weights, load_data, forecast)
+        rows = train_all(search)
     best = min(rows, key=lambda row: (-row["val_acc"], *(row[key] for key in config_lib.GRID)))
     out = []
     for work in works:

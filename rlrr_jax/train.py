@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import checkpoint, files, methods, optim, pretrained, report, step
+from rlrr_jax import checkpoint, distributed, files, methods, optim, pretrained, report, step
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
@@ -25,6 +25,10 @@ def splits(run):
     """Which split a run trains on and which it is evaluated on."""
     train, val, both = tasks.get(run.task).parts
     return (train, val) if run.protocol == "tune" else (both, "test")
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and is saved."""
 
 
 class TooLarge(Exception):
@@ -134,6 +138,7 @@ def train_together(
     marks,
     load_data,
     tell=lambda clock, epochs: None,
+    stop=lambda: False,
 ):
     """Trains one method on one task: a trial, or several at once. Writes each `result.json` last.
 
@@ -147,14 +152,17 @@ def train_together(
       marks: `backbone_sha256` and `dataset`, saved with the configuration and the result.
       load_data: `split -> images, labels`.
       tell: called after each epoch with the clock and the number of epochs done.
+      stop: whether to save and stop; asked after each dispatch and each batch that is evaluated.
 
-    Raises TooLarge if several do not fit into memory, before any step.
+    Raises TooLarge if several do not fit into memory, before any step; Stopped if `stop` said so;
+    UserError if no trial's loss is finite.
     """
     clock = Clock()
     job = prepare(runs, weights, load_data)
     recipe, epochs = job.recipe, runs[0].epochs
     for run, folder in zip(runs, folders):
-        files.write_json(folder / "config.json", {**run.to_dict(), **marks})
+        if distributed.lead():
+            files.write_json(folder / "config.json", {**run.to_dict(), **marks})
     with checkpoint.open_manager(checkpoints) as manager:
         keeper = checkpoint.Keeper(manager, runs[0].checkpoint_seconds)
         state, metrics, first, start = _start_or_resume(job, keeper, clock)
@@ -164,23 +172,35 @@ def train_together(
         train_steps = compile_train_steps(job, state, metrics) if first < epochs else None
         total = recipe.images_before(epochs - 1, job.steps(epochs - 1))
         done, many = recipe.images_before(first, start), len(runs)
-        with tqdm(total=total * many, initial=done * many, unit="img", desc=title) as bar:
+        size = dict(total=total * many, initial=done * many, unit="img")
+        with tqdm(**size, desc=title, disable=not distributed.lead()) as bar:
             for epoch, data in epochs_data(job, first):
+
+                def check(step, state, metrics, epoch=epoch):
+                    """Stops here if asked to, saved."""
+                    if distributed.any_of(stop()):
+                        keeper.save_if_due(state, metrics, clock.place(epoch, step), True)
+                        raise Stopped
+
                 state, metrics = train_epoch(
-                    job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar
+                    job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar, check
                 )
-                held_out, steps = evaluate(job, state, epoch), job.steps(epoch)
+                steps, sums = job.steps(epoch), distributed.fetch(metrics)
+                held_out = evaluate(job, state, epoch, lambda: check(job.steps(epoch), state, metrics))
                 for i, folder in enumerate(folders):
                     lr = job.lrs[i][epoch * recipe.steps + steps - 1]
-                    row = {"epoch": epoch, "lr": lr, **_means(recipe, metrics, i, steps)}
+                    row = {"epoch": epoch, "lr": lr, **_means(recipe, sums, i, steps)}
                     histories[i].append({**row, **held_out[i], "seconds": clock.elapsed()})
-                    files.write_rows(folder / "metrics.jsonl", histories[i])
+                    if distributed.lead():
+                        files.write_rows(folder / "metrics.jsonl", histories[i])
                 metrics, start = jax.tree.map(jnp.zeros_like, metrics), 0
                 last = epoch + 1 == epochs
                 keeper.save_if_due(state, metrics, clock.place(epoch + 1, 0), last)
                 tell(clock, epoch + 1)
-    state = jax.device_get(state["trainable"])
+    state = distributed.fetch(state["trainable"])
     for i, (run, folder) in enumerate(zip(runs, folders)):
+        if not distributed.lead():
+            break
         trainable = jax.tree.map(lambda x: x[i], state)
         metadata = {"config": run.to_dict(), **marks}
         checkpoint.save_adapter(folder / "adapter.safetensors", trainable, metadata)
@@ -188,6 +208,7 @@ def train_together(
         files.write_json(
             folder / "result.json", _result(job, run, trainable, histories[i], marks, clock)
         )
+    distributed.wait("results")
 
 
 def _history(folder, epochs):
@@ -251,7 +272,7 @@ def compile_train_steps(job, state, metrics):
     scalar = lambda i: step.put(job.mesh, P(), jnp.int32(i))
     args = (job.frozen, job.data, state, metrics, job.hyper, scalar(0), scalar(0), scalar(0))
     compiled = step.map_train_steps(job.recipe, job.mesh).lower(*args).compile()
-    check_memory(job, compiled.memory_analysis(), device_memory(jax.devices()[0]))
+    check_memory(job, compiled.memory_analysis(), device_memory(jax.local_devices()[0]))
 
     def train_steps(data, state, metrics, *place):
         return compiled(job.frozen, data, state, metrics, job.hyper, *map(scalar, place))
@@ -302,24 +323,30 @@ def epochs_data(job, first):
             yield epoch, {**job.data, "images": step.put(job.mesh, P(), images)}
 
 
-def train_epoch(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar):
-    """Steps `start` to the end of an epoch, in one dispatch where the machine is fast enough."""
+def train_epoch(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar, check):
+    """Steps `start` to the end of an epoch, in one dispatch where the machine is fast enough.
+
+    `check(step, state, metrics)` is called after each dispatch.
+    """
     recipe, many, steps = job.recipe, len(job.runs), job.steps(epoch)
     while start < steps:
-        stop = min(start + clock.steps(recipe.batch_size * many), steps)
+        stop = min(start + distributed.agree(clock.steps(recipe.batch_size * many)), steps)
         begun = time.perf_counter()
         state, metrics = train_steps(data, state, metrics, epoch, start, stop)
         jax.block_until_ready(metrics)
         images = many * (recipe.images_before(0, stop) - recipe.images_before(0, start))
         clock.seconds += time.perf_counter() - begun
         clock.images += images
+        sums = distributed.fetch(metrics)
+        check_finite(job, sums["loss"], epoch, start, stop)
         start = stop
+        check(start, state, metrics)
         if start < steps:
             keeper.save_if_due(state, metrics, clock.place(epoch, start))
-        means = _means(recipe, metrics, 0, start)  # of the first trial
+        means = _means(recipe, sums, 0, start)  # of the first trial
         bar.set_postfix(
             epoch=f"{epoch + 1}/{job.runs[0].epochs}",
-            loss=f"{means['train_loss']:.3f}",
+            loss=f"{means['train_loss'] or math.nan:.3f}",
             acc=f"{means['train_acc']:.3f}",
             refresh=False,
         )
@@ -327,8 +354,29 @@ def train_epoch(job, train_steps, data, state, metrics, epoch, start, keeper, cl
     return state, metrics
 
 
-def evaluate(job, state, epoch):
-    """Each trial's held-out accuracy and loss after an epoch; [{}, ...] where the protocol has none."""
+def check_finite(job, losses, epoch, start, stop):
+    """UserError if no trial has a finite loss any more; the last checkpoint stays what it was.
+
+    Args:
+      losses: of each trial and step of this epoch.
+    """
+    finite = np.isfinite(losses[:, start:stop])
+    if finite.all(1).any():
+        return
+    step = start + int(np.argmin(finite[0]))
+    run = job.runs[0]
+    raise UserError(
+        f"the loss of {run.task} {run.method} is not finite at step {step + 1} of epoch {epoch + 1}, "
+        f"learning rate {job.lrs[0][epoch * job.recipe.steps + step]:g}: lower config.lr and choose "
+        f"another --workdir; the checkpoint before that is kept"
+    )
+
+
+def evaluate(job, state, epoch, check):
+    """Each trial's held-out accuracy and loss after an epoch; [{}, ...] where the protocol has none.
+
+    `check` is called before each batch.
+    """
     run, recipe = job.runs[0], job.recipe
     last = epoch + 1 == run.epochs
     if not last and (run.protocol in ("fast", "vtab") or epoch == 0):  # the authors skip epoch 0 too
@@ -336,9 +384,14 @@ def evaluate(job, state, epoch):
     key = "val" if run.protocol == "tune" else "test"
     params = step.map_merge(recipe.method.merge, job.mesh)(job.frozen, state["trainable"])
     eval_step = step.map_eval_step(recipe.model, recipe.image_size, recipe.precision, job.mesh)
-    out = step.evaluate(eval_step, params, *job.held_out, run.eval_batch_size, job.mesh)
+    out = step.evaluate(eval_step, params, *job.held_out, run.eval_batch_size, job.mesh, check)
     both = zip(out["accuracy"], out["loss"])
-    return [{f"{key}_acc": float(accuracy), f"{key}_loss": float(loss)} for accuracy, loss in both]
+    return [{f"{key}_acc": float(accuracy), f"{key}_loss": _number(loss)} for accuracy, loss in both]
+
+
+def _number(x):
+    """A float, None if it is not finite: JSON has no such numbers."""
+    return float(x) if math.isfinite(x) else None
 
 
 def _means(recipe, metrics, trial, steps=None):
@@ -347,7 +400,7 @@ def _means(recipe, metrics, trial, steps=None):
     loss, correct = (np.asarray(metrics[k], np.float64)[trial, :steps] for k in ("loss", "correct"))
     sizes = np.diff([recipe.images_before(0, i) for i in range(steps + 1)])
     return {
-        "train_loss": float((loss * sizes).sum() / sizes.sum()),
+        "train_loss": _number((loss * sizes).sum() / sizes.sum()),
         "train_acc": float(correct.sum() / sizes.sum()),
     }
 

@@ -83,7 +83,9 @@ def test_seeds_are_folded_with_their_deviation():
 # ablations.py ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("table", "number"), [("table6", 6), ("table10", 5), ("table11", 3), ("rank", 4)])
+@pytest.mark.parametrize(
+    ("table", "number"), [("table6", 6), ("table10", 5), ("table11", 3), ("rank", 4)]
+)
 def test_ablations_resolve_on_any_task(table, number):
     for task in ("hearts", "cifar"):
         runs = config_lib.resolve(ablations.get_config(f"{table},{task}"))
@@ -119,7 +121,13 @@ def test_an_unknown_table_is_named():
 
 def test_transfer_is_big_visions_recipe():
     (r,) = config_lib.resolve(transfer.get_config("cifar100_full"))
-    assert (r.method, r.lr, r.batch_size, r.optimizer, r.grad_clip) == ("full", 0.01, 512, "momentum", 1)
+    assert (r.method, r.lr, r.batch_size, r.optimizer, r.grad_clip) == (
+        "full",
+        0.01,
+        512,
+        "momentum",
+        1,
+    )
     assert (r.momentum_dtype, r.weight_decay, r.drop_path) == ("bfloat16", 0, 0)
     assert (r.total_steps, r.warmup_steps, r.schedule) == (10_000, 500, "bigvision")
     assert (r.crop, r.crop_from, r.image_size, r.flip) == ("resmall", 448, 384, True)
@@ -158,7 +166,7 @@ def test_crops_reach_the_step(tmp_path, monkeypatch):
     """Every epoch trains on its own crops, a resumed one on the same; the test images are central."""
     seen = []
 
-    def look(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar):
+    def look(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar, check):
         seen.append(np.asarray(data["images"]))
         clock.seconds, clock.images = clock.seconds + 1, clock.images + len(seen[-1])
         return state, metrics

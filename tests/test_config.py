@@ -98,7 +98,10 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ({"schedule": "bigvision"}, "needs config.total_steps"),
         ({"warmup_steps": 5}, "only used by config.schedule=bigvision"),
         ({"optimizer": "sgd"}, "unknown value of config.optimizer 'sgd'"),
-        ({"crop": "resmall", "crop_from": 200}, "needs config.crop_from of at least the image size 224"),
+        (
+            {"crop": "resmall", "crop_from": 200},
+            "needs config.crop_from of at least the image size 224",
+        ),
         ({"grad_clip": 0.0}, "config.grad_clip=0.0 must be greater than 0"),
         ({"method_kwargs": {"init": "zeros"}}, "use paper, damped, identity"),
     ],

@@ -256,8 +256,8 @@ def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplo
 
     def counted(*args):
         train_steps = compile_train_steps(*args)
-        return lambda state, metrics, *place: (
-            dispatches.append(place) or train_steps(state, metrics, *place)
+        return lambda data, state, metrics, *place: (
+            dispatches.append(place) or train_steps(data, state, metrics, *place)
         )
 
     monkeypatch.setattr(train, "compile_train_steps", counted)

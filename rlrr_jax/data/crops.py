@@ -4,8 +4,8 @@ All pixels are what TensorFlow's resizes without antialiasing give, cut off to w
 big_vision does, since Pillow's filters are others.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 

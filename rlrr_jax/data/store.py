@@ -99,9 +99,7 @@ def rgb(image, variant="original", scale=1):
     return image
 
 
-def load_split(
-    name, split, size, variant="original", found=None, cache_dir=None, shorter=None
-):
+def load_split(name, split, size, variant="original", found=None, cache_dir=None, shorter=None):
     """Images and labels of a split, in the source's order.
 
     Args:

@@ -74,7 +74,7 @@ class Task(NamedTuple):
       epochs: the recipe's.
       schedule: see `optim.learning_rates`.
       recipes: by method, what replaces the method's DEFAULTS (and the task's epochs).
-      sizes: number of images in each split but "test".
+      sizes: number of images in each split but "test"; None is `SPLITS`.
       parts: names of the splits to train on, to choose on, and to train on before the test.
     """
 
@@ -94,12 +94,12 @@ class Task(NamedTuple):
     epochs: int = 110
     schedule: str = "official"
     recipes: Mapping = MappingProxyType({})
-    sizes: Mapping = MappingProxyType(SPLITS)
+    sizes: Mapping | None = None
     parts: tuple = tuple(SPLITS)
 
     def number(self, split):
         """Number of images in a split."""
-        return self.num_test if split == "test" else self.sizes[split]
+        return self.num_test if split == "test" else (self.sizes or SPLITS)[split]
 
 
 def _splits(train, val, test):

@@ -47,7 +47,9 @@ def method(kind="tt", rank=16, scale=1.0):
 
     def merge(frozen, trainable):
         tree, slices = trainable["fact"], _slices(frozen)
-        cores = tree["c"] if kind == "tt" else jnp.tensordot(tree["p"], tree["g"], 1, precision="highest")
+        cores = (
+            tree["c"] if kind == "tt" else jnp.tensordot(tree["p"], tree["g"], 1, precision="highest")
+        )
         changes = base.dot(base.dot(tree["u"], cores), tree["v"]) * scale  # [L, slices, D, D]
         starts = dict(zip(slices, (sum(list(slices.values())[:i]) for i in range(len(slices)))))
 

@@ -33,7 +33,10 @@ def method(rank=1, targets="query+key+value+out"):
         for i, (name, (depth, width, _)) in enumerate(base.sizes(frozen, targets).items()):
             keys = jax.random.split(jax.random.fold_in(key, i), 3)
             down = base.uniform(keys[0], (depth, width, rank), 1 / math.sqrt(width))
-            tree[name] = {"u": _reflector(keys[1], depth, width), "v": _reflector(keys[2], depth, width)}
+            tree[name] = {
+                "u": _reflector(keys[1], depth, width),
+                "v": _reflector(keys[2], depth, width),
+            }
             tree[name] |= {"d": jnp.zeros((depth, width))}
             tree[name] |= {"down": down, "up": jnp.zeros((depth, rank, width))} if rank else {}
         return {**tree, "head": base.zero_head(frozen)}

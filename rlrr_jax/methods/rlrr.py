@@ -178,9 +178,7 @@ def merge(frozen, trainable, v):
     if v.layers is None:
         return params
     join = lambda first, every: jnp.concatenate([first, every[v.layers :]])
-    return replaced(
-        params, BLOCK, jax.tree.map(join, subtree(params, BLOCK), subtree(frozen, BLOCK))
-    )
+    return replaced(params, BLOCK, jax.tree.map(join, subtree(params, BLOCK), subtree(frozen, BLOCK)))
 
 
 def _merge(frozen, trainable, v):

@@ -21,9 +21,7 @@ def area_pixel(image, y, x, sizes):
 def bilinear_pixel(image, y, x, size):
     """TensorFlow's definition with half-pixel centres, clamped at the border, no antialiasing."""
     out = np.zeros(3)
-    places = [
-        min(max((i + 0.5) * n / size - 0.5, 0), n - 1) for i, n in zip((y, x), image.shape[:2])
-    ]
+    places = [min(max((i + 0.5) * n / size - 0.5, 0), n - 1) for i, n in zip((y, x), image.shape[:2])]
     for dy in (0, 1):
         for dx in (0, 1):
             i, j = int(places[0]) + dy, int(places[1]) + dx
