@@ -1,4 +1,4 @@
-"""Methods side by side: `--config configs/compare.py`, `compare.py:kitti+dtd`, `compare.py:cifar,method=rlrr+lora`.
+"""Methods side by side: `--config configs/compare.py`, `compare.py:cifar,method=rlrr+lora`.
 
 Each method chooses its learning rate on the 200 validation images, among the same number of multiples
 of its own; weight decay and drop path stay its own. Then it trains on all 1,000 images with three seeds

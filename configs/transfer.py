@@ -1,4 +1,4 @@
-"""big_vision's fine-tuning recipe (configs/transfer.py there): `--config configs/transfer.py:cifar100_full`.
+"""big_vision's fine-tuning recipe: `--config configs/transfer.py:cifar100_full`.
 
 SGD with momentum 0.9, its state in bfloat16, gradients clipped to norm 1, batch 512, warm-up and cosine
 by steps, no weight decay, crops of 384 pixels and flips. Of whole datasets (`cifar10_full`,

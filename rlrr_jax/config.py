@@ -173,7 +173,7 @@ def default_unroll(variant):
 
 
 def shorter(run):
-    """To how many pixels the shorter side of an image is resized before a square is cut out, or None."""
+    """Pixels of the shorter side of an image before a square is cut out of it, or None."""
     return run.crop_from if run.crop else None
 
 
@@ -213,7 +213,7 @@ def _method_kwargs(chosen, kwargs, config):
 
 
 def _variants(config, chosen):
-    """`[(method, options, name)]`: of each method, or of each of `config.variants`, which has a name."""
+    """`[(method, options, name)]` of each method, or of each of `config.variants`."""
     if not config.variants:
         kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
         return [(method, kwargs[method], None) for method in chosen]

@@ -1,8 +1,7 @@
 """Several processes in one run: starting, agreeing, and ending together.
 
-The same program runs on every host. Process 0 decides (what is finished, how many steps the next dispatch
-has, whether to stop) and writes results; all others follow. Workdir and weights are on disks that all
-share, or behind gs://.
+The same program runs on every host. Process 0 decides how many steps a dispatch has and writes results;
+all others follow. The workdir is on a disk that all share, or behind gs://.
 """
 
 import contextlib
@@ -51,8 +50,9 @@ def start(mode="auto", timeout=300):
     except ValueError as e:  # nothing announces others
         if mode == "on" or number:
             raise UserError(
-                f"--distributed={mode} found no other processes ({first_line(e)}): start through SLURM, "
-                f"a TPU pod or GKE, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+                f"--distributed={mode} found no other processes ({first_line(e)}): start through "
+                f"SLURM, a TPU pod or GKE, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+                f"JAX_PROCESS_ID"
             ) from e
         return
     finally:
@@ -70,8 +70,8 @@ def _give_up(timeout, number, mine):
     where = os.environ.get("JAX_COORDINATOR_ADDRESS", "process 0")
     print(
         f"error: gave up after {timeout} s: not all of the {number or 'announced'} processes came to "
-        f"{where} (this is process {mine or 'of a cluster'}): see whether the same command runs on every "
-        f"host, or raise --distributed_timeout",
+        f"{where} (this is process {mine or 'of a cluster'}): see whether the same command runs on "
+        f"every host, or raise --distributed_timeout",
         file=sys.stderr,
         flush=True,
     )

@@ -51,8 +51,8 @@ def collect(*workdirs, out=None):
     """All finished runs below workdirs, also as files in the folder `out`.
 
     These are `results.json` (all rows), `results.md` (what the screen shows, and each run), where there
-    is a VTAB task, `summary.{csv,json,png}`, and where there are several methods, `comparison.png`. With
-    one workdir, `out` is that one.
+    is a VTAB task, `summary.{csv,json,png}`, and where there are several methods, `comparison.png`.
+    With one workdir, `out` is that one.
     Raises UserError if there is no finished run, or if two workdirs disagree about one.
     """
     workdirs = [epath.Path(w).expanduser() for w in workdirs]
@@ -193,7 +193,7 @@ def percent(fraction):
 
 
 def spread(fractions):
-    """`"64.20 %"`, of several `"64.20 ± 0.31 %"` with the standard deviation (n - 1); empty for None."""
+    """`"64.20 %"`, of several `"64.20 ± 0.31 %"` (standard deviation, n - 1); empty for None."""
     if None in fractions:
         return ""
     if len(fractions) == 1:

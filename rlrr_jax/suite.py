@@ -82,7 +82,8 @@ def _check_alike(runs):
     mine = config_lib.fingerprint(runs)
     if distributed.any_of(distributed.agree(mine) != mine):
         raise UserError(
-            "the processes were started with different configurations: start the same command everywhere"
+            "the processes were started with different configurations: start the same command "
+            "everywhere"
         )
 
 
@@ -110,11 +111,9 @@ def _locate(runs, workdir, survive):
             found = config_lib.locate(r)
             where = (r.image_size, r.data.variant, found, r.data.cache_dir, config_lib.shorter(r))
             if found.kind != "bundled":
-                parts = [
-                    train.splits(r),
-                    *([tasks.get(r.task).parts[:2]] if r.protocol == "vtab" else []),
-                ]
-                stored = {part for pair in parts for part in (pair[1:] if r.crop else pair)}
+                pairs = [train.splits(r)]
+                pairs += [tasks.get(r.task).parts[:2]] if r.protocol == "vtab" else []
+                stored = {part for pair in pairs for part in (pair[1:] if r.crop else pair)}
                 entries += [entry(r.task, part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):

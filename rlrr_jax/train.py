@@ -310,7 +310,7 @@ def check_memory(job, needs, limit):
 
 
 def epochs_data(job, first):
-    """Each epoch from `first` and its training images; random crops are made while the last one runs."""
+    """Each epoch from `first` and its images; random crops are made while the one before runs."""
     epochs = range(first, job.runs[0].epochs)
     if job.crops is None:
         yield from ((epoch, job.data) for epoch in epochs)

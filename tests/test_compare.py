@@ -128,7 +128,7 @@ def test_transfer_is_big_visions_recipe():
         "momentum",
         1,
     )
-    assert (r.momentum_dtype, r.weight_decay, r.drop_path) == ("bfloat16", 0, 0)
+    assert (r.momentum_dtype, r.weight_decay, r.drop_path, r.grad_clip) == ("bfloat16", 0, 0, 1)
     assert (r.total_steps, r.warmup_steps, r.schedule) == (10_000, 500, "bigvision")
     assert (r.crop, r.crop_from, r.image_size, r.flip) == ("resmall", 448, 384, True)
     assert r.epochs == 105  # of 96 steps: 49,000 images

@@ -103,7 +103,7 @@ def sizes(frozen, names=DENSE):
     out = {}
     for name in names:
         node = subtree(frozen, DENSE[name])
-        depth, *outputs = node["bias"].shape
+        depth = len(node["bias"])
         out[name] = depth, node["kernel"].size // node["bias"].size, node["bias"].size // depth
     return out
 
