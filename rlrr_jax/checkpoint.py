@@ -4,7 +4,10 @@ A checkpoint holds the trainable tree, the optimiser state, the metrics of the e
 place in the run. Frozen weights are never in it.
 """
 
+import contextlib
 import json
+import sys
+import threading
 import time
 
 import jax
@@ -48,7 +51,8 @@ class Keeper:
         number = (self.manager.latest_step() or 0) + 1
         tree = {"state": state, "metrics": metrics, "place": np.asarray(place, np.float64)}
         try:
-            self.manager.save(number, args=ocp.args.StandardSave(tree), force=True)
+            with _silent_threads():
+                self.manager.save(number, args=ocp.args.StandardSave(tree), force=True)
         except Exception as e:  # Orbax wraps a full disk in several ways
             raise UserError(
                 f"cannot save a checkpoint in {self.manager.directory} ({first_line(e)}): make space "
@@ -86,6 +90,20 @@ class Keeper:
                 f"delete that folder to start this run again"
             ) from problem
         return None
+
+
+@contextlib.contextmanager
+def _silent_threads():
+    """Keeps threads of Orbax and TensorStore from printing what the main thread raises anyway."""
+    hooks = threading.excepthook, sys.excepthook
+    threading.excepthook = sys.excepthook = lambda *_: None
+    try:
+        yield
+    except Exception:
+        time.sleep(0.5)  # for the last of them
+        raise
+    finally:
+        threading.excepthook, sys.excepthook = hooks
 
 
 def _shapes(tree):

@@ -26,6 +26,7 @@ def one_sentence(program):
     try:
         program()
     except UserError as e:
+        sys.unraisablehook = sys.excepthook = lambda *_: None  # what libraries could not clean up
         sys.exit(f"error: {e}")
     except OSError as e:
         where = f" {e.filename}" if e.filename else ""

@@ -46,7 +46,7 @@ def main(argv):
         raise UserError(
             f"{argv[1]!r} belongs to no flag: a task is written --config configs/vtab.py:cifar"
         )
-    logging.set_verbosity(logging.WARNING)  # Orbax tells much
+    logging.set_verbosity(logging.FATAL)  # Orbax tells much, and what matters it raises, too
     config = _CONFIG.value
     if config is None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
