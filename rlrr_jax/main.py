@@ -55,7 +55,7 @@ def main(argv):
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if not distributed.lead():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115; process 0 shows what all do
+        sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
     if config.task is None:
         print(BUNDLED, flush=True)
     stop = threading.Event()

@@ -8,6 +8,7 @@ with scanned blocks; each with or without a prefix, `pre_logits` and a head.
 import math
 import pathlib
 import re
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +140,10 @@ def load(name_or_path, *, model, image_size, grid=None, cache_dir=None):
     file, subtree = split_subtree(name_or_path)
     where = address(file)
     path = download.cached(where, cache_dir)[0] if "://" in where else _local(where)
-    flat = _standard_names(_read(path), subtree, path)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    model_bytes = sum(4 * x.size for x in jax.tree.leaves(shapes))
+    flat = _standard_names(_read(path, 8 * model_bytes + 2**30), subtree, path)
     shapes = _numbered({k: np.broadcast_to(0.0, v.shape) for k, v in _flatten(shapes).items()})
     side = image_size // model.patch_size
     _place_position(flat, (side, side), grid, path)
@@ -165,11 +167,24 @@ def _flatten(tree):
     return flatten_dict(tree, sep="/")
 
 
-def _read(path):
-    """All arrays of an `.npz` by name; floating-point ones as float32."""
+def _read(path, limit):
+    """All arrays of an `.npz` by name; floating-point ones as float32.
+
+    Args:
+      limit: bytes that they may take unpacked: room for a head and an optimiser's state, no more.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > limit:
+            raise UserError(
+                f"{path} unpacks to {size / 1e9:.1f} GB, far more than the model needs: check "
+                f"config.model and config.pretrained.name"
+            )
         with np.load(path, allow_pickle=False) as file:
             return {key: _float32(file[key]) for key in file.files}
+    except UserError:
+        raise
     except ValueError as e:  # NumPy's answer to object arrays and to files that are no archive
         raise UserError(
             f"{path} holds pickled objects or is no .npz file, and is not read because a pickle can "

@@ -2,7 +2,8 @@
 
     python tests/kill_runs.py --kills 100
 
-Each run is started until it has finished; each start but the last is killed (SIGKILL) after a random time.
+Each run is started until it has finished; each start but the last is killed (SIGKILL) after a random
+time.
 Prints one line for each finished run, exits with 1 at the first difference.
 """
 

@@ -1,6 +1,8 @@
 """Every public layout gives the same tree; what does not fit is refused by name."""
 
 import hashlib
+import io
+import zipfile
 
 import jax
 import ml_dtypes
@@ -207,6 +209,32 @@ def test_pickle_is_not_opened(tree, tmp_path):
     import os
 
     assert not os.path.exists("/tmp/rlrr_jax_trap")
+
+
+def test_a_file_far_larger_than_the_model_is_not_unpacked(tree, tmp_path):
+    np.savez_compressed(tmp_path / "w.npz", **scanned(tree))
+    with (
+        zipfile.ZipFile(tmp_path / "w.npz", "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("bomb.npy", "w", force_zip64=True) as member,
+    ):
+        for _ in range(1100):
+            member.write(bytes(2**20))
+    assert (tmp_path / "w.npz").stat().st_size < 10e6
+    with pytest.raises(UserError, match="w.npz unpacks to 1.2 GB, far more than the model needs"):
+        load(tmp_path / "w.npz")
+
+
+def test_an_array_that_claims_to_be_huge(tree, tmp_path):
+    """Its header asks for a petabyte that is not there."""
+    np.savez(tmp_path / "w.npz", **scanned(tree))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (2**48,)}
+    )
+    with zipfile.ZipFile(tmp_path / "w.npz", "a") as archive:
+        archive.writestr("huge.npy", header.getvalue())
+    with pytest.raises(UserError, match="w.npz is no readable .npz file"):
+        load(tmp_path / "w.npz")
 
 
 def test_an_array_file_is_no_archive(tmp_path):

@@ -291,3 +291,42 @@ def test_an_image_replaced_in_place_is_seen(monkeypatch, tmp_path):
     load()
     Image.new("RGB", (16, 16), (9, 9, 9)).save(folder / "images/test/000001.jpg")
     assert np.abs(load()[1].astype(int) - 9).max() <= 1
+
+
+def hostile(kind):
+    """Encoded images that are not what one expects."""
+    out = io.BytesIO()
+    if kind == "bomb":  # 400 million pixels in some 50 kB
+        Image.new("1", (20_000, 20_000)).save(out, "PNG")
+    elif kind == "animated":
+        frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+        frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
+    elif kind == "one pixel":
+        Image.new("RGB", (1, 1), "red").save(out, "PNG")
+    elif kind == "wide":
+        Image.new("RGB", (30_000, 4), "red").save(out, "PNG")
+    elif kind == "truncated":
+        Image.fromarray(noise(64, 64, 3)).save(out, "JPEG")
+        return out.getvalue()[:900]
+    elif kind == "text":
+        return b"this is no image"
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["animated", "one pixel", "wide"])
+def test_odd_images_are_read(kind):
+    image = store.decode(hostile(kind), 32)
+    assert image.shape == (32, 32, 3)
+    assert np.abs(image.astype(int) - (255, 0, 0)).max() <= 2  # the first frame is red
+
+
+@pytest.mark.parametrize("kind", ["bomb", "truncated", "text", "nothing"])
+def test_hostile_images_end_in_one_sentence(kind):
+    split = sources.Split(1, ("digits",), None, {}, lambda i: f"image {i} of digits test")
+    begun = time.monotonic()
+    with (
+        pytest.raises(UserError, match="^image 0 of digits test is damaged .*: prepare it again$"),
+        store.readable(split, 0),
+    ):
+        store.decode(hostile(kind), 32)
+    assert time.monotonic() - begun < 10
