@@ -41,6 +41,7 @@ def get_config(arg=None):
 
 
 def _figure2(task):
-    depth = config_lib.BUNDLED_MODEL["depth"] if task in tasks.BUNDLED else 12
+    bundled = all(name in tasks.BUNDLED for name in task.replace(",", "+").split("+"))
+    depth = config_lib.BUNDLED_MODEL["depth"] if bundled else 12  # of a ViT-B
     places = ("mha", "ffn", "norm", "mha+ffn+norm+patch")
     return tuple({"where": where, "layers": k + 1} for where in places for k in range(depth))

@@ -17,16 +17,24 @@ case " $* " in
 esac
 tpu=(gcloud compute tpus tpu-vm)
 where=(--zone "$zone" ${PROJECT:+--project "$PROJECT"})
-if [ -n "$dry" ] || ! "${tpu[@]}" describe "$name" "${where[@]}" >/dev/null 2>&1; then
+state=
+[ -n "$dry" ] || state=$("${tpu[@]}" describe "$name" "${where[@]}" --format "value(state)" 2>/dev/null || true)
+if [ -n "$state" ] && [ "$state" != READY ]; then  # preempted
+  run "${tpu[@]}" delete "$name" "${where[@]}" --quiet
+fi
+if [ "$state" != READY ]; then
   run "${tpu[@]}" create "$name" "${where[@]}" --accelerator-type "${TYPE:-v5litepod-16}" \
     --version "${VERSION:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
 fi
+run "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "rm -rf rlrr_jax"
 run "${tpu[@]}" scp --recurse "$root" "$name:rlrr_jax" "${where[@]}" --worker all
-install='cd rlrr_jax && python3 -m venv venv-tpu && venv-tpu/bin/pip install -q -e ".[tpu]" gcsfs'
+install='cd rlrr_jax && python3 -m pip install -q uv && python3 -m uv venv -q --python 3.12 venv-tpu'
+install+=' && python3 -m uv pip install -q --python venv-tpu/bin/python -e ".[tpu]" gcsfs'
 run "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "$install"
 arguments=$(printf '%q ' "$@")
 train="cd rlrr_jax && venv-tpu/bin/python -m rlrr_jax.main --distributed=on $arguments"
 run "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "$train"
 all="$*"
 workdir=${all##*--workdir=}
+run mkdir -p "$root/runs"
 run gcloud storage cp --recursive "${workdir%% *}" "$root/runs/"

@@ -110,7 +110,7 @@ def trial_name(change):
 
 def trials(run):
     """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
-    given = {key: (run[key],) if run[key] is not None else tuple(run.grid[key]) for key in GRID}
+    given = {key: tuple(run.grid[key]) for key in GRID}
     out = []
     for values in itertools.product(*given.values()):
         change = dict(zip(given, values))
@@ -218,16 +218,18 @@ def _variants(config, chosen):
         kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
         return [(method, kwargs[method], None) for method in chosen]
     out = []
+    shared = config.method_kwargs.to_dict()
+    _method_kwargs([*chosen, *(v["method"] for v in config.variants if "method" in v)], shared, config)
     for variant in config.variants:
         if not isinstance(variant, dict):
-            raise UserError(
-                f"config.variants={config.variants} must be a list, such as ({{'rank': 2}},)"
-            )
-        options = {**config.method_kwargs.to_dict(), **variant}
-        method = options.pop("method", chosen[0])
-        kwargs = _method_kwargs([method], options, config)[method]
-        name = "-".join(f"{k}{v}" for k, v in variant.items() if k != "method")
-        out.append((method, kwargs, name or None))
+            shown = "({'rank': 2},)"
+            raise UserError(f"config.variants={config.variants} must be a list, such as {shown}")
+        own = {k: v for k, v in variant.items() if k != "method"}
+        name = "-".join(f"{k}{v}" for k, v in own.items()) or None
+        for method in [variant["method"]] if "method" in variant else chosen:
+            _as_user_error(methods.get, method)
+            known = {k: v for k, v in shared.items() if k in methods.options(method)}
+            out.append((method, _method_kwargs([method], {**known, **own}, config)[method], name))
     if len({(method, name) for method, _, name in out}) < len(out):
         raise UserError(f"config.variants={config.variants} must be different variants")
     return out
@@ -253,7 +255,7 @@ def _resolve_one(config, task_name, variant, changes, suite):
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
     recipe = {**recipe, **method.DEFAULTS, **task.recipes.get(method_name, {})}
     if run.protocol == "vtab":
-        _fill_grid(run.grid, {key: recipe.pop(key) for key in GRID})  # which are chosen later
+        _fill_grid(run, {key: recipe.pop(key) for key in GRID})  # which are chosen later
     else:
         del run.grid
     _set_epochs(run)
@@ -278,6 +280,8 @@ def _resolve_one(config, task_name, variant, changes, suite):
 def _set_epochs(run):
     """Epochs that `config.total_steps` takes; the last may be cut short."""
     if run.total_steps:
+        if run.epochs is not None and run.protocol != "tune":
+            raise UserError("config.epochs and config.total_steps exclude each other: set one")
         task = tasks.get(run.task)
         number = task.number(task.parts[0 if run.protocol == "tune" else 2])
         run.epochs = math.ceil(run.total_steps / math.ceil(number / run.batch_size))
@@ -290,12 +294,13 @@ def _check_schedule(run):
         raise UserError("config.warmup_steps is only used by config.schedule=bigvision: leave it out")
 
 
-def _fill_grid(grid, own):
+def _fill_grid(run, own):
     """Makes the values to choose from those of this method and task, whose own are `own`."""
+    grid = run.grid
     if grid.times_own_lr:
         grid.lr = tuple(float(f"{own['lr'] * times:.3g}") for times in grid.lr)
     for key in GRID:
-        grid[key] = tuple(grid[key]) or (own[key],)
+        grid[key] = (run[key],) if run[key] is not None else tuple(grid[key]) or (own[key],)
     del grid.times_own_lr
 
 
@@ -383,6 +388,8 @@ def _check_common(config):
         jax.default_backend() != "gpu" or config.dtype == "float32"
     ):
         raise UserError("config.model.attention=cudnn needs a GPU and bfloat16: leave it at xla")
+    if jax.process_count() > 1 and config.num_devices not in (None, jax.device_count()):
+        raise UserError("config.num_devices is for one process: leave it out, or start fewer")
     if (config.num_devices or 1) > jax.device_count():
         raise UserError(
             f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "

@@ -34,7 +34,7 @@ def start(mode="auto", timeout=300):
     Raises UserError if "on" finds nothing. If the others do not come, the process ends with a sentence:
     JAX itself would abort.
     """
-    if mode == "off":
+    if mode == "off" or (mode == "auto" and _alone()):
         return
     number, mine = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     timer = threading.Timer(timeout, _give_up, [timeout, number, mine])
@@ -64,6 +64,13 @@ def start(mode="auto", timeout=300):
             file=sys.stderr,
             flush=True,
         )
+
+
+def _alone():
+    """Whether SLURM or Open MPI started one process: JAX would take only the first of its GPUs."""
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    given = [os.environ[name] for name in names if name in os.environ]
+    return "JAX_NUM_PROCESSES" not in os.environ and given[:1] == ["1"]
 
 
 def _give_up(timeout, number, mine):

@@ -35,6 +35,7 @@ NOTES = {
 }
 # Sizes of tfds splits that the positions in `tasks` assume.
 SIZES = {
+    "cifar10": {"train": 50000, "test": 10000},
     "cifar100": {"train": 50000, "test": 10000},
     "caltech101": {"train": 3060, "test": 6084},
     "dtd": {"train": 1880, "validation": 1880, "test": 1880},
@@ -63,6 +64,7 @@ ALSO = {"sun397/tfds": {"train": 76128}}
 _same = lambda value, example, features: value
 _in_class = lambda value, example, features: f"{features['label'].int2str(example['label'])}_{value}"
 KEYS = {
+    "cifar10": ("id", lambda value, example, features: int(value[-5:])),
     "cifar100": ("id", lambda value, example, features: int(value[-5:])),
     "dtd": ("file_name", _same),
     "oxford_flowers102": ("file_name", _same),
@@ -88,8 +90,8 @@ def main():
     parser.add_argument("--source", choices=sources.KINDS, help="what --check reads if both are there")
     parser.add_argument("--check", action="store_true", help="only checks what is there")
     args = parser.parse_args()
-    names = [n for n in tasks.expand(args.tasks.replace("+", ",").split(",")) if n in tasks.VTAB]
-    if not names:
+    every = tasks.expand(args.tasks.replace("+", ",").split(","))
+    if not (names := [name for name in every if tasks.get(name).tfds]):
         raise UserError(f"{args.tasks} is not part of VTAB-1k: there is nothing to prepare")
     data_dir = epath.Path(args.data_dir).expanduser()
     manual = epath.Path(args.manual_dir or data_dir / "downloads" / "manual").expanduser()
@@ -168,7 +170,7 @@ def look(name, data_dir, kind=None):
     found = sources.find(name, data_dir, kind)
     if found.kind == "tfds":
         _check_sizes(name, found)
-    numbers = [sources.open_split(name, split, found).number for split in (*tasks.SPLITS, "test")]
+    numbers = [sources.open_split(name, split, found).number for split in tasks.get(name).splits]
     text = f"{found.dataset}, {'/'.join(map(str, numbers))} images"
     if _way(name, found) == "fingerprint":
         text += f", {compare_fingerprint(name, data_dir, found)}"
@@ -189,7 +191,7 @@ def check(name, data_dir, kind=None):
     way = _way(name, found)
     if found.kind == "tfds":
         _check_sizes(name, found)
-    for split in (*tasks.SPLITS, "test"):
+    for split in tasks.get(name).splits:
         labels = _labels(name, split, found)
         classes = tasks.get(name).classes
         if not 0 <= labels.min() <= labels.max() < classes:
@@ -206,7 +208,8 @@ def check(name, data_dir, kind=None):
         how = "labels computed from the factors"
     else:
         how = compare_fingerprint(name, data_dir, found)
-    return f"{found.dataset}, 800/200/1000/{tasks.get(name).num_test} images, labels in range, {how}"
+    numbers = "/".join(str(tasks.get(name).number(split)) for split in tasks.get(name).splits)
+    return f"{found.dataset}, {numbers} images, labels in range, {how}"
 
 
 def _way(name, found):
@@ -251,7 +254,7 @@ def _check_keys(name, found):
     """UserError if examples are not in the order that tfds gives them by their keys."""
     task = tasks.get(name)
     field, key_of = KEYS[task.tfds]
-    for split in ("train800", "val200", "test"):
+    for split in (*task.parts[:2], "test"):
         part = task.splits[split]
         builder, fetch = sources.open_tfds(found, part, {field, *task.fields})
         number, last = builder.info.splits[part].num_examples, b""
@@ -294,9 +297,9 @@ def _check_factors(name, split, labels, found):
 
 
 def fingerprint(name, found):
-    """SHA-256 of the encoded images and labels of train800 and val200, and of all test labels."""
+    """SHA-256 of the encoded images and labels to train and choose on, and of all test labels."""
     digest = hashlib.sha256()
-    for split in ("train800", "val200"):
+    for split in tasks.get(name).parts[:2]:
         opened = sources.open_split(name, split, found)
         place = opened.tasks.index(name)
         for image, labels in opened.read(0, opened.number):

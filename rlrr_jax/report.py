@@ -130,7 +130,10 @@ def fold(rows):
     groups = {}
     for row in rows:
         same = {key: value for key, value in row.items() if key not in VARIES}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
+        key = json.dumps(same, sort_keys=True)
+        while any(other["seed"] == row["seed"] for other in groups.get(key, ())):
+            key += " again"  # two runs of one seed are not two seeds
+        groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
@@ -285,7 +288,9 @@ def caption(rows):
     """What the table's numbers are: one line for each setting of a task, and the columns."""
     lines = []
     for row in rows:
-        tested = f"{row['num_test']:,} test images" if row["num_test"] else "200 validation images"
+        task = tasks.get(row["task"])
+        held_out = f"{task.number(task.parts[1])} validation images"
+        tested = f"{row['num_test']:,} test images" if row["num_test"] else held_out
         lines.append(
             f"{row['task']}: {tested}, source {row['source']} ({row['dataset']}, {row['variant']} "
             f"pixels), backbone {row['backbone']} "

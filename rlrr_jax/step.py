@@ -142,7 +142,8 @@ def loss_and_grad(recipe, frozen, trainable, batch, drop_path):
         params = recipe.method.merge(frozen, trainable)
         logits = recipe.model.apply({"params": params}, images, drop_path, keys)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct = ((logits.argmax(-1) == labels) * mask).sum()
+        right = (logits.argmax(-1) == labels) & jnp.isfinite(losses)  # of NaN, argmax is class 0
+        correct = (right * mask).sum()
         return (losses * mask).sum() / count, correct
 
     with jax.default_matmul_precision(recipe.precision):
@@ -193,8 +194,8 @@ def eval_step(model, image_size, precision, params, images, labels, mask):
     with jax.default_matmul_precision(precision):
         logits = model.apply({"params": params}, normalize(images, image_size))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = (logits.argmax(-1) == labels) * mask
-    return jax.lax.psum({"loss": (losses * mask).sum(), "correct": correct.sum()}, "data")
+    correct = (logits.argmax(-1) == labels) & jnp.isfinite(losses)
+    return jax.lax.psum({"loss": (losses * mask).sum(), "correct": (correct * mask).sum()}, "data")
 
 
 # Many devices, many trials --------------------------------------------------------------------

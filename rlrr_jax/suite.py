@@ -227,6 +227,8 @@ def train_group(works, weights, load_data, forecast, stop):
     What belongs to them all lies in a folder beside theirs until the last has its result: so a killed
     group goes on as the same group, and ends with the same bits.
     """
+    if distributed.any_of(stop()):
+        raise train.Stopped
     run, folder = works[0].run, works[0].folder
     found = next(work.found for work in works if not finished(work))
     if len(works) > 1:
@@ -263,7 +265,7 @@ def train_group(works, weights, load_data, forecast, stop):
         parts = []
     except train.TooLarge as e:
         parts = _smaller(works, e.fits, forecast.place(*works))
-    if len(works) > 1:
+    if len(works) > 1 and parts != [works]:  # the same group again goes on from its checkpoint
         _remove(folder)
     for part in parts:
         train_group(part, weights, load_data, forecast, stop)
@@ -291,6 +293,12 @@ def choose(works, train_all):
     search = trials(next((work for work in works if not finished(work)), works[0]))
     with locked(search):
         rows = train_all(search)
+    rows = [row for row in rows if row["train_loss"] is not None]  # those that did not diverge
+    if not rows:
+        raise UserError(
+            f"the loss of {works[0].run.task} {works[0].run.method} is finite at no setting of "
+            f"config.grid: put smaller learning rates into it and choose another --workdir"
+        )
     best = min(rows, key=lambda row: (-row["val_acc"], *(row[key] for key in config_lib.GRID)))
     out = []
     for work in works:
@@ -420,7 +428,8 @@ class Forecast:
         self.told = time.monotonic()
         left = {label: c.passes for label, (_, c) in self.left.items()}
         for work in works:
-            left[work.label] -= cost(work.run, epochs).passes
+            if work.label in left:  # else it finished before, and is trained again with its group
+                left[work.label] -= cost(work.run, epochs).passes
         seconds = sum(left[k] / self.speed.get(m, now) for k, (m, _) in self.left.items())
         print(f"\nabout {duration(seconds)} left, {method} trains {now:,.0f} images/s", flush=True)
 

@@ -39,7 +39,8 @@ epoch's test accuracy on images saved again as JPEG, and their parameters includ
 # Runs of one line are equal in these.
 _SAME = ("method", "method_kwargs", "trial", "protocol", "source", "variant", "backbone")
 _SAME += ("backbone_sha256", "gelu", "drop_path_mode", "epochs", "batch_size", "image_size")
-_SAME += ("dtype", "precision")
+_SAME += ("dtype", "precision", "optimizer", "momentum_dtype", "grad_clip", "total_steps")
+_SAME += ("warmup_steps", "crop", "crop_from", "grid")
 # And those of one task in these.
 _HYPER = ("lr", "weight_decay", "drop_path", "schedule", "flip", "dataset")
 _SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
@@ -95,7 +96,7 @@ def lines(rows):
 
 def _tell_apart(ours):
     """Lines with what tells them apart in their labels, where the table has no column for it."""
-    shown = ("method", "method_kwargs", "trial", "protocol", "source", "variant")
+    shown = ("method", "method_kwargs", "trial", "protocol", "source", "variant", "grid")
     hidden = [k for k in _SAME if k not in shown]
     differ = [k for k in hidden if len({line.settings[k] for line in ours}) > 1]
     if "backbone" in differ and "backbone_sha256" in differ:

@@ -1,5 +1,6 @@
 """Training from top to bottom: weights and data in, the epochs, a row of results out for each trial."""
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -173,8 +174,9 @@ def train_together(
         total = recipe.images_before(epochs - 1, job.steps(epochs - 1))
         done, many = recipe.images_before(first, start), len(runs)
         size = dict(total=total * many, initial=done * many, unit="img")
-        with tqdm(**size, desc=title, disable=not distributed.lead()) as bar:
-            for epoch, data in epochs_data(job, first):
+        bar = tqdm(**size, desc=title, disable=not distributed.lead())
+        with bar, contextlib.ExitStack() as stack:
+            for epoch, data in stack.enter_context(contextlib.closing(epochs_data(job, first))):
 
                 def check(step, state, metrics, epoch=epoch):
                     """Stops here if asked to, saved."""
@@ -299,9 +301,12 @@ def check_memory(job, needs, limit):
     groups = job.mesh.shape["trial"]
     here = len(job.runs) // groups
     whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
+    shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((job.frozen, job.data)))
+    if job.crops:  # the next epoch's images come before the last one's go
+        whole, shared = (n + job.data["images"].size for n in (whole, shared))
+    whole, shared, limit = distributed.agree([whole, shared, limit])
     if whole <= limit:
         return
-    shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((job.frozen, job.data)))
     fits = min(max(0, int((limit - shared) / ((whole - shared) / here))), here - 1)
     if not fits and job.runs[0].model.remat is None:
         raise TooLarge(0)
@@ -312,15 +317,18 @@ def check_memory(job, needs, limit):
 def epochs_data(job, first):
     """Each epoch from `first` and its images; random crops are made while the one before runs."""
     epochs = range(first, job.runs[0].epochs)
-    if job.crops is None:
+    if job.crops is None or not epochs:
         yield from ((epoch, job.data) for epoch in epochs)
         return
     with ThreadPoolExecutor(1) as pool:
         crops = pool.submit(job.crops.epoch, first)
-        for epoch in epochs:
-            images = crops.result()
-            crops = pool.submit(job.crops.epoch, epoch + 1) if epoch + 1 < epochs.stop else None
-            yield epoch, {**job.data, "images": step.put(job.mesh, P(), images)}
+        try:
+            for epoch in epochs:
+                images = crops.result()
+                crops = pool.submit(job.crops.epoch, epoch + 1) if epoch + 1 < epochs.stop else None
+                yield epoch, {**job.data, "images": step.put(job.mesh, P(), images)}
+        finally:
+            job.crops.cancel()
 
 
 def train_epoch(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar, check):
@@ -357,11 +365,13 @@ def train_epoch(job, train_steps, data, state, metrics, epoch, start, keeper, cl
 def check_finite(job, losses, epoch, start, stop):
     """UserError if no trial has a finite loss any more; the last checkpoint stays what it was.
 
+    Of the protocol "tune" any may diverge: it is not chosen, and no reason to end a search.
+
     Args:
       losses: of each trial and step of this epoch.
     """
     finite = np.isfinite(losses[:, start:stop])
-    if finite.all(1).any():
+    if finite.all(1).any() or job.runs[0].protocol == "tune":
         return
     step = start + int(np.argmin(finite[0]))
     run = job.runs[0]
@@ -410,7 +420,15 @@ def _result(job, run, trainable, history, marks, clock):
     tested = [row for row in history if "test_acc" in row]
     best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
     same = ("task", "method", "seed", "trial", "lr", "weight_decay", "drop_path", "drop_path_mode")
-    same += ("optimizer", "grad_clip", "total_steps", "warmup_steps", "crop", "crop_from")
+    same += (
+        "optimizer",
+        "momentum_dtype",
+        "grad_clip",
+        "total_steps",
+        "warmup_steps",
+        "crop",
+        "crop_from",
+    )
     same += ("schedule", "flip", "epochs", "batch_size", "protocol", "image_size", "dtype", "precision")
     return {
         "identity": config_lib.fingerprint([run], marks),
@@ -424,7 +442,9 @@ def _result(job, run, trainable, history, marks, clock):
         "variant": run.data.variant,
         "backbone": run.pretrained.name,
         "backbone_sha256": marks["backbone_sha256"],
+        "model": run.model.variant,
         "gelu": run.model.gelu,
+        "attention": run.model.attention,
         "trainable_params": methods.trainable_count(trainable),
         "head_params": methods.head_count(trainable),
         "train_loss": history[-1]["train_loss"],

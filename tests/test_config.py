@@ -48,6 +48,18 @@ def test_lists_options_and_seeds():
     assert resolve(task="hearts,digits", method="full")[1].task == "digits"
 
 
+def test_variants_of_several_methods():
+    variants = ({"rank": 2}, {"rank": 4}, {"method": "ssf"})
+    runs = resolve("hearts,method=rlrr+lora,init=damped", variants=variants)
+    assert [(r.method, r.options, r.method_kwargs.to_dict()) for r in runs] == [
+        ("rlrr", "rank2", {"init": "damped", "rank": 2}),
+        ("lora", "rank2", {"rank": 2}),
+        ("rlrr", "rank4", {"init": "damped", "rank": 4}),
+        ("lora", "rank4", {"rank": 4}),
+        ("ssf", None, {}),
+    ]
+
+
 def test_weights_go_by_the_variant():
     (run,) = resolve("cifar", model={"variant": "S/16"})
     assert run.pretrained.name.startswith("augreg/S_16-i21k")
@@ -95,6 +107,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ({"variants": ({"rank": 2}, {"rank": 2})}, "must be different variants"),
         ({"variants": ({"method": "lorra"},)}, "unknown method 'lorra': did you mean 'lora'"),
         ({"variants": ({"layers": 13},)}, "layers=13 is more than the 12 blocks of the model"),
+        ({"epochs": 3, "total_steps": 9}, "exclude each other"),
         ({"schedule": "bigvision"}, "needs config.total_steps"),
         ({"warmup_steps": 5}, "only used by config.schedule=bigvision"),
         ({"optimizer": "sgd"}, "unknown value of config.optimizer 'sgd'"),

@@ -42,6 +42,9 @@ def test_tpu_pod():
     assert lines[0] == (
         f"{tpu} create mine {at} --accelerator-type v5litepod-16 --version v2-alpha-tpuv5-lite --spot "
     )
+    assert lines.pop(1).replace("\\", "") == (
+        f"{tpu} ssh mine {at} --worker all --command rm -rf rlrr_jax "
+    )
     assert lines[1] == f"{tpu} scp --recurse CLONE mine:rlrr_jax {at} --worker all "
     assert lines[2].startswith(f"{tpu} ssh mine {at} --worker all --command cd")
     plain = lines[3].replace("\\", "")
@@ -49,7 +52,8 @@ def test_tpu_pod():
         f"{tpu} ssh mine {at} --worker all --command cd rlrr_jax && venv-tpu/bin/python -m "
         f"rlrr_jax.main --distributed=on --config configs/vtab.py:all --workdir=gs://bucket/run"
     )
-    assert lines[4] == "gcloud storage cp --recursive gs://bucket/run CLONE/runs/ "
+    assert lines[4] == "mkdir -p CLONE/runs "
+    assert lines[5] == "gcloud storage cp --recursive gs://bucket/run CLONE/runs/ "
 
 
 def test_tpu_pod_needs_a_shared_workdir_and_a_name():

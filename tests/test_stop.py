@@ -73,13 +73,22 @@ def test_one_trial_that_diverges_does_not_stop_the_others(tmp_path):
     assert not problems
     bad, good = rows
     assert bad["train_loss"] is None and good["train_loss"] < 1
-    assert good["test_acc_final"] > 0.8 > bad["test_acc_final"]
+    assert good["test_acc_final"] > 0.8 and bad["test_acc_final"] == 0
 
     def no_constant(name):
         raise AssertionError(name)
 
     json.loads((tmp_path / "results.json").read_text(), parse_constant=no_constant)
     assert math.isfinite(good["test_acc_final"])
+
+
+def test_a_search_never_chooses_what_diverged(tmp_path):
+    grid = {"lr": (1e30, 0.01), "weight_decay": (0.0,), "drop_path": (0.0,)}
+    (row,), problems = suite.run(config(protocol="vtab", grid=grid, epochs=1), tmp_path)
+    assert not problems and row["lr"] == 0.01 and row["val_acc"] > 0.5
+    grid["lr"] = (1e30, 1e31)
+    with pytest.raises(UserError, match="is finite at no setting of config.grid: put smaller"):
+        suite.run(config(protocol="vtab", grid=grid, epochs=1), tmp_path / "none")
 
 
 def test_sigterm_saves_and_exits_with_its_code_and_the_run_ends_the_same(tmp_path):

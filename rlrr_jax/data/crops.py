@@ -5,6 +5,7 @@ big_vision does, since Pillow's filters are others.
 """
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -109,11 +110,18 @@ class Crops:
 
     def __init__(self, read, number, kind, size, shorter):
         self.read, self.number, self.kind, self.size, self.shorter = read, number, kind, size, shorter
+        self._cancelled = threading.Event()
+
+    def cancel(self):
+        """Lets an epoch that is being made end at once; what it gives is no use."""
+        self._cancelled.set()
 
     def epoch(self, epoch):
         """All crops of an epoch, [N, size, size, 3] uint8. They depend on the epoch alone."""
 
         def one(i):
+            if self._cancelled.is_set():
+                return 0
             rng = np.random.default_rng((epoch, i))
             if self.kind == "inception":
                 return inception_crop(rng, self.read(i), self.size)

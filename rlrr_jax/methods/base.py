@@ -83,6 +83,12 @@ def positive(what, value):
         raise ValueError(f"{what}={value} must be a whole number greater than 0")
 
 
+def number(what, value):
+    """ValueError unless an option is a number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{what}={value} must be a number")
+
+
 # Trees ----------------------------------------------------------------------------------------
 
 

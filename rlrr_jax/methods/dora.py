@@ -16,6 +16,7 @@ def method(rank=8, alpha=None, targets="query+value"):
     """
     base.positive("option rank", rank)
     targets = base.names_in(targets, base.DENSE, "target of method 'dora'")
+    base.number("option alpha", 0 if alpha is None else alpha)
     scale = 1.0 if alpha is None else alpha / rank
 
     def init(key, frozen):

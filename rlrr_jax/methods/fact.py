@@ -29,6 +29,7 @@ def method(kind="tt", rank=16, scale=1.0):
     base.positive("option rank", rank)
     if kind not in ("tt", "tk"):
         raise ValueError(f"unknown kind {kind!r} of method 'fact': use tt or tk")
+    base.number("option scale", scale)
 
     def init(key, frozen):
         keys = jax.random.split(key, 3)

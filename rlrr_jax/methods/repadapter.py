@@ -31,6 +31,7 @@ def method(hidden=8, groups=2, scale=1.0, where="attention+mlp"):
     if hidden % groups:
         raise ValueError(f"hidden={hidden} is not divisible by groups={groups}")
     where = base.names_in(where, base.AFTER_NORM, "place of method 'repadapter'")
+    base.number("option scale", scale)
 
     def init(key, frozen):
         depth, width = base.sizes(frozen)["query"][:2]

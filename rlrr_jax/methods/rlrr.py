@@ -80,6 +80,10 @@ def method(
     if sides not in SIDES:
         raise ValueError(f"unknown sides {sides!r} of method 'rlrr': use {', '.join(SIDES)}")
     positive("option rank", rank)
+    flags = dict(with_weight=with_weight, residual=residual, shift=shift)
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"option {name}={value} must be True or False")
     if layers is not None:
         positive("option layers", layers)
     if not with_weight and (sides != "both" or not residual):
@@ -140,7 +144,10 @@ def _dense(key, node, v):
     bounds = {"scale_in": math.sqrt(6 / fan_in), "scale_out": math.sqrt(6 / v.rank)}
     if v.sides != "both":
         bounds["scale_out"] = bounds["scale_in"]
-    alike = math.sqrt(2) * (fan_in * v.rank**2) ** -0.25  # of both, for a product as large
+    # Of both, for a product as large: rank random terms add up less than equal ones.
+    alike = math.sqrt(2) * (fan_in * v.rank ** (2 if v.init == "constant" else 1)) ** -0.25
+    if v.sides != "both":
+        alike = math.sqrt(2 / fan_in)
     keys = dict(zip(shapes, jax.random.split(key)))
 
     def start(name):
