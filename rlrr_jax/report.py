@@ -205,6 +205,10 @@ def spread(fractions):
     return f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
 
 
+def _label(group):
+    return " ".join([group[0]["method"], *_which(group[0], seed=len(group) == 1)])
+
+
 def comparison(groups):
     """A PNG: test accuracy against the number of trained values, for each task.
 
@@ -217,27 +221,30 @@ def comparison(groups):
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(group[0]["task"] for group in groups))
-    size = (1 + 5.5 * len(names), 4.5)
+    size = (2.5 + 4.5 * len(names), 4.5)
     figure, axes = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    order = lambda group: group[0]["trainable_params"]
+    labels = [_label(group) for group in sorted(groups, key=order)]
+    # The colours of Okabe and Ito, which colour-blind people tell apart, too, and five marks.
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+    styles = {
+        label: (colours[i % 5], "osD^v"[i // 5 % 5]) for i, label in enumerate(dict.fromkeys(labels))
+    }
+    drawn = {}
+    for group in sorted(groups, key=order):
+        axis = axes[0][names.index(group[0]["task"])]
+        values = [100 * row["test_acc_final"] for row in group]
+        error = statistics.stdev(values) if len(values) > 1 else None
+        colour, mark = styles[_label(group)]
+        style = dict(color=colour, fmt=mark, ms=6, capsize=2)
+        drawn[_label(group)] = axis.errorbar(order(group), statistics.mean(values), error, **style)
     for axis, name in zip(axes[0], names):
-        mine = sorted(
-            (g for g in groups if g[0]["task"] == name), key=lambda g: g[0]["trainable_params"]
-        )
-        for i, group in enumerate(mine):
-            values = [100 * row["test_acc_final"] for row in group]
-            mean = statistics.mean(values)
-            error = statistics.stdev(values) if len(values) > 1 else None
-            # The colours of Okabe and Ito, told apart by colour-blind people, too.
-            colour = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")[i % 5]
-            x = group[0]["trainable_params"]
-            axis.errorbar(x, mean, error, fmt="osD^v"[i % 5], color=colour, ms=5, capsize=2)
-            label = " ".join([group[0]["method"], *_which(group[0], seed=len(group) == 1)])
-            place = dict(xytext=(5, 5 if i % 2 else -11), textcoords="offset points")
-            axis.annotate(label, (x, mean), fontsize=8, color=colour, **place)
-        axis.set_xscale("symlog", linthresh=1000)
-        axis.margins(x=0.15)
+        axis.set_xscale("symlog", linthresh=1000, linscale=0.5)
+        axis.set_xticks([0, *(10**k for k in range(3, 9) if 10**k <= 3 * max(map(order, groups)))])
+        axis.margins(x=0.1)
         axis.set(title=name, xlabel="trained values without the head", ylabel="test accuracy [%]")
         axis.grid(alpha=0.3)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
