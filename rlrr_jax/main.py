@@ -93,7 +93,9 @@ def _parse_flags(argv):
         hint = f"did you mean {near[1]!r}?" if near else _KEYS
         raise UserError(f"unknown key {key[0]!r} in a --config flag: {hint}") from e
     except (flags.Error, TypeError, ValueError) as e:
-        raise UserError(str(e)) from e
+        last = (str(e).strip() or repr(e)).splitlines()[-1]  # ml_collections quotes a whole traceback
+        said = re.match(r"(?:ValueError|rlrr_jax\.errors\.UserError): (.*)", last)
+        raise UserError(said[1] if said else str(e)) from e
 
 
 if __name__ == "__main__":

@@ -66,17 +66,53 @@ WRONG = {
     ),
     "workdir": ([CONFIG, "--workdir=/proc/rlrr"], "cannot use /proc/rlrr"),
     "devices": ([CONFIG, "--config.num_devices=64"], "this machine has 1 cpu device(s)"),
+    "drop path": ([CONFIG, "--config.drop_path=1.5"], "config.drop_path=1.5 must be at least 0"),
+    "weight decay": ([CONFIG, "--config.weight_decay=-1"], "must be finite and not negative"),
+    "learning rate": ([CONFIG, "--config.lr=nan"], "config.lr=nan must be greater than 0 and finite"),
+    "batch size": ([CONFIG, "--config.batch_size=-3"], "config.batch_size=-3 must be greater than 0"),
+    "seeds": ([CONFIG, "--config.seeds=(1,1)"], "must be different whole numbers"),
+    "trials": ([CONFIG, "--config.trials=({'lrr':1},)"], "unknown key of config.trials 'lrr'"),
+    "variants": ([CONFIG, "--config.variants=({'rnk':1},)"], "unknown option of method linear 'rnk'"),
+    "grid": ([CONFIG, "--config.grid.lr=(0.1,)"], "only searched by config.protocol=vtab"),
+    "pretrained grid": ([CONFIG, "--config.pretrained.grid=(4,)"], "must be two whole numbers"),
+    "optimizer": ([CONFIG, "--config.optimizer=sgd"], "unknown value of config.optimizer 'sgd'"),
+    "schedule": ([CONFIG, "--config.schedule=linear"], "use official, cosine or bigvision"),
+    "steps": ([CONFIG, "--config.schedule=bigvision"], "needs config.total_steps"),
+    "two lengths": ([CONFIG, "--config.total_steps=9", "--config.epochs=1"], "exclude each other"),
+    "crop": ([CONFIG, "--config.crop=center"], "unknown value of config.crop 'center'"),
+    "crop size": ([CONFIG, "--config.crop=resmall"], "needs config.crop_from of at least"),
+    "attention": ([CONFIG, "--config.model.attention=cudnn"], "needs a GPU and bfloat16"),
+    "dtype": ([CONFIG, "--config.dtype=float16"], "unknown value of config.dtype 'float16'"),
+    "source": ([CONFIG, "--config.data.source=web"], "unknown value of config.data.source 'web'"),
+    "pixels": ([CONFIG, "--config.data.variant=jpeg57"], "did you mean 'jpeg75'?"),
+    "rank": ([f"{CONFIG}:hearts,method=lora,rank=0"], "option rank=0 must be a whole number"),
+    "targets": ([f"{CONFIG}:hearts,method=lora,targets=vlue"], "did you mean 'value'?"),
+    "switch": ([f"{CONFIG}:hearts,method=rlrr,residual=false"], "must be True or False"),
+    "layers": ([f"{CONFIG}:hearts,method=rlrr,layers=9"], "more than the 6 blocks of the model"),
+    "ablation": (["--config=configs/ablations.py:table7"], "one of the tables table6"),
+    "budgets": (["--config=configs/transfer.py:cifar10_full,dtd"], "different numbers of steps"),
+    "distributed": ([CONFIG, "--distributed=maybe"], "should be one of <auto|on|off>"),
+    "timeout": ([CONFIG, "--distributed_timeout=0"], "0 is not a positive integer"),
+    "workdir is a file": ([CONFIG, "--workdir={folder}/shape.npz"], "cannot use"),
+    "diverging": (
+        [f"{CONFIG}:digits,method=rlrr", "--config.lr=1e30"],
+        "is not finite at step 2 of epoch 1, learning rate 9.90393e+29: lower config.lr",
+    ),
 }
+
+
+FOLDERS = []
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
+    FOLDERS.append(folder)
     weight_files(folder)
 
     def ask(case):
         args, _ = WRONG[case]
-        args = [a.format(folder=folder) for a in args]
+        args = [a.replace("{folder}", str(folder)) for a in args]
         if not any("workdir" in a for a in args):
             args.append(f"--workdir={folder}/{case}")
         return main(*args)
@@ -90,9 +126,15 @@ def test_wrong_input_is_one_sentence(case, answers):
     answer = answers[case]
     assert answer.returncode == 1
     lines = answer.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), answer.stderr
-    assert WRONG[case][1] in lines[0]
+    assert lines[-1].startswith("error: ") and WRONG[case][1] in lines[-1], answer.stderr
+    assert len(lines) == 1 or all("img/s" in line for line in lines[:-1]), answer.stderr
     assert "Traceback" not in answer.stdout and "pickle was run" not in answer.stdout
+
+
+def test_there_are_enough_of_them_and_none_left_a_result(answers):
+    assert len(answers) >= 40
+    folder = next(iter(FOLDERS))
+    assert not list(folder.rglob("result*.json")) and not list(folder.rglob("adapter*"))
 
 
 def test_the_second_start_compiles_nothing(tmp_path):
