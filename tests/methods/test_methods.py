@@ -60,7 +60,7 @@ NOT_IDENTITY = ("rlrr", "ssf")
 COUNTS = {  # on ViT-B/16
     "rlrr": 288_768,  # published
     "linear": 0,
-    "full": 85_798_656,  # published as 85.8M
+    "full": 85_797_888,  # published as 85.8M
     "bitfit": 102_912,  # published as 0.10M
     "norm": 25 * 2 * 768,
     "last": 12 * 768**2 + 13 * 768 + 2 * 768,  # a block (7,087,872) and the final LayerNorm
@@ -137,9 +137,9 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
         assert no_gradient or jnp.abs(grad).max() > 0, leaf
 
 
-@CASES
-def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, options, frozen):
-    method = methods.get(name, **options)
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, frozen):
+    method = methods.get(name)
     keys = jax.random.split(jax.random.key(0), 2)
     trainable = jax.jit(jax.vmap(method.init, (0, None)))(keys, frozen)
     shapes = jax.eval_shape(method.init, keys[0], frozen)
