@@ -57,7 +57,7 @@ def start(mode="auto", timeout=300):
         return
     finally:
         timer.cancel()
-    if jax.process_count() > 1:
+    if several():
         print(
             f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
             f"{jax.device_count()} {jax.default_backend()} devices",
@@ -85,14 +85,19 @@ def _give_up(timeout, number, mine):
     os._exit(1)
 
 
+def several():
+    """Whether there are other processes; asks for no device, which may be missing."""
+    return _client() is not None and jax.process_count() > 1
+
+
 def lead():
     """Whether this process is the one that writes and shows."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def agree(value):
     """Process 0's value, any JSON, in every process."""
-    if jax.process_count() == 1:
+    if not several():
         return value
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
@@ -102,20 +107,20 @@ def agree(value):
 
 def any_of(flag):
     """Whether a flag is set in some process."""
-    if jax.process_count() == 1:
+    if not several():
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def wait(name):
     """Returns when every process is here: what process 0 wrote before can be read after."""
-    if jax.process_count() > 1:
+    if several():
         multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree):
     """A tree of arrays as NumPy, whole in every process."""
-    if jax.process_count() == 1:
+    if not several():
         return jax.device_get(tree)
 
     def get(x):
@@ -132,7 +137,7 @@ def together(*expected):
 
     `expected` exceptions are those that every process raises by itself.
     """
-    if jax.process_count() == 1:
+    if not several():
         yield
         return
     over = threading.Event()

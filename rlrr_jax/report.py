@@ -185,7 +185,7 @@ def _cells(rows, full):
 
 def _which(row, seed=True):
     """What tells runs of a task and method apart, in words."""
-    options = [f"{k}={v}" for k, v in row["method_kwargs"].items()]
+    options = [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()]
     seed = [f"seed {row['seed']}"] if row["seed"] and seed else []
     return options + seed + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
 

@@ -9,7 +9,6 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 from etils import epath
 
@@ -149,7 +148,7 @@ def _survive(problems, *works, alone):
     except train.Stopped:
         raise
     except Exception as e:
-        if alone or jax.process_count() > 1:  # the others would wait for this process
+        if alone or distributed.several():  # the others would wait for this process
             raise
         expected = isinstance(e, UserError | OSError)
         text = str(e) if expected else f"{type(e).__name__}: {first_line(e)}"

@@ -32,7 +32,7 @@ def test_schedules_by_epoch_repeat_in_each_step():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_clipped_momentum_for_50_steps(dtype):
-    """Clip by the norm of all, add the stored momentum, use the sum before it is stored in `dtype`."""
+    """Clip by the norm of all, add what is kept of the stored momentum, store the sum in `dtype`."""
     rng = np.random.default_rng(0)
     params = {"head": {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}}
     params = jax.tree.map(lambda x: x.astype(np.float32), params)
@@ -55,7 +55,8 @@ def test_clipped_momentum_for_50_steps(dtype):
         norm = math.sqrt(sum((g**2).sum() for g in flat))
         clipped += norm > 1
         for i, g in enumerate(flat):
-            total = 0.9 * momentum[i].astype(np.float64) + g * min(1.0, 1.0 / norm)
+            kept = stored.type(0.9) * momentum[i]  # the product is rounded, too
+            total = kept.astype(np.float64) + g * min(1.0, 1.0 / norm)
             momentum[i] = total.astype(np.float32).astype(stored)
             theirs[i] = theirs[i] - lr * total
     assert 5 < clipped

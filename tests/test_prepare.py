@@ -78,7 +78,7 @@ def test_check_verifies_the_order_of_keys(name, field, value, stored_as, small, 
         make = numbered(field, value, order)
         vtab_data.write(tmp_path / folder, task, sizes, stored_as, make)
     text = prepare.check(name, tmp_path / "right")
-    assert text == f"{task.tfds}:{task.version}, 800/200/1000/10 images, labels in range, " + (
+    assert text == f"{task.tfds}:{task.version}, 8/2/10/10 images, labels in range, " + (
         "the md5 order of its keys"
     )
     with pytest.raises(UserError, match=r"example 5 of .* is not where its key puts it"):

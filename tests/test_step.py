@@ -362,7 +362,7 @@ def test_learning_rate_schedules():
     cosine = optim.learning_rates("cosine", 1.0, 12)
     assert cosine[0] == 0.5 and max(cosine) > 0.99 and 0 < cosine[-1] < 0.01
     assert len(optim.learning_rates("official", 1.0, 3)) == 3
-    with pytest.raises(ValueError, match="use official or cosine"):
+    with pytest.raises(ValueError, match="use official, cosine or bigvision"):
         optim.learning_rates("linear", 1.0, 3)
 
 
