@@ -217,7 +217,15 @@ def test_decay(name, frozen):
         assert names
 
 
-@pytest.mark.parametrize("name", [n for n in methods.METHODS if n not in ("linear", "rlrr", "full")])
+SHORT = ("ssf", "fact", "apla")  # of each kind of tree one; the others with -m slow
+TRAINED = [
+    name if name in SHORT else pytest.param(name, marks=pytest.mark.slow)
+    for name in methods.METHODS
+    if name not in ("linear", "rlrr", "full")  # which test_step.py and whole runs train
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_trains_in_the_common_step(name, frozen):
     """Two trials at once: eight steps on one batch lower the loss, and each is as if alone."""
     recipe = step.Recipe(MODEL, methods.get(name), batch_size=6, num_images=6, image_size=48)
