@@ -246,21 +246,22 @@ def test_a_suite_that_tunes_shows_its_runs(data_dir, tmp_path):
     assert report.show(rows).count(" % (val)") == 2
 
 
-def test_ties_go_to_the_smaller_learning_rate(monkeypatch, tmp_path):
-    row = lambda lr, wd, dp: {"val_acc": 0.5, "lr": lr, "weight_decay": wd, "drop_path": dp}
+def test_ties_go_to_the_smaller_learning_rate(tmp_path):
+    row = lambda lr, wd, dp: {"lr": lr, "weight_decay": wd, "drop_path": dp, "train_loss": 1.0}
     run = config_lib.resolve(config("digits,method=linear", protocol="vtab"))[0]
-    values = lambda work: row(*(work.run[k] for k in config_lib.GRID))
-    monkeypatch.setattr(suite, "finish", lambda works, *_: [values(w) for w in works])
     work = suite.Work(run, tmp_path / "seed0", None, "x")
-    chosen = suite.choose([work], None, None, None)[0].run
-    assert (chosen.lr, chosen.weight_decay, chosen.drop_path) == (1e-3, 5e-5, 0.0)
+
+    def chosen(val_acc):
+        def train_all(works):
+            values = [row(*(w.run[k] for k in config_lib.GRID)) for w in works]
+            return [{**v, "val_acc": val_acc(v)} for v in values]
+
+        return suite.choose([work], train_all)[0].run
+
+    tied = chosen(lambda row: 0.5)
+    assert (tied.lr, tied.weight_decay, tied.drop_path) == (1e-3, 5e-5, 0.0)
     assert len(suite.trials(work)) == 18
-    monkeypatch.setattr(
-        suite,
-        "finish",
-        lambda works, *_: [{**values(w), "val_acc": w.run.lr} for w in works],
-    )
-    assert suite.choose([work], None, None, None)[0].run.lr == 1e-2
+    assert chosen(lambda row: row["lr"]).lr == 1e-2
 
 
 def test_a_given_value_is_not_searched():
