@@ -25,6 +25,8 @@ KEYS = {
     *("identity", "task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
     *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
     *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
+    *("optimizer", "momentum_dtype", "grad_clip", "total_steps", "warmup_steps", "crop", "crop_from"),
+    *("options", "grid", "model", "attention"),
     *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),
     *(
         "schedule",

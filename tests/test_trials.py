@@ -218,6 +218,7 @@ def test_how_many_fit(trials, devices, limit, remat, fits):
         runs=[run] * trials,
         frozen=np.zeros(10, np.uint8),
         data=np.zeros(5, np.uint8),
+        crops=None,
     )
     here = trials // devices
     needs = SimpleNamespace(argument_size_in_bytes=15 + here, temp_size_in_bytes=9 * here)
