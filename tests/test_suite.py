@@ -264,6 +264,24 @@ def test_ties_go_to_the_smaller_learning_rate(tmp_path):
     assert chosen(lambda row: row["lr"]).lr == 1e-2
 
 
+def test_a_search_never_chooses_what_diverged(tmp_path):
+    grid = {"lr": (1e-3, 1e-2), "weight_decay": (0.0,), "drop_path": (0.0,)}
+    run = config_lib.resolve(config("digits,method=linear", protocol="vtab", grid=grid))[0]
+    work = suite.Work(run, tmp_path / "seed0", None, "x")
+
+    def choose(losses):
+        keys = ("lr", "weight_decay", "drop_path")
+        rows = lambda works: [
+            {**{k: w.run[k] for k in keys}, "val_acc": 0.7 - 10 * w.run.lr, "train_loss": loss}
+            for w, loss in zip(works, losses)
+        ]
+        return suite.choose([work], rows)[0].run.lr
+
+    assert choose((1.0, 1.0)) == 1e-3 and choose((None, 1.0)) == 1e-2
+    with pytest.raises(UserError, match="is finite at no setting of config.grid: put smaller"):
+        choose((None, None))
+
+
 def test_a_given_value_is_not_searched():
     run = config_lib.resolve(config("digits,method=rlrr", protocol="vtab", lr=0.5))[0]
     trials = config_lib.trials(run)
