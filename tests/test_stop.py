@@ -59,6 +59,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "digits/rlrr/seed0/result.json").exists()
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_is_kept(tmp_path, capsys):
     """The official schedule begins with two epochs of 1e-7; then the learning rate is absurd."""
     settings = config(epochs=22, checkpoint_seconds=0.0, schedule="official", lr=1e30)

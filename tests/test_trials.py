@@ -92,6 +92,7 @@ def test_a_trial_equals_the_same_trial_alone(group, number, tmp_path):
     assert_equal_but_for_rounding(ours, tmp_path / "digits/rlrr" / f"seed{row['seed']}")
 
 
+@pytest.mark.slow
 def test_four_devices_share_the_trials(group, tmp_path):
     workdir, _ = group
     again = run(config(trials=TRIALS[:1], num_devices=4), tmp_path)  # a mesh of 4 x 1
@@ -179,6 +180,7 @@ def test_added_seeds_leave_finished_ones_alone(tmp_path):
     assert [row["trained_together"] for row in rows] == [1, 2, 2]
 
 
+@pytest.mark.slow
 def test_trials_that_do_not_fit_are_trained_in_groups(group, tmp_path, monkeypatch, capsys):
     needs, check_memory = [], train.check_memory
 
@@ -268,8 +270,8 @@ def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplo
         dispatches.clear()
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
-            run(config(epochs=5, protocol="official", **changes), tmp_path / str(number))
-        assert dispatches == [(0, 0, 1), (0, 1, 32), *((epoch, 0, 32) for epoch in range(1, 5))]
+            run(config(epochs=3, protocol="official", **changes), tmp_path / str(number))
+        assert dispatches == [(0, 0, 1), (0, 1, 32), *((epoch, 0, 32) for epoch in range(1, 3))]
         compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
         for program in ("train_steps", "eval_step"):
             assert sum(program in text for text in compiled) == 1, compiled
