@@ -126,7 +126,7 @@ def compile_table(rows):
 
 def speed_table(rows):
     """Speeds, as Markdown."""
-    out = [["case", *COLUMNS, "plain/merged", "merge"], ["---", *["---:"] * (len(COLUMNS) + 2)]]
+    out = [["case", *COLUMNS, "merge"], ["---", *["---:"] * (len(COLUMNS) + 1)]]
     for r in rows:
         cells = [name(r)]
         for what, times in (("train", 3), ("eval", 1)):
