@@ -217,13 +217,13 @@ def _variants(config, chosen):
     if not config.variants:
         kwargs = _method_kwargs(chosen, config.method_kwargs.to_dict(), config)
         return [(method, kwargs[method], None) for method in chosen]
+    if not all(isinstance(variant, dict) for variant in config.variants):
+        shown = "({'rank': 2},)"
+        raise UserError(f"config.variants={config.variants} must be a list, such as {shown}")
     out = []
     shared = config.method_kwargs.to_dict()
     _method_kwargs([*chosen, *(v["method"] for v in config.variants if "method" in v)], shared, config)
     for variant in config.variants:
-        if not isinstance(variant, dict):
-            shown = "({'rank': 2},)"
-            raise UserError(f"config.variants={config.variants} must be a list, such as {shown}")
         own = {k: v for k, v in variant.items() if k != "method"}
         name = "-".join(f"{k}{v}" for k, v in own.items()) or None
         for method in [variant["method"]] if "method" in variant else chosen:

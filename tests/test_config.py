@@ -104,6 +104,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ),
         ({"variants": ({"rnk": 2},)}, "unknown option of method rlrr 'rnk': did you mean 'rank'"),
         ({"variants": ("rank",)}, "must be a list, such as"),
+        ({"variants": (3,)}, "must be a list, such as"),
         ({"variants": ({"rank": 2}, {"rank": 2})}, "must be different variants"),
         ({"variants": ({"method": "lorra"},)}, "unknown method 'lorra': did you mean 'lora'"),
         ({"variants": ({"layers": 13},)}, "layers=13 is more than the 12 blocks of the model"),
