@@ -42,7 +42,11 @@ setup(
             "opencv-python-headless>=5,<5.1",
             "tensorflow>=2.21,<2.22",
         ],
+        # Weights named hf:timm/...
+        "hub": ["huggingface_hub>=1,<3"],
         "test": [
+            "huggingface_hub>=1,<3",
+            "hypothesis>=6.150,<7",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "ruff==0.17.6",

@@ -53,7 +53,8 @@ def get_config(arg=None):
     config.image_size = placeholder(int)  # pixels, a multiple of the patch size
     config.model = ConfigDict()
     config.model.variant = placeholder(str)  # "B/16"; "bundled" is the tiny one
-    config.model.gelu = "tanh"  # of the public JAX weights; the authors' PyTorch code: "exact"
+    # "tanh" or "exact", which the authors' PyTorch code has; None: what the weights were trained with.
+    config.model.gelu = placeholder(str)
     config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)
@@ -61,6 +62,9 @@ def get_config(arg=None):
     config.pretrained = ConfigDict()
     config.pretrained.name = placeholder(str)  # a name, file or address; None goes by the variant
     config.pretrained.grid = placeholder(tuple)  # of a position embedding that is not square
+    # Of red, green and blue in [0, 1], for .safetensors that do not say it; 0.5 each is [-1, 1].
+    config.pretrained.mean = placeholder(tuple)
+    config.pretrained.std = placeholder(tuple)
     config.pretrained.cache_dir = placeholder(str)  # of downloads; None is ~/.cache/rlrr_jax
     config.data = ConfigDict()
     config.data.dir = placeholder(str)  # of tfds datasets or vtab-1k/; None is ~/tensorflow_datasets

@@ -1,21 +1,19 @@
-"""What is saved: Orbax checkpoints of a run in progress, the trained tree at its end.
+"""Orbax checkpoints of a run in progress.
 
 A checkpoint holds the trainable tree, the optimiser state, the metrics of the epoch so far and the
 place in the run. Frozen weights are never in it.
 """
 
 import contextlib
-import json
 import sys
 import threading
 import time
+import zlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors.numpy
 from etils import epath
-from flax.traverse_util import flatten_dict
 
 from rlrr_jax import distributed, files
 from rlrr_jax.errors import UserError, first_line
@@ -53,6 +51,11 @@ class Keeper:
         try:
             with _silent_threads():
                 self.manager.save(number, args=ocp.args.StandardSave(tree), force=True)
+            if distributed.lead():
+                kept = [n for n in self.manager.all_steps() if n != number]
+                sums = {str(n): old for n in kept if (old := self._sums().get(str(n)))}
+                files.write_json(self.sums, {**sums, str(number): self._checksums(number)})
+            distributed.wait("saved")
         except Exception as e:  # Orbax wraps a full disk in several ways
             raise UserError(
                 f"cannot save a checkpoint in {self.manager.directory} ({first_line(e)}): make space "
@@ -63,33 +66,66 @@ class Keeper:
             self.seconds = max(self.seconds, 20 * (self.saved - begun))
 
     def restore(self, like, places):
-        """The newest readable `(state, metrics, place)`; None if nothing was saved.
+        """The newest whole `(state, metrics, place)`; None if nothing was saved.
+
+        A damaged one is passed over for the one before it, with a warning. Process 0 looks, and all
+        take what it found.
 
         Args:
           like: `(state, metrics)` as arrays or as shapes with shardings.
           places: length of the place.
 
-        Raises UserError if none can be read or was saved for these names and shapes.
+        Raises UserError if none is whole or was saved for these names, shapes and dtypes.
         """
         state, metrics = like
         like = {"state": state, "metrics": metrics, "place": np.zeros(places)}
-        problem = None
-        for number in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                saved, wanted = _shapes(self.manager.item_metadata(number)), _shapes(like)
-                names = [k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)]
-                if names:
-                    raise ValueError(f"its array {min(names)} is another run's")
-                found = self.manager.restore(number, args=ocp.args.StandardRestore(like))
-                return found["state"], found["metrics"], np.asarray(found["place"])
-            except Exception as e:  # a damaged file can raise anything
-                problem = problem or e
-        if problem:
+        number, problems = distributed.agree(self._newest(like) if distributed.lead() else None)
+        if number is None and problems:
             raise UserError(
-                f"no checkpoint in {self.manager.directory} can be read ({first_line(problem)}): "
-                f"delete that folder to start this run again"
-            ) from problem
-        return None
+                f"no checkpoint in {self.manager.directory} can be read ({problems[0]}): delete "
+                f"{self.manager.directory.parent} to start this run again"
+            )
+        if number is None:
+            return None
+        if problems and distributed.lead():
+            print(f"warning: {problems[0]}: the one before it is taken", file=sys.stderr, flush=True)
+        found = self.manager.restore(number, args=ocp.args.StandardRestore(like))
+        return found["state"], found["metrics"], np.asarray(found["place"])
+
+    def _newest(self, like):
+        """Number of the newest checkpoint that is whole, None if there is none, and what is wrong."""
+        sums, problems = self._sums(), []
+        for number in sorted(self.manager.all_steps(), reverse=True):
+            if str(number) not in sums:  # killed between its last file and our mark
+                continue
+            try:
+                self._check(number, sums[str(number)], like)
+                return number, problems
+            except Exception as e:  # a damaged file can raise anything
+                problems.append(f"checkpoint {number} {first_line(e)}")
+        return None, problems
+
+    def _check(self, number, sums, like):
+        """ValueError unless every file is as it was written, and the arrays are this run's."""
+        found = self._checksums(number)
+        if wrong := sorted(name for name, value in sums.items() if found.get(name) != value):
+            raise ValueError(f"is damaged (its file {wrong[0]})")
+        saved, wanted = _shapes(self.manager.item_metadata(number)), _shapes(like)
+        if names := [k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)]:
+            raise ValueError(f"is another run's (its array {min(names)})")
+
+    @property
+    def sums(self):
+        """Where the CRC-32 of each file of each checkpoint is: beside Orbax's folder."""
+        return epath.Path(self.manager.directory).parent / "checkpoints.json"
+
+    def _sums(self):
+        return files.read_json(self.sums) if self.sums.exists() else {}
+
+    def _checksums(self, number):
+        folder = epath.Path(self.manager.directory) / str(number)
+        name = lambda path: str(path)[len(str(folder)) + 1 :]
+        return {name(path): zlib.crc32(path.read_bytes()) for path in _all_files(folder)}
 
 
 @contextlib.contextmanager
@@ -106,19 +142,14 @@ def _silent_threads():
         threading.excepthook, sys.excepthook = hooks
 
 
+def _all_files(folder):
+    """Every file below a folder; epath has no recursive glob, for gs://'s sake."""
+    for path in folder.iterdir():
+        yield from _all_files(path) if path.is_dir() else (path,)
+
+
 def _shapes(tree):
-    """Names of leaves, however their containers are kept, and their shapes."""
+    """Names of leaves, however their containers are kept, and their shapes and dtypes."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves
-    }
-
-
-def save_adapter(path, trainable, metadata):
-    """Writes a trained tree as safetensors, leaves named by their path.
-
-    `metadata` is kept as JSON under one key: with several, the order in the file would be random.
-    """
-    flat = {k: np.ascontiguousarray(v) for k, v in flatten_dict(trainable, sep="/").items()}
-    data = safetensors.numpy.save(flat, metadata={"rlrr_jax": json.dumps(metadata, sort_keys=True)})
-    files.write(path, data)
+    return {name(path): (tuple(x.shape), str(np.dtype(x.dtype))) for path, x in leaves}

@@ -81,6 +81,19 @@ def locate(run):
     return found
 
 
+def follow(run, card):
+    """Fills in what a run takes from its weights' `cards.Card`; returns a note if it differs."""
+    _fill(run.model, "gelu", card.gelu)
+    _fill(run.pretrained, "mean", tuple(card.mean))
+    _fill(run.pretrained, "std", tuple(card.std))
+    if run.model.gelu != card.gelu:
+        return (
+            f"note: {run.pretrained.name} was trained with the {card.gelu} GELU (says {card.source}), "
+            f"config.model.gelu is {run.model.gelu}"
+        )
+    return None
+
+
 def _changes(config, seeds):
     """What each trial of `config.trials` changes, with its seed: `[{"seed": 0, "lr": 0.01}, ...]`."""
     if config.trials and config.protocol == "vtab":
@@ -182,12 +195,20 @@ def build_model(run):
     return vit.ViT(
         **model_sizes(run.model.variant),
         num_classes=tasks.get(run.task).classes,
-        gelu=run.model.gelu,
+        gelu=run.model.gelu or "tanh",  # None until `follow`, where only shapes matter
         attention=run.model.attention,
         drop_path_mode=run.drop_path_mode,
         unroll=run.model.unroll,
         remat=bool(run.model.remat),
         dtype=jax.numpy.dtype(run.dtype),
+    )
+
+
+def load_weights(run, path, model):
+    """The frozen tree of a run whose weights are at a path."""
+    given = run.pretrained
+    return pretrained.load(
+        path, model=model, image_size=run.image_size, grid=given.grid, mean=given.mean, std=given.std
     )
 
 
@@ -323,7 +344,8 @@ def _default_weights(variant):
     name = pretrained.default_name(variant)
     if name is None:
         raise UserError(
-            f"no public weights are known for {variant}: set config.pretrained.name to a .npz file"
+            f"no public weights are known for {variant}: set config.pretrained.name to a .npz or "
+            f".safetensors file, or to hf:timm/<name>"
         )
     return name
 
@@ -337,6 +359,12 @@ def _as_user_error(function, *args, **kwargs):
 
 def _check_common(config):
     """Checks every value that does not depend on task or method."""
+    for key in ("model", "pretrained", "data", "grid", "method_kwargs"):
+        if not isinstance(config[key], ConfigDict):
+            raise UserError(f"config.{key}={config[key]} must be a group of values: leave it as it is")
+    for key in ("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "drop_path_mode"):
+        if config[key] is None:
+            raise UserError(f"config.{key} must have a value: leave it as it is, or set one")
     if config.model.variant not in (None, "bundled"):
         _as_user_error(vit.parse_variant, config.model.variant)
     if config.schedule is not None:
@@ -377,6 +405,7 @@ def _check_common(config):
     grid = config.pretrained.grid
     if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
         raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
+    _check_pixels(config.pretrained.mean, config.pretrained.std)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
@@ -397,6 +426,18 @@ def _check_common(config):
         )
     if config.pretrained.name is not None:
         pretrained.address(pretrained.split_subtree(config.pretrained.name)[0])
+
+
+def _check_pixels(mean, std):
+    for name, values in {"mean": mean, "std": std}.items():
+        if (mean is None) != (std is None):
+            raise UserError("config.pretrained.mean and config.pretrained.std go together: set both")
+        good = lambda x: isinstance(x, int | float) and 0 <= x <= 1 and (x > 0 or name == "mean")
+        if values is not None and (len(values) != 3 or not all(map(good, values))):
+            raise UserError(
+                f"config.pretrained.{name}={values} must be three numbers between 0 and 1, of red, "
+                f"green and blue"
+            )
 
 
 def _check_hyper(where, values):

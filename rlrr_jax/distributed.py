@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from rlrr_jax.errors import UserError, first_line
 
 MODES = ("auto", "on", "off")
-_FAILED = "rlrr_jax/failed"
+_FAILED, _STOPPED = "rlrr_jax/failed", "rlrr_jax/stopped"
+STOPPED_TEXT = "stopped and saved: the same command goes on"
 
 
 def start(mode="auto", timeout=300):
@@ -132,20 +133,24 @@ def fetch(tree):
 
 
 @contextlib.contextmanager
-def together(*expected):
+def together(stopped, code):
     """Whatever ends one process ends all of them, each with its message.
 
-    `expected` exceptions are those that every process raises by itself.
+    Args:
+      stopped: the exception that says that a process was asked to stop and all is saved.
+      code: the exit code that goes with it.
     """
     if not several():
         yield
         return
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=[over])
+    watch = threading.Thread(target=_watch, args=[over, code])
     watch.start()
     try:
         yield
-    except expected:
+    except stopped:
+        with contextlib.suppress(Exception):
+            _client().key_value_set(_STOPPED, str(jax.process_index()))
         raise
     except BaseException as e:
         text = str(e) if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {first_line(e)}"
@@ -159,17 +164,25 @@ def together(*expected):
         watch.join()
 
 
-def _watch(over):
-    """Ends this process, which may hang in a collective, when another one has failed."""
+def _watch(over, code):
+    """Ends this process, which may hang in a collective, when another one has failed or stopped."""
     while not over.wait(1):
-        try:
-            text = _client().key_value_try_get(_FAILED)
-        except Exception:  # not set
-            continue
-        if not text.startswith(f"process {jax.process_index()}:"):
-            print(f"error: {text}", file=sys.stderr, flush=True)
-            time.sleep(6 if lead() else 0)  # process 0 keeps the service, and goes last
-            os._exit(1)
+        if text := _said(_FAILED):
+            if not text.startswith(f"process {jax.process_index()}:"):
+                print(f"error: {text}", file=sys.stderr, flush=True)
+                time.sleep(6 if lead() else 0)  # process 0 keeps the service, and goes last
+                os._exit(1)
+        elif _said(_STOPPED) and not over.wait(4):  # not all were asked while they trained
+            print(STOPPED_TEXT, file=sys.stderr, flush=True)
+            os._exit(code)
+
+
+def _said(key):
+    """What some process said under a key, None if none did."""
+    try:
+        return _client().key_value_try_get(key)
+    except Exception:  # not set
+        return None
 
 
 def _client():

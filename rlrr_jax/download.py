@@ -16,7 +16,7 @@ import urllib.request
 from etils import epath
 from tqdm import tqdm
 
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import UserError, first_line
 
 ATTEMPTS = 5
 PUBLIC_GS = "https://storage.googleapis.com/"
@@ -61,6 +61,29 @@ def cached(url, folder=None):
             f"{record.read_text()[:12]}...): delete it and its .sha256 to download it again"
         )
     return path, found
+
+
+def from_hub(name, folder=None):
+    """Local path of a model's `model.safetensors` on Hugging Face, its `config.json` beside it.
+
+    Its own library downloads it, with its environment variables (HF_TOKEN, HF_ENDPOINT,
+    HF_HUB_OFFLINE) and, unless `folder` says otherwise, its cache.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as e:
+        raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
+    place = dict(cache_dir=folder and pathlib.Path(folder).expanduser() / "hub")
+    try:
+        with contextlib.suppress(EntryNotFoundError):
+            huggingface_hub.hf_hub_download(name, "config.json", **place)
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, "model.safetensors", **place))
+    except Exception as e:  # of the network, the name, the disk
+        raise UserError(
+            f"cannot get model.safetensors of hf:{name} ({first_line(e)}): check the name and the "
+            f"network, or download it by hand and give its path"
+        ) from e
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import pathlib
 import re
 import signal
 import sys
-import threading
 import traceback
 
 import jax
@@ -58,13 +57,14 @@ def main(argv):
         sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
     if config.task is None:
         print(BUNDLED, flush=True)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stop = train.Stop()
     try:
-        with distributed.together(train.Stopped):
-            rows, problems = suite.run(config, _WORKDIR.value, stop.is_set)
+        with distributed.together(train.Stopped, STOPPED):
+            signal.signal(signal.SIGTERM, stop.ask)
+            rows, problems = suite.run(config, _WORKDIR.value, stop)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except train.Stopped:
-        print("stopped and saved: the same command goes on", file=sys.stderr, flush=True)
+        print(distributed.STOPPED_TEXT, file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     if rows:
         print(f"\n{report.show(rows)}", flush=True)

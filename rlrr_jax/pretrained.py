@@ -1,9 +1,4 @@
-"""Pretrained ViT weights: the public `.npz` layouts, read into our tree.
-
-Layouts read: the original one of 2020 and AugReg (`encoderblock_<i>/MultiHeadDotProductAttention_1`,
-`posembed_input`, a class-token row in the position embedding), big_vision's with numbered blocks and
-with scanned blocks; each with or without a prefix, `pre_logits` and a head.
-"""
+"""Pretrained ViT weights by name, file or address, read into our tree: `.npz` and `.safetensors`."""
 
 import math
 import pathlib
@@ -14,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 import scipy.ndimage
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlrr_jax import download
-from rlrr_jax.errors import UserError, unknown
+from rlrr_jax import cards, download, layouts
+from rlrr_jax.errors import UserError, first_line, unknown
 
 ADDRESS = "https://storage.googleapis.com/vit_models/"
 FOLDERS = ("imagenet21k/", "imagenet21k+imagenet2012/", "augreg/", "sam/", "gsam/")
+HUB = "hf:"  # of Hugging Face, such as hf:timm/vit_base_patch16_224.augreg_in21k
 BUNDLED = pathlib.Path(__file__).parent / "bundled" / "vit.npz"
 
 
@@ -75,16 +72,19 @@ def address(name):
     name = ALIASES.get(name, name)
     if name.startswith(FOLDERS):
         return ADDRESS + name.removesuffix(".npz") + ".npz"
-    if "://" in name or name.endswith(".npz") or pathlib.Path(name).expanduser().exists():
+    file = name.endswith((".npz", ".safetensors")) or pathlib.Path(name).expanduser().exists()
+    if file or "://" in name or name.startswith(HUB):
         return name
-    raise unknown("weights (neither a name nor a .npz file)", name, ["bundled", *ALIASES])
+    what = "weights (neither a name nor a .npz or .safetensors file)"
+    raise unknown(what, name, ["bundled", *ALIASES])
 
 
 def canonical(name):
     """One spelling for all names of the same weights; of a local file, without its folder."""
     file, subtree = split_subtree(name)
     where = address(file)
-    where = where if "://" in where else pathlib.Path(where).name
+    if "://" not in where and not where.startswith(HUB):
+        where = pathlib.Path(where).name
     return f"{where}:{subtree}" if subtree else where
 
 
@@ -95,7 +95,8 @@ def fetch(name, cache_dir=None):
     if "://" in where:
         path, digest = download.cached(where, cache_dir)
     else:
-        path = _local(where)
+        hub = where.startswith(HUB)
+        path = download.from_hub(where.removeprefix(HUB), cache_dir) if hub else _local(where)
         digest = download.sha256(path)
     return f"{path}:{subtree}" if subtree else str(path), digest
 
@@ -116,58 +117,89 @@ def _local(where):
     return path
 
 
-def load(name_or_path, *, model, image_size, grid=None, cache_dir=None):
+def load(
+    name_or_path, *, model, image_size, grid=None, cache_dir=None, mean=None, std=None, head=False
+):
     """Reads pretrained weights into the tree of `model`.
 
     Args:
       name_or_path: a known name (`ALIASES`, or a path below `ADDRESS` such as
-        "imagenet21k/ViT-B_16"), "bundled", a local `.npz`, or a gs:// or https:// address; a file
-        may be followed by `:subtree`.
+        "imagenet21k/ViT-B_16"), "bundled", a local `.npz` (which may be followed by `:subtree`) or
+        timm `.safetensors`, a gs:// or https:// address, or `hf:timm/<name>`.
       model: the `vit.ViT` to fill.
       image_size: side of the images in pixels; the position embedding is resized to its grid by
         linear interpolation, as the public code does.
       grid: (rows, columns) of the file's position embedding, where it is not square.
       cache_dir: folder of downloaded files.
+      mean, std: of each colour; None is what `cards.read` finds. They are folded into the patch
+        embedding, so that every model takes images in [-1, 1].
+      head: whether to read the file's head, too.
 
     Returns:
-      A plain nested dict of float32 arrays; the head is zero.
+      A plain nested dict of float32 arrays; the head is zero unless it was asked for.
 
     Raises:
       UserError: if the file is missing or damaged, or if any name or shape differs from the
         model's; all of them are listed.
     """
     check_size(image_size, model.patch_size)
-    file, subtree = split_subtree(name_or_path)
-    where = address(file)
-    path = download.cached(where, cache_dir)[0] if "://" in where else _local(where)
+    path, subtree = split_subtree(_path(name_or_path, cache_dir))
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    model_bytes = sum(4 * x.size for x in jax.tree.leaves(shapes))
-    flat = _standard_names(_read(path, 8 * model_bytes + 2**30), subtree, path)
-    shapes = _numbered({k: np.broadcast_to(0.0, v.shape) for k, v in _flatten(shapes).items()})
+    limit = 8 * sum(4 * x.size for x in jax.tree.leaves(shapes)) + 2**30
+    if path.endswith(".safetensors"):
+        flat = layouts.from_timm(_read_safetensors(path, limit), model.num_heads, path)
+    else:
+        flat = layouts.from_jax(_read_npz(path, limit), subtree, path)
+    shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     side = image_size // model.patch_size
     _place_position(flat, (side, side), grid, path)
-    wanted = {k: v.shape for k, v in shapes.items() if not k.startswith("head/")}
+    if not head:
+        flat = {k: v for k, v in flat.items() if not k.startswith("head/")}
+    wanted = {k: v.shape for k, v in shapes.items() if head or not k.startswith("head/")}
     _compare({k: v.shape for k, v in flat.items()}, wanted, path)
     for name, value in flat.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(f"{name} in {path} is not made of finite floating-point numbers")
-    for name in ("head/kernel", "head/bias"):
-        flat[name] = np.zeros(shapes[name].shape, np.float32)
-    return unflatten_dict(_stacked(flat), sep="/")
+    card = cards.read(path, str(name_or_path), mean, std)
+    if (card.mean, card.std) != (cards.HALF, cards.HALF):
+        flat = layouts.fold_pixels(flat, card.mean, card.std)
+    zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
+    return unflatten_dict(layouts.stacked({**zeros, **flat}), sep="/")
+
+
+def _path(name, cache_dir):
+    """Where a file is, with its `:subtree`; one that is local is not read for its SHA-256."""
+    file, _ = split_subtree(name)
+    where = address(file)
+    if "://" in where or where.startswith(HUB):
+        return fetch(name, cache_dir)[0]
+    return str(name).replace(file, str(_local(where)), 1)
 
 
 def save(path, params, dtype=np.float32):
     """Writes a tree as a compressed `.npz` in big_vision's scanned layout."""
-    flat = {f"params/{k}": np.asarray(v, dtype) for k, v in _flatten(params).items()}
+    flat = {f"params/{k}": np.asarray(v, dtype) for k, v in flatten_dict(params, sep="/").items()}
     np.savez_compressed(path, **flat)
 
 
-def _flatten(tree):
-    return flatten_dict(tree, sep="/")
+def _read_safetensors(path, limit):
+    """All arrays of a `.safetensors` by name; floating-point ones as float32."""
+    if pathlib.Path(path).stat().st_size > limit:
+        raise UserError(
+            f"{path} has {pathlib.Path(path).stat().st_size / 1e9:.1f} GB, far more than the model "
+            f"needs: check config.model and config.pretrained.name"
+        )
+    try:
+        return {key: _float32(value) for key, value in safetensors.numpy.load_file(path).items()}
+    except Exception as e:  # a damaged file can raise anything
+        raise UserError(
+            f"{path} is no readable .safetensors file ({first_line(e)}): it may be truncated; copy or "
+            f"download it again"
+        ) from e
 
 
-def _read(path, limit):
+def _read_npz(path, limit):
     """All arrays of an `.npz` by name; floating-point ones as float32.
 
     Args:
@@ -202,60 +234,6 @@ def _float32(array):
         array = array.view(ml_dtypes.bfloat16)
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     return array.astype(np.float32) if floating else array  # a step counter, say
-
-
-def _standard_names(flat, subtree, path):
-    """The arrays under the subtree by our names, blocks numbered, without head and pre_logits."""
-    if subtree:
-        subtree = subtree.strip("/") + "/"
-        flat = {k.removeprefix(subtree): v for k, v in flat.items() if k.startswith(subtree)}
-    stem = "embedding/kernel"
-    prefixes = [k.removesuffix(stem) for k in flat if k == stem or k.endswith("/" + stem)]
-    if not prefixes:
-        where = f"{path} has no array '{subtree}{stem}'"
-        raise UserError(f"{where}: it holds no Vision Transformer there; check the name")
-    preferred = [p for p in ("", "params/", "opt/target/") if p in prefixes]
-    if not preferred and len(prefixes) > 1:
-        choices = " or ".join(f"{path}:{subtree}{p[:-1]}" for p in prefixes)
-        raise UserError(f"{path} holds several trees of weights: write {choices}")
-    prefix = (preferred or prefixes)[0]
-    names = {}
-    for key, value in flat.items():
-        if not key.startswith(prefix):
-            continue
-        key = key.removeprefix(prefix)
-        key = key.replace("MultiHeadDotProductAttention_1/", "MultiHeadDotProductAttention_0/")
-        key = key.replace("/LayerNorm_2/", "/LayerNorm_1/").replace("/MlpBlock_3/", "/MlpBlock_0/")
-        key = re.sub(r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", key)
-        if not key.startswith(("head/", "pre_logits/")):
-            names[key] = value
-    return _numbered(names)
-
-
-def _numbered(flat):
-    """Splits scanned leaves: `encoderblock/x` [L, ...] becomes `encoderblock_0/x`, ..."""
-    out = {}
-    for key, value in flat.items():
-        if key.startswith("Transformer/encoderblock/") and value.ndim:
-            for i, part in enumerate(value):
-                out[key.replace("encoderblock", f"encoderblock_{i}", 1)] = part
-        else:
-            out[key] = value
-    return out
-
-
-def _stacked(flat):
-    """The inverse of `_numbered`."""
-    out, blocks = {}, {}
-    for key, value in flat.items():
-        if match := re.match(r"Transformer/encoderblock_(\d+)/", key):
-            name = key.replace(match[0], "Transformer/encoderblock/")
-            blocks.setdefault(name, {})[int(match[1])] = value
-        else:
-            out[key] = value
-    for name, parts in blocks.items():
-        out[name] = np.stack([parts[i] for i in range(len(parts))])
-    return out
 
 
 def _place_position(flat, target, grid, path):

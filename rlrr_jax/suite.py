@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import ml_collections
 from etils import epath
 
+from rlrr_jax import cards, distributed, files, pretrained, report, train
 from rlrr_jax import config as config_lib
-from rlrr_jax import distributed, files, pretrained, report, train
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError, first_line
 
@@ -27,10 +27,10 @@ class Work(NamedTuple):
     label: str
 
 
-def run(config, workdir=None, stop=lambda: False):
+def run(config, workdir=None, stop=None):
     """Trains and evaluates all runs of a configuration.
 
-    In several processes, each calls this; process 0 writes. `stop` says whether to save and stop.
+    In several processes, each calls this; process 0 writes. `stop` is a `train.Stop`.
 
     Runs that are finished in the workdir are not repeated; an interrupted one goes on; where there
     are several tasks, one that fails does not stop the others.
@@ -43,6 +43,7 @@ def run(config, workdir=None, stop=lambda: False):
         task at once, of several only if none of them can run.
       train.Stopped: if `stop` said so, when all is saved.
     """
+    stop = stop or train.Stop()
     runs = config_lib.resolve(config)
     workdir = epath.Path(workdir or f"runs/{config_lib.fingerprint(runs)}").expanduser()
     _check_alike(runs)
@@ -53,6 +54,7 @@ def run(config, workdir=None, stop=lambda: False):
         raise UserError(f"no task can run; {explain(problems)[0]}")
     places = {(w.run.pretrained.name, w.run.pretrained.cache_dir) for w in works}
     weights = {name: pretrained.fetch(name, cache_dir) for name, cache_dir in places}
+    _follow_weights(works, weights)
     for work in works:
         check_folder(work, weights[work.run.pretrained.name][1])
     _check_weights(works[0].run, weights)
@@ -132,10 +134,19 @@ def _before(run, folder):
     return sources.Found(saved["data"]["source"], None, saved["dataset"])
 
 
+def _follow_weights(works, weights):
+    """Fills in the runs' GELU and pixels, and says where a configuration differs from its weights."""
+    notes = []
+    for work in works:
+        name, given = work.run.pretrained.name, work.run.pretrained
+        path = pretrained.split_subtree(weights[name][0])[0]
+        notes.append(config_lib.follow(work.run, cards.read(path, name, given.mean, given.std)))
+    print(*dict.fromkeys(filter(None, notes)), sep="\n", end="\n" * any(notes), flush=True)
+
+
 def _check_weights(run, weights):
     """UserError if weights do not fit the model: that is no task's fault."""
-    model, path = config_lib.build_model(run), weights[run.pretrained.name][0]
-    pretrained.load(path, model=model, image_size=run.image_size, grid=run.pretrained.grid)
+    config_lib.load_weights(run, weights[run.pretrained.name][0], config_lib.build_model(run))
 
 
 @contextlib.contextmanager
@@ -145,8 +156,6 @@ def _survive(problems, *works, alone):
         yield
         for work in works:
             (work.folder / "error.txt").unlink(missing_ok=True)
-    except train.Stopped:
-        raise
     except Exception as e:
         if alone or distributed.several():  # the others would wait for this process
             raise
@@ -185,7 +194,8 @@ def finish(works, weights, load_data, forecast, stop):
         if work.label in forecast.before and work.folder.parent.name != "search":
             print(f"{forecast.place(work)}: finished before", flush=True)
         forecast.finished(work)
-    return [files.read_json(work.folder / "result.json") for work in works]
+    read = lambda: [files.read_json(work.folder / "result.json") for work in works]
+    return distributed.agree(read() if distributed.lead() else None)
 
 
 def finished(work):
@@ -195,21 +205,26 @@ def finished(work):
 
 def waiting(works):
     """The groups to train: as an earlier start made them, those begun alone, then the rest at once."""
-    groups, names = [], {work.folder.name: work for work in works}
+    order = distributed.agree(_waiting(works) if distributed.lead() else None)
+    return [[works[i] for i in group] for group in order]
+
+
+def _waiting(works):
+    groups, names = [], {work.folder.name: i for i, work in enumerate(works)}
     for path in sorted(works[0].folder.parent.glob("together-*/runs.json")):
         begun = files.read_json(path)["runs"]
         if set(begun) <= names.keys():
             group = [names.pop(name) for name in begun]
-            if all(map(finished, group)):
-                _remove(path.parent)
+            if all(finished(works[i]) for i in group):
+                path.parent.rmtree()
             else:
                 groups.append(group)
     rest = []
-    for work in names.values():
-        if not finished(work):
-            alone = (work.folder / "checkpoints").exists()
-            groups += [[work]] if alone else []
-            rest += [] if alone else [work]
+    for i in names.values():
+        if not finished(works[i]):
+            alone = (works[i].folder / "checkpoints").exists()
+            groups += [[i]] if alone else []
+            rest += [] if alone else [i]
     return groups + ([rest] if rest else [])
 
 
@@ -226,7 +241,7 @@ def train_group(works, weights, load_data, forecast, stop):
     What belongs to them all lies in a folder beside theirs until the last has its result: so a killed
     group goes on as the same group, and ends with the same bits.
     """
-    if distributed.any_of(stop()):
+    if distributed.any_of(stop()):  # asked while the group before ended
         raise train.Stopped
     run, folder = works[0].run, works[0].folder
     found = next(work.found for work in works if not finished(work))
@@ -248,6 +263,7 @@ def train_group(works, weights, load_data, forecast, stop):
             checkpoints=folder / "checkpoints",
             weights=path,
             marks=_marks(works[0], sha256),
+            classes=sources.class_names(run.task, found),
             load_data=lambda split, crop=None: load_data(
                 run.task,
                 split,

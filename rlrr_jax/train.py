@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import checkpoint, distributed, files, methods, optim, pretrained, report, step
+from rlrr_jax import adapters, checkpoint, distributed, files, methods, optim, report, step
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
@@ -28,8 +28,33 @@ def splits(run):
     return (train, val) if run.protocol == "tune" else (both, "test")
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and is saved."""
+class Stopped(BaseException):
+    """The run was asked to stop, and all that was done is saved. Like Ctrl-C, nothing catches it."""
+
+
+class Stop:
+    """Whether to stop. Nothing is lost before and between trainings, and there it is raised at once."""
+
+    def __init__(self):
+        self.asked, self._training = False, False
+
+    def __call__(self):
+        return self.asked
+
+    def ask(self, *_):
+        """To stop; the handler of a signal."""
+        self.asked = True
+        if not self._training:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def training(self):
+        """Where the one who trains asks whether to stop."""
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
 
 
 class TooLarge(Exception):
@@ -80,7 +105,7 @@ def prepare(runs, weights, load_data):
     images, labels = load_data(part, crop=run.crop)
     held_out = load_data(held_out)
     model, method = config_lib.build_model(run), methods.get(run.method, **run.method_kwargs)
-    frozen = pretrained.load(weights, model=model, image_size=run.image_size, grid=run.pretrained.grid)
+    frozen = config_lib.load_weights(run, weights, model)
     recipe = step.Recipe(
         model=model,
         method=method,
@@ -137,9 +162,10 @@ def train_together(
     checkpoints,
     weights,
     marks,
+    classes,
     load_data,
     tell=lambda clock, epochs: None,
-    stop=lambda: False,
+    stop=None,
 ):
     """Trains one method on one task: a trial, or several at once. Writes each `result.json` last.
 
@@ -151,14 +177,15 @@ def train_together(
       checkpoints: folder of the checkpoints.
       weights: path of the pretrained weights.
       marks: `backbone_sha256` and `dataset`, saved with the configuration and the result.
+      classes: their names.
       load_data: `split -> images, labels`.
       tell: called after each epoch with the clock and the number of epochs done.
-      stop: whether to save and stop; asked after each dispatch and each batch that is evaluated.
+      stop: a `Stop`; asked after each dispatch and each batch that is evaluated.
 
     Raises TooLarge if several do not fit into memory, before any step; Stopped if `stop` said so;
     UserError if no trial's loss is finite.
     """
-    clock = Clock()
+    clock, stop = Clock(), stop or Stop()
     job = prepare(runs, weights, load_data)
     recipe, epochs = job.recipe, runs[0].epochs
     for run, folder in zip(runs, folders):
@@ -175,7 +202,7 @@ def train_together(
         done, many = recipe.images_before(first, start), len(runs)
         size = dict(total=total * many, initial=done * many, unit="img")
         bar = tqdm(**size, desc=title, disable=not distributed.lead())
-        with bar, contextlib.ExitStack() as stack:
+        with bar, stop.training(), contextlib.ExitStack() as stack:
             for epoch, data in stack.enter_context(contextlib.closing(epochs_data(job, first))):
 
                 def check(step, state, metrics, epoch=epoch):
@@ -204,8 +231,9 @@ def train_together(
         if not distributed.lead():
             break
         trainable = jax.tree.map(lambda x: x[i], state)
-        metadata = {"config": run.to_dict(), **marks}
-        checkpoint.save_adapter(folder / "adapter.safetensors", trainable, metadata)
+        accuracy = {key: histories[i][-1].get(key) for key in ("train_acc", "val_acc", "test_acc")}
+        card = adapters.card(run, marks, classes, accuracy)
+        adapters.write(folder / "adapter.safetensors", adapters.Adapter(trainable, card))
         report.curves(folder / "curves.png", {labels[i]: histories[i]})
         files.write_json(
             folder / "result.json", _result(job, run, trainable, histories[i], marks, clock)

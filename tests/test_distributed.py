@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
+from flags import xla_flags
 
 from rlrr_jax import files
 from rlrr_jax.main import STOPPED
@@ -27,10 +28,9 @@ def start(workdir, *args, number=1, devices=1, **environment):
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=3", "--config.protocol=official", "--config.drop_path=0.2"]
     command += ["--config.flip=True", "--config.checkpoint_seconds=0", f"--workdir={workdir}", *args]
-    flags = f"--xla_force_host_platform_device_count={devices}"
     out = []
     for i in range(number):
-        extra = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment}
+        extra = {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu", **environment}
         if number > 1:
             extra |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": str(i)}
             extra |= {"JAX_NUM_PROCESSES": str(number)}
@@ -116,6 +116,15 @@ def test_four_processes_begun_by_two(reference, tmp_path):
             np.testing.assert_allclose(adapter[name], value, rtol=0, atol=2e-5, err_msg=name)
 
 
+def test_sigterm_to_one_of_two_that_still_prepare_ends_both(tmp_path):
+    processes = start(tmp_path, number=2)
+    assert processes[0].stdout.readline() == f"workdir: {tmp_path}\n"
+    processes[1].send_signal(signal.SIGTERM)
+    for _, err in end(processes, STOPPED):
+        assert "stopped and saved: the same command goes on" in err
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_a_process_that_fails_ends_all_with_its_message(tmp_path):
     one, _ = start(tmp_path, number=2), None
     one[1].kill()  # replaced by one with another configuration, at the same place
@@ -128,7 +137,7 @@ def test_a_process_that_fails_ends_all_with_its_message(tmp_path):
     other = subprocess.Popen(
         [*command, "--config.epochs=9", f"--workdir={tmp_path}"],
         cwd=ROOT,
-        env={**os.environ, **environment, "XLA_FLAGS": "", "JAX_PROCESS_ID": "1"},
+        env={**os.environ, **environment, "XLA_FLAGS": xla_flags(), "JAX_PROCESS_ID": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,14 +2,18 @@
 
 import hashlib
 import http.server
+import json
 import re
 import threading
 
+import named_vits
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from rlrr_jax import download, pretrained
+from rlrr_jax import cards, download, pretrained
 from rlrr_jax.errors import UserError
+from rlrr_jax.models import vit
 
 BODY = bytes(np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8))
 
@@ -126,3 +130,80 @@ def test_a_part_longer_than_the_file_is_thrown_away(server, tmp_path):
     part.write_bytes(BODY + b"more")
     part.with_name("w.npz.part.etag").write_text(server.etag)
     assert download.cached(server.url, tmp_path)[0].read_bytes() == BODY
+
+
+# Hugging Face ---------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface.co answers for the files of one model."""
+
+    def do_HEAD(self):
+        self.answer(False)
+
+    def do_GET(self):
+        self.answer(True)
+
+    def answer(self, body):
+        data = self.server.files.get(self.path)
+        self.server.asked.append(self.path)
+        if data is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as s:
+        s.files, s.asked = {}, []
+        url = f"http://127.0.0.1:{s.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield s
+        s.shutdown()
+
+
+def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path):
+    """Through the real huggingface_hub and a server on loopback; then from its cache."""
+    weights = named_vits.timm_weights(np.random.default_rng(0))
+    body = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
+    config = {"architecture": "x", "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
+    hub.files = {
+        "/timm/vit/resolve/main/model.safetensors": body,
+        "/timm/vit/resolve/main/config.json": json.dumps(config).encode(),
+    }
+    path, digest = pretrained.fetch("hf:timm/vit", tmp_path)
+    assert digest == hashlib.sha256(body).hexdigest() and path.endswith("/model.safetensors")
+    assert cards.read(path) == ("exact", (0.0,) * 3, (1.0,) * 3, "config.json")
+    model = vit.ViT(width=24, depth=3, mlp_dim=48, num_heads=3, patch_size=4, num_classes=5)
+    tree = pretrained.load("hf:timm/vit", model=model, image_size=12, cache_dir=tmp_path)
+    kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0) / 2
+    np.testing.assert_allclose(tree["embedding"]["kernel"], kernel, rtol=1e-6)
+    assert pretrained.canonical("hf:timm/vit") == "hf:timm/vit"
+
+
+def test_what_hugging_face_does_not_have_is_one_sentence(hub, tmp_path):
+    with pytest.raises(UserError) as e:
+        pretrained.fetch("hf:timm/none", tmp_path)
+    assert str(e.value).startswith("cannot get model.safetensors of hf:timm/none (")
+    assert str(e.value).endswith("or download it by hand and give its path") and "\n" not in str(
+        e.value
+    )

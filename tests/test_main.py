@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from flags import xla_flags
 
 from rlrr_jax import pretrained
 
@@ -17,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def main(*args, **environment):
     """Runs the program; stdout, stderr and exit code."""
     command = [sys.executable, "-m", "rlrr_jax.main", *map(str, args)]
-    environment = {**os.environ, "XLA_FLAGS": "", **environment}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), **environment}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )

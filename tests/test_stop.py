@@ -12,9 +12,10 @@ import time
 
 import kill_runs
 import pytest
+from flags import xla_flags
 
 from configs import vtab
-from rlrr_jax import files, suite
+from rlrr_jax import files, suite, train
 from rlrr_jax.errors import UserError
 from rlrr_jax.main import STOPPED
 
@@ -33,7 +34,7 @@ def start(workdir, before="true"):
     return subprocess.Popen(
         ["bash", "-c", f"{before}; exec {command}"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -100,9 +101,30 @@ def test_sigterm_saves_and_exits_with_its_code_and_the_run_ends_the_same(tmp_pat
     assert kill_runs.contents(tmp_path / "broken") == kill_runs.contents(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_ten_kills(tmp_path):
+def test_sigterm_before_there_is_anything_to_save_ends_at_once(tmp_path):
+    process = start(tmp_path)
+    assert process.stdout.readline() == f"workdir: {tmp_path}\n"  # then it compiles
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == STOPPED and time.monotonic() - begun < 20
+    assert err.strip().endswith("stopped and saved: the same command goes on")
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_stop_is_raised_at_once_but_not_where_one_trains():
+    stop = train.Stop()
+    with stop.training():
+        stop.ask()
+        assert stop()
+    with pytest.raises(train.Stopped):
+        train.Stop().ask()
+    assert not issubclass(train.Stopped, Exception)  # nothing that expects errors catches it
+
+
+def test_ten_kills(tmp_path, monkeypatch):
     """100 of them: python tests/kill_runs.py."""
+    monkeypatch.setattr(kill_runs, "XLA_FLAGS", xla_flags())
     assert kill_runs.kill_runs(10, tmp_path, random.Random(1)) >= 1
 
 

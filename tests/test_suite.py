@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import vtab_data
+from flags import xla_flags
 from ml_collections import ConfigDict
 
 from configs import vtab
@@ -49,7 +50,7 @@ def start(*args):
     return subprocess.Popen(
         [sys.executable, "-m", "rlrr_jax.main", *args],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

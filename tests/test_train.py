@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flags import xla_flags
 from flax.traverse_util import unflatten_dict
 
 from configs import vtab
@@ -61,7 +62,7 @@ def start(workdir, *args):
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=4", "--config.protocol=official", "--config.checkpoint_seconds=0"]
     command += ["--config.drop_path=0.1", "--config.flip", f"--workdir={workdir}", *args]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

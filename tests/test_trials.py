@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flags import xla_flags
 
 from configs import vtab
 from rlrr_jax import config as config_lib
@@ -106,7 +107,7 @@ def start(workdir):
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=4", "--config.protocol=official", "--config.checkpoint_seconds=0"]
     command += [f"--config.trials={trials}", f"--workdir={workdir}"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -134,6 +134,16 @@ def open_split(name, split, found):
     return opened
 
 
+def class_names(name, found):
+    """Names of a task's classes: its own, those that tfds keeps beside the dataset, or numbers."""
+    task = tasks.get(name)
+    names = task.names
+    if not names and found.kind == "tfds" and len(task.fields) == 1:
+        path = epath.Path(found.path) / f"{task.fields[0]}.labels.txt"
+        names = path.read_text().splitlines() if path.exists() else ()
+    return list(names) if len(names) == task.classes else [str(i) for i in range(task.classes)]
+
+
 def pixels(name, found):
     """What a source's pixels are: "original", "jpeg75" (as Pillow saves by default) or "stored"."""
     if found.kind != "folder":

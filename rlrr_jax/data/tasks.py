@@ -76,6 +76,7 @@ class Task(NamedTuple):
       recipes: by method, what replaces the method's DEFAULTS (and the task's epochs).
       sizes: number of images in each split but "test"; None is `SPLITS`.
       parts: names of the splits to train on, to choose on, and to train on before the test.
+      names: of the classes, where the dataset does not name them.
     """
 
     group: str
@@ -96,6 +97,7 @@ class Task(NamedTuple):
     recipes: Mapping = MappingProxyType({})
     sizes: Mapping | None = None
     parts: tuple = tuple(SPLITS)
+    names: tuple = ()
 
     def number(self, split):
         """Number of images in a split."""
@@ -155,14 +157,15 @@ VTAB = {
         flip=True),
     "clevr_count": _vtab(
         *_CLEVR, 8, 15000, (5e-3, 5e-5, 0.5), test="validation", label=count_objects,
-        fields=("objects",), flip=True),
+        fields=("objects",), flip=True, names=tuple(f"{n} objects" for n in range(3, 11))),
     "clevr_dist": _vtab(
         *_CLEVR, 6, 15000, (1e-2, 5e-5, 0.2), test="validation", label=nearest_object,
-        fields=("objects",), flip=True),
+        fields=("objects",), flip=True,
+        names=("to 8", "to 8.5", "to 9", "to 9.5", "to 10", "beyond 10")),
     "dmlab": _vtab(_S, "dmlab:2.0.1", _VAL, 6, 22735, (5e-3, 5e-5, 0.3), flip=True),
     "kitti": _vtab(
         _S, "kitti:3.3.0", _VAL, 4, 711, (3e-3, 5e-2, 0.3), label=nearest_vehicle, fields=("objects",),
-        flip=True),
+        flip=True, names=("to 8 m", "to 20 m", "beyond 20 m", "no vehicle")),
     "dsprites_loc": _vtab(
         *_DSPRITES, 16, 73728, (1e-2, 5e-5, 0.1), label=position_bin, fields=("label_x_position",),
         **_DSPRITES_KW),
@@ -189,6 +192,7 @@ BUNDLED = {
     "hearts": Task(
         **_BUNDLED,
         classes=16,
+        names=tuple(f"{22.5 * i:g}°" for i in range(16)),
         num_test=2000,
         side=32,
         epochs=12,
@@ -201,6 +205,7 @@ BUNDLED = {
     "digits": Task(
         **_BUNDLED,
         classes=10,
+        names=tuple("0123456789"),
         num_test=797,
         side=32,
         epochs=8,

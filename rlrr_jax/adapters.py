@@ -1,0 +1,321 @@
+"""Trained adapters: read, checked, put on their backbone, combined.
+
+    backbone = adapters.backbone("runs/x/hearts/rlrr/seed0/adapter.safetensors")
+    hearts = adapters.load("runs/x/hearts/rlrr/seed0/adapter.safetensors", backbone)
+    digits = adapters.load("runs/x/digits/rlrr/seed0/adapter.safetensors", backbone)
+    logits = hearts.logits(images)  # uint8 [B, h, w, 3]
+
+An adapter is a trained tree with a card: what it belongs to and what it was trained on.
+"""
+
+import functools
+import importlib.metadata
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from rlrr_jax import config as config_lib
+from rlrr_jax import files, methods, pretrained, step
+from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.models import vit
+
+FORMAT = 1  # of the card
+_KEYS = ("format", "method", "method_kwargs", "formula", "backbone_sha256", "task", "classes", "config")
+
+
+class Adapter(NamedTuple):
+    """A trained tree and its card, plain values:
+
+    `format`, `method`, `method_kwargs`, `formula`, `backbone` (name), `backbone_sha256`, `model`,
+    `gelu`, `image_size`, `value_range` (of the pixels the model takes), `task`, `classes` (their
+    names), `dataset`, `accuracy` (fractions), `versions`, and the whole `config` of the run.
+    """
+
+    trainable: Any
+    card: dict
+
+    @property
+    def run(self):
+        """The configuration that trained it."""
+        return ConfigDict(self.card["config"])
+
+
+def card(run, marks, classes, accuracy):
+    """The card of an adapter that a run trained.
+
+    Args:
+      marks: `backbone_sha256` and `dataset`.
+      classes: their names.
+      accuracy: name -> fraction or None.
+    """
+    return {
+        "format": FORMAT,
+        "method": run.method,
+        "method_kwargs": run.method_kwargs.to_dict(),
+        "formula": methods.METHODS[run.method].FORMULA,
+        "backbone": run.pretrained.name,
+        "model": run.model.variant,
+        "gelu": run.model.gelu,
+        "image_size": run.image_size,
+        "value_range": [-1, 1],
+        "task": run.task,
+        "classes": list(classes),
+        "accuracy": accuracy,
+        "versions": {name: importlib.metadata.version(name) for name in ("rlrr_jax", "jax", "flax")},
+        "config": run.to_dict(),
+        **marks,
+    }
+
+
+class Backbone(NamedTuple):
+    """Frozen weights that adapters share: `pretrained.load`'s tree and the file's SHA-256."""
+
+    frozen: Any
+    sha256: str
+
+
+class Tuned(NamedTuple):
+    """A merged model: plain `vit.ViT`, its tree, and the adapter's card."""
+
+    model: Any
+    params: Any
+    card: dict
+
+    def logits(self, images):
+        """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated."""
+        return _logits(self.model, self.card["image_size"], self.card["config"]["precision"])(
+            self.params, images
+        )
+
+
+@functools.lru_cache(16)
+def _logits(model, size, precision):
+    @jax.jit
+    def logits(params, images):
+        with jax.default_matmul_precision(precision):
+            return model.apply({"params": params}, step.normalize(images, size))
+
+    return logits
+
+
+def write(path, adapter):
+    """Writes an adapter as safetensors, leaves named by their path, the card as JSON under `rlrr_jax`.
+
+    One key: with several, the order in the file would be random.
+    """
+    flat = flatten_dict(adapter.trainable, sep="/")
+    flat = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+    metadata = {"rlrr_jax": json.dumps(adapter.card, sort_keys=True)}
+    files.write(path, safetensors.numpy.save(flat, metadata=metadata))
+
+
+def read(path):
+    """The `Adapter` in a file.
+
+    Raises UserError if it is missing, damaged, none of ours, of another version of its method, or if a
+    name or shape is not what its method trains on its model.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no adapter {path}: give an adapter.safetensors of a finished run")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            flat = {key: file.get_tensor(key) for key in file.keys()}
+    except Exception as e:  # a damaged file can raise anything
+        raise UserError(
+            f"{path} is no readable .safetensors file ({first_line(e)}): it may be truncated; copy or "
+            f"export it again"
+        ) from e
+    card = _card(path, metadata)
+    found = {key: (value.shape, str(value.dtype)) for key, value in flat.items()}
+    wanted = {k: (v.shape, str(v.dtype)) for k, v in flatten_dict(_wanted(path, card), sep="/").items()}
+    problems = [f"lacks {key}" for key in sorted(wanted.keys() - found.keys())]
+    problems += [f"has an unknown {key}" for key in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"its {key} is {found[key]} instead of {wanted[key]}"
+        for key in sorted(found.keys() & wanted.keys())
+        if found[key] != wanted[key]
+    ]
+    problems += [f"its {k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
+    if problems:
+        raise UserError(
+            f"{path} is no adapter of method {card['method']} on {card['config']['model']['variant']} "
+            f"({problems[0]}): export it again"
+        )
+    return Adapter(unflatten_dict(flat, sep="/"), card)
+
+
+def _card(path, metadata):
+    try:
+        card = json.loads(metadata.get("rlrr_jax", ""))
+        assert isinstance(card, dict)
+    except (ValueError, AssertionError) as e:
+        raise UserError(f"{path} was not written by rlrr_jax: it has no card in its header") from e
+    if card.get("format") != FORMAT:
+        raise UserError(
+            f"the card of {path} has format {card.get('format')}, this version of rlrr_jax reads "
+            f"{FORMAT}: use the version that wrote it, or export it again"
+        )
+    if missing := [key for key in _KEYS if key not in card]:
+        raise UserError(f"the card of {path} lacks {', '.join(missing)}: export it again")
+    return card
+
+
+def _wanted(path, card):
+    """Shapes of the tree that the card's method trains."""
+    try:
+        method = methods.get(card["method"], **_plain(card["method_kwargs"]))
+        formula = methods.METHODS[card["method"]].FORMULA
+        if card["formula"] != formula:
+            raise ValueError(
+                f"it was trained as {card['formula']!r}, this version computes {formula!r}"
+            )
+        run = ConfigDict(card["config"])
+        sizes = config_lib.model_sizes(run.model.variant)
+        model = vit.ViT(**sizes, num_classes=len(card["classes"]))
+        images = jax.ShapeDtypeStruct((1, run.image_size, run.image_size, 3), jnp.float32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        return jax.eval_shape(method.init, jax.random.key(0), shapes)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(
+            f"{path} is of another version of method {card['method']} ({first_line(e)}): use the "
+            f"version of rlrr_jax that wrote it"
+        ) from e
+
+
+def _plain(kwargs):
+    """Options as JSON gives them back: lists were tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+
+
+def method(adapter):
+    """The `methods.Method` of an adapter."""
+    return methods.get(adapter.card["method"], **_plain(adapter.card["method_kwargs"]))
+
+
+def backbone(adapter, weights=None, cache_dir=None):
+    """The `Backbone` of an adapter (or of its file), by the name in its card or from a file.
+
+    Raises UserError if the weights are not those it was trained on.
+    """
+    adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
+    run = adapter.run
+    try:
+        path, sha256 = pretrained.fetch(weights or run.pretrained.name, cache_dir)
+    except UserError as e:
+        raise UserError(f"{e} (the adapter's backbone; --weights names another place of it)") from e
+    _check_digest(adapter, sha256, path)
+    model = vit.ViT(**config_lib.model_sizes(run.model.variant), num_classes=1)
+    return Backbone(config_lib.load_weights(run, path, model), sha256)
+
+
+def _check_digest(adapter, sha256, what):
+    if adapter.card["backbone_sha256"] != sha256:
+        raise UserError(
+            f"{what} (SHA-256 {sha256[:12]}...) is not the backbone of this adapter of "
+            f"{adapter.card['task']}, which was trained on {adapter.card['backbone']} (SHA-256 "
+            f"{adapter.card['backbone_sha256'][:12]}...): give that file"
+        )
+
+
+def load(adapter, on=None, weights=None, cache_dir=None):
+    """Puts an adapter (or its file) on its backbone: a `Tuned` model.
+
+    Args:
+      on: a `Backbone` that is there already; None reads it.
+      weights, cache_dir: see `backbone`.
+
+    Raises UserError if the backbone is another one, or for a bad file (see `read`).
+    """
+    adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
+    on = on or backbone(adapter, weights, cache_dir)
+    _check_digest(adapter, on.sha256, "this backbone")
+    run = adapter.run
+    model = vit.ViT(
+        **config_lib.model_sizes(run.model.variant),
+        num_classes=len(adapter.card["classes"]),
+        gelu=run.model.gelu,
+        unroll=config_lib.default_unroll(run.model.variant),
+        dtype=jnp.dtype(run.dtype),
+    )
+    frozen = on.frozen
+    if frozen["pos_embedding"].shape[1] != (run.image_size // model.patch_size) ** 2:
+        raise UserError(
+            f"this backbone was read for other images than the {run.image_size} pixels of the adapter "
+            f"of {adapter.card['task']}: read it for that adapter"
+        )
+    return Tuned(model, jax.jit(method(adapter).merge)(frozen, adapter.trainable), adapter.card)
+
+
+def combine(adapters, weights=None, way="scales", head=0):
+    """One adapter from several of RLRR on the same backbone (Dong et al., 2024, supplement H).
+
+    Args:
+      adapters: of method `rlrr`, with the same options.
+      weights: of each; None shares 1 equally. LayerNorms and the patch embedding, which have no
+        product, get `1 + sum_i w_i (scale_i - 1)`, and every shift `sum_i w_i shift_i`.
+      way: "scales" multiplies the sums, `(sum_i w_i in_i) (sum_i w_i out_i)`; "products" sums the
+        products, `sum_i w_i in_i out_i`, an adapter of as many times the rank. The paper prints the
+        second without weights, which is `weights=[1, 1, ...]` but for shifts.
+      head: number of the adapter whose head and classes are taken.
+
+    Returns:
+      An `Adapter`.
+
+    Raises UserError if they do not fit together.
+    """
+    weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    if way not in ("scales", "products"):
+        raise UserError(f"adapters are combined by way='scales' or 'products', not {way!r}")
+    if len(weights) != len(adapters):
+        raise UserError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
+    first = adapters[0].card
+    for other in (a.card for a in adapters):
+        if other["method"] != "rlrr":
+            raise UserError(f"only adapters of rlrr are combined, not of {other['method']}")
+        for key in ("backbone_sha256", "method_kwargs", "image_size"):
+            if other[key] != first[key]:
+                raise UserError(
+                    f"adapters with another {key} ({first[key]}, {other[key]}) do not combine"
+                )
+    options = {**methods.options("rlrr"), **_plain(first["method_kwargs"])}
+    if options["sides"] != "both":
+        raise UserError(
+            f"adapters of rlrr with sides={options['sides']} do not combine: they have no product"
+        )
+    rank = options["rank"] * (len(adapters) if way == "products" else 1)
+    trees = [flatten_dict(a.trainable, sep="/") for a in adapters]
+    out = {}
+    for key in trees[0]:
+        parts, name = [tree[key] for tree in trees], key.rsplit("/", 1)[-1]
+        if key.startswith("head/"):
+            out[key] = trees[head][key]
+        elif name == "scale":
+            out[key] = 1 + sum(w * (x - 1) for w, x in zip(weights, parts))
+        elif way == "products" and name in ("scale_in", "scale_out"):
+            factors = weights if name == "scale_in" else [1] * len(parts)
+            out[key] = _beside(name, [w * x for w, x in zip(factors, parts)], options["rank"])
+        else:
+            out[key] = sum(w * x for w, x in zip(weights, parts))
+    taken = adapters[head].card
+    config = {**taken["config"], "method_kwargs": {**first["method_kwargs"], "rank": rank}}
+    made = [[w, a.card["task"], a.card["accuracy"]] for w, a in zip(weights, adapters)]
+    card = {**taken, "method_kwargs": config["method_kwargs"], "config": config}
+    card |= {"combined": {"way": way, "of": made}, "accuracy": {}}
+    out = {key: np.asarray(value, np.float32) for key, value in out.items()}
+    return Adapter(unflatten_dict(out, sep="/"), card)
+
+
+def _beside(name, parts, rank):
+    """Scales as those of one adapter of higher rank: [L, in..., r] or [L, r, out...]."""
+    axis = -1 if name == "scale_in" else 1
+    return np.stack(parts, axis) if rank == 1 else np.concatenate(parts, axis)

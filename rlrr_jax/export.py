@@ -1,0 +1,175 @@
+"""A tuned model in the form others use: `python -m rlrr_jax.export RUN --to timm model.safetensors`.
+
+Formats: `big_vision` (.npz, numbered blocks), `vit_jax` (.npz, the layout of 2020), `timm`
+(.safetensors, its state dict), `adapter` (.safetensors, the trained values alone). All but the adapter
+are the merged ViT in float32, a plain one; every file is read back and its logits compared before the
+command says that it is done.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from rlrr_jax import adapters, files, layouts, pretrained, report
+from rlrr_jax.errors import UserError, one_sentence, unknown
+
+FORMATS = {
+    "big_vision": (".npz", layouts.to_big_vision),
+    "vit_jax": (".npz", layouts.to_vit_jax),
+    "timm": (".safetensors", layouts.to_timm),
+    "adapter": (".safetensors", None),
+}
+TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
+_ACT = {"tanh": "gelu_tanh", "exact": "gelu"}
+
+
+def find_adapter(path):
+    """The adapter of a file, of a run's folder, or of a workdir with one finished run.
+
+    Raises UserError, naming the choices, if there are several or none.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.is_file():
+        return path
+    found = sorted(path.rglob("adapter.safetensors"))
+    found = [p for p in found if (p.parent / "result.json").exists() and "search" not in p.parts]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(
+            f"there is no finished run in {path}: give a workdir, a run's folder or an adapter"
+        )
+    names = [str(p.parent.relative_to(path)) for p in found]
+    raise UserError(f"{path} holds {len(found)} runs: add one of {', '.join(names[:30])} to the path")
+
+
+def export(adapter, to, out, weights=None, cache_dir=None):
+    """Writes an adapter, or the ViT it makes, to a file and reads it back.
+
+    Args:
+      adapter: an `adapters.Adapter`.
+      to: of `FORMATS`.
+      out: path; its ending must be the format's.
+      weights, cache_dir: see `adapters.backbone`.
+
+    Returns:
+      The largest difference between the logits of the model and of the file.
+
+    Raises UserError for a wrong ending, a backbone that is not the adapter's, or a file that differs.
+    """
+    if to not in FORMATS:
+        raise unknown("format", to, FORMATS)
+    out = pathlib.Path(out).expanduser()
+    ending, layout = FORMATS[to]
+    if out.suffix != ending:
+        raise UserError(f"{to} files end in {ending}: call it {out.with_suffix(ending)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    backbone = adapters.backbone(adapter, weights, cache_dir)
+    tuned = adapters.load(adapter, backbone)
+    part = out.with_name(f".{out.stem}.part{ending}")
+    try:
+        if to == "adapter":
+            adapters.write(part, adapter)
+            again = adapters.load(part, backbone)
+        else:
+            write(part, layout(tuned.params), card(adapter))
+            again = tuned._replace(params=read(part, tuned))
+        difference = compare(tuned, again)
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"the logits of {out} would differ by {difference:.1g} from the model's: it was not "
+                f"kept; please report this"
+            )
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    return difference
+
+
+def card(adapter):
+    """What goes into the header of a timm file: the adapter's card, and the pixels it takes."""
+    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def write(path, flat, card):
+    """Writes arrays by name, as `.npz` or, with the card in its header, as `.safetensors`."""
+    if path.suffix == ".npz":
+        data = io.BytesIO()
+        np.savez(data, **flat)
+        files.write(path, data.getbuffer())
+    else:
+        metadata = {"format": "pt", "rlrr_jax": json.dumps(card, sort_keys=True)}
+        files.write(path, safetensors.numpy.save(flat, metadata=metadata))
+
+
+def read(path, tuned):
+    """The tree in a file, head included."""
+    return pretrained.load(path, model=tuned.model, image_size=tuned.card["image_size"], head=True)
+
+
+def compare(one, other, number=8):
+    """The largest difference of the float32 logits of two `Tuned` models, on noise of several sizes."""
+    size = one.card["image_size"]
+    keys = jax.random.split(jax.random.key(0))
+    fine = jax.random.uniform(keys[0], (number, size, size, 3), minval=-1.0)
+    coarse = jax.random.uniform(keys[1], (number, 4, 4, 3), minval=-1.0)
+    images = jnp.concatenate([fine, jax.image.resize(coarse, fine.shape, "linear")])
+    model = one.model.clone(dtype=jnp.float32)
+
+    @jax.jit
+    def logits(params):
+        with jax.default_matmul_precision("highest"):
+            return model.apply({"params": params}, images)
+
+    return float(jnp.abs(logits(one.params) - logits(other.params)).max())
+
+
+def advice(to, adapter, out):
+    """How the file is used elsewhere."""
+    card, sizes = adapter.card, f"num_classes={len(adapter.card['classes'])}"
+    if to == "timm":
+        act = "" if card["gelu"] == "exact" else f', act_layer="{_ACT[card["gelu"]]}"'
+        name = card["model"].lower().replace("/", "")
+        return (
+            f"timm: VisionTransformer of {card['model']} ({name}), {sizes}, "
+            f"img_size={card['image_size']}{act}; pixels in [-1, 1] (mean = std = 0.5); "
+            f'load_state_dict(safetensors.torch.load_file("{out}"))'
+        )
+    if to == "adapter":
+        return f"python -m rlrr_jax.predict --adapter {out} IMAGES..."
+    pool = 'pool_type="tok", ' if to == "big_vision" else ""
+    return f"{to}: ViT {card['model']}, {pool}{sizes}, {card['gelu']} GELU, pixels in [-1, 1]"
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="workdir with one run, a run's folder, or an adapter.safetensors")
+    parser.add_argument("--to", required=True, help=", ".join(FORMATS))
+    parser.add_argument("out", metavar="OUT", help="file to write")
+    parser.add_argument("--weights", help="the backbone, if it is not where it was")
+    parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
+    args = parser.parse_args()
+    path = find_adapter(args.run)
+    adapter = adapters.read(path)
+    difference = export(adapter, args.to, args.out, args.weights, args.cache_dir)
+    acc = report.percent(adapter.card["accuracy"].get("test_acc"))
+    print(
+        f"{args.out}: {adapter.card['method']} on {adapter.card['task']}"
+        + f" (test accuracy {acc})" * bool(acc)
+        + f", {pathlib.Path(args.out).expanduser().stat().st_size / 1e6:.1f} MB; read back, its logits "
+        f"differ by at most {difference:.1g}"
+    )
+    print(advice(args.to, adapter, args.out))
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -1,0 +1,179 @@
+"""Figures of an analysis, as PNG bytes, in Okabe and Ito's colours for colour-blind people, too."""
+
+import io
+
+import numpy as np
+
+from rlrr_jax.methods import base
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKS = "osD^vP"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _png(figure):
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    _pyplot().close(figure)
+    return picture.getvalue()
+
+
+def _by_block(numbers, kernel, key):
+    """Blocks and values of one kernel."""
+    rows = [row for row in numbers["kernels"] if row["kernel"] == kernel]
+    return [row["block"] for row in rows], [row[key] for row in rows]
+
+
+def _panels(what, draw, found):
+    """A panel for each of the six Dense layers, sharing the legend."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5.2), sharex=True, sharey=True, layout="constrained")
+    for axis, kernel in zip(axes.flat, base.DENSE):
+        for i, (label, numbers) in enumerate(found.items()):
+            draw(axis, numbers, kernel, label, COLOURS[i % 6], MARKS[i % 6])
+        axis.set_title(kernel, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("block", fontsize=10)
+    figure.supylabel(what, fontsize=10)
+    return figure, axes
+
+
+def _legend(figure, axes):
+    lines, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 4), fontsize=9)
+
+
+def change(found):
+    """Heat maps: relative change of each kernel of each block, a panel for each run, one scale."""
+    plt = _pyplot()
+    names = list(base.DENSE)
+    tables = {
+        label: 100 * np.array([_by_block(numbers, name, "relative_change")[1] for name in names])
+        for label, numbers in found.items()
+    }
+    depth = next(iter(tables.values())).shape[1]
+    columns = min(len(tables), 3)
+    rows = -(-len(tables) // columns)
+    size = (1.2 + columns * max(2.6, 0.36 * depth), 0.5 + 2.1 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    top = max(table.max() for table in tables.values()) or 1
+    for axis in axes.flat[len(tables) :]:
+        axis.set_visible(False)
+    for axis, (label, table) in zip(axes.flat, tables.items()):
+        image = axis.imshow(table, cmap="cividis_r", vmin=0, vmax=top, aspect="auto")
+        axis.set_title(label, fontsize=10)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_xticks(range(depth), range(1, depth + 1), fontsize=8 if depth <= 12 else 5)
+        for (y, x), value in np.ndenumerate(table) if depth <= 12 else ():
+            colour = "white" if value > 0.6 * top else "black"
+            axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        axis.set_xlabel("block", fontsize=9)
+    figure.colorbar(image, ax=axes, label="|W' - W| / |W|  [%]", shrink=0.9)
+    return _png(figure)
+
+
+def rank(found):
+    """Effective rank of the change by depth."""
+
+    def draw(axis, numbers, kernel, label, colour, mark):
+        axis.plot(
+            *_by_block(numbers, kernel, "effective_rank"), color=colour, marker=mark, ms=4, label=label
+        )
+        most = max(len(row["values"]) for row in numbers["kernels"] if row["kernel"] == kernel)
+        axis.axhline(most, color="0.6", lw=1)
+
+    figure, axes = _panels("effective rank of W' - W", draw, found)
+    axes.flat[0].set_yscale("symlog", linthresh=1)
+    axes.flat[0].set_ylim(bottom=0)
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def turn(found):
+    """Angles of the leading left and right singular subspaces by depth."""
+
+    def draw(axis, numbers, kernel, label, colour, mark):
+        style = dict(color=colour, marker=mark, ms=4)
+        axis.plot(*_by_block(numbers, kernel, "left_turn"), label=f"{label}, left", **style)
+        axis.plot(
+            *_by_block(numbers, kernel, "right_turn"), "--", label=f"{label}, right", mfc="w", **style
+        )
+
+    figure, axes = _panels("mean principal angle [degrees]", draw, found)
+    axes.flat[0].set_ylim(bottom=0)
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def spectra(found):
+    """Singular values of the middle block, of W in black and of every W' in its colour."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5.2), layout="constrained")
+    first = next(iter(found.values()))["kernels"]
+    middle = (max(row["block"] for row in first) + 1) // 2
+    pick = lambda numbers, name: next(
+        row for row in numbers["kernels"] if (row["kernel"], row["block"]) == (name, middle)
+    )
+    for axis, kernel in zip(axes.flat, base.DENSE):
+        values = pick({"kernels": first}, kernel)["values"]
+        axis.plot(range(1, len(values) + 1), values, color="black", lw=2.5, label="W, pretrained")
+        for i, (label, numbers) in enumerate(found.items()):
+            tuned = pick(numbers, kernel)["tuned_values"]
+            axis.plot(range(1, len(tuned) + 1), tuned, color=COLOURS[i % 6], lw=1.3, label=label)
+        axis.set_title(kernel, fontsize=10)
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=max(min(values), 1e-4 * max(values)) / 2)
+        axis.grid(alpha=0.3)
+    figure.supxlabel(f"singular value's number (block {middle})", fontsize=10)
+    figure.supylabel("singular value", fontsize=10)
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def scales(found):
+    """Mean and standard deviation of the learnt scales by depth; None if no run has any."""
+    plt = _pyplot()
+    kinds = ("scale_in", "scale_out", "scale")
+    having = {
+        label: rows
+        for label, numbers in found.items()
+        if (rows := [r for r in numbers["trained"] if r["block"] and _kind(r) in kinds])
+    }
+    shown = [kind for kind in kinds if any(_kind(r) == kind for rows in having.values() for r in rows)]
+    if not shown:
+        return None
+    figure, axes = plt.subplots(
+        len(having), len(shown), figsize=(1 + 4 * len(shown), 0.6 + 2.6 * len(having)),
+        layout="constrained", squeeze=False, sharex=True,
+    )  # fmt: skip
+    for line, (label, rows) in zip(axes, having.items()):
+        for axis, kind in zip(line, shown):
+            names = list(dict.fromkeys(r["name"] for r in rows if _kind(r) == kind))
+            for i, name in enumerate(names):
+                mine = [r for r in rows if r["name"] == name]
+                shift = 0.08 * (i - (len(names) - 1) / 2)
+                style = dict(color=COLOURS[i % 6], fmt=MARKS[i % 6], ms=4, lw=1, capsize=0)
+                blocks = [r["block"] + shift for r in mine]
+                means, deviations = [r["mean"] for r in mine], [r["std"] for r in mine]
+                axis.errorbar(blocks, means, deviations, label=name.split("/")[-2], **style)
+            axis.set_title(f"{label}: {kind}", fontsize=10)
+            axis.grid(alpha=0.3)
+            axis.set_visible(bool(names))
+            if names:
+                axis.legend(fontsize=7, ncols=2)
+    figure.supxlabel("block", fontsize=10)
+    figure.supylabel("mean ± standard deviation", fontsize=10)
+    return _png(figure)
+
+
+def _kind(row):
+    return row["name"].rsplit("/", 1)[-1]

@@ -1,0 +1,258 @@
+"""One self-contained page of results: `python -m rlrr_jax.html WORKDIR... --out results.html`.
+
+Tables that sort, curves, accuracy of each class, the most confused pairs with pictures, configurations
+and versions. It opens without a network: pictures are in the file, and nothing is fetched.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tqdm import tqdm
+
+from rlrr_jax import adapters, files, report
+from rlrr_jax import config as config_lib
+from rlrr_jax.data import sources, store
+from rlrr_jax.errors import UserError, one_sentence
+
+MOST_PAIRS = 8  # of confused classes
+MOST_PICTURES = 4  # of each pair
+SIDE = 64  # pixels of a picture
+
+PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
+th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left }}
+th, td {{ white-space: nowrap }}
+th {{ cursor: pointer; user-select: none }} th::after {{ content: " \\2195"; opacity: .35 }}
+td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
+img {{ max-width: 100% }} img.curve {{ background: #fff }}
+.pair img {{ width: {side}px; height: {side}px; image-rendering: pixelated; margin-right: 4px }}
+.bar {{ display: inline-block; height: .7em; background: #0072b2 }}
+pre {{ overflow-x: auto; background: #8881; padding: .7rem }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+<script>
+for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => {{
+  const body = head.closest("table").tBodies[0], column = head.cellIndex;
+  const up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
+  const key = row => row.cells[column].dataset.v ?? row.cells[column].textContent;
+  const number = text => text === "" ? NaN : Number(text);
+  const order = (a, b) => {{
+    const x = number(key(a)), y = number(key(b));
+    const bigger = isNaN(x) || isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
+    return up === "1" ? bigger : -bigger;
+  }};
+  body.append(...[...body.rows].sort(order));
+}});
+</script></body></html>
+"""
+
+
+class Answers(NamedTuple):
+    """A run's answers to its held-out images.
+
+    Attributes:
+      labels, answers: classes [N].
+      pictures: `i -> uint8 [h, w, 3]`.
+    """
+
+    labels: Any
+    answers: Any
+    pictures: Any
+
+
+def evaluate(folder, progress=True):
+    """The `Answers` of a finished run, from its adapter, backbone and data.
+
+    Raises UserError if one of these is not there any more.
+    """
+    adapter = adapters.read(folder / "adapter.safetensors")
+    run = adapter.run
+    tuned = adapters.load(adapter)
+    found = sources.find(
+        run.task, run.data.dir, run.data.source if run.data.source in sources.KINDS else None
+    )
+    images, labels = store.load_split(
+        *(run.task, "val200" if run.protocol == "tune" else "test", run.image_size, run.data.variant),
+        *(found, run.data.cache_dir, config_lib.shorter(run)),
+    )
+    size, answers = min(run.eval_batch_size, len(labels)), []
+    for start in tqdm(range(0, len(labels), size), desc=str(folder), disable=not progress):
+        batch = images[start : start + size]
+        padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
+        logits = tuned.logits(np.concatenate([batch, padding]))
+        answers.append(np.asarray(logits.argmax(-1))[: len(batch)])
+    return Answers(np.asarray(labels), np.concatenate(answers), lambda i: images[i : i + 1][0])
+
+
+def page(workdirs, progress=True):
+    """The page of all finished runs below workdirs, as text."""
+    workdirs = [epath.Path(w).expanduser() for w in workdirs]
+    rows = report._rows(workdirs)
+    if not rows:
+        raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
+    title = "RLRR results: " + ", ".join(dict.fromkeys(row["task"] for row in rows))
+    body = [results(rows), f"<p>{_lines(report.caption(rows))}</p>"]
+    for group in report.fold(rows):
+        folder = _folder(workdirs, group[0])
+        body.append(section(group, folder, progress))
+    return PAGE.format(title=html.escape(title), body="\n".join(body), side=SIDE)
+
+
+def _folder(workdirs, row):
+    """The folder of a row's run."""
+    for workdir in workdirs:
+        folder = workdir / row["task"] / report.method_folder(row) / report.folder(row)
+        if (folder / "result.json").exists():
+            if files.read_json(folder / "result.json")["identity"] == row["identity"]:
+                return pathlib.Path(folder)
+    raise UserError(
+        f"the folder of {row['task']} {row['method']} seed {row['seed']} has gone: start again"
+    )
+
+
+def results(rows):
+    """The table of results, a line for each setting, seeds together."""
+    full = {r["task"]: r["trainable_params"] for r in rows if r["method"] == "full"}
+    groups = report.fold(rows)
+    cells = [report._cells(group, full.get(group[0]["task"])) for group in groups]
+    used = [i for i in range(len(report.COLUMNS)) if any(line[i] for line in cells)]
+    return _table([report.COLUMNS[i] for i in used], [[line[i] for i in used] for line in cells])
+
+
+def section(group, folder, progress=True):
+    """All about one setting: curves, classes, confusions of its first seed; configuration."""
+    row = group[0]
+    seed = f", seed {row['seed']}" if len(group) > 1 else ""
+    parts = [f"<h2>{html.escape(' '.join([row['task'], *report._label(group).split()]))}{seed}</h2>"]
+    if (folder / "curves.png").exists():
+        parts.append(
+            _picture((folder / "curves.png").read_bytes(), "loss and accuracy by epoch", "curve")
+        )
+    try:
+        answers = evaluate(folder, progress)
+    except UserError as e:
+        parts.append(f"<p>Without accuracy of classes: {html.escape(str(e))}</p>")
+    else:
+        names = adapters.read(folder / "adapter.safetensors").card["classes"]
+        parts += [classes(answers, names), pairs(answers, names)]
+    config = json.dumps(files.read_json(folder / "config.json"), indent=2)
+    parts.append(f"<details><summary>configuration</summary><pre>{html.escape(config)}</pre></details>")
+    versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+    backbone = f"backbone {row['backbone']}, SHA-256 {row['backbone_sha256']}"
+    parts.append(f"<p>{html.escape('; '.join([versions, row['device'], backbone]))}</p>")
+    return "\n".join(parts)
+
+
+def classes(answers, names):
+    """The accuracy of each class."""
+    lines = []
+    for i, name in enumerate(names):
+        mine = answers.labels == i
+        right = (answers.answers[mine] == i).mean() if mine.any() else None
+        taken = int((answers.answers == i).sum())
+        bar = "" if right is None else f'<span class="bar" style="width:{8 * right:.2f}rem"></span>'
+        lines.append([name, int(mine.sum()), report.percent(right), taken, _Raw(bar)])
+    total = report.percent((answers.labels == answers.answers).mean())
+    table = _table(["class", "images", "accuracy", "answers", ""], lines)
+    return f"<h3>Classes</h3><p>{total} of {len(answers.labels):,} images.</p>{table}"
+
+
+def pairs(answers, names):
+    """The pairs of classes that are confused most, with pictures."""
+    wrong = np.flatnonzero(answers.labels != answers.answers)
+    if not len(wrong):
+        return "<p>No image was classified wrongly.</p>"
+    kinds, counts = np.unique(
+        np.stack([answers.labels[wrong], answers.answers[wrong]]), axis=1, return_counts=True
+    )
+    lines = []
+    for place in np.argsort(-counts, kind="stable")[:MOST_PAIRS]:
+        label, answer = kinds[:, place]
+        these = wrong[(answers.labels[wrong] == label) & (answers.answers[wrong] == answer)]
+        shown = "".join(
+            _picture(_png(answers.pictures(i)), f"image {i}: {names[label]} taken for {names[answer]}")
+            for i in these[:MOST_PICTURES]
+        )
+        lines.append(
+            [
+                names[label],
+                names[answer],
+                int(counts[place]),
+                _Raw(f'<span class="pair">{shown}</span>'),
+            ]
+        )
+    return "<h3>Most confused</h3>" + _table(["class", "taken for", "images", "some of them"], lines)
+
+
+class _Raw(str):
+    """Text that is HTML already."""
+
+
+def _table(head, lines):
+    top = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(map(_cell, line))}</tr>\n" for line in lines)
+    return f"<table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+
+
+def _cell(value):
+    if isinstance(value, _Raw):
+        return f"<td>{value}</td>"
+    text = str(value)
+    try:  # "79.05 ± 0.87 %", "18,240", "49 s"
+        number = float(text.split()[0].replace(",", ""))
+        return f'<td class="n" data-v="{number!r}">{html.escape(text)}</td>'
+    except (ValueError, IndexError):
+        return f"<td>{html.escape(text)}</td>"
+
+
+def _picture(data, what, kind=""):
+    text = base64.b64encode(data).decode()
+    what = html.escape(what, quote=True)
+    return f'<img class="{kind}" alt="{what}" title="{what}" src="data:image/png;base64,{text}">'
+
+
+def _png(image):
+    out, image = io.BytesIO(), Image.fromarray(image)
+    if image.width > SIDE:
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _lines(text):
+    return "<br>".join(html.escape(text).splitlines())
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+    parser.add_argument("--out", help="the file; default WORKDIR/results.html")
+    args = parser.parse_args()
+    out = pathlib.Path(args.out or pathlib.Path(args.workdirs[0]) / "results.html").expanduser()
+    text = page(args.workdirs)
+    files.write(out, text)
+    print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser")
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -1,0 +1,253 @@
+"""Public layouts of ViT weights, to and from our tree.
+
+In between, an array has our name with numbered blocks: `Transformer/encoderblock_0/LayerNorm_0/scale`.
+"""
+
+import re
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from rlrr_jax.errors import UserError
+
+_ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
+_QKV = ("query", "key", "value")
+# Our name of what timm calls `blocks.<i>.<name>`; `qkv` is three of ours.
+_TIMM_BLOCK = {
+    "norm1": "LayerNorm_0",
+    "attn.proj": f"{_ATTENTION}/out",
+    "norm2": "LayerNorm_1",
+    "mlp.fc1": f"{_MLP}/Dense_0",
+    "mlp.fc2": f"{_MLP}/Dense_1",
+}
+_TIMM = {"patch_embed.proj": "embedding", "norm": "Transformer/encoder_norm", "head": "head"}
+_TIMM_STEM = "patch_embed.proj.weight"
+# Of other heads and of pre-training; the class token's path does not use them.
+_TIMM_UNUSED = r"(head_dist|head\.\d|fc_norm|mask_token|decoder|predictor|projector)\b.*|decoder_.*"
+_TIMM_REFUSED = {
+    "reg_token": "register tokens",
+    "register_tokens": "register tokens",
+    "dist_token": "a distillation token",
+    "attn_pool": "attention pooling instead of a class token",
+    "norm_pre": "a LayerNorm before its first block",
+}
+
+
+def numbered(params):
+    """A flat dict with numbered blocks: `encoderblock/x` [L, ...] becomes `encoderblock_0/x`, ..."""
+    out = {}
+    for key, value in flatten_dict(params, sep="/").items():
+        if key.startswith("Transformer/encoderblock/") and value.ndim:
+            for i, part in enumerate(value):
+                out[key.replace("encoderblock", f"encoderblock_{i}", 1)] = part
+        else:
+            out[key] = value
+    return out
+
+
+def stacked(flat):
+    """A flat dict with the blocks on top of each other: what `numbered` undoes."""
+    out, blocks = {}, {}
+    for key, value in flat.items():
+        if match := re.match(r"Transformer/encoderblock_(\d+)/", key):
+            name = key.replace(match[0], "Transformer/encoderblock/")
+            blocks.setdefault(name, {})[int(match[1])] = value
+        else:
+            out[key] = value
+    for name, parts in blocks.items():
+        out[name] = np.stack([parts[i] for i in range(len(parts))])
+    return out
+
+
+# From -----------------------------------------------------------------------------------------
+
+
+def from_jax(flat, subtree, path):
+    """The arrays of an `.npz` under the subtree by our names, without pre_logits.
+
+    Layouts read: the original one of 2020 and AugReg
+    (`encoderblock_<i>/MultiHeadDotProductAttention_1`, `posembed_input`, a class-token row in the
+    position embedding), big_vision's with numbered and with scanned blocks; each with or
+    without a prefix and a head.
+    """
+    if subtree:
+        subtree = subtree.strip("/") + "/"
+        flat = {k.removeprefix(subtree): v for k, v in flat.items() if k.startswith(subtree)}
+    stem = "embedding/kernel"
+    prefixes = [k.removesuffix(stem) for k in flat if k == stem or k.endswith("/" + stem)]
+    if not prefixes:
+        where = f"{path} has no array '{subtree}{stem}'"
+        raise UserError(f"{where}: it holds no Vision Transformer there; check the name")
+    preferred = [p for p in ("", "params/", "opt/target/") if p in prefixes]
+    if not preferred and len(prefixes) > 1:
+        choices = " or ".join(f"{path}:{subtree}{p[:-1]}" for p in prefixes)
+        raise UserError(f"{path} holds several trees of weights: write {choices}")
+    prefix = (preferred or prefixes)[0]
+    names = {}
+    for key, value in flat.items():
+        if not key.startswith(prefix):
+            continue
+        key = key.removeprefix(prefix)
+        key = key.replace("MultiHeadDotProductAttention_1/", f"{_ATTENTION}/")
+        key = key.replace("/LayerNorm_2/", "/LayerNorm_1/").replace("/MlpBlock_3/", f"/{_MLP}/")
+        key = re.sub(r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", key)
+        if not key.startswith("pre_logits/"):
+            names[key] = value
+    return numbered(names)
+
+
+def from_timm(flat, num_heads, path):
+    """The arrays of a timm ViT (or of DINOv2's, MAE's or MoCo v3's code) by our names.
+
+    `qkv` is taken apart, LayerScale (`ls1.gamma`) folded into the Dense before it.
+
+    Raises UserError for what our ViT does not have.
+    """
+    prefixes = [key.removesuffix(_TIMM_STEM) for key in flat if key.endswith(_TIMM_STEM)]
+    if not prefixes:
+        raise UserError(f"{path} has no array '{_TIMM_STEM}': it is no Vision Transformer of timm's")
+    preferred = [p for p in ("", "module.base_encoder.") if p in prefixes]  # MoCo v3 keeps two
+    prefix = (preferred or prefixes)[0]
+    flat = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    for key in flat:
+        for name, what in _TIMM_REFUSED.items():
+            if re.match(rf"{name}\b", key):
+                raise UserError(f"{path} has {what} ({key}), which this ViT does not: take another")
+    if "cls_token" not in flat:
+        raise UserError(f"{path} has no class token (cls_token), which this ViT needs: take another")
+    out, gammas = {}, {}
+    for key, value in flat.items():
+        if re.fullmatch(_TIMM_UNUSED, key):
+            continue
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
+            block = f"Transformer/encoderblock_{match[1]}"
+            if layer := re.fullmatch(r"ls([12])\.gamma", match[2]):
+                name = f"{_ATTENTION}/out" if layer[1] == "1" else f"{_MLP}/Dense_1"
+                gammas[f"{block}/{name}"] = value
+            else:
+                out |= {f"{block}/{k}": v for k, v in _timm_block(match[2], value, num_heads)}
+        else:
+            name = {"cls_token": "cls", "pos_embed": "pos_embedding"}.get(key)
+            out |= {name: value} if name else dict(_timm_leaf(key, value, _TIMM))
+    for name in [key for key in out if key.endswith("/query/kernel")]:  # without biases: zeros
+        for part in _QKV:
+            bias = name.replace("query/kernel", f"{part}/bias")
+            out.setdefault(bias, np.zeros(out[name].shape[1:], np.float32))
+    for name, gamma in gammas.items():
+        for key in (f"{name}/kernel", f"{name}/bias"):
+            if key in out and gamma.shape != out[key].shape[-1:]:
+                raise UserError(f"{path}: the LayerScale of {name} has the shape {gamma.shape}")
+            out |= {key: out[key] * gamma} if key in out else {}
+    return out
+
+
+def _timm_block(name, value, num_heads):
+    """Our names in a block and their arrays, of one of timm's."""
+    if (
+        name in ("attn.qkv.weight", "attn.qkv.bias")
+        and value.ndim
+        and len(value) % (3 * num_heads) == 0
+    ):
+        heads = value.reshape(3, num_heads, -1, *value.shape[1:])  # [3, H, Dh, D] or [3, H, Dh]
+        for part, array in zip(_QKV, heads):
+            if array.ndim == 3:
+                yield f"{_ATTENTION}/{part}/kernel", array.transpose(2, 0, 1)  # [D, H, Dh]
+            else:
+                yield f"{_ATTENTION}/{part}/bias", array
+        return
+    for key, array in _timm_leaf(name, value, _TIMM_BLOCK):
+        if key == f"{_ATTENTION}/out/kernel" and len(array) % num_heads == 0:
+            array = array.reshape(num_heads, -1, array.shape[-1])  # [H, Dh, D]
+        yield key, array
+
+
+def _timm_leaf(name, value, known):
+    """Our name and array of a weight or bias; what is not known keeps its name, and is reported."""
+    stem, _, part = name.rpartition(".")
+    if stem not in known or part not in ("weight", "bias"):
+        yield name, value
+    elif part == "weight" and value.ndim == 1:
+        yield f"{known[stem]}/scale", value
+    else:
+        axes = (2, 3, 1, 0) if value.ndim == 4 else None  # the patch embedding [D, 3, p, p]
+        yield f"{known[stem]}/{'kernel' if part == 'weight' else part}", value.transpose(axes)
+
+
+# To -------------------------------------------------------------------------------------------
+
+
+def to_big_vision(params):
+    """A tree as big_vision saves it, with numbered blocks: `params/Transformer/encoderblock_0/...`."""
+    return {f"params/{k}": np.asarray(v, np.float32) for k, v in numbered(params).items()}
+
+
+def to_vit_jax(params):
+    """A tree in the layout of 2020, `github.com/google-research/vision_transformer`.
+
+    Its position embedding has a row for the class token; ours is in `cls`, so that row is zero.
+    """
+    out = {}
+    for key, value in numbered(params).items():
+        key = key.replace(f"{_ATTENTION}/", "MultiHeadDotProductAttention_1/")
+        key = key.replace("/LayerNorm_1/", "/LayerNorm_2/").replace(f"/{_MLP}/", "/MlpBlock_3/")
+        if key == "pos_embedding":
+            key, value = "Transformer/posembed_input/pos_embedding", _with_class_row(value)
+        out[key] = np.asarray(value, np.float32)
+    return out
+
+
+def to_timm(params):
+    """A tree as the state dict of timm's `VisionTransformer`, query, key and value in one."""
+    flat = numbered(params)
+    out = {"cls_token": flat["cls"], "pos_embed": _with_class_row(flat["pos_embedding"])}
+    for ours, theirs in [(ours, theirs) for theirs, ours in _TIMM.items()]:
+        out |= _to_timm_layer(flat, ours, theirs)
+    depth = len({key.split("/")[1] for key in flat if key.startswith("Transformer/encoderblock_")})
+    for i in range(depth):
+        block = f"Transformer/encoderblock_{i}"
+        for part, theirs in (("kernel", "weight"), ("bias", "bias")):
+            heads = [np.asarray(flat[f"{block}/{_ATTENTION}/{n}/{part}"]) for n in _QKV]
+            rows = [x.reshape(len(x), -1).T if part == "kernel" else x.reshape(-1) for x in heads]
+            out[f"blocks.{i}.attn.qkv.{theirs}"] = np.concatenate(rows)  # [3 D, D] or [3 D]
+        for theirs, ours in _TIMM_BLOCK.items():
+            out |= _to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
+    return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
+
+
+def _to_timm_layer(flat, ours, theirs):
+    """Weight and bias of a Dense, LayerNorm or patch embedding."""
+    bias = np.asarray(flat[f"{ours}/bias"])
+    if f"{ours}/scale" in flat:
+        return {f"{theirs}.weight": np.asarray(flat[f"{ours}/scale"]), f"{theirs}.bias": bias}
+    kernel = np.asarray(flat[f"{ours}/kernel"])
+    if kernel.ndim == 3:  # [H, Dh, D]
+        kernel = kernel.reshape(-1, kernel.shape[-1])
+    axes = (3, 2, 0, 1) if kernel.ndim == 4 else None  # the patch embedding [p, p, 3, D]
+    return {f"{theirs}.weight": kernel.transpose(axes), f"{theirs}.bias": bias}
+
+
+def _with_class_row(position):
+    """A position embedding [1, 1 + h*w, D] whose first row, the class token's, is zero."""
+    position = np.asarray(position)
+    return np.concatenate([np.zeros_like(position[:, :1]), position], axis=1)
+
+
+# Pixels ---------------------------------------------------------------------------------------
+
+
+def fold_pixels(flat, mean, std):
+    """Changes a patch embedding for pixels `(x - mean) / std`, x in [0, 1], to one for [-1, 1].
+
+    With y in [-1, 1], `(x - mean) / std = (0.5 / std) y + (0.5 - mean) / std` in each colour, which
+    folds into kernel [p, p, 3, D] and bias [D]: patches are not padded.
+    """
+    mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    kernel = flat["embedding/kernel"].astype(np.float64)
+    moved = np.einsum("hwcd,c->d", kernel, (0.5 - mean) / std)
+    scaled = kernel * (0.5 / std)[:, None]
+    bias = flat["embedding/bias"] + moved
+    return {
+        **flat,
+        "embedding/kernel": scaled.astype(np.float32),
+        "embedding/bias": bias.astype(np.float32),
+    }

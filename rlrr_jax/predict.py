@@ -1,0 +1,162 @@
+"""Classes of image files: `python -m rlrr_jax.predict --adapter A.safetensors IMAGES...`.
+
+IMAGES are files, folders (searched through), patterns such as "x/*.png", or `-` for a list of them on
+standard input. Files that are no readable image are named at the end, and the exit code is 1.
+"""
+
+import argparse
+import csv
+import functools
+import glob
+import io
+import json
+import os
+import pathlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from rlrr_jax import adapters, files
+from rlrr_jax.data import store
+from rlrr_jax.errors import UserError, first_line, one_sentence
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("table", "csv", "jsonl")
+
+
+def find(names):
+    """Paths of images, in order, each once; UserError if there is none."""
+    paths = []
+    for name in names:
+        if name == "-":
+            paths += [pathlib.Path(line.strip()) for line in sys.stdin if line.strip()]
+            continue
+        path = pathlib.Path(name).expanduser()
+        if path.is_dir():
+            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        elif not path.exists() and glob.has_magic(name):
+            paths += sorted(
+                p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)) if p.is_file()
+            )
+        else:
+            paths.append(path)
+    if not paths:
+        raise UserError(f"there is no image in {' '.join(names)}: give files, folders or patterns")
+    return list(dict.fromkeys(paths))
+
+
+def read(path, size, shorter=None):
+    """An image file as the model takes it, [size, size, 3] uint8; ValueError if it is none."""
+    try:
+        return store.decode(path.read_bytes(), size, shorter=shorter)
+    except OSError as e:
+        raise ValueError(e.strerror or "it is no image") from e
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(first_line(e)) from e
+
+
+def predict(tuned, paths, batch_size=64, progress=False):
+    """Probabilities of classes for image files.
+
+    Args:
+      tuned: an `adapters.Tuned` model.
+      paths: of the files.
+      batch_size: images at once; all batches have one shape.
+      progress: whether to show a bar.
+
+    Yields:
+      `(path, probabilities [classes] float32 or None, why it could not be read or None)`, in order.
+    """
+    run = tuned.card["config"]
+    shorter = run["crop_from"] if run["crop"] else None
+    one = functools.partial(_one, size=tuned.card["image_size"], shorter=shorter)
+    softmax = jax.jit(lambda x: jax.nn.softmax(x, -1))
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(paths), unit="img", disable=not progress) as bar,
+    ):
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            decoded = list(pool.map(one, batch))
+            images = [image for image, _ in decoded if image is not None]
+            rows = iter(())
+            if images:
+                padding = [images[0]] * (min(batch_size, len(paths)) - len(images))
+                rows = iter(np.asarray(softmax(tuned.logits(np.stack(images + padding)))))
+            for path, (image, why) in zip(batch, decoded):
+                yield path, None if image is None else next(rows), why
+            bar.update(len(batch))
+
+
+def _one(path, size, shorter):
+    try:
+        return read(path, size, shorter), None
+    except ValueError as e:
+        return None, str(e)
+
+
+def top(probabilities, classes, k):
+    """The k likeliest classes: `[(name, probability), ...]`."""
+    order = np.argsort(-probabilities, kind="stable")[:k]
+    return [(classes[i], float(probabilities[i])) for i in order]
+
+
+def show(rows, kind):
+    """Rows `(path, [(name, probability), ...])` as text in one of `FORMATS`."""
+    if kind == "jsonl":
+        out = [{"file": str(p), "top": [{"class": n, "p": q} for n, q in best]} for p, best in rows]
+        return "".join(json.dumps(row) + "\n" for row in out)
+    k = max((len(best) for _, best in rows), default=0)
+    if kind == "csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["file"] + [f"{what}{i + 1}" for i in range(k) for what in ("class", "p")])
+        writer.writerows([str(p), *(x for pair in best for x in pair)] for p, best in rows)
+        return text.getvalue()
+    width = max([len(str(p)) for p, _ in rows] + [4])
+    names = max([len(n) for _, best in rows for n, _ in best] + [1])
+    cells = lambda best: "   ".join(f"{n:>{names}} {100 * q:6.2f} %" for n, q in best)
+    return "".join(f"{p!s:<{width}}   {cells(best)}\n" for p, best in rows)
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGES")
+    parser.add_argument("--adapter", required=True, help="of a run, or made by rlrr_jax.export")
+    parser.add_argument("--weights", help="its backbone, if it is not where it was")
+    parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
+    parser.add_argument("--top_k", type=int, default=3)
+    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument("--out", help="file for the predictions; default: the screen")
+    parser.add_argument("--batch_size", type=int, default=64)
+    args = parser.parse_args()
+    if args.top_k < 1 or args.batch_size < 1:
+        raise UserError("--top_k and --batch_size must be greater than 0")
+    paths = find(args.images)
+    tuned = adapters.load(args.adapter, weights=args.weights, cache_dir=args.cache_dir)
+    rows, bad = [], []
+    found = predict(tuned, paths, args.batch_size, progress=len(paths) > args.batch_size)
+    for path, probabilities, why in found:
+        if probabilities is None:
+            bad.append(f"  {path}: {why}")
+        else:
+            rows.append((path, top(probabilities, tuned.card["classes"], args.top_k)))
+    text = show(rows, args.format)
+    if args.out:
+        files.write(pathlib.Path(args.out).expanduser(), text)
+    else:
+        print(text, end="", flush=True)
+    if bad:
+        print("not read:", *bad, sep="\n", file=sys.stderr)
+        raise UserError(f"{len(bad)} of {len(paths)} files could not be read: see above")
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -1,0 +1,229 @@
+"""Adapters on their backbone, on the wrong one, damaged, several at once, added."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+from rlrr_jax import adapters, files, methods, pretrained
+from rlrr_jax.data import store
+from rlrr_jax.errors import UserError
+from rlrr_jax.methods import base
+
+
+@pytest.fixture(scope="module")
+def paths(tuned_runs):
+    return {
+        f"{task} {method}": tuned_runs / task / method / "seed0" / "adapter.safetensors"
+        for task, method in [
+            ("digits", "rlrr"),
+            ("digits", "lora"),
+            ("digits", "ssf"),
+            ("hearts", "rlrr"),
+        ]
+    }
+
+
+def accuracy(tuned, task):
+    images, labels = store.load_split(task, "test", tuned.card["image_size"])
+    return (np.asarray(tuned.logits(images)).argmax(-1) == labels).mean()
+
+
+def test_several_adapters_on_one_frozen_tree_answer_as_their_runs_did(paths):
+    backbone = adapters.backbone(paths["digits rlrr"])
+    before = jax.tree.map(np.array, backbone.frozen)
+    for name, path in paths.items():
+        tuned = adapters.load(path, backbone)
+        row = files.read_json(path.parent / "result.json")
+        assert accuracy(tuned, name.split()[0]) == pytest.approx(row["test_acc_final"], abs=1e-12)
+        assert tuned.card["accuracy"]["test_acc"] == row["test_acc_final"] > 0.3
+    jax.tree.map(np.testing.assert_array_equal, backbone.frozen, before)
+
+
+def test_the_card_says_what_it_belongs_to(paths):
+    card = adapters.read(paths["hearts rlrr"]).card
+    assert (card["format"], card["method"], card["method_kwargs"]) == (1, "rlrr", {})
+    assert (card["backbone"], card["model"], card["gelu"]) == ("bundled", "bundled", "tanh")
+    assert card["backbone_sha256"] == pretrained.fetch("bundled")[1]
+    assert (card["image_size"], card["value_range"], card["task"]) == (32, [-1, 1], "hearts")
+    assert card["classes"][:3] == ["0°", "22.5°", "45°"] and len(card["classes"]) == 16
+    assert card["config"]["epochs"] == 2 and set(card["versions"]) == {"rlrr_jax", "jax", "flax"}
+    assert adapters.read(paths["digits rlrr"]).card["classes"] == list("0123456789")
+
+
+def rewrite(path, out, change=lambda flat: flat, **card):
+    """A copy of an adapter with other arrays or another card; a value of None leaves a key out."""
+    with safetensors.safe_open(path, "numpy") as file:
+        old = json.loads(file.metadata()["rlrr_jax"])
+    new = {k: v for k, v in {**old, **card}.items() if v is not None}
+    flat = change(safetensors.numpy.load_file(path))
+    safetensors.numpy.save_file(flat, out, {"rlrr_jax": json.dumps(new)})
+    return out
+
+
+def without(flat):
+    return {k: v for k, v in flat.items() if "query/scale_in" not in k}
+
+
+def with_nan(flat):
+    return {k: v * np.nan if k.endswith("key/shift") else v for k, v in flat.items()}
+
+
+BAD = {
+    "another format": (dict(format=2), "has format 2, this version of rlrr_jax reads 1"),
+    "no classes": (dict(classes=None), "the card of {} lacks classes: export it again"),
+    "another formula": (
+        dict(formula="W"),
+        "{} is of another version of method rlrr (it was trained as 'W'",
+    ),
+    "unknown method": (
+        dict(method="rlr"),
+        "of another version of method rlr (unknown method 'rlr': did",
+    ),
+    "unknown option": (dict(method_kwargs={"x": 1}), "unknown option of method 'rlrr' 'x'"),
+    "another rank": (dict(method_kwargs={"rank": 2}), "is no adapter of method rlrr on bundled (its "),
+    "other classes": (
+        dict(classes=["a"]),
+        "head/bias is ((10,), 'float32') instead of ((1,), 'float32')",
+    ),
+    "no config": (dict(config={}), "is of another version of method rlrr"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_cards_are_one_sentence(what, paths, tmp_path):
+    card, message = BAD[what]
+    path = rewrite(paths["digits rlrr"], tmp_path / "bad.safetensors", **card)
+    with pytest.raises(UserError, match=re.escape(message.format(path))) as e:
+        adapters.read(path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_leaf_a_nan_and_damaged_files_are_one_sentence(paths, tmp_path):
+    good, bad = paths["digits rlrr"], tmp_path / "bad.safetensors"
+    with pytest.raises(UserError, match=r"\(lacks Transformer/.*/query/scale_in\): export it again"):
+        adapters.read(rewrite(good, bad, without))
+    with pytest.raises(UserError, match="key/shift is not finite"):
+        adapters.read(rewrite(good, bad, with_nan))
+    with pytest.raises(UserError, match=r"\(has an unknown extra\)"):
+        adapters.read(rewrite(good, bad, lambda flat: {**flat, "extra": np.ones(2, np.float32)}))
+    safetensors.numpy.save_file({"a": np.ones(2)}, bad)
+    with pytest.raises(UserError, match="was not written by rlrr_jax: it has no card"):
+        adapters.read(bad)
+    for length in (0, 7, 100, len(good.read_bytes()) - 1):
+        bad.write_bytes(good.read_bytes()[:length])
+        with pytest.raises(UserError, match="is no readable .safetensors file"):
+            adapters.read(bad)
+    with pytest.raises(UserError, match="there is no adapter .*/nothing: give an adapter.safetensors"):
+        adapters.read(tmp_path / "nothing")
+
+
+def test_another_backbone_is_refused(paths, tmp_path):
+    arrays = dict(np.load(pretrained.BUNDLED))
+    arrays["params/cls"] = arrays["params/cls"] + np.float16(1)
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(UserError) as e:
+        adapters.load(paths["digits rlrr"], weights=str(tmp_path / "other.npz"))
+    digest = pretrained.fetch("bundled")[1][:12]
+    assert (
+        f"is not the backbone of this adapter of digits, which was trained on bundled (SHA-256 {digest}"
+        in str(e.value)
+    )
+    backbone = adapters.backbone(paths["digits rlrr"])._replace(sha256="0" * 64)
+    with pytest.raises(UserError, match="this backbone .* is not the backbone of this adapter"):
+        adapters.load(paths["digits rlrr"], backbone)
+    with pytest.raises(UserError, match="there is no weight file .*--weights names another place"):
+        adapters.load(paths["digits rlrr"], weights=str(tmp_path / "missing.npz"))
+
+
+# Combined -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(paths):
+    return [adapters.read(paths["digits rlrr"]), adapters.read(paths["hearts rlrr"])]
+
+
+def dense(adapter, name="query"):
+    """Scales [L, in], [L, out] and shift [L, out] of a Dense."""
+    node = base.subtree(adapter.trainable, base.DENSE[name])
+    return [np.asarray(node[k]).reshape(len(node[k]), -1) for k in ("scale_in", "scale_out", "shift")]
+
+
+@pytest.mark.parametrize("way", ["scales", "products"])
+def test_combined_kernels_are_the_papers(way, two):
+    """Supplement H, written out for each Dense; norms move by the weighted change."""
+    weights = [0.7, 0.4]
+    both = adapters.combine(two, weights, way, head=1)
+    backbone = adapters.backbone(two[0])
+    params = jax.jit(adapters.method(both).merge)(backbone.frozen, both.trainable)
+    for name in base.DENSE:
+        (in0, out0, shift0), (in1, out1, shift1) = (dense(a, name) for a in two)
+        if way == "scales":
+            left, right = (weights[0] * x + weights[1] * y for x, y in ((in0, in1), (out0, out1)))
+            product = left[:, :, None] * right[:, None]
+        else:
+            pairs = (in0, out0), (in1, out1)
+            product = sum(w * i[:, :, None] * o[:, None] for w, (i, o) in zip(weights, pairs))
+        node = base.subtree(backbone.frozen, base.DENSE[name])
+        kernel = np.asarray(node["kernel"]).reshape(product.shape)
+        found = base.subtree(params, base.DENSE[name])
+        np.testing.assert_allclose(
+            np.asarray(found["kernel"]).reshape(product.shape),
+            kernel * (1 + product),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        shift = 0.7 * shift0 + 0.4 * shift1
+        np.testing.assert_allclose(
+            np.asarray(found["bias"]).reshape(shift.shape),
+            np.asarray(node["bias"]).reshape(shift.shape) + shift,
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    norm = lambda tree: tree["Transformer"]["encoder_norm"]["scale"]
+    change = sum(w * (np.asarray(norm(a.trainable)) - 1) for w, a in zip(weights, two))
+    np.testing.assert_allclose(norm(params), norm(backbone.frozen) * (1 + change), rtol=1e-5)
+    assert both.card["task"] == "hearts" and params["head"]["kernel"].shape[1] == 16
+
+
+def test_combining_one_is_itself_and_no_weight_is_the_backbone(two):
+    for way in ("scales", "products"):
+        one = adapters.combine(two[:1], [1.0], way)
+        flat = flatten_dict(adapters.load(one).params, sep="/")
+        for key, value in flatten_dict(adapters.load(two[0]).params, sep="/").items():
+            np.testing.assert_allclose(flat[key], value, rtol=1e-6, atol=1e-7)
+        none = adapters.combine(two, [0.0, 0.0], way)
+        frozen = flatten_dict(adapters.backbone(two[0]).frozen, sep="/")
+        for key, value in flatten_dict(adapters.load(none).params, sep="/").items():
+            if not key.startswith("head/"):
+                np.testing.assert_allclose(value, frozen[key], rtol=1e-6, atol=1e-7)
+
+
+def test_combined_adapters_are_written_and_combined_again(two, tmp_path):
+    both = adapters.combine(two, way="products")
+    adapters.write(tmp_path / "both.safetensors", both)
+    again = adapters.read(tmp_path / "both.safetensors")
+    assert again.card["method_kwargs"] == {"rank": 2} and again.card["combined"]["way"] == "products"
+    four = adapters.combine([again, again], [0.5, 0.5], "products")
+    assert four.card["method_kwargs"] == {"rank": 4}
+    a, b = (adapters.load(x).params for x in (again, four))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
+
+
+def test_what_does_not_combine_is_said(two, paths):
+    lora = adapters.read(paths["digits lora"])
+    other = two[0]._replace(card={**two[0].card, "backbone_sha256": "0"})
+    for args, message in [
+        (([two[0], lora],), "only adapters of rlrr are combined, not of lora"),
+        ((two, [1]), "2 adapters need as many weights, not 1"),
+        ((two, None, "sum"), "by way='scales' or 'products', not 'sum'"),
+        (([two[0], other],), "another backbone_sha256"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            adapters.combine(*args)
+    assert "rlrr" in methods.METHODS

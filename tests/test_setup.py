@@ -1,0 +1,48 @@
+"""The versions that were tested are within the bounds, and the bounds end where nothing was tested."""
+
+import pathlib
+import re
+import runpy
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = pathlib.Path(__file__).parents[1]
+LOCKS = sorted((ROOT / "requirements").glob("py*.txt"))
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    """Requirements of the package and of its tests."""
+    kept = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **kwargs: kept.update(kwargs))
+        patch.chdir(ROOT)
+        runpy.run_path("setup.py")
+    return [Requirement(r) for r in (*kept["install_requires"], *kept["extras_require"]["test"])]
+
+
+def pins(path):
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return {name: Version(version) for name, version in (line.split("==") for line in lines)}
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_a_lock_file_pins_everything_within_the_bounds(path, wanted):
+    pinned = pins(path)
+    for requirement in wanted:
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert name in pinned, f"{name} is not in {path.name}"
+        assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]}"
+
+
+def test_both_ends_of_the_supported_range_are_locked(wanted):
+    """jax 0.10.2 is the last for Python 3.11; the next minor after the newest tested is excluded."""
+    assert [path.stem for path in LOCKS] == ["py311", "py312"]
+    oldest, newest = (pins(path)["jax"] for path in LOCKS)
+    (jax,) = (r for r in wanted if r.name == "jax")
+    assert jax.specifier.contains(oldest) and jax.specifier.contains(newest)
+    assert not jax.specifier.contains(f"{newest.major}.{newest.minor + 1}.0")
+    assert str(oldest) in str(jax.specifier)
