@@ -1,14 +1,17 @@
 """Packaging of rlrr_jax."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
+HERE = pathlib.Path(__file__).parent
+
 setup(
     name="rlrr_jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.*)"', (HERE / "rlrr_jax/__init__.py").read_text())[1],
     description="RLRR: parameter-efficient fine-tuning of Vision Transformers, in JAX and Flax",
-    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

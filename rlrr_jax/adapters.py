@@ -9,11 +9,10 @@ An adapter is a trained tree with a card: what it belongs to and what it was tra
 """
 
 import functools
-import importlib.metadata
 import json
-import pathlib
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +21,15 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+import rlrr_jax
+from rlrr_jax import cards, files, methods, pretrained, step
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, methods, pretrained, step
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
 
 FORMAT = 1  # of the card
-_KEYS = ("format", "method", "method_kwargs", "formula", "backbone_sha256", "task", "classes", "config")
+_KEYS = ("method", "method_kwargs", "formula", "backbone", "backbone_sha256", "model", "gelu")
+_KEYS += ("image_size", "task", "classes", "accuracy", "config")
 
 
 class Adapter(NamedTuple):
@@ -69,17 +70,18 @@ def card(run, marks, classes, accuracy):
         "task": run.task,
         "classes": list(classes),
         "accuracy": accuracy,
-        "versions": {name: importlib.metadata.version(name) for name in ("rlrr_jax", "jax", "flax")},
+        "versions": {m.__name__: m.__version__ for m in (rlrr_jax, jax, flax)},
         "config": run.to_dict(),
         **marks,
     }
 
 
 class Backbone(NamedTuple):
-    """Frozen weights that adapters share: `pretrained.load`'s tree and the file's SHA-256."""
+    """Frozen weights that adapters share: their tree, the file's SHA-256, and how it was read."""
 
     frozen: Any
     sha256: str
+    how: dict
 
 
 class Tuned(NamedTuple):
@@ -123,7 +125,7 @@ def read(path):
     Raises UserError if it is missing, damaged, none of ours, of another version of its method, or if a
     name or shape is not what its method trains on its model.
     """
-    path = pathlib.Path(path).expanduser()
+    path = files.local(path)
     if not path.is_file():
         raise UserError(f"there is no adapter {path}: give an adapter.safetensors of a finished run")
     try:
@@ -157,8 +159,9 @@ def read(path):
 def _card(path, metadata):
     try:
         card = json.loads(metadata.get("rlrr_jax", ""))
-        assert isinstance(card, dict)
-    except (ValueError, AssertionError) as e:
+        if not isinstance(card, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} was not written by rlrr_jax: it has no card in its header") from e
     if card.get("format") != FORMAT:
         raise UserError(
@@ -171,25 +174,58 @@ def _card(path, metadata):
 
 
 def _wanted(path, card):
-    """Shapes of the tree that the card's method trains."""
+    """Shapes of the tree that the card's method trains; checks what a card says."""
     try:
         method = methods.get(card["method"], **_plain(card["method_kwargs"]))
         formula = methods.METHODS[card["method"]].FORMULA
         if card["formula"] != formula:
-            raise ValueError(
-                f"it was trained as {card['formula']!r}, this version computes {formula!r}"
-            )
-        run = ConfigDict(card["config"])
-        sizes = config_lib.model_sizes(run.model.variant)
-        model = vit.ViT(**sizes, num_classes=len(card["classes"]))
-        images = jax.ShapeDtypeStruct((1, run.image_size, run.image_size, 3), jnp.float32)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+            raise ValueError(f"trained as {card['formula']!r}, this version computes {formula!r}")
+        _check_run(card)
+        size = card["image_size"]
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        shapes = jax.eval_shape(_model(card).init, jax.random.key(0), images)["params"]
         return jax.eval_shape(method.init, jax.random.key(0), shapes)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
             f"{path} is of another version of method {card['method']} ({first_line(e)}): use the "
             f"version of rlrr_jax that wrote it"
         ) from e
+
+
+def _check_run(card):
+    """ValueError (or whatever a strange card gives) unless images can be brought to the model."""
+    run = ConfigDict(card["config"])
+    cards.check(run.model.gelu, run.pretrained.mean, run.pretrained.std)
+    if not isinstance(run.pretrained.name, str) or not isinstance(card["accuracy"], dict):
+        raise ValueError("its backbone has no name, or its accuracies are none")
+    if not card["classes"] or not all(isinstance(name, str) for name in card["classes"]):
+        raise ValueError("its classes are no names")
+    side, patch = run.image_size, _model(card).patch_size
+    if side != card["image_size"] or side % patch or not 0 < side // patch < 1000:
+        raise ValueError(f"its images have {side} pixels")
+    if (run.crop and run.crop_from < side) or run.eval_batch_size < 1:
+        raise ValueError("its images or batches are too small")
+    with jax.default_matmul_precision(run.precision):
+        pass
+
+
+def _model(card):
+    """The `vit.ViT` that a card describes."""
+    run = ConfigDict(card["config"])
+    return vit.ViT(
+        **config_lib.model_sizes(run.model.variant),
+        num_classes=len(card["classes"]),
+        gelu=run.model.gelu,
+        unroll=config_lib.default_unroll(run.model.variant),
+        dtype=jnp.dtype(run.dtype),
+    )
+
+
+def _how(card):
+    """What besides the file decides about a frozen tree, plain values."""
+    run, given = ConfigDict(card["config"]), card["config"]["pretrained"]
+    how = {"subtree": pretrained.split_subtree(run.pretrained.name)[1], "image_size": run.image_size}
+    return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
 
 def _plain(kwargs):
@@ -208,23 +244,33 @@ def backbone(adapter, weights=None, cache_dir=None):
     Raises UserError if the weights are not those it was trained on.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
-    run = adapter.run
+    run, how = adapter.run, _how(adapter.card)
+    name = weights or run.pretrained.name
+    if how["subtree"] and not pretrained.split_subtree(name)[1]:
+        name = f"{name}:{how['subtree']}"
     try:
-        path, sha256 = pretrained.fetch(weights or run.pretrained.name, cache_dir)
+        path, sha256 = pretrained.fetch(name, cache_dir)
     except UserError as e:
         raise UserError(f"{e} (the adapter's backbone; --weights names another place of it)") from e
-    _check_digest(adapter, sha256, path)
+    how["subtree"] = pretrained.split_subtree(path)[1]
     model = vit.ViT(**config_lib.model_sizes(run.model.variant), num_classes=1)
-    return Backbone(config_lib.load_weights(run, path, model), sha256)
+    _check_backbone(adapter.card, sha256, how, path)
+    return Backbone(config_lib.load_weights(run, path, model), sha256, how)
 
 
-def _check_digest(adapter, sha256, what):
-    if adapter.card["backbone_sha256"] != sha256:
+def _check_backbone(card, sha256, how, what):
+    wanted = str(card["backbone_sha256"])
+    if wanted != sha256:
         raise UserError(
-            f"{what} (SHA-256 {sha256[:12]}...) is not the backbone of this adapter of "
-            f"{adapter.card['task']}, which was trained on {adapter.card['backbone']} (SHA-256 "
-            f"{adapter.card['backbone_sha256'][:12]}...): give that file"
+            f"{what} (SHA-256 {sha256[:12]}...) is not the backbone of this adapter of {card['task']}, "
+            f"which was trained on {card['backbone']} (SHA-256 {wanted[:12]}...): give that file"
         )
+    for key, value in _how(card).items():
+        if how[key] != value:
+            raise UserError(
+                f"{what} was read with {key}={how[key]}, this adapter of {card['task']} was trained on "
+                f"one with {key}={value}: read it for that adapter"
+            )
 
 
 def load(adapter, on=None, weights=None, cache_dir=None):
@@ -238,22 +284,9 @@ def load(adapter, on=None, weights=None, cache_dir=None):
     """
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     on = on or backbone(adapter, weights, cache_dir)
-    _check_digest(adapter, on.sha256, "this backbone")
-    run = adapter.run
-    model = vit.ViT(
-        **config_lib.model_sizes(run.model.variant),
-        num_classes=len(adapter.card["classes"]),
-        gelu=run.model.gelu,
-        unroll=config_lib.default_unroll(run.model.variant),
-        dtype=jnp.dtype(run.dtype),
-    )
-    frozen = on.frozen
-    if frozen["pos_embedding"].shape[1] != (run.image_size // model.patch_size) ** 2:
-        raise UserError(
-            f"this backbone was read for other images than the {run.image_size} pixels of the adapter "
-            f"of {adapter.card['task']}: read it for that adapter"
-        )
-    return Tuned(model, jax.jit(method(adapter).merge)(frozen, adapter.trainable), adapter.card)
+    _check_backbone(adapter.card, on.sha256, on.how, "this backbone")
+    params = jax.jit(method(adapter).merge)(on.frozen, adapter.trainable)
+    return Tuned(_model(adapter.card), params, adapter.card)
 
 
 def combine(adapters, weights=None, way="scales", head=0):
@@ -279,14 +312,14 @@ def combine(adapters, weights=None, way="scales", head=0):
     if len(weights) != len(adapters):
         raise UserError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
     first = adapters[0].card
+    same = lambda card: {k: card[k] for k in ("backbone_sha256", "method_kwargs")} | _how(card)
     for other in (a.card for a in adapters):
         if other["method"] != "rlrr":
             raise UserError(f"only adapters of rlrr are combined, not of {other['method']}")
-        for key in ("backbone_sha256", "method_kwargs", "image_size"):
-            if other[key] != first[key]:
-                raise UserError(
-                    f"adapters with another {key} ({first[key]}, {other[key]}) do not combine"
-                )
+        for key, value in same(first).items():
+            if same(other)[key] != value:
+                text = f"({value}, {same(other)[key]})"
+                raise UserError(f"adapters with another {key} {text} do not combine")
     options = {**methods.options("rlrr"), **_plain(first["method_kwargs"])}
     if options["sides"] != "both":
         raise UserError(

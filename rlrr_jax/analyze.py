@@ -6,8 +6,8 @@ after (W').
 """
 
 import argparse
+import json
 import os
-import pathlib
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -16,7 +16,7 @@ import scipy.linalg
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, figures, files
+from rlrr_jax import adapters, export, figures, files
 from rlrr_jax.errors import UserError, one_sentence
 from rlrr_jax.methods import base
 
@@ -168,18 +168,21 @@ def _trained(trainable):
 
 
 def find(workdirs):
-    """`{label: path}` of the adapters of finished runs: of each task and method, the first seed."""
-    found = {}
-    for workdir in workdirs:
-        workdir = pathlib.Path(workdir).expanduser()
-        paths = [workdir] if workdir.is_file() else sorted(workdir.rglob("adapter.safetensors"))
-        for path in paths:
-            if "search" not in path.parts and (
-                workdir.is_file() or (path.parent / "result.json").exists()
-            ):
-                card = adapters.read(path).card
-                options = [f"{k}={v}" for k, v in card["method_kwargs"].items()]
-                found.setdefault(" ".join([card["task"], card["method"], *options]), path)
+    """`{label: path}` of the adapters of finished runs; of several seeds the first."""
+    found, seen = {}, set()
+    for workdir in map(files.local, workdirs):
+        for path in [workdir] if workdir.is_file() else export.finished(workdir):
+            card = adapters.read(path).card
+            same = [{**card["config"], "seed": 0}, card["backbone_sha256"]]
+            same = json.dumps(same, sort_keys=True)
+            if same in seen and not workdir.is_file():
+                print(f"left out: {path} (another seed of a run that is shown)")
+                continue
+            seen.add(same)
+            options = [f"{k}={v}" for k, v in card["method_kwargs"].items()]
+            trial = filter(None, [card["config"].get("trial")])
+            label = " ".join([card["task"], card["method"], *options, *trial])
+            found[f"{label} ({path.parent})" if label in found else label] = path
     if not found:
         raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
     return found
@@ -202,7 +205,7 @@ def summary(found):
 
 def write(folder, found):
     """Writes the numbers, the figures and the page of `{label: analyze(...)}` into a folder."""
-    folder = pathlib.Path(folder).expanduser()
+    folder = files.local(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "analysis.json", found)
     shown = dict(list(found.items())[:MOST_RUNS])
@@ -235,17 +238,15 @@ def main():
     parser.add_argument("--weights", help="the backbone, if it is not where it was")
     parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
     args = parser.parse_args()
-    first = pathlib.Path(args.workdirs[0]).expanduser()
+    first = files.local(args.workdirs[0])
     out = args.out or (first.parent if first.is_file() else first) / "analysis"
-    found, backbones = {}, {}
-    for label, path in find(args.workdirs).items():
+    paths, found = find(args.workdirs), {}
+    backbone = adapters.backbone(next(iter(paths.values())), args.weights, args.cache_dir)
+    for label, path in paths.items():
         adapter = adapters.read(path)
-        key = adapter.card["backbone_sha256"], adapter.card["image_size"]
-        if key not in backbones:
-            backbones = {key: adapters.backbone(adapter, args.weights, args.cache_dir)}
-        frozen = backbones[key].frozen
-        with tqdm(total=len(kernels(frozen)), desc=label, unit="kernel") as bar:
-            found[label] = analyze(adapter, frozen, bar.update)
+        adapters.load(adapter, backbone)  # all are of one backbone
+        with tqdm(total=len(kernels(backbone.frozen)), desc=label, unit="kernel") as bar:
+            found[label] = analyze(adapter, backbone.frozen, bar.update)
     write(out, found)
     print("| run | changed | change | effective rank | left turn | right turn | spectrum |")
     print(summary(found))

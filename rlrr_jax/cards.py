@@ -1,7 +1,9 @@
-"""What a backbone was trained with: its GELU and how its pixels were normalised."""
+"""What a backbone was trained with: its GELU, how its pixels were normalised, its image size."""
 
 import json
+import math
 import pathlib
+import re
 from typing import NamedTuple
 
 import safetensors
@@ -12,8 +14,8 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # What file names of timm and of the original code say, where nothing else does.
 _BY_NAME = (
-    (("augreg", "orig_in21k", "sam_in1k", "siglip"), (HALF, HALF)),
-    (("dino", "mae", "moco", "deit"), IMAGENET),
+    (r"(^|[^a-z])(augreg|orig_in21k|sam_in1k)", (HALF, HALF)),
+    (r"(^|[^a-z])(dino|mae|moco|deit)", IMAGENET),
 )
 _GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "gelu_erf": "exact"}  # timm's act_layer
 
@@ -25,58 +27,80 @@ class Card(NamedTuple):
       gelu: "tanh" or "exact".
       mean, std: of each colour, for pixels in [0, 1]; all 0.5 is [-1, 1].
       source: where this is said.
+      image_size: in pixels, if that is said.
+      pooling: timm's name, if that is said; "token" is the class token.
     """
 
     gelu: str
     mean: tuple
     std: tuple
     source: str
+    image_size: int | None = None
+    pooling: str | None = None
 
 
-def read(path, name="", mean=None, std=None):
+JAX = Card("tanh", HALF, HALF, "its layout")
+
+
+def of_jax(name):
+    """Whether a name, path or address is of the public JAX weights' layouts: all have one card."""
+    return not str(name).startswith("hf:") and not str(name).endswith(".safetensors")
+
+
+def read(path, name="", needed=True):
     """The `Card` of a weight file.
 
     The public JAX weights (`.npz`) have tanh and [-1, 1]. A `.safetensors` has the exact GELU, and what
-    says more is, in this order: its own header (written by our export), a timm `config.json` (or
-    `<file>.json`) beside it, its name.
+    says more is, in this order: its own header (written by our export), a timm `<file>.json` or
+    `config.json` beside it, its name.
 
     Args:
       path: of the file.
       name: that it was asked for by.
-      mean, std: what the configuration says, which is taken instead.
+      needed: False gives None instead of an error if nothing says how pixels are normalised.
 
-    Raises UserError if nothing says how pixels are normalised, or for an unknown GELU.
+    Raises UserError for that, for a damaged JSON or an unknown GELU.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        return _given(Card("tanh", HALF, HALF, "its layout"), mean, std)
+    if of_jax(path):
+        return JAX
     found = _header(path)
     for config in (path.with_suffix(".json"), path.parent / "config.json"):
         found = found or _timm_config(config)
     if found:
-        return _given(found, mean, std)
-    for names, (known_mean, known_std) in _BY_NAME:
-        if any(part in f"{name} {path.name}".lower() for part in names):
-            return _given(Card("exact", known_mean, known_std, "its name"), mean, std)
-    if mean is None:
+        return found
+    names = f"{pathlib.PurePath(name).name} {path.name}".lower()
+    for pattern, (mean, std) in _BY_NAME:
+        if re.search(pattern, names):
+            return Card("exact", mean, std, "its name")
+    if needed:
         raise UserError(
             f"nothing says how the pixels of {path} are normalised: put timm's config.json beside it, "
             f"or set config.pretrained.mean and config.pretrained.std (0.5 each for [-1, 1])"
         )
-    return Card("exact", tuple(mean), tuple(std), "the configuration")
+    return None
 
 
-def _given(card, mean, std):
-    return card if mean is None else card._replace(mean=tuple(mean), std=tuple(std))
+def check(gelu, mean, std):
+    """ValueError unless these can be a GELU, and three means and standard deviations."""
+    if gelu not in ("tanh", "exact"):
+        raise ValueError(f"unknown GELU {gelu!r}")
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    for what, values in {"mean": mean, "std": std}.items():
+        good = isinstance(values, list | tuple) and len(values) == 3 and all(map(number, values))
+        if not good or (what == "std" and min(values) <= 0):
+            raise ValueError(f"{what} {values!r} is not three numbers")
 
 
 def _header(path):
     try:
         with safetensors.safe_open(path, "numpy") as file:
             said = json.loads((file.metadata() or {}).get("rlrr_jax", "{}"))
-        return Card(said["gelu"], tuple(said["mean"]), tuple(said["std"]), "its header")
     except Exception:  # whoever reads its arrays says what is wrong
         return None
+    if not isinstance(said, dict) or "mean" not in said:
+        return None
+    return _card(said.get("gelu"), said, said, path, "its header")
 
 
 def _timm_config(path):
@@ -85,12 +109,22 @@ def _timm_config(path):
     try:
         config = json.loads(path.read_text())
         pixels = config.get("pretrained_cfg", config)
-        mean, std = (tuple(float(x) for x in pixels[key]) for key in ("mean", "std"))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        gelu = (config.get("model_args") or {}).get("act_layer", "gelu")
+        size = pixels.get("input_size")
+        said = {"image_size": size and size[-1], "pooling": config.get("global_pool")}
+        known = _GELUS.get(gelu)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is no config.json of timm ({e!r}): mend or remove it") from e
-    gelu = (config.get("model_args") or {}).get("act_layer", "gelu")
-    if gelu not in _GELUS:
-        raise UserError(
-            f"{path}: the activation {gelu} is none of {', '.join(_GELUS)}: take another model"
-        )
-    return Card(_GELUS[gelu], mean, std, path.name)
+    if known is None:
+        names = ", ".join(_GELUS)
+        raise UserError(f"{path}: the activation {gelu} is none of {names}: take another model")
+    return _card(known, pixels, said, path, path.name)
+
+
+def _card(gelu, pixels, said, path, source):
+    try:
+        mean, std = pixels.get("mean"), pixels.get("std")
+        check(gelu, mean, std)
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"what {source} says of {path} is damaged ({e}): mend or remove it") from e
+    return Card(gelu, tuple(mean), tuple(std), source, said.get("image_size"), said.get("pooling"))

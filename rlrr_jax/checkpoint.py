@@ -20,11 +20,32 @@ from rlrr_jax.errors import UserError, first_line
 
 
 def open_manager(folder):
-    """An Orbax CheckpointManager that keeps the last two checkpoints; writing is synchronous."""
+    """An Orbax CheckpointManager that keeps the last two checkpoints; writing is synchronous.
+
+    What has no checksums (a run killed just before they were written) is removed first, so that it can
+    push out none that has.
+    """
+    folder = epath.Path(folder).absolute()
+    if distributed.lead() and folder.exists():
+        sums = _sums(folder)
+        for path in folder.glob("[0-9]*"):
+            if path.name not in sums:
+                print(f"warning: checkpoint {path.name} was not finished: removed", file=sys.stderr)
+                path.rmtree()
+    distributed.wait("checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(
-        epath.Path(folder).absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
-    )
+    handlers = ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
+
+
+def _sums_file(folder):
+    """Where the CRC-32 of each file of each checkpoint is: beside Orbax's folder."""
+    return epath.Path(folder).parent / "checkpoints.json"
+
+
+def _sums(folder):
+    path = _sums_file(folder)
+    return files.read_json(path) if path.exists() else {}
 
 
 class Keeper:
@@ -52,9 +73,11 @@ class Keeper:
             with _silent_threads():
                 self.manager.save(number, args=ocp.args.StandardSave(tree), force=True)
             if distributed.lead():
-                kept = [n for n in self.manager.all_steps() if n != number]
-                sums = {str(n): old for n in kept if (old := self._sums().get(str(n)))}
-                files.write_json(self.sums, {**sums, str(number): self._checksums(number)})
+                folder = self.manager.directory
+                kept = map(str, self.manager.all_steps())
+                sums = {n: old for n in kept if (old := _sums(folder).get(n))}
+                sums[str(number)] = self._checksums(number)
+                files.write_json(_sums_file(folder), sums)
             distributed.wait("saved")
         except Exception as e:  # Orbax wraps a full disk in several ways
             raise UserError(
@@ -94,10 +117,8 @@ class Keeper:
 
     def _newest(self, like):
         """Number of the newest checkpoint that is whole, None if there is none, and what is wrong."""
-        sums, problems = self._sums(), []
+        sums, problems = _sums(self.manager.directory), []
         for number in sorted(self.manager.all_steps(), reverse=True):
-            if str(number) not in sums:  # killed between its last file and our mark
-                continue
             try:
                 self._check(number, sums[str(number)], like)
                 return number, problems
@@ -113,14 +134,6 @@ class Keeper:
         saved, wanted = _shapes(self.manager.item_metadata(number)), _shapes(like)
         if names := [k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)]:
             raise ValueError(f"is another run's (its array {min(names)})")
-
-    @property
-    def sums(self):
-        """Where the CRC-32 of each file of each checkpoint is: beside Orbax's folder."""
-        return epath.Path(self.manager.directory).parent / "checkpoints.json"
-
-    def _sums(self):
-        return files.read_json(self.sums) if self.sums.exists() else {}
 
     def _checksums(self, number):
         folder = epath.Path(self.manager.directory) / str(number)

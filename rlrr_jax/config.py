@@ -11,7 +11,7 @@ import re
 import jax
 from ml_collections import ConfigDict
 
-from rlrr_jax import methods, optim, pretrained
+from rlrr_jax import cards, methods, optim, pretrained
 from rlrr_jax.data import crops, sources, store, tasks
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import vit
@@ -81,17 +81,28 @@ def locate(run):
     return found
 
 
-def follow(run, card):
-    """Fills in what a run takes from its weights' `cards.Card`; returns a note if it differs."""
-    _fill(run.model, "gelu", card.gelu)
-    _fill(run.pretrained, "mean", tuple(card.mean))
-    _fill(run.pretrained, "std", tuple(card.std))
-    if run.model.gelu != card.gelu:
-        return (
-            f"note: {run.pretrained.name} was trained with the {card.gelu} GELU (says {card.source}), "
-            f"config.model.gelu is {run.model.gelu}"
-        )
-    return None
+def follow(run, path):
+    """Fills in what a run takes from its weights' `cards.Card`; returns notes where it differs."""
+    name, given, model = run.pretrained.name, run.pretrained, run.model
+    card = cards.read(path, name, needed=given.mean is None)
+    if card is None:
+        _fill(model, "gelu", "exact")
+        return []
+    _fill(model, "gelu", card.gelu)
+    _fill(given, "mean", card.mean)
+    _fill(given, "std", card.std)
+    notes = []
+    for key, mine, its in (
+        ("model.gelu", model.gelu, card.gelu),
+        ("pretrained.mean", tuple(given.mean), card.mean),
+        ("pretrained.std", tuple(given.std), card.std),
+        ("image_size", run.image_size, card.image_size),
+    ):
+        if its is not None and mine != its:
+            notes.append(f"note: {name} has {its} (says {card.source}), config.{key} is {mine}")
+    if card.pooling not in (None, "token"):
+        notes.append(f"note: {name} pools by {card.pooling} (says {card.source}), not by class token")
+    return notes
 
 
 def _changes(config, seeds):
@@ -152,7 +163,11 @@ def identity(run):
         for parent in parents:
             node = node.get(parent, {})
         node.pop(last, None)
-    if name := plain.get("pretrained", {}).get("name"):
+    given = plain.get("pretrained", {})
+    for key in ("mean", "std"):  # of the public JAX weights, which always was so
+        if given.get(key) is None or tuple(given[key]) == cards.HALF:
+            given.pop(key, None)
+    if name := given.get("name"):
         plain["pretrained"]["name"] = pretrained.canonical(name)
     return json.loads(json.dumps(plain))
 
@@ -285,6 +300,8 @@ def _resolve_one(config, task_name, variant, changes, suite):
     _check_schedule(run)
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     _fill(run.pretrained, "name", _default_weights(run.model.variant))
+    if cards.of_jax(run.pretrained.name):  # others say it when they are there: `follow`
+        _fill(run.model, "gelu", cards.JAX.gelu)
     _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
     if run.crop and (run.crop_from or 0) < run.image_size:
         raise UserError(
@@ -429,15 +446,13 @@ def _check_common(config):
 
 
 def _check_pixels(mean, std):
-    for name, values in {"mean": mean, "std": std}.items():
-        if (mean is None) != (std is None):
-            raise UserError("config.pretrained.mean and config.pretrained.std go together: set both")
-        good = lambda x: isinstance(x, int | float) and 0 <= x <= 1 and (x > 0 or name == "mean")
-        if values is not None and (len(values) != 3 or not all(map(good, values))):
-            raise UserError(
-                f"config.pretrained.{name}={values} must be three numbers between 0 and 1, of red, "
-                f"green and blue"
-            )
+    if (mean is None) != (std is None):
+        raise UserError("config.pretrained.mean and config.pretrained.std go together: set both")
+    if mean is not None:
+        try:
+            cards.check("exact", mean, std)
+        except ValueError as e:
+            raise UserError(f"config.pretrained: {e} (of red, green and blue): set them so") from e
 
 
 def _check_hyper(where, values):

@@ -144,21 +144,19 @@ def together(stopped, code):
         yield
         return
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=[over, code])
+    watch = threading.Thread(target=_watch, args=[over, code], daemon=True)
     watch.start()
     try:
         yield
     except stopped:
-        with contextlib.suppress(Exception):
-            _client().key_value_set(_STOPPED, str(jax.process_index()))
-        raise
+        _tell(_STOPPED, str(jax.process_index()))
+        _leave(STOPPED_TEXT, code, 3)
     except BaseException as e:
+        if _said(_STOPPED):  # a collective with a process that has left
+            _leave(STOPPED_TEXT, code, 0)
         text = str(e) if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {first_line(e)}"
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):  # the first to fail is enough
-            _client().key_value_set(_FAILED, f"process {jax.process_index()}: {text}")
-        time.sleep(4)  # for the others to hear of it: process 0 keeps the service
-        os._exit(1)  # a regular exit would wait for them
+        _tell(_FAILED, f"process {jax.process_index()}: {text}")
+        _leave(f"error: {text}", 1, 4)
     finally:
         over.set()
         watch.join()
@@ -169,12 +167,25 @@ def _watch(over, code):
     while not over.wait(1):
         if text := _said(_FAILED):
             if not text.startswith(f"process {jax.process_index()}:"):
-                print(f"error: {text}", file=sys.stderr, flush=True)
-                time.sleep(6 if lead() else 0)  # process 0 keeps the service, and goes last
-                os._exit(1)
-        elif _said(_STOPPED) and not over.wait(4):  # not all were asked while they trained
-            print(STOPPED_TEXT, file=sys.stderr, flush=True)
-            os._exit(code)
+                _leave(f"error: {text}", 1, 0)
+        elif (text := _said(_STOPPED)) and text != str(jax.process_index()):
+            _leave(STOPPED_TEXT, code, 0)
+
+
+def _leave(text, code, seconds):
+    """Ends this process after so many seconds; process 0, which keeps the service, goes last.
+
+    A regular exit would wait for the others, or abort if one has left.
+    """
+    print(text, file=sys.stderr, flush=True)
+    time.sleep(seconds + 3 * lead())
+    os._exit(code)
+
+
+def _tell(key, text):
+    """Says something to all processes; the first to say it is heard."""
+    with contextlib.suppress(Exception):
+        _client().key_value_set(key, text)
 
 
 def _said(key):

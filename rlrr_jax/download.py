@@ -71,13 +71,17 @@ def from_hub(name, folder=None):
     """
     try:
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as e:
         raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
     place = dict(cache_dir=folder and pathlib.Path(folder).expanduser() / "hub")
     try:
-        with contextlib.suppress(EntryNotFoundError):
+        try:
             huggingface_hub.hf_hub_download(name, "config.json", **place)
+        except LocalEntryNotFoundError:  # a kind of the next, of the network
+            raise
+        except EntryNotFoundError:
+            pass
         return pathlib.Path(huggingface_hub.hf_hub_download(name, "model.safetensors", **place))
     except Exception as e:  # of the network, the name, the disk
         raise UserError(

@@ -9,7 +9,6 @@ command says that it is done.
 import argparse
 import io
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +33,10 @@ def find_adapter(path):
 
     Raises UserError, naming the choices, if there are several or none.
     """
-    path = pathlib.Path(path).expanduser()
+    path = files.local(path)
     if path.is_file():
         return path
-    found = sorted(path.rglob("adapter.safetensors"))
-    found = [p for p in found if (p.parent / "result.json").exists() and "search" not in p.parts]
+    found = finished(path)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -47,6 +45,13 @@ def find_adapter(path):
         )
     names = [str(p.parent.relative_to(path)) for p in found]
     raise UserError(f"{path} holds {len(found)} runs: add one of {', '.join(names[:30])} to the path")
+
+
+def finished(workdir):
+    """Adapters of the finished runs below a folder, without those of a search."""
+    found = sorted(workdir.rglob("adapter.safetensors"))
+    searched = lambda path: "search" in path.relative_to(workdir).parts
+    return [p for p in found if (p.parent / "result.json").exists() and not searched(p)]
 
 
 def export(adapter, to, out, weights=None, cache_dir=None):
@@ -65,10 +70,10 @@ def export(adapter, to, out, weights=None, cache_dir=None):
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
-    out = pathlib.Path(out).expanduser()
     ending, layout = FORMATS[to]
-    if out.suffix != ending:
-        raise UserError(f"{to} files end in {ending}: call it {out.with_suffix(ending)}")
+    if not str(out).endswith(ending) or files.local(out).stem == "":
+        raise UserError(f"{to} files end in {ending}: {out} does not")
+    out = files.local(out).absolute()  # no public name
     out.parent.mkdir(parents=True, exist_ok=True)
     backbone = adapters.backbone(adapter, weights, cache_dir)
     tuned = adapters.load(adapter, backbone)
@@ -144,7 +149,10 @@ def advice(to, adapter, out):
     if to == "adapter":
         return f"python -m rlrr_jax.predict --adapter {out} IMAGES..."
     pool = 'pool_type="tok", ' if to == "big_vision" else ""
-    return f"{to}: ViT {card['model']}, {pool}{sizes}, {card['gelu']} GELU, pixels in [-1, 1]"
+    text = f"{to}: ViT {card['model']}, {pool}{sizes}, pixels in [-1, 1]"
+    if card["gelu"] == "exact":  # their code has the tanh form
+        text += "; this model has the exact GELU: change nn.gelu(x) there to approximate=False"
+    return text
 
 
 def main():
@@ -165,7 +173,7 @@ def main():
     print(
         f"{args.out}: {adapter.card['method']} on {adapter.card['task']}"
         + f" (test accuracy {acc})" * bool(acc)
-        + f", {pathlib.Path(args.out).expanduser().stat().st_size / 1e6:.1f} MB; read back, its logits "
+        + f", {files.local(args.out).stat().st_size / 1e6:.1f} MB; read back, its logits "
         f"differ by at most {difference:.1g}"
     )
     print(advice(args.to, adapter, args.out))

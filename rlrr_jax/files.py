@@ -4,10 +4,21 @@ import contextlib
 import fcntl
 import json
 import os
+import pathlib
 
 from etils import epath
 
 from rlrr_jax.errors import UserError
+
+
+def local(path):
+    """A path on this machine, `~` expanded; UserError for gs:// and the like, or an unknown user."""
+    if "://" in str(path):
+        raise UserError(f"{path} is not on this machine: copy it into a local folder first")
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as e:  # of ~nobody
+        raise UserError(f"{path} names no home directory: write the whole path") from e
 
 
 def write(path, data):

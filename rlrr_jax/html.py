@@ -9,15 +9,13 @@ import base64
 import html
 import io
 import json
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from rlrr_jax import adapters, files, report
+from rlrr_jax import adapters, files, report, train
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import sources, store
 from rlrr_jax.errors import UserError, one_sentence
@@ -89,7 +87,7 @@ def evaluate(folder, progress=True):
         run.task, run.data.dir, run.data.source if run.data.source in sources.KINDS else None
     )
     images, labels = store.load_split(
-        *(run.task, "val200" if run.protocol == "tune" else "test", run.image_size, run.data.variant),
+        *(run.task, train.splits(run)[1], run.image_size, run.data.variant),
         *(found, run.data.cache_dir, config_lib.shorter(run)),
     )
     size, answers = min(run.eval_batch_size, len(labels)), []
@@ -103,7 +101,7 @@ def evaluate(folder, progress=True):
 
 def page(workdirs, progress=True):
     """The page of all finished runs below workdirs, as text."""
-    workdirs = [epath.Path(w).expanduser() for w in workdirs]
+    workdirs = list(map(files.local, workdirs))
     rows = report._rows(workdirs)
     if not rows:
         raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
@@ -121,7 +119,7 @@ def _folder(workdirs, row):
         folder = workdir / row["task"] / report.method_folder(row) / report.folder(row)
         if (folder / "result.json").exists():
             if files.read_json(folder / "result.json")["identity"] == row["identity"]:
-                return pathlib.Path(folder)
+                return folder
     raise UserError(
         f"the folder of {row['task']} {row['method']} seed {row['seed']} has gone: start again"
     )
@@ -248,7 +246,7 @@ def main():
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--out", help="the file; default WORKDIR/results.html")
     args = parser.parse_args()
-    out = pathlib.Path(args.out or pathlib.Path(args.workdirs[0]) / "results.html").expanduser()
+    out = files.local(args.out or files.local(args.workdirs[0]) / "results.html")
     text = page(args.workdirs)
     files.write(out, text)
     print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser")

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from rlrr_jax.errors import UserError
 
 _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
+_MOST_BLOCKS = 1000  # a longer axis is no depth, and is reported as it is
 _QKV = ("query", "key", "value")
 # Our name of what timm calls `blocks.<i>.<name>`; `qkv` is three of ours.
 _TIMM_BLOCK = {
@@ -37,7 +38,7 @@ def numbered(params):
     """A flat dict with numbered blocks: `encoderblock/x` [L, ...] becomes `encoderblock_0/x`, ..."""
     out = {}
     for key, value in flatten_dict(params, sep="/").items():
-        if key.startswith("Transformer/encoderblock/") and value.ndim:
+        if key.startswith("Transformer/encoderblock/") and value.ndim and len(value) <= _MOST_BLOCKS:
             for i, part in enumerate(value):
                 out[key.replace("encoderblock", f"encoderblock_{i}", 1)] = part
         else:
@@ -107,6 +108,8 @@ def from_timm(flat, num_heads, path):
     if not prefixes:
         raise UserError(f"{path} has no array '{_TIMM_STEM}': it is no Vision Transformer of timm's")
     preferred = [p for p in ("", "module.base_encoder.") if p in prefixes]  # MoCo v3 keeps two
+    if not preferred and len(prefixes) > 1:
+        raise UserError(f"{path} holds several models ({', '.join(prefixes)}): keep one of them")
     prefix = (preferred or prefixes)[0]
     flat = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
     for key in flat:

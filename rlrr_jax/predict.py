@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from rlrr_jax import adapters, files
@@ -33,9 +32,12 @@ def find(names):
     paths = []
     for name in names:
         if name == "-":
+            if hasattr(sys.stdin, "reconfigure"):  # names are bytes
+                sys.stdin.reconfigure(errors="surrogateescape")
             paths += [pathlib.Path(line.strip()) for line in sys.stdin if line.strip()]
             continue
-        path = pathlib.Path(name).expanduser()
+        there = pathlib.Path(name).exists()  # a file may be called ~x.png
+        path = pathlib.Path(name) if there else files.local(name)
         if path.is_dir():
             paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
         elif not path.exists() and glob.has_magic(name):
@@ -55,7 +57,7 @@ def read(path, size, shorter=None):
         return store.decode(path.read_bytes(), size, shorter=shorter)
     except OSError as e:
         raise ValueError(e.strerror or "it is no image") from e
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except Exception as e:  # its decoders raise anything
         raise ValueError(first_line(e)) from e
 
 
@@ -107,6 +109,7 @@ def top(probabilities, classes, k):
 
 def show(rows, kind):
     """Rows `(path, [(name, probability), ...])` as text in one of `FORMATS`."""
+    rows = [(str(p).encode("utf-8", "backslashreplace").decode(), best) for p, best in rows]
     if kind == "jsonl":
         out = [{"file": str(p), "top": [{"class": n, "p": q} for n, q in best]} for p, best in rows]
         return "".join(json.dumps(row) + "\n" for row in out)
@@ -145,12 +148,12 @@ def main():
     found = predict(tuned, paths, args.batch_size, progress=len(paths) > args.batch_size)
     for path, probabilities, why in found:
         if probabilities is None:
-            bad.append(f"  {path}: {why}")
+            bad.append(f"  {path}: {why}".encode("utf-8", "backslashreplace").decode())
         else:
             rows.append((path, top(probabilities, tuned.card["classes"], args.top_k)))
     text = show(rows, args.format)
     if args.out:
-        files.write(pathlib.Path(args.out).expanduser(), text)
+        files.write(files.local(args.out), text)
     else:
         print(text, end="", flush=True)
     if bad:

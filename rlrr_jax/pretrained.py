@@ -161,9 +161,10 @@ def load(
     for name, value in flat.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(f"{name} in {path} is not made of finite floating-point numbers")
-    card = cards.read(path, str(name_or_path), mean, std)
-    if (card.mean, card.std) != (cards.HALF, cards.HALF):
-        flat = layouts.fold_pixels(flat, card.mean, card.std)
+    if mean is None:
+        _, mean, std, *_ = cards.read(path, str(name_or_path))
+    if (tuple(mean), tuple(std)) != (cards.HALF, cards.HALF):
+        flat = layouts.fold_pixels(flat, mean, std)
     zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
     return unflatten_dict(layouts.stacked({**zeros, **flat}), sep="/")
 

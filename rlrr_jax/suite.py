@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import ml_collections
 from etils import epath
 
-from rlrr_jax import cards, distributed, files, pretrained, report, train
 from rlrr_jax import config as config_lib
+from rlrr_jax import distributed, files, pretrained, report, train
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError, first_line
 
@@ -138,10 +138,10 @@ def _follow_weights(works, weights):
     """Fills in the runs' GELU and pixels, and says where a configuration differs from its weights."""
     notes = []
     for work in works:
-        name, given = work.run.pretrained.name, work.run.pretrained
-        path = pretrained.split_subtree(weights[name][0])[0]
-        notes.append(config_lib.follow(work.run, cards.read(path, name, given.mean, given.std)))
-    print(*dict.fromkeys(filter(None, notes)), sep="\n", end="\n" * any(notes), flush=True)
+        path = pretrained.split_subtree(weights[work.run.pretrained.name][0])[0]
+        notes += config_lib.follow(work.run, path)
+    for note in dict.fromkeys(notes):
+        print(note, flush=True)
 
 
 def _check_weights(run, weights):

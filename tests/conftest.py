@@ -1,10 +1,13 @@
 """Four CPU devices for every test, and runs that several files look at."""
 
 import os
+import pathlib
+import subprocess
+import sys
 
-from flags import xla_flags
+from flags import quick_xla_flags
 
-os.environ["XLA_FLAGS"] = xla_flags(4)
+os.environ["XLA_FLAGS"] = quick_xla_flags(4)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
@@ -18,12 +21,10 @@ hypothesis.settings.load_profile("short")
 @pytest.fixture(scope="session")
 def tuned_runs(tmp_path_factory):
     """A workdir with runs: RLRR, LoRA and SSF on digits, RLRR on hearts, all trained briefly."""
-    from configs import vtab
-    from rlrr_jax import suite
-
     workdir = tmp_path_factory.mktemp("tuned")
-    for arg in ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr"):
-        config = vtab.get_config(arg)
-        config.update(num_devices=1, epochs=2)
-        suite.run(config, workdir)
+    for arg in ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr"):  # as a user's process compiles
+        command = [sys.executable, "-m", "rlrr_jax.main", f"--config=configs/vtab.py:{arg}"]
+        command += ["--config.epochs=2", f"--workdir={workdir}"]
+        root = pathlib.Path(__file__).parents[1]
+        subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": ""}, check=True)
     return workdir

@@ -1,14 +1,17 @@
-"""How tests compile: quickly, and for as many CPU devices as they need.
-
-XLA's LLVM does not optimise, which halves the time of the tests and changes no operation.
-`RLRR_JAX_TESTS=optimised pytest` compiles as users do.
-"""
+"""How tests compile: for as many CPU devices as they need, and quickly where they compile much."""
 
 import os
 
-_QUICK = "" if os.environ.get("RLRR_JAX_TESTS") == "optimised" else "--xla_backend_optimization_level=0"
-
 
 def xla_flags(devices=1):
-    """$XLA_FLAGS of a process."""
-    return f"{_QUICK} --xla_force_host_platform_device_count={devices}".strip()
+    """$XLA_FLAGS of a process that runs as a user's does."""
+    return f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+
+
+def quick_xla_flags(devices):
+    """Of a process that compiles more than it computes: LLVM does not optimise.
+
+    Operations are the same. `RLRR_JAX_TESTS=optimised pytest` compiles as users do.
+    """
+    quick = os.environ.get("RLRR_JAX_TESTS") != "optimised"
+    return f"{xla_flags(devices)} --xla_backend_optimization_level={0 if quick else 3}"

@@ -39,7 +39,8 @@ def test_several_adapters_on_one_frozen_tree_answer_as_their_runs_did(paths):
     for name, path in paths.items():
         tuned = adapters.load(path, backbone)
         row = files.read_json(path.parent / "result.json")
-        assert accuracy(tuned, name.split()[0]) == pytest.approx(row["test_acc_final"], abs=1e-12)
+        found = accuracy(tuned, name.split()[0])  # compiled otherwise: one image may fall on a tie
+        assert found == pytest.approx(row["test_acc_final"], abs=1.01 / row["num_test"])
         assert tuned.card["accuracy"]["test_acc"] == row["test_acc_final"] > 0.3
     jax.tree.map(np.testing.assert_array_equal, backbone.frozen, before)
 
@@ -78,7 +79,7 @@ BAD = {
     "no classes": (dict(classes=None), "the card of {} lacks classes: export it again"),
     "another formula": (
         dict(formula="W"),
-        "{} is of another version of method rlrr (it was trained as 'W'",
+        "{} is of another version of method rlrr (trained as 'W'",
     ),
     "unknown method": (
         dict(method="rlr"),
@@ -91,7 +92,33 @@ BAD = {
         "head/bias is ((10,), 'float32') instead of ((1,), 'float32')",
     ),
     "no config": (dict(config={}), "is of another version of method rlrr"),
+    "another size": (
+        dict(image_size=10**30),
+        "is of another version of method rlrr (its images have 32",
+    ),
+    "numbers as classes": (dict(classes=[1, 2]), "(its classes are no names)"),
+    "no accuracy": (dict(accuracy=3), "or its accuracies are none)"),
 }
+
+
+def test_strange_configurations_in_a_card_are_one_sentence(paths, tmp_path):
+    config = adapters.read(paths["digits rlrr"]).card["config"]
+    strange = [{k: v for k, v in config.items() if k != name} for name in config]
+    strange += [
+        {**config, k: v} for k, v in {"image_size": 10**30, "dtype": "x", "precision": "x"}.items()
+    ]
+    model, given = config["model"], config["pretrained"]
+    strange += [{**config, "model": {**model, **m}} for m in ({"gelu": "foo"}, {"variant": "B16"})]
+    strange += [{**config, "pretrained": {**given, "mean": [0, 0]}}, {**config, "crop": "resmall"}]
+    refused = []
+    for other in strange:
+        path = rewrite(paths["digits rlrr"], tmp_path / "bad.safetensors", config=other)
+        try:
+            adapters.read(path)
+            refused.append(False)
+        except UserError as e:  # and nothing else
+            refused.append("is of another version of method rlrr (" in str(e) and "\n" not in str(e))
+    assert sum(refused) >= 12 and all(refused[-7:]), refused
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -138,6 +165,27 @@ def test_another_backbone_is_refused(paths, tmp_path):
         adapters.load(paths["digits rlrr"], backbone)
     with pytest.raises(UserError, match="there is no weight file .*--weights names another place"):
         adapters.load(paths["digits rlrr"], weights=str(tmp_path / "missing.npz"))
+
+
+def test_another_tree_of_the_same_file_or_other_pixels_are_refused(paths, tmp_path):
+    """The file's SHA-256 does not tell which of its trees was read, or how."""
+    good = paths["digits rlrr"]
+    card = adapters.read(good).card
+    backbone = adapters.backbone(good)
+    for key, value in {"subtree": "ema", "mean": [0, 0, 0], "image_size": 64, "grid": [4, 4]}.items():
+        other = backbone._replace(how={**backbone.how, key: value})
+        with pytest.raises(UserError, match=f"this backbone was read with {key}="):
+            adapters.load(good, other)
+    arrays = dict(np.load(pretrained.BUNDLED))
+    arrays |= {k.replace("params/", "ema/", 1): v + np.float16(1) for k, v in arrays.items()}
+    np.savez(tmp_path / "two.npz", **arrays)
+    config = {**card["config"], "pretrained": {**card["config"]["pretrained"], "name": "two.npz:ema"}}
+    marks = dict(backbone_sha256=pretrained.fetch(str(tmp_path / "two.npz"))[1], config=config)
+    path = rewrite(good, tmp_path / "ema.safetensors", **marks)
+    found = adapters.backbone(path, weights=str(tmp_path / "two.npz"))
+    np.testing.assert_array_equal(found.frozen["cls"], np.float32(arrays["ema/cls"]))
+    with pytest.raises(UserError, match="two.npz:params was read with subtree=params, this adapter"):
+        adapters.backbone(path, weights=f"{tmp_path}/two.npz:params")
 
 
 # Combined -------------------------------------------------------------------------------------
@@ -218,11 +266,15 @@ def test_combined_adapters_are_written_and_combined_again(two, tmp_path):
 def test_what_does_not_combine_is_said(two, paths):
     lora = adapters.read(paths["digits lora"])
     other = two[0]._replace(card={**two[0].card, "backbone_sha256": "0"})
+    given = {**two[0].card["config"]["pretrained"], "mean": [0, 0, 0]}
+    config = {**two[0].card["config"], "pretrained": given}
+    elsewhere = two[0]._replace(card={**two[0].card, "config": config})
     for args, message in [
         (([two[0], lora],), "only adapters of rlrr are combined, not of lora"),
         ((two, [1]), "2 adapters need as many weights, not 1"),
         ((two, None, "sum"), "by way='scales' or 'products', not 'sum'"),
         (([two[0], other],), "another backbone_sha256"),
+        (([two[0], elsewhere],), "another mean"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             adapters.combine(*args)

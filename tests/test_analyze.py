@@ -131,6 +131,22 @@ def test_a_kernel_of_the_run_against_numpy(analysis, tuned_runs):
     )
 
 
+def test_runs_are_told_apart_and_other_seeds_named(tuned_runs, tmp_path, capsys):
+    adapter = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
+    for name, changes in {"seed1": {"seed": 1}, "seed2": {"lr": 0.5}}.items():
+        card = {**adapter.card, "config": {**adapter.card["config"], **changes}}
+        (tmp_path / name).mkdir()
+        adapters.write(tmp_path / name / "adapter.safetensors", adapter._replace(card=card))
+        (tmp_path / name / "result.json").write_text("{}")
+    found = analyze.find([tuned_runs / "digits/rlrr", tmp_path])
+    assert list(found) == ["digits rlrr", f"digits rlrr ({tmp_path}/seed2)"]
+    assert capsys.readouterr().out == (
+        f"left out: {tmp_path}/seed1/adapter.safetensors (another seed of a run that is shown)\n"
+    )
+    files = [tmp_path / name / "adapter.safetensors" for name in ("seed1", "seed2")]
+    assert len(analyze.find(files)) == 2
+
+
 def test_nothing_to_analyse_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["analyze", str(tmp_path)])
     with pytest.raises(UserError, match="there is no finished run in "):

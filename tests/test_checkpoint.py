@@ -94,6 +94,7 @@ def test_a_checkpoint_from_elsewhere_without_its_checksums_is_refused(tmp_path, 
     save(tmp_path / "other", (7.0, 8.0), {"trainable": {"kernel": jnp.ones((5, 5))}})
     shutil.copytree(tmp_path / "other/checkpoints/2", tmp_path / "mine/checkpoints/2")
     assert restore(tmp_path / "mine")[2] == [1.0]  # it has no mark of ours
+    assert capsys.readouterr().err == "warning: checkpoint 2 was not finished: removed\n"
     shutil.rmtree(tmp_path / "mine/checkpoints/1")
     shutil.copytree(tmp_path / "other/checkpoints/1", tmp_path / "mine/checkpoints/1")
     with pytest.raises(UserError, match="checkpoint 1 is damaged"):
@@ -105,8 +106,13 @@ def test_a_kill_between_the_checkpoint_and_its_checksums_loses_only_that_one(tmp
     marks = (tmp_path / "checkpoints.json").read_bytes()
     save(tmp_path, (2.0,))
     (tmp_path / "checkpoints.json").write_bytes(marks)
-    assert restore(tmp_path)[2] == [1.0] and not capsys.readouterr().err
-    save(tmp_path, (5.0,))  # number 3
-    assert restore(tmp_path)[2] == [5.0]
+    assert restore(tmp_path)[2] == [1.0]
+    assert capsys.readouterr().err == "warning: checkpoint 2 was not finished: removed\n"
+    for value in (5.0, 6.0):  # killed again and again, it goes on from what is whole
+        save(tmp_path, (value,))
+        (tmp_path / "checkpoints.json").write_bytes(marks)
+        assert restore(tmp_path)[2] == [1.0]
+    save(tmp_path, (7.0,))
+    assert restore(tmp_path)[2] == [7.0]
     (tmp_path / "checkpoints.json").unlink()  # killed in the very first one
     assert restore(tmp_path) is None

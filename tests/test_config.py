@@ -27,7 +27,7 @@ def test_a_real_task_gets_the_authors_recipe(arg):
     (run,) = resolve(arg)
     assert (run.lr, run.weight_decay, run.drop_path, run.epochs) == (3e-3, 5e-5, 0.1, 110)
     assert (run.schedule, run.protocol, run.batch_size, run.flip) == ("official", "official", 32, False)
-    assert (run.drop_path_mode, run.image_size) == ("element", 224)
+    assert (run.drop_path_mode, run.image_size, run.model.gelu) == ("element", 224, "tanh")
     assert (run.model.variant, run.pretrained.name) == ("B/16", "imagenet21k/ViT-B_16")
 
 

@@ -75,6 +75,13 @@ def test_an_exported_model_is_a_backbone_again(run, tuned, images, tmp_path):
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_folder_called_like_a_public_one_is_a_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = adapters.read(run / "adapter.safetensors")
+    assert export.export(adapter, "big_vision", "sam/x.npz") < 1e-5
+    assert (tmp_path / "sam" / "x.npz").exists()
+
+
 def test_a_file_that_would_differ_is_not_kept(run, tmp_path, monkeypatch):
     worse = lambda tree: export.layouts.to_big_vision(jax.tree.map(lambda x: x + 1e-3, tree))
     monkeypatch.setitem(export.FORMATS, "big_vision", (".npz", worse))
@@ -93,11 +100,15 @@ def test_what_to_export_is_found_or_asked_for(tuned_runs, run, tmp_path, monkeyp
         export.find_adapter(tuned_runs)
     with pytest.raises(UserError, match="there is no finished run in"):
         export.find_adapter(tmp_path)
+    shutil.copytree(run, tmp_path / "search" / "mine")
+    assert export.find_adapter(tmp_path / "search") == tmp_path / "search/mine/adapter.safetensors"
+    with pytest.raises(UserError, match="there is no finished run in"):
+        export.find_adapter(tmp_path)
     shutil.copytree(run, tmp_path / "unfinished")
     (tmp_path / "unfinished" / "result.json").unlink()
     with pytest.raises(UserError, match="there is no finished run in"):
         export.find_adapter(tmp_path)
     with pytest.raises(UserError, match="unknown format 'tim': did you mean 'timm'"):
         command(monkeypatch, run, "--to", "tim", tmp_path / "x")
-    with pytest.raises(UserError, match="timm files end in .safetensors: call it .*x.safetensors"):
+    with pytest.raises(UserError, match="timm files end in .safetensors: .*x.pth does not"):
         command(monkeypatch, run, "--to", "timm", tmp_path / "x.pth")

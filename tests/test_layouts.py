@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs import vtab
 from rlrr_jax import cards, layouts, pretrained
+from rlrr_jax import config as config_lib
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 
@@ -165,7 +167,8 @@ def test_damaged_safetensors_are_one_sentence(weights, tmp_path):
 
 # Pixels ---------------------------------------------------------------------------------------
 
-TIMM = {"architecture": "vit_tiny", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+PIXELS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 224, 224]}
+TIMM = {"architecture": "vit_tiny", "pretrained_cfg": PIXELS, "global_pool": "token"}
 
 
 def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
@@ -175,23 +178,64 @@ def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
         cards.read(path)
     assert cards.read(path, "hf:timm/vit_base_patch16_224.mae")[:3] == ("exact", *cards.IMAGENET)
     assert cards.read(path, "vit.augreg_in21k")[:3] == ("exact", cards.HALF, cards.HALF)
-    assert cards.read(path, mean=(0, 0, 0), std=(1, 1, 1))[:3] == ("exact", (0, 0, 0), (1, 1, 1))
+    assert cards.read(path, "/home/maeve/augreg/x.safetensors", needed=False) is None
+    assert cards.read(path, "/augreg/dinov2.safetensors")[:3] == ("exact", *cards.IMAGENET)
     (tmp_path / "config.json").write_text(json.dumps(TIMM))
     found = cards.read(path, "dinov2")
-    assert found == ("exact", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "config.json")
+    assert found == ("exact", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "config.json", 224, "token")
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "gelu_tanh"}}))
     assert cards.read(path).gelu == "tanh"
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "quick_gelu"}}))
     with pytest.raises(UserError, match="the activation quick_gelu is none of gelu"):
         cards.read(path)
-    for bad in ("{", "[]", '{"pretrained_cfg": {"mean": 3}}', '{"pretrained_cfg": 1}'):
+    for bad in ("{", "[]", '{"pretrained_cfg": 1}', '{"model_args": [1]}', "[" * 100_000):
         (tmp_path / "x.json").write_text(bad)
         with pytest.raises(UserError, match="x.json is no config.json of timm"):
             cards.read(path)
+    for mean, std in (
+        ([0, 0], [1, 1]),
+        (3, [1] * 3),
+        ([0, 0, float("nan")], [1] * 3),
+        ([0] * 3, [0] * 3),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps({"mean": mean, "std": std}))
+        with pytest.raises(UserError, match=r"is damaged \((mean|std) .* is not three numbers\)"):
+            cards.read(path)
     said = {"gelu": "tanh", "mean": [0.5] * 3, "std": [0.25] * 3}
     write(path, weights, {"rlrr_jax": json.dumps(said)})
-    assert cards.read(path) == ("tanh", cards.HALF, (0.25,) * 3, "its header")
-    assert cards.read("x.npz") == ("tanh", cards.HALF, cards.HALF, "its layout")
+    assert cards.read(path)[:4] == ("tanh", cards.HALF, (0.25,) * 3, "its header")
+    assert cards.read("x.npz")[:4] == ("tanh", cards.HALF, cards.HALF, "its layout")
+    write(path, weights, {"rlrr_jax": json.dumps({**said, "gelu": "foo"})})
+    with pytest.raises(UserError, match="what its header says of .* is damaged .unknown GELU 'foo'"):
+        cards.read(path)
+
+
+def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
+    """The run takes what the card says where the configuration says nothing, and notes the rest."""
+    (tmp_path / "config.json").write_text(json.dumps({**TIMM, "global_pool": "avg"}))
+    path = write(tmp_path / "x.safetensors", weights)
+    config = vtab.get_config("cifar")
+    config.pretrained.name = path
+    (run,) = config_lib.resolve(config)
+    assert run.model.gelu is None
+    notes = config_lib.follow(run, path)
+    assert (run.model.gelu, run.pretrained.mean) == ("exact", (0.1, 0.2, 0.3))
+    assert notes == [f"note: {path} pools by avg (says config.json), not by class token"]
+    config.update(image_size=32)
+    config.model.gelu = "tanh"
+    config.pretrained.update(mean=cards.HALF, std=cards.HALF)
+    (run,) = config_lib.resolve(config)
+    said = "\n".join(config_lib.follow(run, path))
+    assert f"note: {path} has exact (says config.json), config.model.gelu is tanh" in said
+    assert "has (0.1, 0.2, 0.3) (says config.json), config.pretrained.mean is (0.5, 0.5, 0.5)" in said
+    assert "has 224 (says config.json), config.image_size is 32" in said
+    assert run.pretrained.mean == cards.HALF
+
+
+def test_several_models_in_one_file_are_not_guessed(weights, tmp_path):
+    both = {f"{who}.{k}": v for who in ("student", "teacher") for k, v in weights.items()}
+    with pytest.raises(UserError, match=r"holds several models \(student., teacher.\)"):
+        pretrained.load(write(tmp_path / "dino.safetensors", both), model=MODEL, image_size=12)
 
 
 def test_folding_half_changes_no_bit(weights, tmp_path):

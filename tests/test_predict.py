@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +15,8 @@ from PIL import Image
 from rlrr_jax import adapters, export, files, predict
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +46,16 @@ def command(monkeypatch, capsys, *args, stdin=""):
     return out.out, out.err, error
 
 
-def test_fine_tuned_exported_predicted_is_what_the_run_counted(
-    run, pictures, tmp_path, monkeypatch, capsys
-):
+def test_fine_tuned_exported_predicted_is_what_the_run_counted(run, pictures, tmp_path):
     """2,000 files; the accuracy is the one in result.json, to the last image."""
     folder, labels = pictures
     export.export(adapters.read(run / "adapter.safetensors"), "adapter", tmp_path / "a.safetensors")
-    args = (
-        "--adapter",
-        tmp_path / "a.safetensors",
-        "--format",
-        "jsonl",
-        "--top_k",
-        16,
-        "--batch_size",
-        256,
+    done = subprocess.run(
+        [sys.executable, "-m", "rlrr_jax.predict", folder, "--adapter", tmp_path / "a.safetensors"]
+        + ["--format", "jsonl", "--top_k", "16", "--batch_size", "256"],
+        **dict(cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True),
     )
-    out, _, error = command(monkeypatch, capsys, folder, *args)
+    out, error = done.stdout, done.returncode
     rows = [json.loads(line) for line in out.splitlines()]
     assert not error and [row["file"] for row in rows] == sorted(str(p) for p in folder.iterdir())
     classes = adapters.read(run / "adapter.safetensors").card["classes"]
@@ -118,6 +116,30 @@ def test_unreadable_files_are_reported_at_the_end(run, pictures, tmp_path, monke
         monkeypatch, capsys, tmp_path / "text.png", "--adapter", run / "adapter.safetensors"
     )
     assert (out, error) == ("", "1 of 1 files could not be read: see above")
+
+
+def test_sixteen_bits_are_read_and_pixels_without_a_range_refused(run, tmp_path, monkeypatch, capsys):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "16.png")
+    assert Image.open(tmp_path / "16.png").mode == "I;16"
+    np.testing.assert_array_equal(predict.read(tmp_path / "16.png", 32)[..., 0], np.round(ramp / 257))
+    Image.fromarray(np.float32(ramp) / 65535).save(tmp_path / "f.tiff")
+    *_, err, error = command(monkeypatch, capsys, tmp_path, "--adapter", run / "adapter.safetensors")
+    assert error == "1 of 2 files could not be read: see above"
+    assert "f.tiff: pixels of mode F have no known range; save it with 8 or 16 bits" in err
+
+
+def test_names_that_are_no_text(run, pictures, tmp_path, monkeypatch, capsys):
+    good = sorted(pictures[0].iterdir())[0].read_bytes()
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    pathlib.Path(name).write_bytes(good)
+    args = ("--adapter", run / "adapter.safetensors", "--out", tmp_path / "out.csv", "--format", "csv")
+    assert command(monkeypatch, capsys, tmp_path, *args)[2] == ""
+    assert "\\udcff.png," in (tmp_path / "out.csv").read_text()
+    with pytest.raises(UserError, match="names no home directory"):
+        predict.find(["~nobody-here/x.png"])
+    with pytest.raises(UserError, match="gs://x/y.png is not on this machine"):
+        predict.find(["gs://x/y.png"])
 
 
 def test_nothing_to_predict_is_said(run, tmp_path, monkeypatch, capsys):

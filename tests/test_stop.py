@@ -122,9 +122,8 @@ def test_a_stop_is_raised_at_once_but_not_where_one_trains():
     assert not issubclass(train.Stopped, Exception)  # nothing that expects errors catches it
 
 
-def test_ten_kills(tmp_path, monkeypatch):
+def test_ten_kills(tmp_path):
     """100 of them: python tests/kill_runs.py."""
-    monkeypatch.setattr(kill_runs, "XLA_FLAGS", xla_flags())
     assert kill_runs.kill_runs(10, tmp_path, random.Random(1)) >= 1
 
 

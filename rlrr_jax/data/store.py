@@ -91,6 +91,10 @@ def rgb(image, variant="original", scale=1):
       scale: what pixel values are multiplied by first (dsprites is stored as 0 and 1).
     """
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.uint8(np.round(np.asarray(image) / 257)))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
     image = image.convert("RGB")
     if scale != 1:
         image = Image.fromarray(np.asarray(image) * np.uint8(scale))
@@ -297,7 +301,7 @@ def readable(split, i):
     """Explains whatever Pillow raises for the image `i` of a `sources.Split`."""
     try:
         yield
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except Exception as e:  # its decoders raise anything
         why = "it is no image" if isinstance(e, PIL.UnidentifiedImageError) else e
         raise UserError(f"{split.where(i)} is damaged ({why}): prepare it again") from e
 
