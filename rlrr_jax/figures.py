@@ -6,8 +6,8 @@ import numpy as np
 
 from rlrr_jax.methods import base
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKS = "osD^vP"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKS = "osD^vPX*"
 
 
 def _pyplot():
@@ -38,7 +38,7 @@ def _panels(what, draw, found):
     figure, axes = plt.subplots(2, 3, figsize=(9, 5.2), sharex=True, sharey=True, layout="constrained")
     for axis, kernel in zip(axes.flat, base.DENSE):
         for i, (label, numbers) in enumerate(found.items()):
-            draw(axis, numbers, kernel, label, COLOURS[i % 6], MARKS[i % 6])
+            draw(axis, numbers, kernel, label, COLOURS[i % 8], MARKS[i % 8])
         axis.set_title(kernel, fontsize=10)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -69,7 +69,7 @@ def change(found):
     for axis in axes.flat[len(tables) :]:
         axis.set_visible(False)
     for axis, (label, table) in zip(axes.flat, tables.items()):
-        image = axis.imshow(table, cmap="cividis_r", vmin=0, vmax=top, aspect="auto")
+        image = axis.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
         axis.set_title(label, fontsize=10)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xticks(range(depth), range(1, depth + 1), fontsize=8 if depth <= 12 else 5)
@@ -93,7 +93,9 @@ def rank(found):
 
     figure, axes = _panels("effective rank of W' - W", draw, found)
     axes.flat[0].set_yscale("symlog", linthresh=1)
-    axes.flat[0].set_ylim(bottom=0)
+    axes.flat[0].set_ylim(
+        0, 2 * max(len(row["values"]) for x in found.values() for row in x["kernels"])
+    )
     _legend(figure, axes)
     return _png(figure)
 
@@ -115,26 +117,32 @@ def turn(found):
 
 
 def spectra(found):
-    """Singular values of the middle block, of W in black and of every W' in its colour."""
+    """Singular values of the middle block, of W (black) and every W', and their ratio below."""
     plt = _pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5.2), layout="constrained")
+    tall = dict(height_ratios=(2, 1.2, 2, 1.2))
+    figure, axes = plt.subplots(4, 3, figsize=(9, 8), layout="constrained", gridspec_kw=tall)
     first = next(iter(found.values()))["kernels"]
     middle = (max(row["block"] for row in first) + 1) // 2
-    pick = lambda numbers, name: next(
-        row for row in numbers["kernels"] if (row["kernel"], row["block"]) == (name, middle)
-    )
-    for axis, kernel in zip(axes.flat, base.DENSE):
-        values = pick({"kernels": first}, kernel)["values"]
-        axis.plot(range(1, len(values) + 1), values, color="black", lw=2.5, label="W, pretrained")
-        for i, (label, numbers) in enumerate(found.items()):
-            tuned = pick(numbers, kernel)["tuned_values"]
-            axis.plot(range(1, len(tuned) + 1), tuned, color=COLOURS[i % 6], lw=1.3, label=label)
+    pick = lambda rows, name: next(r for r in rows if (r["kernel"], r["block"]) == (name, middle))
+    for i, kernel in enumerate(base.DENSE):
+        axis, below = axes[2 * (i // 3), i % 3], axes[2 * (i // 3) + 1, i % 3]
+        values = np.array(pick(first, kernel)["values"])
+        numbers = range(1, len(values) + 1)
+        axis.plot(numbers, values, color="black", lw=2.5, label="W, pretrained")
+        for j, (label, numbers_of) in enumerate(found.items()):
+            tuned = np.array(pick(numbers_of["kernels"], kernel)["tuned_values"])
+            axis.plot(numbers, tuned, color=COLOURS[j % 8], lw=1.2, label=label)
+            below.plot(numbers, tuned / np.maximum(values, 1e-12), color=COLOURS[j % 8], lw=1.2)
         axis.set_title(kernel, fontsize=10)
         axis.set_yscale("log")
         axis.set_ylim(bottom=max(min(values), 1e-4 * max(values)) / 2)
-        axis.grid(alpha=0.3)
+        below.axhline(1, color="black", lw=1)
+        below.set_ylim(0.7, 1.5)
+        for one in (axis, below):
+            one.grid(alpha=0.3)
+    for row, text in enumerate(("singular value", "W' / W") * 2):
+        axes[row, 0].set_ylabel(text, fontsize=9)
     figure.supxlabel(f"singular value's number (block {middle})", fontsize=10)
-    figure.supylabel("singular value", fontsize=10)
     _legend(figure, axes)
     return _png(figure)
 
@@ -143,35 +151,36 @@ def scales(found):
     """Mean and standard deviation of the learnt scales by depth; None if no run has any."""
     plt = _pyplot()
     kinds = ("scale_in", "scale_out", "scale")
-    having = {
-        label: rows
-        for label, numbers in found.items()
-        if (rows := [r for r in numbers["trained"] if r["block"] and _kind(r) in kinds])
-    }
-    shown = [kind for kind in kinds if any(_kind(r) == kind for rows in having.values() for r in rows)]
-    if not shown:
+    panels = []
+    for label, numbers in found.items():
+        if any(_kind(row) == "kernel" for row in numbers["trained"]):
+            continue  # `scale` is then a weight of LayerNorms
+        for kind in kinds:
+            rows = [row for row in numbers["trained"] if row["block"] and _kind(row) == kind]
+            panels += [(f"{label}: {kind}", rows)] if rows else []
+    if not panels:
         return None
-    figure, axes = plt.subplots(
-        len(having), len(shown), figsize=(1 + 4 * len(shown), 0.6 + 2.6 * len(having)),
-        layout="constrained", squeeze=False, sharex=True,
-    )  # fmt: skip
-    for line, (label, rows) in zip(axes, having.items()):
-        for axis, kind in zip(line, shown):
-            names = list(dict.fromkeys(r["name"] for r in rows if _kind(r) == kind))
-            for i, name in enumerate(names):
-                mine = [r for r in rows if r["name"] == name]
-                shift = 0.08 * (i - (len(names) - 1) / 2)
-                style = dict(color=COLOURS[i % 6], fmt=MARKS[i % 6], ms=4, lw=1, capsize=0)
-                blocks = [r["block"] + shift for r in mine]
-                means, deviations = [r["mean"] for r in mine], [r["std"] for r in mine]
-                axis.errorbar(blocks, means, deviations, label=name.split("/")[-2], **style)
-            axis.set_title(f"{label}: {kind}", fontsize=10)
-            axis.grid(alpha=0.3)
-            axis.set_visible(bool(names))
-            if names:
-                axis.legend(fontsize=7, ncols=2)
-    figure.supxlabel("block", fontsize=10)
-    figure.supylabel("mean ± standard deviation", fontsize=10)
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    size = (1 + 5 * columns, 0.4 + 3.1 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, rows) in zip(axes.flat, panels):
+        names = list(dict.fromkeys(row["name"] for row in rows))
+        for i, name in enumerate(names):
+            mine = [row for row in rows if row["name"] == name]
+            shift = 0.08 * (i - (len(names) - 1) / 2)
+            style = dict(color=COLOURS[i % 8], fmt=MARKS[i % 8], ms=4, lw=1, capsize=0)
+            blocks = [row["block"] + shift for row in mine]
+            means, deviations = [row["mean"] for row in mine], [row["std"] for row in mine]
+            axis.errorbar(blocks, means, deviations, label=name.split("/")[-2], **style)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("block", fontsize=9)
+        axis.set_ylabel("mean ± standard deviation", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return _png(figure)
 
 
