@@ -8,6 +8,7 @@ after (W').
 import argparse
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -241,6 +242,7 @@ def main():
     args = parser.parse_args()
     first = files.local(args.workdirs[0])
     out = args.out or (first.parent if first.is_file() else first) / "analysis"
+    begun = time.monotonic()
     paths, found = find(args.workdirs), {}
     backbone = adapters.backbone(next(iter(paths.values())), args.weights, args.cache_dir)
     for label, path in paths.items():
@@ -251,7 +253,7 @@ def main():
     write(out, found)
     print("| run | changed | change | effective rank | left turn | right turn | spectrum |")
     print(summary(found))
-    print(f"files: {out}")
+    print(f"files: {out} ({time.monotonic() - begun:.0f} s)")
 
 
 if __name__ == "__main__":

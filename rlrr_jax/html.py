@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,11 +214,10 @@ def _cell(value):
     if isinstance(value, _Raw):
         return f"<td>{value}</td>"
     text = str(value)
-    try:  # "79.05 ± 0.87 %", "18,240", "49 s"
-        number = float(text.split()[0].replace(",", ""))
+    if match := re.match(r"[\d,]*\.?\d+", text):  # "79.05 ± 0.87 %", "18,240", "49 s", "22.5°"
+        number = float(match[0].replace(",", ""))
         return f'<td class="n" data-v="{number!r}">{html.escape(text)}</td>'
-    except (ValueError, IndexError):
-        return f"<td>{html.escape(text)}</td>"
+    return f"<td>{html.escape(text)}</td>"
 
 
 def _picture(data, what, kind=""):

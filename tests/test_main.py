@@ -4,8 +4,8 @@ import os
 import pathlib
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import numpy as np
 import pytest
 from flags import xla_flags
@@ -111,25 +111,29 @@ def answers(tmp_path_factory):
     FOLDERS.append(folder)
     weight_files(folder)
 
-    def ask(case):
-        args, _ = WRONG[case]
+    commands = []
+    for case, (args, _) in WRONG.items():
         args = [a.replace("{folder}", str(folder)) for a in args]
         if not any("workdir" in a for a in args):
             args.append(f"--workdir={folder}/{case}")
-        return main(*args)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WRONG, pool.map(ask, WRONG)))
+        commands.append(["rlrr_jax.main", *args])
+    return dict(zip(WRONG, forked.ask(commands, ROOT)))
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_sentence(case, answers):
     answer = answers[case]
-    assert answer.returncode == 1
-    lines = answer.stderr.strip().splitlines()
-    assert lines[-1].startswith("error: ") and WRONG[case][1] in lines[-1], answer.stderr
-    assert len(lines) == 1 or all("img/s" in line for line in lines[:-1]), answer.stderr
-    assert "Traceback" not in answer.stdout and "pickle was run" not in answer.stdout
+    assert answer["code"] == 1
+    lines = answer["err"].strip().splitlines()
+    assert lines[-1].startswith("error: ") and WRONG[case][1] in lines[-1], answer
+    assert len(lines) == 1 or all("img/s" in line for line in lines[:-1]), answer
+    assert "Traceback" not in answer["out"] and "pickle was run" not in answer["out"]
+    assert answer["seconds"] < 10 or case == "diverging", answer  # that one trains
+
+
+def test_a_process_of_its_own_answers_the_same(answers):
+    answer = main(*WRONG["key"][0])
+    assert (answer.returncode, answer.stderr) == (answers["key"]["code"], answers["key"]["err"])
 
 
 def test_there_are_enough_of_them_and_none_left_a_result(answers):
