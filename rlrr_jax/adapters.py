@@ -221,10 +221,16 @@ def _model(card):
     )
 
 
+def _subtree(name):
+    """The `:subtree` of a name; those that the reader finds by itself are none."""
+    subtree = pretrained.split_subtree(name)[1].strip("/")
+    return "" if subtree in ("params", "opt/target") else subtree
+
+
 def _how(card):
     """What besides the file decides about a frozen tree, plain values."""
     run, given = ConfigDict(card["config"]), card["config"]["pretrained"]
-    how = {"subtree": pretrained.split_subtree(run.pretrained.name)[1], "image_size": run.image_size}
+    how = {"subtree": _subtree(run.pretrained.name), "image_size": run.image_size}
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
 
@@ -245,14 +251,13 @@ def backbone(adapter, weights=None, cache_dir=None):
     """
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     run, how = adapter.run, _how(adapter.card)
-    name = weights or run.pretrained.name
-    if how["subtree"] and not pretrained.split_subtree(name)[1]:
-        name = f"{name}:{how['subtree']}"
     try:
-        path, sha256 = pretrained.fetch(name, cache_dir)
+        path, sha256 = pretrained.fetch(weights or run.pretrained.name, cache_dir)
     except UserError as e:
         raise UserError(f"{e} (the adapter's backbone; --weights names another place of it)") from e
-    how["subtree"] = pretrained.split_subtree(path)[1]
+    if how["subtree"] and path.endswith(".npz"):
+        path = f"{path}:{how['subtree']}"
+    how["subtree"] = _subtree(path)
     model = vit.ViT(**config_lib.model_sizes(run.model.variant), num_classes=1)
     _check_backbone(adapter.card, sha256, how, path)
     return Backbone(config_lib.load_weights(run, path, model), sha256, how)
@@ -271,6 +276,11 @@ def _check_backbone(card, sha256, how, what):
                 f"{what} was read with {key}={how[key]}, this adapter of {card['task']} was trained on "
                 f"one with {key}={value}: read it for that adapter"
             )
+
+
+def fits(adapter, on):
+    """Whether a `Backbone` is an adapter's."""
+    return adapter.card["backbone_sha256"] == on.sha256 and _how(adapter.card) == on.how
 
 
 def load(adapter, on=None, weights=None, cache_dir=None):
@@ -312,7 +322,7 @@ def combine(adapters, weights=None, way="scales", head=0):
     if len(weights) != len(adapters):
         raise UserError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
     first = adapters[0].card
-    same = lambda card: {k: card[k] for k in ("backbone_sha256", "method_kwargs")} | _how(card)
+    same = lambda card: {k: card[k] for k in ("backbone_sha256", "method_kwargs", "gelu")} | _how(card)
     for other in (a.card for a in adapters):
         if other["method"] != "rlrr":
             raise UserError(f"only adapters of rlrr are combined, not of {other['method']}")

@@ -184,7 +184,7 @@ def find(workdirs):
             options = [f"{k}={v}" for k, v in card["method_kwargs"].items()]
             trial = filter(None, [card["config"].get("trial")])
             label = " ".join([card["task"], card["method"], *options, *trial])
-            found[f"{label} ({path.parent})" if label in found else label] = path
+            found[f"{label} ({path})" if label in found else label] = path
     if not found:
         raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
     return found
@@ -244,10 +244,14 @@ def main():
     out = args.out or (first.parent if first.is_file() else first) / "analysis"
     begun = time.monotonic()
     paths, found = find(args.workdirs), {}
-    backbone = adapters.backbone(next(iter(paths.values())), args.weights, args.cache_dir)
-    for label, path in paths.items():
-        adapter = adapters.read(path)
-        adapters.load(adapter, backbone)  # all are of one backbone
+    read = {label: adapters.read(path) for label, path in paths.items()}
+    backbone = adapters.backbone(next(iter(read.values())), args.weights, args.cache_dir)
+    for label, adapter in read.items():
+        if not adapters.fits(adapter, backbone):
+            raise UserError(
+                f"{label} ({paths[label]}) has another backbone than the first: leave it out"
+            )
+    for label, adapter in read.items():
         with tqdm(total=len(kernels(backbone.frozen)), desc=label, unit="kernel") as bar:
             found[label] = analyze(adapter, backbone.frozen, bar.update)
     write(out, found)

@@ -7,6 +7,7 @@ all others follow. The workdir is on a disk that all share, or behind gs://.
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -177,8 +178,10 @@ def _leave(text, code, seconds):
 
     A regular exit would wait for the others, or abort if one has left.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the code is decided
     print(text, file=sys.stderr, flush=True)
-    time.sleep(seconds + 3 * lead())
+    time.sleep(seconds + 6 * lead())
     os._exit(code)
 
 

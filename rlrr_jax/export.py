@@ -71,7 +71,7 @@ def export(adapter, to, out, weights=None, cache_dir=None):
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
     ending, layout = FORMATS[to]
-    if not str(out).endswith(ending) or files.local(out).stem == "":
+    if not str(out).endswith(ending) or files.local(out).name == ending:
         raise UserError(f"{to} files end in {ending}: {out} does not")
     out = files.local(out).absolute()  # no public name
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -76,14 +76,14 @@ class Answers(NamedTuple):
     pictures: Any
 
 
-def evaluate(folder, progress=True):
-    """The `Answers` of a finished run, from its adapter, backbone and data.
+def evaluate(folder, progress=True, weights=None, cache_dir=None):
+    """The `Answers` of a finished run, from its adapter, backbone (see `adapters.backbone`) and data.
 
     Raises UserError if one of these is not there any more.
     """
     adapter = adapters.read(folder / "adapter.safetensors")
     run = adapter.run
-    tuned = adapters.load(adapter)
+    tuned = adapters.load(adapter, None, weights, cache_dir or run.pretrained.cache_dir)
     found = sources.find(
         run.task, run.data.dir, run.data.source if run.data.source in sources.KINDS else None
     )
@@ -100,8 +100,8 @@ def evaluate(folder, progress=True):
     return Answers(np.asarray(labels), np.concatenate(answers), lambda i: images[i : i + 1][0])
 
 
-def page(workdirs, progress=True):
-    """The page of all finished runs below workdirs, as text."""
+def page(workdirs, **options):
+    """The page of all finished runs below workdirs, as text; `options` are those of `evaluate`."""
     workdirs = list(map(files.local, workdirs))
     rows = report._rows(workdirs)
     if not rows:
@@ -110,7 +110,7 @@ def page(workdirs, progress=True):
     body = [results(rows), f"<p>{_lines(report.caption(rows))}</p>"]
     for group in report.fold(rows):
         folder = _folder(workdirs, group[0])
-        body.append(section(group, folder, progress))
+        body.append(section(group, folder, **options))
     return PAGE.format(title=html.escape(title), body="\n".join(body), side=SIDE)
 
 
@@ -135,7 +135,7 @@ def results(rows):
     return _table([report.COLUMNS[i] for i in used], [[line[i] for i in used] for line in cells])
 
 
-def section(group, folder, progress=True):
+def section(group, folder, **options):
     """All about one setting: curves, classes, confusions of its first seed; configuration."""
     row = group[0]
     seed = f", seed {row['seed']}" if len(group) > 1 else ""
@@ -145,7 +145,7 @@ def section(group, folder, progress=True):
             _picture((folder / "curves.png").read_bytes(), "loss and accuracy by epoch", "curve")
         )
     try:
-        answers = evaluate(folder, progress)
+        answers = evaluate(folder, **options)
     except UserError as e:
         parts.append(f"<p>Without accuracy of classes: {html.escape(str(e))}</p>")
     else:
@@ -214,7 +214,9 @@ def _cell(value):
     if isinstance(value, _Raw):
         return f"<td>{value}</td>"
     text = str(value)
-    if match := re.match(r"[\d,]*\.?\d+", text):  # "79.05 ± 0.87 %", "18,240", "49 s", "22.5°"
+    if match := re.match(
+        r"[\d,]*\.?\d+(e[+-]?\d+)?", text
+    ):  # "79.05 ± 0.87 %", "18,240", "49 s", "22.5°"
         number = float(match[0].replace(",", ""))
         return f'<td class="n" data-v="{number!r}">{html.escape(text)}</td>'
     return f"<td>{html.escape(text)}</td>"
@@ -245,9 +247,11 @@ def main():
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--out", help="the file; default WORKDIR/results.html")
+    parser.add_argument("--weights", help="the backbone, if it is not where it was")
+    parser.add_argument("--cache_dir", help="of downloaded weights; default: the run's")
     args = parser.parse_args()
     out = files.local(args.out or files.local(args.workdirs[0]) / "results.html")
-    text = page(args.workdirs)
+    text = page(args.workdirs, weights=args.weights, cache_dir=args.cache_dir)
     files.write(out, text)
     print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser")
 

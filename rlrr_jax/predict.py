@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from rlrr_jax import adapters, files
@@ -55,8 +56,12 @@ def read(path, size, shorter=None):
     """An image file as the model takes it, [size, size, 3] uint8; ValueError if it is none."""
     try:
         return store.decode(path.read_bytes(), size, shorter=shorter)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as e:
+        raise ValueError("it is no image") from e
     except OSError as e:
-        raise ValueError(e.strerror or "it is no image") from e
+        raise ValueError(e.strerror or first_line(e)) from e
     except Exception as e:  # its decoders raise anything
         raise ValueError(first_line(e)) from e
 

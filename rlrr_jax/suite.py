@@ -75,6 +75,7 @@ def run(config, workdir=None, stop=None):
         everything = report.collect(workdir)
         if len(everything) <= report.MOST_CURVES:
             report.all_curves(workdir, everything)
+    distributed.wait("reported")
     return rows, problems
 
 

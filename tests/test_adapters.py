@@ -184,8 +184,10 @@ def test_another_tree_of_the_same_file_or_other_pixels_are_refused(paths, tmp_pa
     path = rewrite(good, tmp_path / "ema.safetensors", **marks)
     found = adapters.backbone(path, weights=str(tmp_path / "two.npz"))
     np.testing.assert_array_equal(found.frozen["cls"], np.float32(arrays["ema/cls"]))
-    with pytest.raises(UserError, match="two.npz:params was read with subtree=params, this adapter"):
-        adapters.backbone(path, weights=f"{tmp_path}/two.npz:params")
+    with pytest.raises(UserError, match="two.npz:x was read with subtree=x, this adapter"):
+        adapters.backbone(path, weights=f"{tmp_path}/two.npz:x")
+    same = adapters.backbone(good, weights=f"{pretrained.BUNDLED}:params")  # found by itself, too
+    assert same.how == backbone.how
 
 
 # Combined -------------------------------------------------------------------------------------

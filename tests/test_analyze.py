@@ -139,7 +139,7 @@ def test_runs_are_told_apart_and_other_seeds_named(tuned_runs, tmp_path, capsys)
         adapters.write(tmp_path / name / "adapter.safetensors", adapter._replace(card=card))
         (tmp_path / name / "result.json").write_text("{}")
     found = analyze.find([tuned_runs / "digits/rlrr", tmp_path])
-    assert list(found) == ["digits rlrr", f"digits rlrr ({tmp_path}/seed2)"]
+    assert list(found) == ["digits rlrr", f"digits rlrr ({tmp_path}/seed2/adapter.safetensors)"]
     assert capsys.readouterr().out == (
         f"left out: {tmp_path}/seed1/adapter.safetensors (another seed of a run that is shown)\n"
     )

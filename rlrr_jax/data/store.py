@@ -301,6 +301,8 @@ def readable(split, i):
     """Explains whatever Pillow raises for the image `i` of a `sources.Split`."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as e:  # its decoders raise anything
         why = "it is no image" if isinstance(e, PIL.UnidentifiedImageError) else e
         raise UserError(f"{split.where(i)} is damaged ({why}): prepare it again") from e
