@@ -19,12 +19,19 @@ hypothesis.settings.load_profile("short")
 
 
 @pytest.fixture(scope="session")
-def tuned_runs(tmp_path_factory):
+def tuned_runs(tmp_path_factory, worker_id):
     """A workdir with runs: RLRR, LoRA and SSF on digits, RLRR on hearts, all trained briefly."""
-    workdir = tmp_path_factory.mktemp("tuned")
-    for arg in ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr"):  # as a user's process compiles
-        command = [sys.executable, "-m", "rlrr_jax.main", f"--config=configs/vtab.py:{arg}"]
-        command += ["--config.epochs=2", f"--workdir={workdir}"]
-        root = pathlib.Path(__file__).parents[1]
-        subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": ""}, check=True)
-    return workdir
+    from rlrr_jax import files
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared if worker_id == "master" else shared.parent  # of all workers of pytest-xdist
+    with files.lock(shared, "tuned.lock", wait=True):
+        for arg in (
+            "digits,method=rlrr+lora+ssf",
+            "hearts,method=rlrr",
+        ):  # finished ones are not repeated
+            command = [sys.executable, "-m", "rlrr_jax.main", f"--config=configs/vtab.py:{arg}"]
+            command += ["--config.epochs=2", f"--workdir={shared / 'tuned'}"]
+            root = pathlib.Path(__file__).parents[1]  # and a process compiles as a user's does
+            subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": ""}, check=True)
+    return shared / "tuned"

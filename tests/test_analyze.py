@@ -147,6 +147,17 @@ def test_runs_are_told_apart_and_other_seeds_named(tuned_runs, tmp_path, capsys)
     assert len(analyze.find(files)) == 2
 
 
+def test_another_backbone_is_refused_before_any_work(tuned_runs, tmp_path, monkeypatch):
+    good = tuned_runs / "digits/rlrr/seed0/adapter.safetensors"
+    adapter = adapters.read(good)
+    other = adapter._replace(card={**adapter.card, "backbone_sha256": "0" * 64})
+    adapters.write(tmp_path / "other.safetensors", other)
+    monkeypatch.setattr(analyze, "analyze", None)
+    monkeypatch.setattr(sys, "argv", ["analyze", str(good), str(tmp_path / "other.safetensors")])
+    with pytest.raises(UserError, match="other.safetensors.* has another backbone than the first"):
+        analyze.main()
+
+
 def test_nothing_to_analyse_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["analyze", str(tmp_path)])
     with pytest.raises(UserError, match="there is no finished run in "):

@@ -47,6 +47,7 @@ def test_compare_gives_every_method_the_same_number_of_candidates():
     assert {(t.weight_decay, t.drop_path, t.protocol) for t in trials} == {(5e-2, 0.3, "tune")}
 
 
+@pytest.mark.slow
 def test_compare_prints_one_table_and_one_picture(tmp_path):
     config = compare.get_config("digits,method=linear+bitfit")
     rows = run(changed(config, epochs=1, seeds=(0, 1)), tmp_path)
@@ -100,6 +101,7 @@ def test_figure2_goes_by_the_depth():
         assert max(r.method_kwargs["layers"] for r in runs) == depth
 
 
+@pytest.mark.slow
 def test_ablation_rows_and_folders(tmp_path):
     config = ablations.get_config("table11,digits")
     rows = run(changed(config, epochs=1), tmp_path)

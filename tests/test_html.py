@@ -106,6 +106,20 @@ def test_the_confused_pairs_are_the_runs_mistakes(read, tuned_runs):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), answers.pictures(number))
 
 
+def test_cells_sort_by_the_number_they_begin_with():
+    cells = {
+        "5e-05": 5e-05,
+        "0.02": 0.02,
+        "79.05 ± 0.87 %": 79.05,
+        "18,240": 18240,
+        "22.5°": 22.5,
+        ".5": 0.5,
+    }
+    for text, number in cells.items():
+        assert float(re.search(r'data-v="(.*?)"', page_lib._cell(text))[1]) == number, text
+    assert "data-v" not in page_lib._cell("to 8 m") and "&lt;" in page_lib._cell("<b>")
+
+
 def test_without_data_the_page_says_so(tuned_runs, tmp_path, monkeypatch):
     shutil.copytree(tuned_runs / "digits/ssf", tmp_path / "digits/ssf")
 

@@ -190,6 +190,7 @@ def test_same_seed_gives_the_same_bits(tmp_path):
     assert a["train_loss"] == b["train_loss"] and a["test_acc_final"] == b["test_acc_final"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["digits", pytest.param("hearts", marks=pytest.mark.slow)])
 def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
     """scikit-learn on the same features, its C chosen on val200."""

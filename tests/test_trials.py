@@ -128,6 +128,7 @@ def contents(workdir):
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_group_goes_on_as_the_same_group(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     reference = start(whole)
@@ -149,6 +150,7 @@ def test_a_killed_group_goes_on_as_the_same_group(tmp_path):
     assert {p.name for p in (broken / "digits/rlrr").iterdir()} == set(FOLDERS[:4])
 
 
+@pytest.mark.slow
 def test_killed_between_two_results(tmp_path, monkeypatch):
     """The group is the same again, though one of it has its result."""
     settings = config("digits,method=linear", seeds=(0, 1, 2))

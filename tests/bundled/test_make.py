@@ -8,6 +8,7 @@ from rlrr_jax import pretrained
 from rlrr_jax.bundled import make, scribble
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hearts", "digits"])
 def test_tasks_are_made_again_bit_for_bit(name, tmp_path):
     rng = np.random.default_rng(0)
