@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import rlrr_jax
-from rlrr_jax import cards, files, methods, pretrained, step
+from rlrr_jax import cards, files, layouts, methods, pretrained, step
 from rlrr_jax import config as config_lib
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
@@ -119,6 +119,13 @@ def write(path, adapter):
     files.write(path, safetensors.numpy.save(flat, metadata=metadata))
 
 
+def finished(workdir):
+    """Paths of the adapters of finished runs below a folder, without those of a search."""
+    found = sorted(workdir.rglob("adapter.safetensors"))
+    searched = lambda path: "search" in path.relative_to(workdir).parts
+    return [p for p in found if (p.parent / "result.json").exists() and not searched(p)]
+
+
 def read(path):
     """The `Adapter` in a file.
 
@@ -140,14 +147,8 @@ def read(path):
     card = _card(path, metadata)
     found = {key: (value.shape, str(value.dtype)) for key, value in flat.items()}
     wanted = {k: (v.shape, str(v.dtype)) for k, v in flatten_dict(_wanted(path, card), sep="/").items()}
-    problems = [f"lacks {key}" for key in sorted(wanted.keys() - found.keys())]
-    problems += [f"has an unknown {key}" for key in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"its {key} is {found[key]} instead of {wanted[key]}"
-        for key in sorted(found.keys() & wanted.keys())
-        if found[key] != wanted[key]
-    ]
-    problems += [f"its {k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
+    problems = pretrained.differences(found, wanted)
+    problems += [f"{k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
     if problems:
         raise UserError(
             f"{path} is no adapter of method {card['method']} on {card['config']['model']['variant']} "
@@ -224,7 +225,7 @@ def _model(card):
 def _subtree(name):
     """The `:subtree` of a name; those that the reader finds by itself are none."""
     subtree = pretrained.split_subtree(name)[1].strip("/")
-    return "" if subtree in ("params", "opt/target") else subtree
+    return "" if f"{subtree}/" in layouts.PREFIXES else subtree
 
 
 def _how(card):

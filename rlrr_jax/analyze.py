@@ -17,7 +17,7 @@ import scipy.linalg
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, export, figures, files
+from rlrr_jax import adapters, figures, files
 from rlrr_jax.errors import UserError, one_sentence
 from rlrr_jax.methods import base
 
@@ -173,7 +173,7 @@ def find(workdirs):
     """`{label: path}` of the adapters of finished runs; of several seeds the first."""
     found, seen = {}, set()
     for workdir in map(files.local, workdirs):
-        for path in [workdir] if workdir.is_file() else export.finished(workdir):
+        for path in [workdir] if workdir.is_file() else adapters.finished(workdir):
             card = adapters.read(path).card
             same = [{**card["config"], "seed": 0}, card["backbone_sha256"]]
             same = json.dumps(same, sort_keys=True)

@@ -23,12 +23,17 @@ def open_manager(folder):
     """An Orbax CheckpointManager that keeps the last two checkpoints; writing is synchronous.
 
     What has no checksums (a run killed just before they were written) is removed first, so that it can
-    push out none that has.
+    push out none that has. Raises UserError if the file of checksums itself has gone.
     """
     folder = epath.Path(folder).absolute()
     if distributed.lead() and folder.exists():
-        sums = _sums(folder)
-        for path in folder.glob("[0-9]*"):
+        sums, paths = _sums(folder), list(folder.glob("[0-9]*"))
+        if len(paths) > 1 and not sums:  # a kill leaves one at most
+            raise UserError(
+                f"{folder} has checkpoints without {_sums_file(folder).name} beside it: copy that, "
+                f"too, or delete {folder.parent} to start this run again"
+            )
+        for path in paths:
             if path.name not in sums:
                 print(f"warning: checkpoint {path.name} was not finished: removed", file=sys.stderr)
                 path.rmtree()

@@ -25,7 +25,6 @@ FORMATS = {
     "adapter": (".safetensors", None),
 }
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
-_ACT = {"tanh": "gelu_tanh", "exact": "gelu"}
 
 
 def find_adapter(path):
@@ -36,7 +35,7 @@ def find_adapter(path):
     path = files.local(path)
     if path.is_file():
         return path
-    found = finished(path)
+    found = adapters.finished(path)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -45,13 +44,6 @@ def find_adapter(path):
         )
     names = [str(p.parent.relative_to(path)) for p in found]
     raise UserError(f"{path} holds {len(found)} runs: add one of {', '.join(names[:30])} to the path")
-
-
-def finished(workdir):
-    """Adapters of the finished runs below a folder, without those of a search."""
-    found = sorted(workdir.rglob("adapter.safetensors"))
-    searched = lambda path: "search" in path.relative_to(workdir).parts
-    return [p for p in found if (p.parent / "result.json").exists() and not searched(p)]
 
 
 def export(adapter, to, out, weights=None, cache_dir=None):
@@ -139,7 +131,7 @@ def advice(to, adapter, out):
     """How the file is used elsewhere."""
     card, sizes = adapter.card, f"num_classes={len(adapter.card['classes'])}"
     if to == "timm":
-        act = "" if card["gelu"] == "exact" else f', act_layer="{_ACT[card["gelu"]]}"'
+        act = "" if card["gelu"] == "exact" else ', act_layer="gelu_tanh"'
         name = card["model"].lower().replace("/", "")
         return (
             f"timm: VisionTransformer of {card['model']} ({name}), {sizes}, "

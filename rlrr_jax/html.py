@@ -103,11 +103,12 @@ def evaluate(folder, progress=True, weights=None, cache_dir=None):
 def page(workdirs, **options):
     """The page of all finished runs below workdirs, as text; `options` are those of `evaluate`."""
     workdirs = list(map(files.local, workdirs))
-    rows = report._rows(workdirs)
+    rows = report.rows_of(workdirs)
     if not rows:
         raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
     title = "RLRR results: " + ", ".join(dict.fromkeys(row["task"] for row in rows))
-    body = [results(rows), f"<p>{_lines(report.caption(rows))}</p>"]
+    head, *lines = report.grid(report.fold(rows))
+    body = [_table(head, lines), f"<p>{_lines(report.caption(rows))}</p>"]
     for group in report.fold(rows):
         folder = _folder(workdirs, group[0])
         body.append(section(group, folder, **options))
@@ -126,20 +127,11 @@ def _folder(workdirs, row):
     )
 
 
-def results(rows):
-    """The table of results, a line for each setting, seeds together."""
-    full = {r["task"]: r["trainable_params"] for r in rows if r["method"] == "full"}
-    groups = report.fold(rows)
-    cells = [report._cells(group, full.get(group[0]["task"])) for group in groups]
-    used = [i for i in range(len(report.COLUMNS)) if any(line[i] for line in cells)]
-    return _table([report.COLUMNS[i] for i in used], [[line[i] for i in used] for line in cells])
-
-
 def section(group, folder, **options):
     """All about one setting: curves, classes, confusions of its first seed; configuration."""
     row = group[0]
     seed = f", seed {row['seed']}" if len(group) > 1 else ""
-    parts = [f"<h2>{html.escape(' '.join([row['task'], *report._label(group).split()]))}{seed}</h2>"]
+    parts = [f"<h2>{html.escape(' '.join([row['task'], *report.label(group).split()]))}{seed}</h2>"]
     if (folder / "curves.png").exists():
         parts.append(
             _picture((folder / "curves.png").read_bytes(), "loss and accuracy by epoch", "curve")

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from rlrr_jax.errors import UserError
 
 _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
+PREFIXES = ("", "params/", "opt/target/")  # of the tree to read, if an `.npz` holds several
 _MOST_BLOCKS = 1000  # a longer axis is no depth, and is reported as it is
 _QKV = ("query", "key", "value")
 # Our name of what timm calls `blocks.<i>.<name>`; `qkv` is three of ours.
@@ -79,7 +80,7 @@ def from_jax(flat, subtree, path):
     if not prefixes:
         where = f"{path} has no array '{subtree}{stem}'"
         raise UserError(f"{where}: it holds no Vision Transformer there; check the name")
-    preferred = [p for p in ("", "params/", "opt/target/") if p in prefixes]
+    preferred = [p for p in PREFIXES if p in prefixes]
     if not preferred and len(prefixes) > 1:
         choices = " or ".join(f"{path}:{subtree}{p[:-1]}" for p in prefixes)
         raise UserError(f"{path} holds several trees of weights: write {choices}")

@@ -116,19 +116,19 @@ def show(rows, kind):
     """Rows `(path, [(name, probability), ...])` as text in one of `FORMATS`."""
     rows = [(str(p).encode("utf-8", "backslashreplace").decode(), best) for p, best in rows]
     if kind == "jsonl":
-        out = [{"file": str(p), "top": [{"class": n, "p": q} for n, q in best]} for p, best in rows]
+        out = [{"file": p, "top": [{"class": n, "p": q} for n, q in best]} for p, best in rows]
         return "".join(json.dumps(row) + "\n" for row in out)
     k = max((len(best) for _, best in rows), default=0)
     if kind == "csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["file"] + [f"{what}{i + 1}" for i in range(k) for what in ("class", "p")])
-        writer.writerows([str(p), *(x for pair in best for x in pair)] for p, best in rows)
+        writer.writerows([p, *(x for pair in best for x in pair)] for p, best in rows)
         return text.getvalue()
-    width = max([len(str(p)) for p, _ in rows] + [4])
+    width = max([len(p) for p, _ in rows] + [4])
     names = max([len(n) for _, best in rows for n, _ in best] + [1])
     cells = lambda best: "   ".join(f"{n:>{names}} {100 * q:6.2f} %" for n, q in best)
-    return "".join(f"{p!s:<{width}}   {cells(best)}\n" for p, best in rows)
+    return "".join(f"{p:<{width}}   {cells(best)}\n" for p, best in rows)
 
 
 def main():

@@ -157,7 +157,8 @@ def load(
     if not head:
         flat = {k: v for k, v in flat.items() if not k.startswith("head/")}
     wanted = {k: v.shape for k, v in shapes.items() if head or not k.startswith("head/")}
-    _compare({k: v.shape for k, v in flat.items()}, wanted, path)
+    if problems := differences({k: v.shape for k, v in flat.items()}, wanted):
+        raise UserError(f"{path} does not fit the model (check config.model): {'; '.join(problems)}")
     for name, value in flat.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(f"{name} in {path} is not made of finite floating-point numbers")
@@ -267,19 +268,16 @@ def _place_position(flat, target, grid, path):
     flat["pos_embedding"] = np.ascontiguousarray(position.reshape(1, -1, width), np.float32)
 
 
-def _compare(found, wanted, path):
-    """Raises UserError listing every difference between two dicts of shapes."""
-    missing = sorted(wanted.keys() - found.keys())
-    extra = sorted(found.keys() - wanted.keys())
+def differences(found, wanted):
+    """What differs between two dicts of shapes: `["missing: a, b", "unknown: c"]`."""
     shapes = [
         f"{k} is {found[k]} instead of {wanted[k]}"
         for k in sorted(wanted.keys() & found.keys())
         if found[k] != wanted[k]
     ]
-    problems = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unknown", extra), ("wrong shape", shapes))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{path} does not fit the model (check config.model): {'; '.join(problems)}")
+    kinds = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unknown": sorted(found.keys() - wanted.keys()),
+        "wrong shape": shapes,
+    }
+    return [f"{what}: {', '.join(names)}" for what, names in kinds.items() if names]

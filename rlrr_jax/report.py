@@ -57,7 +57,7 @@ def collect(*workdirs, out=None):
     """
     workdirs = [epath.Path(w).expanduser() for w in workdirs]
     out = epath.Path(out or workdirs[0]).expanduser()
-    rows = _rows(workdirs)
+    rows = rows_of(workdirs)
     if not rows:
         raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,8 @@ def collect(*workdirs, out=None):
     return rows
 
 
-def _rows(workdirs):
+def rows_of(workdirs):
+    """Rows of all finished runs below workdirs, each once, in the order of tasks."""
     found = {}
     for workdir in workdirs:
         for path in sorted(workdir.glob("*/*/seed*/result.json")):
@@ -142,12 +143,17 @@ def table(rows):
     return _table(fold(rows))
 
 
-def _table(groups):
+def grid(groups):
+    """Head and lines of the table of lists of rows (see `fold`), without empty columns."""
     full = {g[0]["task"]: g[0]["trainable_params"] for g in groups if g[0]["method"] == "full"}
     cells = [_cells(group, full.get(group[0]["task"])) for group in groups]
     used = [i for i in range(len(COLUMNS)) if any(c[i] for c in cells)]
-    lines = [[COLUMNS[i] for i in used], *([c[i] for i in used] for c in cells)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
+    return [[COLUMNS[i] for i in used], *([c[i] for i in used] for c in cells)]
+
+
+def _table(groups):
+    lines = grid(groups)
+    widths = [max(map(len, column)) for column in zip(*lines)]
 
     def text(line):
         left = (
@@ -205,7 +211,8 @@ def spread(fractions):
     return f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
 
 
-def _label(group):
+def label(group):
+    """What a line of the table is called in a picture."""
     return " ".join([group[0]["method"], *_which(group[0], seed=len(group) == 1)])
 
 
@@ -224,7 +231,7 @@ def comparison(groups):
     size = (2.5 + 4.5 * len(names), 4.5)
     figure, axes = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
     order = lambda group: group[0]["trainable_params"]
-    labels = [_label(group) for group in sorted(groups, key=order)]
+    labels = [label(group) for group in sorted(groups, key=order)]
     # The colours of Okabe and Ito, which colour-blind people tell apart, too, and five marks.
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
     styles = {
@@ -235,9 +242,9 @@ def comparison(groups):
         axis = axes[0][names.index(group[0]["task"])]
         values = [100 * row["test_acc_final"] for row in group]
         error = statistics.stdev(values) if len(values) > 1 else None
-        colour, mark = styles[_label(group)]
+        colour, mark = styles[label(group)]
         style = dict(color=colour, fmt=mark, ms=6, capsize=2)
-        drawn[_label(group)] = axis.errorbar(order(group), statistics.mean(values), error, **style)
+        drawn[label(group)] = axis.errorbar(order(group), statistics.mean(values), error, **style)
     for axis, name in zip(axes[0], names):
         axis.set_xscale("symlog", linthresh=1000, linscale=0.5)
         axis.set_xticks([0, *(10**k for k in range(3, 9) if 10**k <= 3 * max(map(order, groups)))])

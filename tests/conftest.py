@@ -5,9 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-from flags import quick_xla_flags
+from flags import xla_flags
 
-os.environ["XLA_FLAGS"] = quick_xla_flags(4)
+os.environ["XLA_FLAGS"] = xla_flags(4)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis

@@ -114,5 +114,19 @@ def test_a_kill_between_the_checkpoint_and_its_checksums_loses_only_that_one(tmp
         assert restore(tmp_path)[2] == [1.0]
     save(tmp_path, (7.0,))
     assert restore(tmp_path)[2] == [7.0]
-    (tmp_path / "checkpoints.json").unlink()  # killed in the very first one
+
+
+def test_a_kill_in_the_very_first_checkpoint_starts_again(tmp_path):
+    save(tmp_path, (1.0,))
+    (tmp_path / "checkpoints.json").unlink()
     assert restore(tmp_path) is None
+
+
+def test_checkpoints_that_came_without_their_checksums_are_not_thrown_away(tmp_path):
+    save(tmp_path, (1.0, 2.0))
+    marks = (tmp_path / "checkpoints.json").read_bytes()
+    (tmp_path / "checkpoints.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints without checkpoints.json beside it"):
+        restore(tmp_path)
+    (tmp_path / "checkpoints.json").write_bytes(marks)
+    assert restore(tmp_path)[2] == [2.0]
