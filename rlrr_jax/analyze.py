@@ -5,7 +5,6 @@ figures. After section 3 of the paper: singular values, and where singular vecto
 after (W').
 """
 
-import argparse
 import json
 import os
 import time
@@ -18,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from rlrr_jax import adapters, figures, files
-from rlrr_jax.errors import UserError, one_sentence
+from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.methods import base
 
 LEADING = 8  # singular vectors whose span is compared
@@ -232,9 +231,7 @@ def write(folder, found):
 
 def main():
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="or an adapter.safetensors")
     parser.add_argument("--out", help="folder of the files; default WORKDIR/analysis")
     parser.add_argument("--weights", help="the backbone, if it is not where it was")

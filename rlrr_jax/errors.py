@@ -1,5 +1,6 @@
 """Errors that a user can cause and mend."""
 
+import argparse
 import difflib
 import sys
 
@@ -19,6 +20,26 @@ def unknown(kind, name, options):
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? Known" if near else "known"
     return UserError(f"unknown {kind} {str(name)!r}: {hint}: {', '.join(options)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are UserErrors: a misspelt flag is named with the nearest."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; an unknown flag is said before what is missing for want of it."""
+        flags = list(self._option_string_actions)
+        for text in sys.argv[1:] if args is None else args:
+            flag = text.partition("=")[0]
+            if flag.startswith("--") and not any(known.startswith(flag) for known in flags):
+                raise unknown("flag", flag, [known for known in flags if known.startswith("--")])
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        """Called by argparse."""
+        raise UserError(f"{message}: {self.prog} --help lists what there is")
 
 
 def one_sentence(program):

@@ -6,7 +6,6 @@ are the merged ViT in float32, a plain one; every file is read back and its logi
 command says that it is done.
 """
 
-import argparse
 import io
 import json
 
@@ -15,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, files, layouts, pretrained, report
-from rlrr_jax.errors import UserError, one_sentence, unknown
+from rlrr_jax import adapters, config, files, layouts, pretrained, report
+from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
 
 FORMATS = {
     "big_vision": (".npz", layouts.to_big_vision),
@@ -129,19 +128,23 @@ def compare(one, other, number=8):
 
 def advice(to, adapter, out):
     """How the file is used elsewhere."""
-    card, sizes = adapter.card, f"num_classes={len(adapter.card['classes'])}"
+    card, classes = adapter.card, len(adapter.card["classes"])
+    sizes = config.model_sizes(card["model"])
     if to == "timm":
-        act = "" if card["gelu"] == "exact" else ', act_layer="gelu_tanh"'
-        name = card["model"].lower().replace("/", "")
+        ratio = sizes["mlp_dim"] / sizes["width"]
+        act = ', act_layer="gelu_tanh"' if card["gelu"] == "tanh" else ""
         return (
-            f"timm: VisionTransformer of {card['model']} ({name}), {sizes}, "
-            f"img_size={card['image_size']}{act}; pixels in [-1, 1] (mean = std = 0.5); "
-            f'load_state_dict(safetensors.torch.load_file("{out}"))'
+            f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.vision_transformer."
+            f"VisionTransformer(img_size={card['image_size']}, patch_size={sizes['patch_size']}, "
+            f"num_classes={classes}, embed_dim={sizes['width']}, depth={sizes['depth']}, "
+            f"num_heads={sizes['num_heads']}, mlp_ratio={ratio:g}{act}); "
+            f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
         )
     if to == "adapter":
         return f"python -m rlrr_jax.predict --adapter {out} IMAGES..."
-    pool = 'pool_type="tok", ' if to == "big_vision" else ""
-    text = f"{to}: ViT {card['model']}, {pool}{sizes}, pixels in [-1, 1]"
+    pool = ', pool_type="tok"' if to == "big_vision" else ""
+    sizes = ", ".join(f"{name}={value}" for name, value in sizes.items())
+    text = f"{to}, with pixels in [-1, 1]: ViT of num_classes={classes}, {sizes}{pool}"
     if card["gelu"] == "exact":  # their code has the tanh form
         text += "; this model has the exact GELU: change nn.gelu(x) there to approximate=False"
     return text
@@ -149,9 +152,7 @@ def advice(to, adapter, out):
 
 def main():
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("run", help="workdir with one run, a run's folder, or an adapter.safetensors")
     parser.add_argument("--to", required=True, help=", ".join(FORMATS))
     parser.add_argument("out", metavar="OUT", help="file to write")

@@ -4,7 +4,6 @@ Tables that sort, curves, accuracy of each class, the most confused pairs with p
 and versions. It opens without a network: pictures are in the file, and nothing is fetched.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from rlrr_jax import adapters, files, report, train
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import sources, store
-from rlrr_jax.errors import UserError, one_sentence
+from rlrr_jax.errors import Parser, UserError, one_sentence
 
 MOST_PAIRS = 8  # of confused classes
 MOST_PICTURES = 4  # of each pair
@@ -234,9 +233,7 @@ def _lines(text):
 
 def main():
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--out", help="the file; default WORKDIR/results.html")
     parser.add_argument("--weights", help="the backbone, if it is not where it was")

@@ -4,7 +4,6 @@ IMAGES are files, folders (searched through), patterns such as "x/*.png", or `-`
 standard input. Files that are no readable image are named at the end, and the exit code is 1.
 """
 
-import argparse
 import csv
 import functools
 import glob
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from rlrr_jax import adapters, files
 from rlrr_jax.data import store
-from rlrr_jax.errors import UserError, first_line, one_sentence
+from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("table", "csv", "jsonl")
@@ -133,9 +132,7 @@ def show(rows, kind):
 
 def main():
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGES")
     parser.add_argument("--adapter", required=True, help="of a run, or made by rlrr_jax.export")
     parser.add_argument("--weights", help="its backbone, if it is not where it was")

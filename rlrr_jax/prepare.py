@@ -4,7 +4,6 @@ python -m rlrr_jax.prepare --tasks all --data_dir DIR            (needs the extr
 python -m rlrr_jax.prepare --tasks all --data_dir DIR --check    (needs nothing more)
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from rlrr_jax import files
 from rlrr_jax.data import sources, tasks
-from rlrr_jax.errors import UserError, first_line, one_sentence
+from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
 FINGERPRINTS = "rlrr_jax_fingerprints.json"  # in the data folder
 STEPS = {
@@ -83,7 +82,7 @@ KEYS = {
 
 def main():
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tasks", default="all", help="names or groups, joined by commas; default all")
     parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="default %(default)s")
     parser.add_argument("--manual_dir", help="of files fetched by hand; DATA_DIR/downloads/manual")

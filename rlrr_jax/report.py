@@ -1,6 +1,5 @@
 """Result files, tables and curves. `python -m rlrr_jax.report WORKDIR...` makes them again."""
 
-import argparse
 import io
 import json
 import statistics
@@ -9,7 +8,7 @@ from etils import epath
 
 from rlrr_jax import files, summary
 from rlrr_jax.data import tasks
-from rlrr_jax.errors import UserError, one_sentence
+from rlrr_jax.errors import Parser, UserError, one_sentence
 
 COLUMNS = (
     "task",
@@ -321,7 +320,7 @@ def caption(rows):
 
 def main():
     """The command."""
-    parser = argparse.ArgumentParser(description="Makes the tables of finished runs again.")
+    parser = Parser(description="Makes the tables of finished runs again.")
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="several are merged")
     parser.add_argument("--out", help="folder of the files; WORKDIR if it is one, else ./report")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from rlrr_jax import pretrained
 ROOT = pathlib.Path(__file__).parents[1]
 RUN, ADAPTER = "{run}/digits/rlrr/seed0", "--adapter={run}/digits/rlrr/seed0/adapter.safetensors"
 OUT, TEXT = "{new}/x.safetensors", "{new}/text.safetensors"
-WRONG = {  # of predict, export, analyze and html
+WRONG = {  # of every command but main
     "no adapter": (["predict", "--adapter={new}/a.safetensors", TEXT], "there is no adapter {new}/a"),
     "foreign adapter": (["predict", "--adapter={new}/foreign.safetensors", TEXT], "was not written by"),
     "text as adapter": (["predict", f"--adapter={TEXT}", TEXT], "is no readable .safetensors"),
@@ -25,6 +25,14 @@ WRONG = {  # of predict, export, analyze and html
         "is not the backbone of this",
     ),
     "nothing asked": (["predict", ADAPTER, "--top_k=0", "x.png"], "must be greater than 0"),
+    "flag": (["predict", ADAPTER.replace("adapter=", "adaptor="), TEXT], "did you mean '--adapter'?"),
+    "choice": (["predict", ADAPTER, "--format=xml", TEXT], "invalid choice: 'xml'"),
+    "number": (["predict", ADAPTER, "--top_k=many", TEXT], "invalid int value: 'many'"),
+    "nothing given": (["export"], "the following arguments are required: run, --to, OUT"),
+    "flag of html": (["html", RUN, "--ot=x.html"], "did you mean '--out'?"),
+    "flag of report": (["report", RUN, "--outt=x"], "did you mean '--out'?"),
+    "flag of prepare": (["prepare", "--task=all", "--dta_dir=x"], "did you mean '--data_dir'?"),
+    "variant": (["methods.__main__", "--variant=B16"], "unknown ViT variant 'B16'"),
     "several runs": (["export", "{run}", "--to=timm", OUT], "holds 4 runs: add one of"),
     "no run": (["export", "{new}", "--to=timm", OUT], "there is no finished run in"),
     "format": (["export", RUN, "--to=timmm", OUT], "did you mean 'timm'?"),

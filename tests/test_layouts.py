@@ -289,7 +289,7 @@ def test_timm_names_load_into_timm(tree, pixels):
     sizes = dict(
         embed_dim=24, depth=3, num_heads=3, mlp_ratio=2, patch_size=4, img_size=12, num_classes=5
     )
-    model = timm.models.vision_transformer.VisionTransformer(**sizes).eval()
+    model = timm.models.vision_transformer.VisionTransformer(**sizes).eval()  # as export advises
     model.load_state_dict(
         {k: torch.from_numpy(v) for k, v in layouts.to_timm(tree).items()}, strict=True
     )

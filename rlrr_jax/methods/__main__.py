@@ -1,17 +1,15 @@
 """`python -m rlrr_jax.methods`: what methods there are, their options and counts for a ViT."""
 
-import argparse
-
 import jax
 
 from rlrr_jax import config, methods
-from rlrr_jax.errors import UserError, one_sentence
+from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.models import vit
 
 
 def main():
     """The command."""
-    parser = argparse.ArgumentParser(description="Lists the methods.")
+    parser = Parser(description="Lists the methods.")
     parser.add_argument("--variant", default="B/16", help="of a ViT for 224 pixels; or bundled")
     args = parser.parse_args()
     try:
