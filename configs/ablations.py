@@ -9,9 +9,10 @@
 The rest is as in `vtab.py`; without a task, the bundled `hearts`.
 """
 
-from configs import vtab
 from rlrr_jax import config as config_lib
+from rlrr_jax.configs import vtab
 from rlrr_jax.data import tasks
+from rlrr_jax.errors import UserError
 
 TABLES = {
     "table6": tuple(
@@ -30,7 +31,7 @@ def get_config(arg=None):
     """The configuration; `arg` is a table, and what `vtab.get_config` takes."""
     table, _, rest = (arg or "").partition(",")
     if table not in TABLES:
-        raise ValueError(
+        raise UserError(
             f"write --config configs/ablations.py:TABLE,TASK with one of the tables {', '.join(TABLES)}"
         )
     config = vtab.get_config(rest)

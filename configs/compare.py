@@ -5,8 +5,8 @@ of its own; weight decay and drop path stay its own. Then it trains on all 1,000
 and is tested once. The test images choose nothing. Without a task, the bundled `hearts`.
 """
 
-from configs import vtab
 from rlrr_jax import methods
+from rlrr_jax.configs import vtab
 
 
 def get_config(arg=None):

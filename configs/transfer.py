@@ -11,8 +11,9 @@ big_vision's best learning rates and crops on validation images (AugReg B/32): C
 here, where big_vision's batches go on into the next epoch.
 """
 
-from configs import vtab
+from rlrr_jax.configs import vtab
 from rlrr_jax.data import tasks
+from rlrr_jax.errors import UserError
 
 # Steps and warm-up steps. VTAB-1k tasks are of the size of Flowers.
 BUDGETS = {"cifar10_full": (10_000, 500), "cifar100_full": (10_000, 500)}
@@ -26,7 +27,7 @@ def get_config(arg=None):
     names = tasks.expand(config.task.replace(",", "+").split("+"))
     budgets = {BUDGETS.get(name, SMALL) for name in names}
     if len(budgets) > 1:
-        raise ValueError(f"{config.task} have different numbers of steps: start them one by one")
+        raise UserError(f"{config.task} have different numbers of steps: start them one by one")
     config.method = config.method or "full"
     config.protocol = "fast" if config.method == "full" else "vtab"
     if config.protocol == "fast":

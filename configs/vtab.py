@@ -55,6 +55,9 @@ def get_config(arg=None):
     config.model.variant = placeholder(str)  # "B/16"; "bundled" is the tiny one
     # "tanh" or "exact", which the authors' PyTorch code has; None: what the weights were trained with.
     config.model.gelu = placeholder(str)
+    # What shapes do not show; None: what the weights say, else the variant's, and 1e-6.
+    config.model.num_heads = placeholder(int)
+    config.model.norm_eps = placeholder(float)  # of every LayerNorm
     config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)
@@ -65,11 +68,15 @@ def get_config(arg=None):
     # Of red, green and blue in [0, 1], for .safetensors that do not say it; 0.5 each is [-1, 1].
     config.pretrained.mean = placeholder(tuple)
     config.pretrained.std = placeholder(tuple)
+    # How a position embedding is brought to another grid: "linear" (JAX code), "bicubic" (timm) or
+    # "bicubic_plain" (transformers, without antialiasing); None: as where the weights come from.
+    config.pretrained.resize = placeholder(str)
     config.pretrained.cache_dir = placeholder(str)  # of downloads; None is ~/.cache/rlrr_jax
     config.data = ConfigDict()
     config.data.dir = placeholder(str)  # of tfds datasets or vtab-1k/; None is ~/tensorflow_datasets
     config.data.source = placeholder(str)  # "tfds" or "folder"; None: what is there
     config.data.variant = placeholder(str)  # "original", or "jpeg75" as in published tables
+    config.data.upright = False  # turns images as their EXIF says; VTAB's numbers are without
     config.data.cache_dir = placeholder(str)  # of decoded images; None is ~/.cache/rlrr_jax
 
     config.dtype = placeholder(str)  # of activations: None is float32 on CPUs, else bfloat16

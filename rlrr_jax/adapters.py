@@ -121,7 +121,7 @@ def write(path, adapter):
 
 def finished(workdir):
     """Paths of the adapters of finished runs below a folder, without those of a search."""
-    found = sorted(workdir.rglob("adapter.safetensors"))
+    found = [path for path in files.walk(workdir) if path.name == "adapter.safetensors"]
     searched = lambda path: "search" in path.relative_to(workdir).parts
     return [p for p in found if (p.parent / "result.json").exists() and not searched(p)]
 

@@ -16,7 +16,7 @@ import scipy.linalg
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, figures, files
+from rlrr_jax import adapters, figures, files, plots
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.methods import base
 
@@ -210,17 +210,10 @@ def write(folder, found):
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "analysis.json", found)
     shown = dict(list(found.items())[:MOST_RUNS])
-    drawn = {
-        "change.png": figures.change(shown),
-        "rank.png": figures.rank(shown),
-        "turn.png": figures.turn(shown),
-        "spectra.png": figures.spectra(shown),
-        "scales.png": figures.scales(shown),
-    }
     text = ""
-    for name, picture in drawn.items():
-        if picture:
-            files.write(folder / name, picture)
+    for name in FIGURES:
+        draw = getattr(figures, name.removesuffix(".png"))
+        if plots.save(folder / name, draw, shown):
             text += f"{FIGURES[name]}\n\n![{FIGURES[name]}]({name})\n\n"
     if len(found) > MOST_RUNS:
         text += f"Figures show the first {MOST_RUNS} of {len(found)} runs: name fewer for others.\n\n"

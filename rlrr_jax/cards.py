@@ -1,4 +1,4 @@
-"""What a backbone was trained with: its GELU, how its pixels were normalised, its image size."""
+"""What a backbone's shapes do not show: GELU, pixels, attention heads, epsilon, pooling."""
 
 import json
 import pathlib
@@ -8,83 +8,118 @@ from typing import NamedTuple
 import safetensors
 
 from rlrr_jax.errors import UserError
+from rlrr_jax.models import vit
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+INDEX = ".safetensors.index.json"  # of a file in several shards
 # What file names of timm and of the original code say, where nothing else does.
 _BY_NAME = (
     (r"(^|[^a-z])(augreg|orig_in21k|sam_in1k)", (HALF, HALF)),
     (r"(^|[^a-z])(dino|mae|moco|deit)", IMAGENET),
 )
-_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "gelu_erf": "exact"}  # timm's act_layer
+_ACTIVATIONS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh"}
+_ACTIVATIONS |= {"gelu_new": "tanh"}
+# timm's architectures that have the heads of their size, as `vit.VARIANTS` says.
+_ARCHITECTURE = r"((?:vit|deit|deit3)_(tiny|small|base|large|huge)(?:_distilled)?_patch(\d+)\w*)"
+_SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
+_HF_TYPES = ("vit", "deit", "dinov2", "vit_mae", "vit_msn")  # of transformers, that read alike
 
 
 class Card(NamedTuple):
-    """A backbone's habits.
+    """A backbone's habits; None where nothing says it.
 
     Attributes:
       gelu: "tanh" or "exact".
       mean, std: of each colour, for pixels in [0, 1]; all 0.5 is [-1, 1].
       source: where this is said.
-      image_size: in pixels, if that is said.
-      pooling: timm's name, if that is said; "token" is the class token.
+      image_size: in pixels.
+      pooling: timm's name; "token" is the class token.
+      num_heads: number of attention heads.
+      norm_eps: epsilon of its LayerNorms.
+      resize: how its code resizes a position embedding, see `pretrained.RESIZES`.
+      notes: sentences about what was passed over.
     """
 
-    gelu: str
-    mean: tuple
-    std: tuple
+    gelu: str | None
+    mean: tuple | None
+    std: tuple | None
     source: str
     image_size: int | None = None
     pooling: str | None = None
+    num_heads: int | None = None
+    norm_eps: float | None = None
+    resize: str | None = None
+    notes: tuple = ()
 
 
-JAX = Card("tanh", HALF, HALF, "its layout")
+JAX = Card("tanh", HALF, HALF, "its layout says so", norm_eps=1e-6, resize="linear")
 
 
 def of_jax(name):
     """Whether a name, path or address is of the public JAX weights' layouts: all have one card."""
-    return not str(name).startswith("hf:") and not str(name).endswith(".safetensors")
+    name = str(name)
+    return not (name.startswith("hf:") or name.endswith((".safetensors", ".json", "/")))
 
 
-def read(path, name="", needed=True):
+def read(path, name="", needed=True, variant=None):
     """The `Card` of a weight file.
 
     The public JAX weights (`.npz`) have tanh and [-1, 1]. A `.safetensors` has the exact GELU, and what
-    says more is, in this order: its own header (written by our export), a timm `<file>.json` or
-    `config.json` beside it, its name.
+    says more is, in this order: its own header (written by our export), timm's `<file>.json` or
+    `config.json` or transformers' `config.json` and `preprocessor_config.json` beside it, its name.
+    A `config.json` of another model is passed over with a note.
 
     Args:
-      path: of the file.
-      name: that it was asked for by.
-      needed: False gives None instead of an error if nothing says how pixels are normalised.
+      path: where the file is.
+      name: what it was asked for by.
+      needed: whether it is an error if nothing says how pixels are normalised.
+      variant: `config.model.variant` of the model that it is for, if that is known.
 
-    Raises UserError for that, for a damaged JSON or an unknown GELU.
+    Raises UserError for that, for a damaged JSON or an unknown activation.
     """
     path = pathlib.Path(path)
+    heads = vit.VARIANTS.get(str(variant).partition("/")[0], {}).get("num_heads")
     if of_jax(path):
-        return JAX
-    found = _header(path)
-    for config in (path.with_suffix(".json"), path.parent / "config.json"):
-        found = found or _timm_config(config)
-    if found:
-        return found
+        return JAX._replace(num_heads=heads)
+    card, notes = _header(path), []
+    if not card:
+        beside = path.name.removesuffix(INDEX).removesuffix(".safetensors") + ".json"
+        for config in (path.with_name(beside), path.with_name("config.json")):
+            found, note = _beside(config, path, name, variant)
+            card = card or found
+            notes += [note] if note else []
     names = f"{pathlib.PurePath(name).name} {path.name}".lower()
-    for pattern, (mean, std) in _BY_NAME:
-        if re.search(pattern, names):
-            return Card("exact", mean, std, "its name")
-    if needed:
+    known = next((pixels for pattern, pixels in _BY_NAME if re.search(pattern, names)), (None, None))
+    card = card or Card("exact", *known, "its name says so")
+    if card.mean is None:
+        card = card._replace(mean=known[0], std=known[1])
+    if card.mean is None and needed:
         raise UserError(
-            f"nothing says how the pixels of {path} are normalised: put timm's config.json beside it, "
-            f"or set config.pretrained.mean and config.pretrained.std (0.5 each for [-1, 1])"
+            f"nothing says how the pixels of {path} are normalised"
+            + "".join(f" ({note})" for note in notes)
+            + ": put its config.json beside it, or set config.pretrained.mean and "
+            "config.pretrained.std (0.5 each for [-1, 1])"
         )
-    return None
+    if card.num_heads is None:
+        card = card._replace(num_heads=_heads_by_name(names, heads))
+    resize = card.resize or ("bicubic_plain" if _of_transformers(path) else "bicubic")
+    return card._replace(resize=resize, notes=tuple(notes))
+
+
+def _heads_by_name(names, heads):
+    """Heads that a name tells: those of the size, but for the public exceptions."""
+    if re.search(r"(^|[^a-z])moco", names):  # its ViT-S has 12 (facebookresearch/moco-v3, vits.py)
+        return 12 if heads == vit.VARIANTS["S"]["num_heads"] else heads
+    public = re.search(_ARCHITECTURE, names) or any(re.search(p, names) for p, _ in _BY_NAME)
+    return heads if public else None
 
 
 def check(gelu, mean, std):
     """ValueError unless these can be a GELU, and three means and standard deviations."""
     if gelu not in ("tanh", "exact"):
         raise ValueError(f"unknown GELU {gelu!r}")
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
+    number = lambda x: isinstance(x, int | float) and abs(x) < 1e9
     for what, values in {"mean": mean, "std": std}.items():
         good = isinstance(values, list | tuple) and len(values) == 3 and all(map(number, values))
         if not good or (what == "std" and min(values) <= 0):
@@ -92,6 +127,7 @@ def check(gelu, mean, std):
 
 
 def _header(path):
+    """What our own export wrote into a file."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             said = json.loads((file.metadata() or {}).get("rlrr_jax", "{}"))
@@ -99,31 +135,128 @@ def _header(path):
         return None
     if not isinstance(said, dict) or "mean" not in said:
         return None
-    return _card(said.get("gelu"), said, said, path, "its header")
+    card = _card(said.get("gelu"), said, path, "its header")
+    return card._replace(image_size=said.get("image_size"), num_heads=said.get("num_heads"))
 
 
-def _timm_config(path):
-    if not path.exists():
-        return None
+def _beside(config, path, name, variant):
+    """The card of a JSON beside a file, None if it says nothing of it; and a note why."""
+    if not config.exists():
+        return None, None
     try:
-        config = json.loads(path.read_text())
-        pixels = config.get("pretrained_cfg", config)
-        gelu = (config.get("model_args") or {}).get("act_layer", "gelu")
-        size = pixels.get("input_size")
-        said = {"image_size": size and size[-1], "pooling": config.get("global_pool")}
-        known = _GELUS.get(gelu)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is no config.json of timm ({e!r}): mend or remove it") from e
-    if known is None:
-        names = ", ".join(_GELUS)
-        raise UserError(f"{path}: the activation {gelu} is none of {names}: take another model")
-    return _card(known, pixels, said, path, path.name)
+        said = json.loads(config.read_text())
+        if not isinstance(said, dict):
+            raise TypeError("it is no object")
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{config} is no config.json of timm or transformers ({e!r}): remove it") from e
+    hugging = "model_type" in said or "hidden_size" in said or "architectures" in said
+    if not hugging and not said.keys() & {"pretrained_cfg", "architecture", "model_args", "mean"}:
+        return None, f"{config} says nothing of a ViT, and is passed over"
+    try:
+        if other := (_other_hf if hugging else _other_timm)(said, path, name, variant):
+            return None, f"{config} is of another model ({other}), and is passed over"
+        return (_hf if hugging else _timm)(said, config), None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{config} is damaged ({e}): replace or remove it") from e
 
 
-def _card(gelu, pixels, said, path, source):
+def _other_timm(said, path, name, variant):
+    """What tells that timm's config.json belongs to another file, else None."""
+    architecture = said.get("architecture")
+    if not isinstance(architecture, str):
+        return None
+    for text in (pathlib.PurePath(name).name, path.name):
+        own = re.search(_ARCHITECTURE, text.lower().partition(".")[0])
+        if own and own[1] != architecture.partition(".")[0]:
+            return f"its architecture is {architecture}"
+    sizes = re.search(_ARCHITECTURE, architecture)
+    if sizes and variant not in (None, "bundled"):
+        ours = f"{_SIZES[sizes[2]]}/{sizes[3]}"
+        if ours != variant:
+            return f"its architecture is {architecture}, the model is {variant}"
+    return None
+
+
+def _other_hf(said, path, name, variant):
+    """What tells that transformers' config.json belongs to another model, else None."""
+    kind = said.get("model_type")
+    if kind not in (None, *_HF_TYPES):
+        return f"its model_type is {kind}"
+    if variant in (None, "bundled"):
+        return None
+    ours = vit.parse_variant(variant)
+    for key, own in (("hidden_size", "width"), ("num_hidden_layers", "depth"), ("patch_size",) * 2):
+        if said.get(key) not in (None, ours[own]):
+            return f"its {key} is {said[key]}, that of {variant} {ours[own]}"
+    return None
+
+
+def _timm(said, config):
+    """The card of timm's config.json."""
+    pixels, model = said.get("pretrained_cfg", said), said.get("model_args") or {}
+    size, gelu = pixels.get("input_size"), _activation(model.get("act_layer", "gelu"), config)
+    card = Card(gelu, None, None, f"{config.name} says so")
+    if "mean" in pixels:
+        card = _card(gelu, pixels, config, config.name)
+    heads = model.get("num_heads")
+    return card._replace(
+        image_size=size and size[-1],
+        pooling=model.get("global_pool", said.get("global_pool")),
+        num_heads=heads if heads is None else _whole(heads, "num_heads"),
+        resize="bicubic",
+    )
+
+
+def _hf(said, config):
+    """The card of transformers' config.json; pixels are in the preprocessor's file beside it."""
+    gelu = _activation(said.get("hidden_act", "gelu"), config)
+    path, pixels = config.with_name("preprocessor_config.json"), {}
+    if path.exists():
+        pixels = json.loads(path.read_text())
+    mean, std = pixels.get("image_mean"), pixels.get("image_std")
+    if mean is not None:
+        check(gelu, mean, std)
+        mean, std = tuple(mean), tuple(std)
+    eps = said.get("layer_norm_eps", 1e-6 if said.get("model_type") == "dinov2" else 1e-12)
+    return Card(
+        *(gelu, mean, std, f"{config.name} says so"),
+        image_size=said.get("image_size"),
+        num_heads=_whole(said.get("num_attention_heads", 12), "num_attention_heads"),
+        norm_eps=float(eps),
+        resize="bicubic_plain",
+    )
+
+
+def _activation(name, config):
+    if name not in _ACTIVATIONS:
+        names = ", ".join(_ACTIVATIONS)
+        raise UserError(f"{config}: the activation {name} is none of {names}: take another model")
+    return _ACTIVATIONS[name]
+
+
+def _whole(value, what):
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1000:
+        raise ValueError(f"{what} {value!r} is no number of heads")
+    return value
+
+
+def _card(gelu, pixels, path, source):
     try:
         mean, std = pixels.get("mean"), pixels.get("std")
         check(gelu, mean, std)
     except (ValueError, AttributeError) as e:
-        raise UserError(f"what {source} says of {path} is damaged ({e}): mend or remove it") from e
-    return Card(gelu, tuple(mean), tuple(std), source, said.get("image_size"), said.get("pooling"))
+        raise UserError(f"what {source} says of {path} is damaged ({e}): replace or remove it") from e
+    return Card(gelu, tuple(mean), tuple(std), f"{source} says so")
+
+
+def _of_transformers(path):
+    """Whether a file's arrays have the names of transformers."""
+    try:
+        if path.name.endswith(INDEX):
+            names = json.loads(path.read_text())["weight_map"]
+        else:
+            with safetensors.safe_open(path, "numpy") as file:
+                names = list(file.keys())
+    except Exception:  # whoever reads its arrays says what is wrong
+        return False
+    return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)

@@ -54,10 +54,16 @@ def _sums(folder):
 
 
 class Keeper:
-    """Saves a run at most every so many seconds, and finds where it stopped."""
+    """Saves a run at most every so many seconds, and finds where it stopped.
 
-    def __init__(self, manager, seconds):
-        self.manager, self.seconds = manager, seconds
+    Args:
+      manager: see `open_manager`.
+      seconds: time between two checkpoints.
+      pack: function that leaves out of a tree what needs not be saved.
+    """
+
+    def __init__(self, manager, seconds, pack=lambda tree: tree):
+        self.manager, self.seconds, self.pack = manager, seconds, pack
         self.saved = time.monotonic()
 
     def save_if_due(self, state, metrics, place, last=False):
@@ -73,6 +79,7 @@ class Keeper:
             return
         begun = time.monotonic()
         number = (self.manager.latest_step() or 0) + 1
+        state, metrics = self.pack(state), self.pack(metrics)
         tree = {"state": state, "metrics": metrics, "place": np.asarray(place, np.float64)}
         try:
             with _silent_threads():

@@ -11,22 +11,22 @@ import re
 import jax
 from ml_collections import ConfigDict
 
-from rlrr_jax import cards, methods, optim, pretrained
-from rlrr_jax.data import crops, sources, store, tasks
+from rlrr_jax import cards, checks, methods, pretrained
+from rlrr_jax.checks import GRID
+from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import vit
 
 # The bundled model, see bundled/make.py.
 BUNDLED_MODEL = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
-PROTOCOLS = ("official", "fast", "vtab", "tune")
-GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 DEFAULT_GRID = {
     "lr": (1e-3, 3e-3, 1e-2),
     "weight_decay": (5e-5, 5e-2),
     "drop_path": (0.0, 0.1, 0.3),
     "times_own_lr": False,
 }
-# What may differ between two starts of the same run: where and how, not what.
+# What may differ between two starts of the same run: where and how, not what. All other keys, those
+# that a fork adds, too, are part of a run's identity.
 PLACES = (
     "num_devices",
     "checkpoint_seconds",
@@ -38,6 +38,8 @@ PLACES = (
     "data.dir",
     "data.cache_dir",
     "pretrained.cache_dir",
+    "machine",  # where it was last started, see `train`
+    "val_acc",  # of the setting that "vtab" chose: a result
 )
 
 
@@ -46,7 +48,7 @@ def resolve(config):
 
     Raises UserError for any unknown name or impossible value.
     """
-    _check_common(config)
+    checks.check(config)
     names = tasks.expand(_names(config.task)) or list(tasks.BUNDLED)
     bundled = all(name in tasks.BUNDLED for name in names)
     suite = len([name for name in names if name in tasks.VTAB]) > 1
@@ -70,38 +72,45 @@ def locate(run):
     Raises UserError if the data is not there, or its pixels are not those asked for.
     """
     found = sources.find(run.task, run.data.dir, run.data.source)
-    pixels = sources.pixels(run.task, found)
-    if found.kind == "folder" and run.data.variant not in (None, pixels):
+    kind = sources.pixels(run.task, found)
+    if found.kind == "folder" and run.data.variant not in (None, kind):
         raise UserError(
-            f"the images in {found.path} are not {run.data.variant} but {pixels}: leave out "
+            f"the images in {found.path} are not {run.data.variant} but {kind}: leave out "
             f"config.data.variant, or take them from tfds"
         )
     run.data.source = found.kind
-    _fill(run.data, "variant", pixels)
+    _fill(run.data, "variant", kind)
     return found
 
 
 def follow(run, path):
     """Fills in what a run takes from its weights' `cards.Card`; returns notes where it differs."""
     name, given, model = run.pretrained.name, run.pretrained, run.model
-    card = cards.read(path, name, needed=given.mean is None)
-    if card is None:
-        _fill(model, "gelu", "exact")
-        return []
-    _fill(model, "gelu", card.gelu)
-    _fill(given, "mean", card.mean)
-    _fill(given, "std", card.std)
-    notes = []
-    for key, mine, its in (
-        ("model.gelu", model.gelu, card.gelu),
-        ("pretrained.mean", tuple(given.mean), card.mean),
-        ("pretrained.std", tuple(given.std), card.std),
-        ("image_size", run.image_size, card.image_size),
+    card = cards.read(path, name, needed=given.mean is None, variant=model.variant)
+    notes = [f"note: {text}" for text in card.notes]
+    ours = model_sizes(model.variant)["num_heads"]
+    if model.num_heads is None and card.num_heads is None and not cards.of_jax(path):
+        notes.append(
+            f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
+            f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
+        )
+    for node, key, value, default in (
+        (model, "gelu", card.gelu, "exact"),
+        (model, "num_heads", card.num_heads, ours),
+        (model, "norm_eps", card.norm_eps, 1e-6),
+        (given, "mean", card.mean, None),
+        (given, "std", card.std, None),
+        (given, "resize", card.resize, None),
+        (run, "image_size", card.image_size, None),
     ):
-        if its is not None and mine != its:
-            notes.append(f"note: {name} has {its} (says {card.source}), config.{key} is {mine}")
+        _fill(node, key, default if value is None else value)
+        where = {id(model): "model.", id(given): "pretrained."}.get(id(node), "")
+        mine = tuple(node[key]) if isinstance(value, tuple) else node[key]
+        if value is not None and mine != value:
+            notes.append(f"note: {name} has {value} ({card.source}), config.{where}{key} is {mine}")
     if card.pooling not in (None, "token"):
-        notes.append(f"note: {name} pools by {card.pooling} (says {card.source}), not by class token")
+        notes.append(f"note: {name} pools by {card.pooling} ({card.source}), not by class token")
+    checks.heads(model_sizes(model.variant)["width"], model.num_heads)
     return notes
 
 
@@ -119,7 +128,7 @@ def _changes(config, seeds):
         several = {key: v if isinstance(v, tuple | list) else (v,) for key, v in trial.items()}
         for values in itertools.product(*several.values()):
             change = dict(zip(several, values))
-            _check_hyper("config.trials", change)
+            checks.hyper("config.trials", change)
             out += [{"seed": seed, **change} for seed in (seeds if "seed" not in change else (0,))]
     names = [(trial_name(change), change["seed"]) for change in out]
     if len(set(names)) < len(names) or not names:
@@ -147,35 +156,94 @@ def trials(run):
 
 
 def together(run):
-    """What runs that are trained together have in common: all but seed and hyper-parameters."""
+    """What runs that are trained together have in common: all but seed and hyper-parameters.
+
+    With random crops, which all trials share, the seed, too.
+    """
     plain = run.to_dict()
-    for key in ("seed", "trial", "val_acc", *GRID):
+    for key in ("trial", "val_acc", *GRID, *(() if run.crop else ("seed",))):
         plain.pop(key, None)
     return json.dumps(plain, sort_keys=True)
 
 
-def identity(run):
-    """A run's configuration without paths and devices, as plain values; equal for the same work."""
-    plain = run.to_dict()
+def described(run, marks=None):
+    """A run's configuration without `PLACES`, and the marks of its weights and data, plain values.
+
+    What is as it was before a key existed is left out, so that older runs stay the same work.
+    """
+    plain = {**run.to_dict(), **(marks or {})}
     for place in PLACES:
         *parents, last = place.split(".")
         node = plain
         for parent in parents:
-            node = node.get(parent, {})
+            node = node.get(parent) or {}
         node.pop(last, None)
-    given = plain.get("pretrained", {})
-    for key in ("mean", "std"):  # of the public JAX weights, which always was so
-        if given.get(key) is None or tuple(given[key]) == cards.HALF:
-            given.pop(key, None)
+    model, given, data = (plain.get(key) or {} for key in ("model", "pretrained", "data"))
+    heads = model_sizes(model["variant"])["num_heads"] if model.get("variant") else None
+    for node, key, before in (
+        (given, "mean", cards.HALF),
+        (given, "std", cards.HALF),
+        (given, "resize", "linear"),
+        (model, "num_heads", heads),
+        (model, "norm_eps", 1e-6),
+        (data, "upright", False),
+    ):
+        value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)
+        if value is None or value == before:
+            node.pop(key, None)
     if name := given.get("name"):
-        plain["pretrained"]["name"] = pretrained.canonical(name)
+        given["name"] = pretrained.canonical(name)
     return json.loads(json.dumps(plain))
+
+
+def identity(run):
+    """A run's configuration without paths and devices, as plain values; equal for the same work."""
+    plain = described(run)
+    plain.get("grid", {}).pop("times_own_lr", None)  # its lr has the products
+    return plain
 
 
 def fingerprint(runs, marks=None):
     """Eight hex digits that name the work of these runs, and of the weights and dataset they used."""
-    text = json.dumps([[identity(run) for run in runs], marks or {}], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return _digest([[identity(run) for run in runs], marks or {}])
+
+
+def _digest(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def setting(values):
+    """What the seeds of one line share: `described` without the seed and what was searched."""
+    values = {key: value for key, value in values.items() if key != "seed"}
+    if values.get("grid"):  # chosen from it
+        values = {key: value for key, value in values.items() if key not in GRID}
+    return values
+
+
+def across_tasks(values):
+    """What the tasks of one line of a suite's table share: a `setting` without the task.
+
+    Values that are the recipe's of that task and method are left out, since every task has its own.
+    """
+    values = json.loads(json.dumps(setting(values)))
+    recipe = json.loads(json.dumps(_recipe(values.pop("task"), values["method"])))
+    values.pop("dataset", None)
+    if values.get("total_steps"):  # which make the epochs
+        values.pop("epochs")
+    for key, own in recipe.items():
+        if values.get(key) == own:
+            values.pop(key, None)
+        grid = values.get("grid") or {}
+        if grid.get(key) == [own]:
+            grid.pop(key)
+    if values.get("grid", {}).get("times_own_lr"):
+        values["grid"].pop("lr")
+    return values
+
+
+def digests(values):
+    """`{"setting", "line"}`: what rows of results are grouped by, for one task and across tasks."""
+    return {"setting": _digest(setting(values)), "line": _digest(across_tasks(values))}
 
 
 def differences(old, new, prefix=""):
@@ -200,15 +268,24 @@ def default_unroll(variant):
     return model_sizes(variant)["depth"] if jax.default_backend() == "cpu" else 1
 
 
-def shorter(run):
-    """Pixels of the shorter side of an image before a square is cut out of it, or None."""
-    return run.crop_from if run.crop else None
+def pixels(run):
+    """The `store.Pixels` of a run."""
+    return store.Pixels(
+        size=run.image_size,
+        variant=run.data.variant,
+        shorter=run.crop_from if run.crop else None,
+        upright=run.data.get("upright", False),
+    )
 
 
 def build_model(run):
     """The `vit.ViT` of a run."""
+    sizes = model_sizes(run.model.variant)
+    if run.model.get("num_heads"):  # None until `follow`, where only shapes matter
+        sizes = {**sizes, "num_heads": run.model.num_heads}
     return vit.ViT(
-        **model_sizes(run.model.variant),
+        **sizes,
+        norm_eps=run.model.get("norm_eps") or 1e-6,
         num_classes=tasks.get(run.task).classes,
         gelu=run.model.gelu or "tanh",  # None until `follow`, where only shapes matter
         attention=run.model.attention,
@@ -219,12 +296,11 @@ def build_model(run):
     )
 
 
-def load_weights(run, path, model):
-    """The frozen tree of a run whose weights are at a path."""
+def load_weights(run, path, model, note=None):
+    """The frozen tree of a run whose weights are at a path; `note` is told what was passed over."""
     given = run.pretrained
-    return pretrained.load(
-        path, model=model, image_size=run.image_size, grid=given.grid, mean=given.mean, std=given.std
-    )
+    how = pretrained.How(given.grid, given.mean, given.std, given.get("resize") or "linear")
+    return pretrained.load(path, model=model, image_size=run.image_size, how=how, note=note)
 
 
 def _names(text):
@@ -235,10 +311,10 @@ def _method_kwargs(chosen, kwargs, config):
     """Options for each method; each option must be known to one of them."""
     out, kwargs = {}, {k: _literal(v) for k, v in kwargs.items()}
     for method in chosen:
-        _as_user_error(methods.get, method)
+        methods.get(method)
         known = methods.options(method)
         out[method] = {k: v for k, v in kwargs.items() if k in known}
-        _as_user_error(methods.get, method, **out[method])
+        methods.get(method, **out[method])
     for key in kwargs:
         if not any(key in options for options in out.values()):
             if key in config:
@@ -263,7 +339,7 @@ def _variants(config, chosen):
         own = {k: v for k, v in variant.items() if k != "method"}
         name = "-".join(f"{k}{v}" for k, v in own.items()) or None
         for method in [variant["method"]] if "method" in variant else chosen:
-            _as_user_error(methods.get, method)
+            methods.get(method)
             known = {k: v for k, v in shared.items() if k in methods.options(method)}
             out.append((method, _method_kwargs([method], {**known, **own}, config)[method], name))
     if len({(method, name) for method, _, name in out}) < len(out):
@@ -288,8 +364,7 @@ def _resolve_one(config, task_name, variant, changes, suite):
     run.method_kwargs, run.options = ConfigDict(kwargs), options
     bundled = task.group == "bundled"
     _fill(run, "protocol", "fast" if bundled or suite else "official")
-    recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
-    recipe = {**recipe, **method.DEFAULTS, **task.recipes.get(method_name, {})}
+    recipe = _recipe(task_name, method_name)
     if run.protocol == "vtab":
         _fill_grid(run, {key: recipe.pop(key) for key in GRID})  # which are chosen later
     else:
@@ -299,10 +374,12 @@ def _resolve_one(config, task_name, variant, changes, suite):
         _fill(run, key, value)
     _check_schedule(run)
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
-    _fill(run.pretrained, "name", _default_weights(run.model.variant))
+    if run.pretrained.name is None:
+        run.pretrained.name = _default_weights(run.model.variant)
     if cards.of_jax(run.pretrained.name):  # others say it when they are there: `follow`
         _fill(run.model, "gelu", cards.JAX.gelu)
     _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
+    checks.heads(model_sizes(run.model.variant)["width"], run.model.num_heads)
     if run.crop and (run.crop_from or 0) < run.image_size:
         raise UserError(
             f"config.crop={run.crop} needs config.crop_from of at least the image size {run.image_size}"
@@ -311,8 +388,15 @@ def _resolve_one(config, task_name, variant, changes, suite):
     _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
     _fill(run.model, "unroll", default_unroll(run.model.variant))
     pretrained.check_size(run.image_size, build_model(run).patch_size)
-    _as_user_error(jax.eval_shape, method.init, jax.random.key(0), _shapes(run.model.variant))
+    methods.check(method_name, method, _shapes(run.model.variant))
     return run
+
+
+def _recipe(task_name, method_name):
+    """What a task and a method bring where the configuration says nothing."""
+    task, own = tasks.get(task_name), methods.METHODS[method_name].DEFAULTS
+    recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
+    return {**recipe, **own, **task.recipes.get(method_name, {})}
 
 
 def _set_epochs(run):
@@ -334,12 +418,13 @@ def _check_schedule(run):
 
 def _fill_grid(run, own):
     """Makes the values to choose from those of this method and task, whose own are `own`."""
-    grid = run.grid
-    if grid.times_own_lr:
-        grid.lr = tuple(float(f"{own['lr'] * times:.3g}") for times in grid.lr)
+    grid = run.grid.to_dict()
+    if grid["times_own_lr"]:
+        grid["times_own_lr"] = grid["lr"]
+        grid["lr"] = tuple(float(f"{own['lr'] * times:.3g}") for times in grid["lr"])
     for key in GRID:
         grid[key] = (run[key],) if run[key] is not None else tuple(grid[key]) or (own[key],)
-    del grid.times_own_lr
+    run.grid = ConfigDict(grid)
 
 
 @functools.cache
@@ -365,115 +450,3 @@ def _default_weights(variant):
             f".safetensors file, or to hf:timm/<name>"
         )
     return name
-
-
-def _as_user_error(function, *args, **kwargs):
-    try:
-        return function(*args, **kwargs)
-    except ValueError as e:
-        raise UserError(str(e)) from e
-
-
-def _check_common(config):
-    """Checks every value that does not depend on task or method."""
-    for key in ("model", "pretrained", "data", "grid", "method_kwargs"):
-        if not isinstance(config[key], ConfigDict):
-            raise UserError(f"config.{key}={config[key]} must be a group of values: leave it as it is")
-    for key in ("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "drop_path_mode"):
-        if config[key] is None:
-            raise UserError(f"config.{key} must have a value: leave it as it is, or set one")
-    if config.model.variant not in (None, "bundled"):
-        _as_user_error(vit.parse_variant, config.model.variant)
-    if config.schedule is not None:
-        _as_user_error(optim.learning_rates, config.schedule, 1.0, 1)
-    choices = {
-        "protocol": PROTOCOLS,
-        "optimizer": ("adamw", "momentum"),
-        "momentum_dtype": ("bfloat16", "float32"),
-        "crop": crops.KINDS,
-        "data.source": sources.KINDS,
-        "data.variant": store.VARIANTS,
-        "drop_path_mode": ("element", "sample"),
-        "model.gelu": ("tanh", "exact"),
-        "model.attention": ("xla", "cudnn"),
-        "dtype": ("float32", "bfloat16"),
-        "precision": ("highest", "high", "default", "tensorfloat32", "float32", "bfloat16"),
-    }
-    for key, allowed in choices.items():
-        value = _at(config, key)
-        if value is not None and value not in allowed:
-            raise unknown(f"value of config.{key}", value, allowed)
-    numbers = ("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "model.unroll")
-    for key in (*numbers, "num_devices", "grad_clip", "crop_from"):
-        value = _at(config, key)
-        if value is not None and value <= 0:
-            raise UserError(f"config.{key}={value} must be greater than 0")
-    _check_hyper("config", {key: config[key] for key in GRID if config[key] is not None})
-    if not 0 <= config.checkpoint_seconds < math.inf:
-        raise UserError(
-            f"config.checkpoint_seconds={config.checkpoint_seconds} must be finite and not negative"
-        )
-    seeds = (0,) if config.seeds is None else config.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or not all(_whole(s) and s < 2**63 for s in seeds):
-        raise UserError(f"config.seeds={seeds} must be different whole numbers, such as (0,1,2)")
-    for key in GRID:
-        for value in config.grid[key]:
-            _check_hyper("config.grid", {key: value})
-    grid = config.pretrained.grid
-    if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
-        raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
-    _check_pixels(config.pretrained.mean, config.pretrained.std)
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as e:
-        wanted = jax.config.jax_platforms
-        raise UserError(
-            f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install cuda13 or tpu"
-        ) from e
-    if config.model.attention == "cudnn" and (
-        jax.default_backend() != "gpu" or config.dtype == "float32"
-    ):
-        raise UserError("config.model.attention=cudnn needs a GPU and bfloat16: leave it at xla")
-    if jax.process_count() > 1 and config.num_devices not in (None, jax.device_count()):
-        raise UserError("config.num_devices is for one process: leave it out, or start fewer")
-    if (config.num_devices or 1) > jax.device_count():
-        raise UserError(
-            f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "
-            f"{jax.default_backend()} device(s)"
-        )
-    if config.pretrained.name is not None:
-        pretrained.address(pretrained.split_subtree(config.pretrained.name)[0])
-
-
-def _check_pixels(mean, std):
-    if (mean is None) != (std is None):
-        raise UserError("config.pretrained.mean and config.pretrained.std go together: set both")
-    if mean is not None:
-        try:
-            cards.check("exact", mean, std)
-        except ValueError as e:
-            raise UserError(f"config.pretrained: {e} (of red, green and blue): set them so") from e
-
-
-def _check_hyper(where, values):
-    """UserError unless a seed, learning rate, weight decay or drop-path rate is possible."""
-    for key, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "seed" and not (_whole(value) and value < 2**63):
-            raise UserError(f"{where}.seed={value} must be a whole number")
-        if key == "lr" and not (number and 0 < value < math.inf):
-            raise UserError(f"{where}.lr={value} must be greater than 0 and finite")
-        if key == "weight_decay" and not (number and 0 <= value < math.inf):
-            raise UserError(f"{where}.weight_decay={value} must be finite and not negative")
-        if key == "drop_path" and not (number and 0 <= value < 1):
-            raise UserError(f"{where}.drop_path={value} must be at least 0 and less than 1")
-
-
-def _whole(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _at(config, key):
-    for part in key.split("."):
-        config = config[part]
-    return config

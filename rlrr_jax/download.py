@@ -1,12 +1,12 @@
 """Files from https:// and gs:// addresses, cached on disk."""
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import http.client
+import json
 import os
 import pathlib
+import secrets
 import shutil
 import time
 import urllib.error
@@ -16,17 +16,13 @@ import urllib.request
 from etils import epath
 from tqdm import tqdm
 
+from rlrr_jax import files
 from rlrr_jax.errors import UserError, first_line
 
 ATTEMPTS = 5
 PUBLIC_GS = "https://storage.googleapis.com/"
 _BLOCK = 1 << 20
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-
-
-def cache_dir():
-    """Folder of downloaded files: $RLRR_JAX_CACHE, else ~/.cache/rlrr_jax."""
-    return pathlib.Path(os.environ.get("RLRR_JAX_CACHE", "~/.cache/rlrr_jax")).expanduser()
 
 
 def sha256(path):
@@ -43,12 +39,14 @@ def cached(url, folder=None):
     when it is whole. Raises UserError if the address cannot be read or the cached file has changed.
     """
     parts = urllib.parse.urlsplit(url)
-    path = pathlib.Path(folder or cache_dir()).expanduser() / parts.netloc / parts.path.lstrip("/")
+    path = files.cache(folder) / parts.netloc / parts.path.lstrip("/")
     record = path.with_name(path.name + ".sha256")
     if not (path.exists() and record.exists()):  # a cache that is complete may be read-only
-        with _lock(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.lock(path.parent, f"{path.name}.lock", wait=True) as held:
             if not path.exists():
-                part = path.with_name(path.name + ".part")
+                own = "" if held else f".{secrets.token_hex(4)}"  # two writers share no name
+                part = path.with_name(f"{path.name}{own}.part")
                 (_fetch_gs if parts.scheme == "gs" else _download)(url, part)
                 record.write_text(sha256(part) + "\n")
                 os.replace(part, path)
@@ -64,7 +62,9 @@ def cached(url, folder=None):
 
 
 def from_hub(name, folder=None):
-    """Local path of a model's `model.safetensors` on Hugging Face, its `config.json` beside it.
+    """Local path of a model's `model.safetensors` (or the index of its shards) on Hugging Face.
+
+    Its `config.json` and `preprocessor_config.json` lie beside it.
 
     Its own library downloads it, with its environment variables (HF_TOKEN, HF_ENDPOINT,
     HF_HUB_OFFLINE) and, unless `folder` says otherwise, its cache.
@@ -74,29 +74,32 @@ def from_hub(name, folder=None):
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as e:
         raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
-    place = dict(cache_dir=folder and pathlib.Path(folder).expanduser() / "hub")
-    try:
+    place = dict(cache_dir=folder and files.local(folder) / "hub")
+
+    def get(file):
+        """Its path, None if the model has no such file."""
         try:
-            huggingface_hub.hf_hub_download(name, "config.json", **place)
+            return pathlib.Path(huggingface_hub.hf_hub_download(name, file, **place))
         except LocalEntryNotFoundError:  # a kind of the next, of the network
             raise
         except EntryNotFoundError:
-            pass
-        return pathlib.Path(huggingface_hub.hf_hub_download(name, "model.safetensors", **place))
+            return None
+
+    try:
+        get("config.json")
+        get("preprocessor_config.json")
+        if whole := get("model.safetensors"):
+            return whole
+        if index := get("model.safetensors.index.json"):
+            for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                get(shard)
+            return index
+        raise FileNotFoundError("it has no model.safetensors")
     except Exception as e:  # of the network, the name, the disk
         raise UserError(
             f"cannot get model.safetensors of hf:{name} ({first_line(e)}): check the name and the "
             f"network, or download it by hand and give its path"
         ) from e
-
-
-@contextlib.contextmanager
-def _lock(path):
-    """Lets one process at a time write `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch_gs(url, part):

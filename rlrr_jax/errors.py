@@ -1,25 +1,37 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and put right, and how a command ends."""
 
 import argparse
 import difflib
+import os
 import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+from rlrr_jax import screen
+
+TRACEBACK = "RLRR_JAX_TRACEBACK"  # set to 1, it shows where a one-sentence error came from
 
 
 class UserError(ValueError):
-    """Wrong input. Its text is one sentence: what is wrong and what to do. `main` shows only that."""
+    """Wrong input. Its text is one sentence: what is wrong and what to do. Commands show only that."""
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def unknown(kind, name, options):
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"did you mean 'rlrr'? Known"` for a misspelt name, `"known"` if nothing is near."""
+    near = difflib.get_close_matches(str(name), list(map(str, known)), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? Known" if near else "known"
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> UserError:
     """A UserError for a name that is none of `options`, with the nearest of them."""
     options = sorted(map(str, options))
-    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? Known" if near else "known"
-    return UserError(f"unknown {kind} {str(name)!r}: {hint}: {', '.join(options)}")
+    hint = nearest(name, options)
+    return UserError(f"unknown {kind} {str(name)!r}: {hint}: {', '.join(options) or 'none'}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's; an unknown flag is said before what is missing for want of it."""
+        """As argparse's; an unknown flag is reported before what is missing for want of it."""
         flags = list(self._option_string_actions)
         for text in sys.argv[1:] if args is None else args:
             flag = text.partition("=")[0]
@@ -42,16 +54,46 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: {self.prog} --help lists what there is")
 
 
-def one_sentence(program):
-    """Runs a program; every error a user can mend ends it with one sentence and exit code 1."""
+def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Runs a command. What its user can put right ends it with one sentence and exit code 1.
+
+    Every other exception is a fault of this program, or of a change to it, and keeps its traceback.
+
+    Args:
+      program: what the command does.
+      interrupted: what is printed after Ctrl-C.
+    """
+    screen.prepare()
     try:
         program()
     except UserError as e:
-        sys.unraisablehook = sys.excepthook = lambda *_: None  # what libraries could not clean up
-        sys.exit(f"error: {e}")
+        _end(f"error: {e}")
     except OSError as e:
+        if e.errno is None:
+            _report()
         where = f" {e.filename}" if e.filename else ""
         reason = (e.strerror or str(e)).strip().splitlines()[-1].strip()
-        sys.exit(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
+        _end(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on where it stopped")
+        _end(interrupted, 130)
+    except Exception:
+        _report()
+
+
+def _end(text, code=1):
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    sys.unraisablehook = sys.excepthook = lambda *_: None  # what libraries could not clean up
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _report():
+    traceback.print_exc()
+    print(
+        "\nThis is no error of your input that we know of: if you changed the code, look there; else "
+        "please report the lines above, with your command, where you got rlrr_jax from.",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.exit(1)

@@ -1,29 +1,14 @@
-"""Figures of an analysis, as PNG bytes, in Okabe and Ito's colours for colour-blind people, too."""
+"""Figures of an analysis, as PNG bytes."""
 
-import io
+import functools
 
 import numpy as np
 
+from rlrr_jax import plots
 from rlrr_jax.methods import base
+from rlrr_jax.plots import COLOURS, MARKS
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKS = "osD^vPX*"
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _png(figure):
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    _pyplot().close(figure)
-    return picture.getvalue()
+_png = functools.partial(plots.png, dpi=150)
 
 
 def _by_block(numbers, kernel, key):
@@ -34,8 +19,7 @@ def _by_block(numbers, kernel, key):
 
 def _panels(what, draw, found):
     """A panel for each of the six Dense layers, sharing the legend."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5.2), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plots.subplots(2, 3, (9, 5.2), sharex=True, sharey=True)
     for axis, kernel in zip(axes.flat, base.DENSE):
         for i, (label, numbers) in enumerate(found.items()):
             draw(axis, numbers, kernel, label, COLOURS[i % 8], MARKS[i % 8])
@@ -54,7 +38,6 @@ def _legend(figure, axes):
 
 def change(found):
     """Heat maps: relative change of each kernel of each block, a panel for each run, one scale."""
-    plt = _pyplot()
     names = list(base.DENSE)
     tables = {
         label: 100 * np.array([_by_block(numbers, name, "relative_change")[1] for name in names])
@@ -64,7 +47,7 @@ def change(found):
     columns = min(len(tables), 3)
     rows = -(-len(tables) // columns)
     size = (1.2 + columns * max(2.6, 0.36 * depth), 0.5 + 2.1 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plots.subplots(rows, columns, size)
     top = max(table.max() for table in tables.values()) or 1
     for axis in axes.flat[len(tables) :]:
         axis.set_visible(False)
@@ -118,9 +101,8 @@ def turn(found):
 
 def spectra(found):
     """Singular values of the middle block, of W (black) and every W', and their ratio below."""
-    plt = _pyplot()
     tall = dict(height_ratios=(2, 1.2, 2, 1.2))
-    figure, axes = plt.subplots(4, 3, figsize=(9, 8), layout="constrained", gridspec_kw=tall)
+    figure, axes = plots.subplots(4, 3, (9, 8), gridspec_kw=tall)
     first = next(iter(found.values()))["kernels"]
     middle = (max(row["block"] for row in first) + 1) // 2
     pick = lambda rows, name: next(r for r in rows if (r["kernel"], r["block"]) == (name, middle))
@@ -149,7 +131,6 @@ def spectra(found):
 
 def scales(found):
     """Mean and standard deviation of the learnt scales by depth; None if no run has any."""
-    plt = _pyplot()
     kinds = ("scale_in", "scale_out", "scale")
     panels = []
     for label, numbers in found.items():
@@ -163,7 +144,7 @@ def scales(found):
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
     size = (1 + 5 * columns, 0.4 + 3.1 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plots.subplots(lines, columns, size)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, rows) in zip(axes.flat, panels):

@@ -1,49 +1,122 @@
-"""Small files that are whole or as they were, on disk or behind gs://."""
+"""Files that are whole or as they were, on disk or behind gs://; locks; where caches are."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import pathlib
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
 from rlrr_jax.errors import UserError
 
+CACHE = "RLRR_JAX_CACHE"  # names the folder of caches
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_told = set()  # that there are no locks
 
-def local(path):
+
+def local(path) -> pathlib.Path:
     """A path on this machine, `~` expanded; UserError for gs:// and the like, or an unknown user."""
     if "://" in str(path):
         raise UserError(f"{path} is not on this machine: copy it into a local folder first")
     try:
         return pathlib.Path(path).expanduser()
-    except RuntimeError as e:  # of ~nobody
+    except RuntimeError as e:  # of ~nobody, or of nobody's
         raise UserError(f"{path} names no home directory: write the whole path") from e
 
 
-def write(path, data):
-    """Replaces a file by text or bytes; it is on the disk when this returns."""
+def cache(folder=None) -> pathlib.Path:
+    """Folder of caches: the one given, else $RLRR_JAX_CACHE, else ~/.cache/rlrr_jax.
+
+    Raises UserError if this user has no home directory and nothing else is said.
+    """
+    folder = folder or os.environ.get(CACHE)
+    if folder:
+        return local(folder)
+    try:
+        return pathlib.Path("~/.cache/rlrr_jax").expanduser()
+    except RuntimeError as e:
+        raise UserError(
+            f"this user has no home directory: set {CACHE} to a folder for downloads and decoded images"
+        ) from e
+
+
+def walk(folder) -> Iterator[pathlib.Path]:
+    """All files below a local folder, linked folders followed once each, in order of their paths."""
+    seen = set()
+    for root, names, found in os.walk(folder, followlinks=True):
+        here = os.stat(root)
+        if (here.st_dev, here.st_ino) in seen:  # a link to where we have been
+            names.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        names.sort()
+        yield from (pathlib.Path(root, name) for name in sorted(found))
+
+
+def write(path, data: str | bytes) -> None:
+    """Replaces a file by text or bytes; it is on the disk when this returns.
+
+    A link stays, and what it leads to is replaced; pipes and devices are written to.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    path = through(path)
+    if is_special(path):
+        with path.open("wb") as f:
+            f.write(data)
+        return
+    part = temporary(path)
+    try:
+        with part.open("wb") as f:
+            f.write(data)
+            if "://" not in str(part):
+                f.flush()
+                os.fsync(f.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def through(path):
+    """Where a file is written: what a link leads to."""
+    return epath.Path(path if "://" in str(path) else os.path.realpath(path))
+
+
+def is_special(path) -> bool:
+    """Whether a path is a pipe, a device or a socket, which cannot be replaced."""
+    if "://" in str(path):
+        return False
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def temporary(path):
+    """A name beside a path that no other writer has."""
     path = epath.Path(path)
-    part = path.parent / (path.name + ".part")
-    with part.open("wb") as f:
-        f.write(data.encode() if isinstance(data, str) else data)
-        if "://" not in str(part):
-            f.flush()
-            os.fsync(f.fileno())
-    part.replace(path)
+    return path.parent / f".{secrets.token_hex(6)}.part{path.suffix[:20]}"
 
 
-def write_json(path, value):
+def write_json(path, value: Any) -> None:
     """Replaces a file by indented JSON."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_rows(path, rows):
+def write_rows(path, rows: list) -> None:
     """Replaces a `.jsonl` file."""
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_json(path):
+def read_json(path) -> dict:
     """The JSON object in a file; UserError if it is none."""
     with _explained(path):
         value = json.loads(epath.Path(path).read_text())
@@ -52,7 +125,7 @@ def read_json(path):
         return value
 
 
-def read_rows(path):
+def read_rows(path) -> list:
     """The lines of a `.jsonl` file, [] if there is none; UserError if one is no JSON."""
     path = epath.Path(path)
     with _explained(path):
@@ -70,16 +143,31 @@ def _explained(path):
 
 
 @contextlib.contextmanager
-def lock(folder, name=".lock", wait=False):
-    """Holds a local folder for one process; if another has it, waits or raises UserError."""
+def lock(folder, name=".lock", wait=False) -> Iterator[bool]:
+    """Holds a local folder for one process; if another has it, waits or raises UserError.
+
+    Yields whether it is held: behind gs:// it is not, nor, with a warning, where locks are unknown.
+    """
     if "://" in str(folder):
-        yield
+        yield False
         return
     with open(epath.Path(folder) / name, "w") as f:
+        held = True
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
             raise UserError(
                 f"another process is training in {folder}: wait for it, or choose another --workdir"
             ) from e
-        yield
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise
+            held = False
+            if not _told:
+                print(
+                    f"warning: {folder} cannot be locked ({e.strerror}): start no second process there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            _told.add(str(folder))
+        yield held

@@ -87,15 +87,16 @@ def evaluate(folder, progress=True, weights=None, cache_dir=None):
         run.task, run.data.dir, run.data.source if run.data.source in sources.KINDS else None
     )
     images, labels = store.load_split(
-        *(run.task, train.splits(run)[1], run.image_size, run.data.variant),
-        *(found, run.data.cache_dir, config_lib.shorter(run)),
+        run.task, train.splits(run)[1], config_lib.pixels(run), found, run.data.cache_dir
     )
     size, answers = min(run.eval_batch_size, len(labels)), []
-    for start in tqdm(range(0, len(labels), size), desc=str(folder), disable=not progress):
-        batch = images[start : start + size]
-        padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
-        logits = tuned.logits(np.concatenate([batch, padding]))
-        answers.append(np.asarray(logits.argmax(-1))[: len(batch)])
+    with tqdm(total=len(labels), desc=str(folder), unit="img", disable=not progress) as bar:
+        for start in range(0, len(labels), size):
+            batch = images[start : start + size]
+            padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
+            logits = tuned.logits(np.concatenate([batch, padding]))
+            answers.append(np.asarray(logits.argmax(-1))[: len(batch)])
+            bar.update(len(batch))
     return Answers(np.asarray(labels), np.concatenate(answers), lambda i: images[i : i + 1][0])
 
 

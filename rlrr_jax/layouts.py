@@ -24,8 +24,28 @@ _TIMM_BLOCK = {
 }
 _TIMM = {"patch_embed.proj": "embedding", "norm": "Transformer/encoder_norm", "head": "head"}
 _TIMM_STEM = "patch_embed.proj.weight"
-# Of other heads and of pre-training; the class token's path does not use them.
-_TIMM_UNUSED = r"(head_dist|head\.\d|fc_norm|mask_token|decoder|predictor|projector)\b.*|decoder_.*"
+# Of other heads, of pre-training and of trainers: the class token's path does not use them.
+_UNUSED = re.compile(
+    r"(pre_logits|head_dist|head[./](\d+|mlp|last_layer|fc)|fc_norm|pooler|mask_token|decoder|predictor"
+    r"|projector|dino_head|ibot_head|optimizer|opt)\b.*|decoder_.*|(.*[./])?position_ids"
+    r"|epoch|step|global_step|iteration"
+)
+# transformers' names in a block -> timm's.
+_HF_BLOCK = {
+    r"attention\.(?:attention\.)?(query|key|value)": "attn.{}",
+    r"attention\.([qkv])_proj": "attn.{}",
+    r"attention\.(?:output\.dense|o_proj)": "attn.proj",
+    r"layernorm_before|norm1": "norm1",
+    r"layernorm_after|norm2": "norm2",
+    r"intermediate\.dense|mlp\.fc1": "mlp.fc1",
+    r"output\.dense|mlp\.fc2": "mlp.fc2",
+}
+_HF_LEAF = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.mask_token": "mask_token",
+}
+_HF_STEM = "embeddings.patch_embeddings.projection"
 _TIMM_REFUSED = {
     "reg_token": "register tokens",
     "register_tokens": "register tokens",
@@ -64,8 +84,18 @@ def stacked(flat):
 # From -----------------------------------------------------------------------------------------
 
 
+def passed_over(flat, wanted):
+    """Arrays by our names without those that are known to be of no use here, and what these are.
+
+    Args:
+      wanted: names that the model has.
+    """
+    unused = sorted(key for key in flat if key not in wanted and _UNUSED.fullmatch(key))
+    return {key: value for key, value in flat.items() if key not in set(unused)}, unused
+
+
 def from_jax(flat, subtree, path):
-    """The arrays of an `.npz` under the subtree by our names, without pre_logits.
+    """The arrays of an `.npz` under the subtree by our names, and the names of those elsewhere.
 
     Layouts read: the original one of 2020 and AugReg
     (`encoderblock_<i>/MultiHeadDotProductAttention_1`, `posembed_input`, a class-token row in the
@@ -85,7 +115,7 @@ def from_jax(flat, subtree, path):
         choices = " or ".join(f"{path}:{subtree}{p[:-1]}" for p in prefixes)
         raise UserError(f"{path} holds several trees of weights: write {choices}")
     prefix = (preferred or prefixes)[0]
-    names = {}
+    names, outside = {}, [key for key in flat if not key.startswith(prefix)]
     for key, value in flat.items():
         if not key.startswith(prefix):
             continue
@@ -93,13 +123,12 @@ def from_jax(flat, subtree, path):
         key = key.replace("MultiHeadDotProductAttention_1/", f"{_ATTENTION}/")
         key = key.replace("/LayerNorm_2/", "/LayerNorm_1/").replace("/MlpBlock_3/", f"/{_MLP}/")
         key = re.sub(r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", key)
-        if not key.startswith("pre_logits/"):
-            names[key] = value
-    return numbered(names)
+        names[key] = value
+    return numbered(names), outside
 
 
 def from_timm(flat, num_heads, path):
-    """The arrays of a timm ViT (or of DINOv2's, MAE's or MoCo v3's code) by our names.
+    """The arrays of a timm ViT (or of DINOv2's, MAE's or MoCo v3's code) by our names, and other names.
 
     `qkv` is taken apart, LayerScale (`ls1.gamma`) folded into the Dense before it.
 
@@ -112,6 +141,7 @@ def from_timm(flat, num_heads, path):
     if not preferred and len(prefixes) > 1:
         raise UserError(f"{path} holds several models ({', '.join(prefixes)}): keep one of them")
     prefix = (preferred or prefixes)[0]
+    outside = [key for key in flat if not key.startswith(prefix)]
     flat = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
     for key in flat:
         for name, what in _TIMM_REFUSED.items():
@@ -121,8 +151,6 @@ def from_timm(flat, num_heads, path):
         raise UserError(f"{path} has no class token (cls_token), which this ViT needs: take another")
     out, gammas = {}, {}
     for key, value in flat.items():
-        if re.fullmatch(_TIMM_UNUSED, key):
-            continue
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
             block = f"Transformer/encoderblock_{match[1]}"
             if layer := re.fullmatch(r"ls([12])\.gamma", match[2]):
@@ -142,7 +170,53 @@ def from_timm(flat, num_heads, path):
             if key in out and gamma.shape != out[key].shape[-1:]:
                 raise UserError(f"{path}: the LayerScale of {name} has the shape {gamma.shape}")
             out |= {key: out[key] * gamma} if key in out else {}
-    return out
+    return out, outside
+
+
+def of_transformers(names):
+    """Whether these are names of transformers' ViT or Dinov2."""
+    return any(name.endswith(f"{_HF_STEM}.weight") for name in names)
+
+
+def from_transformers(flat, num_heads, path):
+    """The arrays of a ViT or Dinov2 of transformers (both its generations of names) as `from_timm`'s.
+
+    Raises UserError as `from_timm` does.
+    """
+    stems = [
+        key.removesuffix(f"{_HF_STEM}.weight") for key in flat if key.endswith(f"{_HF_STEM}.weight")
+    ]
+    if len(stems) > 1:
+        raise UserError(f"{path} holds several models ({', '.join(stems)}): keep one of them")
+    named, parts = {}, {}
+    for key, value in flat.items():
+        key = key.removeprefix(stems[0])
+        stem, _, part = key.rpartition(".")
+        known = {_HF_STEM: "patch_embed.proj", "layernorm": "norm", "classifier": "head"}
+        block = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", stem)
+        if block and re.fullmatch(r"layer_scale[12]\.lambda1", f"{block[2]}.{part}"):
+            named[f"blocks.{block[1]}.ls{block[2][-1]}.gamma"] = value
+        elif block:
+            name = _hf_block(block[2])
+            if name in ("attn.q", "attn.k", "attn.v"):
+                parts.setdefault((block[1], part), {})[name[-1]] = value
+            else:
+                named[f"blocks.{block[1]}.{name}.{part}"] = value
+        else:
+            named[_HF_LEAF.get(key, f"{known.get(stem, stem)}.{part}")] = value
+    for (block, part), arrays in parts.items():
+        if arrays.keys() != {"q", "k", "v"} or len({x.shape for x in arrays.values()}) > 1:
+            raise UserError(f"{path}: block {block} has no query, key and value of one size")
+        named[f"blocks.{block}.attn.qkv.{part}"] = np.concatenate([arrays[n] for n in "qkv"])
+    return from_timm(named, num_heads, path)
+
+
+def _hf_block(name):
+    """timm's name of a layer in a block; one that is not known keeps its own, and is reported."""
+    for pattern, theirs in _HF_BLOCK.items():
+        if match := re.fullmatch(pattern, name):
+            return theirs.format(match[1][0]) if match.groups() else theirs
+    return name
 
 
 def _timm_block(name, value, num_heads):

@@ -1,4 +1,4 @@
-"""`python -m rlrr_jax.main --config configs/vtab.py:cifar`: flags in, a table out."""
+"""Fine-tunes and evaluates: `python -m rlrr_jax.main --config configs/vtab.py:cifar`."""
 
 import os
 import pathlib
@@ -11,8 +11,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlrr_jax import distributed, report, suite, train
-from rlrr_jax.errors import UserError, one_sentence
+from rlrr_jax import distributed, files, report, suite, train
+from rlrr_jax.errors import UserError, one_sentence, unknown
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -31,7 +31,23 @@ _TIMEOUT = flags.DEFINE_integer(
 
 STOPPED = 75  # exit code of a run that was stopped by SIGTERM and goes on when started again
 _KEYS = "the configuration file lists them; options of a method are written vtab.py:init=damped"
-CACHE = pathlib.Path("~/.cache/rlrr_jax/compiled")
+HELP = """\
+Fine-tunes a Vision Transformer on labelled images, and prints a table of results.
+
+  python -m rlrr_jax.main --config configs/vtab.py                 the bundled model and tasks
+  python -m rlrr_jax.main --config configs/vtab.py:cifar           a VTAB-1k task
+  python -m rlrr_jax.main --config configs/vtab.py:cifar,method=linear+lora+rlrr
+  python -m rlrr_jax.main --config configs/vtab.py:all             all 19 tasks
+  python -m rlrr_jax.main --config configs/compare.py:cifar        every method, tuned alike
+
+  --config FILE[:ARGUMENT]  a configuration; those of configs/ are found from any folder
+  --config.KEY=VALUE        another value of one of its keys, such as --config.lr=1e-3
+  --workdir DIR             where results go, and where a run goes on; default runs/<hash>
+  --distributed=auto|on|off several processes in one run; --distributed_timeout=SECONDS to wait for them
+
+The keys are in configs/vtab.py, methods and their options in: python -m rlrr_jax.methods
+"""
+INTERRUPTED = "interrupted: what was saved and what is finished is kept, and the same command goes on"
 BUNDLED = """\
 No task was named: this trains the bundled tasks, hearts and digits, on the bundled tiny ViT.
 A VTAB-1k task with real weights: python -m rlrr_jax.main --config configs/vtab.py:cifar
@@ -50,9 +66,7 @@ def main(argv):
     if config is None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
     distributed.start(_DISTRIBUTED.value, _TIMEOUT.value)
-    if jax.config.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR says where
-        jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    _cache_programs()
     if not distributed.lead():
         sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
     if config.task is None:
@@ -77,25 +91,77 @@ def main(argv):
         )
 
 
+def _cache_programs():
+    """Keeps compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR says where already."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder = files.cache() / "compiled"
+    except UserError as e:
+        print(f"warning: compiled programs are not kept: {e}", file=sys.stderr, flush=True)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def run():
     """The command."""
-    one_sentence(lambda: app.run(main, flags_parser=_parse_flags))
+    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+        one_sentence(lambda: print(HELP, end=""))
+        return
+    one_sentence(lambda: app.run(main, flags_parser=_parse_flags), INTERRUPTED)
+
+
+def find_config(text):
+    """A configuration file with its argument; one of ours is found from any folder."""
+    path, colon, argument = text.partition(":")
+    ours = pathlib.Path(__file__).parent / "configs" / pathlib.PurePath(path).name
+    if pathlib.Path(path).exists() or pathlib.PurePath(path).parent.name != "configs":
+        return text
+    return f"{ours}{colon}{argument}" if ours.exists() else text
 
 
 def _parse_flags(argv):
     """absl's parser, with the errors of configuration files and keys as UserErrors."""
+    argv = list(argv)
+    for i, text in enumerate(argv):
+        if text.startswith(("--config=", "-config=")):
+            flag, _, value = text.partition("=")
+            argv[i] = f"{flag}={find_config(value)}"
+        elif text in ("--config", "-config") and i + 1 < len(argv):
+            argv[i + 1] = find_config(argv[i + 1])
+    unset = [text for text in argv if re.fullmatch(r"--?config\.[\w.]+=None", text)]
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS([text for text in argv if text not in unset])
+        for text in unset:
+            _unset(_CONFIG.value, text.removesuffix("=None").partition(".")[2])
+        return rest
     except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest
         if "ml_collections" not in traceback.extract_tb(e.__traceback__)[-1].filename:
             raise  # a mistake in the configuration file
         key, near = re.search(r"\w+", str(e)), re.search(r'Did you mean "(.*?)"', str(e))
         hint = f"did you mean {near[1]!r}?" if near else _KEYS
         raise UserError(f"unknown key {key[0]!r} in a --config flag: {hint}") from e
+    except UserError:
+        raise
     except (flags.Error, TypeError, ValueError) as e:
-        last = (str(e).strip() or repr(e)).splitlines()[-1]  # ml_collections quotes a whole traceback
-        said = re.match(r"(?:ValueError|rlrr_jax\.errors\.UserError): (.*)", last)
-        raise UserError(said[1] if said else str(e)) from e
+        text = str(e).strip() or repr(e)
+        if "Traceback (most recent call last)" not in text:
+            raise UserError(text) from e
+        last = text.splitlines()[-1]  # ml_collections quotes what a configuration file raised
+        if said := re.match(r"rlrr_jax\.errors\.UserError: (.*)", last):
+            raise UserError(said[1]) from e
+        raise
+
+
+def _unset(config, key):
+    """Sets a key, such as "model.gelu", to None: what it is if nothing was said."""
+    *groups, last = key.split(".")
+    for group in groups:
+        config = config[group]
+    if last not in config:
+        raise unknown("key in a --config flag", last, config.keys())
+    config[last] = None
 
 
 if __name__ == "__main__":

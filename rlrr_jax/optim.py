@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import optax
 
+from rlrr_jax.errors import UserError
+
 WARMUP_LR, MIN_LR = 1e-7, 1e-8  # the authors'
 
 
@@ -54,7 +56,7 @@ def learning_rates(schedule, lr, epochs, steps=1, total_steps=None, warmup_steps
         linear warm-up by steps, which begins at 0, then a cosine to 0 at `total_steps`.
       lr: the largest learning rate.
 
-    Raises ValueError for an unknown schedule.
+    Raises UserError for an unknown schedule.
     """
     if schedule == "bigvision":
         total = total_steps or epochs * steps
@@ -65,7 +67,7 @@ def learning_rates(schedule, lr, epochs, steps=1, total_steps=None, warmup_steps
     elif schedule == "cosine":
         each = [_cosine(e, lr, epochs // 10, epochs) for e in range(epochs)]
     else:
-        raise ValueError(f"unknown schedule {schedule!r}: use official, cosine or bigvision")
+        raise UserError(f"unknown schedule {schedule!r}: use official, cosine or bigvision")
     return [value for value in each for _ in range(steps)]
 
 

@@ -4,6 +4,7 @@ IMAGES are files, folders (searched through), patterns such as "x/*.png", or `-`
 standard input. Files that are no readable image are named at the end, and the exit code is 1.
 """
 
+import collections
 import csv
 import functools
 import glob
@@ -23,12 +24,21 @@ from rlrr_jax import adapters, files
 from rlrr_jax.data import store
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
 FORMATS = ("table", "csv", "jsonl")
 
 
-def find(names):
-    """Paths of images, in order, each once; UserError if there is none."""
+def find(names, note=lambda text: None):
+    """Paths of images, in order, each once; UserError if there is none.
+
+    In a folder these are the files with one of `ENDINGS`, in linked folders, too. Hidden files and
+    folders (`._a.png`, `.ipynb_checkpoints`) are passed over.
+
+    Args:
+      names: files, folders, patterns, or "-" for a list on standard input.
+      note: called with a sentence about what was passed over in a folder.
+    """
     paths = []
     for name in names:
         if name == "-":
@@ -39,11 +49,10 @@ def find(names):
         there = pathlib.Path(name).exists()  # a file may be called ~x.png
         path = pathlib.Path(name) if there else files.local(name)
         if path.is_dir():
-            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+            paths += _below(path, note)
         elif not path.exists() and glob.has_magic(name):
-            paths += sorted(
-                p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)) if p.is_file()
-            )
+            found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+            paths += sorted(p for p in found if p.is_file())
         else:
             paths.append(path)
     if not paths:
@@ -51,10 +60,30 @@ def find(names):
     return list(dict.fromkeys(paths))
 
 
-def read(path, size, shorter=None):
-    """An image file as the model takes it, [size, size, 3] uint8; ValueError if it is none."""
+def _below(folder, note):
+    """Images below a folder."""
+    found, others = [], collections.Counter()
+    for path in files.walk(folder):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            others["hidden"] += 1
+        elif path.suffix.lower() in ENDINGS and path.is_file():
+            found.append(path)
+        else:
+            others[path.suffix.lower() or "without an ending"] += 1
+    if others:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
+        note(f"note: {folder} has other files, passed over: {kinds}")
+    return found
+
+
+def read(path, pixels):
+    """An image file as the model takes it, [size, size, 3] uint8; ValueError if it is none.
+
+    Args:
+      pixels: a `store.Pixels`; it is turned upright whatever that says.
+    """
     try:
-        return store.decode(path.read_bytes(), size, shorter=shorter)
+        return store.decode(path.read_bytes(), pixels._replace(upright=True))
     except MemoryError:
         raise
     except UnidentifiedImageError as e:
@@ -79,7 +108,7 @@ def predict(tuned, paths, batch_size=64, progress=False):
     """
     run = tuned.card["config"]
     shorter = run["crop_from"] if run["crop"] else None
-    one = functools.partial(_one, size=tuned.card["image_size"], shorter=shorter)
+    one = functools.partial(_one, pixels=store.Pixels(tuned.card["image_size"], shorter=shorter))
     softmax = jax.jit(lambda x: jax.nn.softmax(x, -1))
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -98,9 +127,9 @@ def predict(tuned, paths, batch_size=64, progress=False):
             bar.update(len(batch))
 
 
-def _one(path, size, shorter):
+def _one(path, pixels):
     try:
-        return read(path, size, shorter), None
+        return read(path, pixels), None
     except ValueError as e:
         return None, str(e)
 
@@ -144,7 +173,7 @@ def main():
     args = parser.parse_args()
     if args.top_k < 1 or args.batch_size < 1:
         raise UserError("--top_k and --batch_size must be greater than 0")
-    paths = find(args.images)
+    paths = find(args.images, note=lambda text: print(text, file=sys.stderr, flush=True))
     tuned = adapters.load(args.adapter, weights=args.weights, cache_dir=args.cache_dir)
     rows, bad = [], []
     found = predict(tuned, paths, args.batch_size, progress=len(paths) > args.batch_size)

@@ -2,6 +2,7 @@
 
 python -m rlrr_jax.prepare --tasks all --data_dir DIR            (needs the extra `prepare`)
 python -m rlrr_jax.prepare --tasks all --data_dir DIR --check    (needs nothing more)
+python -m rlrr_jax.prepare --prune              (removes decoded images that no task uses)
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 from rlrr_jax import files
-from rlrr_jax.data import sources, tasks
+from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
 FINGERPRINTS = "rlrr_jax_fingerprints.json"  # in the data folder
@@ -88,7 +89,14 @@ def main():
     parser.add_argument("--manual_dir", help="of files fetched by hand; DATA_DIR/downloads/manual")
     parser.add_argument("--source", choices=sources.KINDS, help="what --check reads if both are there")
     parser.add_argument("--check", action="store_true", help="only checks what is there")
+    parser.add_argument(
+        "--prune", action="store_true", help="removes decoded images that no task uses"
+    )
+    parser.add_argument("--cache_dir", help="folder of decoded images; default ~/.cache/rlrr_jax")
     args = parser.parse_args()
+    if args.prune:
+        print(prune(args.cache_dir))
+        return
     every = tasks.expand(args.tasks.replace("+", ",").split(","))
     if not (names := [name for name in every if tasks.get(name).tfds]):
         raise UserError(f"{args.tasks} is not part of VTAB-1k: there is nothing to prepare")
@@ -118,6 +126,15 @@ def summary(names, problems, manual):
         todo = todo.get(state, "see the line above")
         lines.append(f"| {name} | {state} | {todo.format(manual=manual)} |")
     return "\n".join(lines)
+
+
+def prune(cache_dir=None):
+    """Removes decoded images that no task uses; what was removed and what is left, in words."""
+    removed = store.prune(cache_dir)
+    lines = [f"removed {folder.name}, {size / 1e9:.2f} GB: {why}" for folder, size, why in removed]
+    left = store.entries(cache_dir)
+    total = sum(size for _, size, _ in left) / 1e9
+    return "\n".join([*lines, f"{store.images_folder(cache_dir)}: {len(left)} left, {total:.2f} GB"])
 
 
 def _is_there(name, data_dir, kind):

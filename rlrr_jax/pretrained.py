@@ -1,25 +1,49 @@
 """Pretrained ViT weights by name, file or address, read into our tree: `.npz` and `.safetensors`."""
 
+import functools
+import hashlib
+import json
 import math
 import pathlib
 import re
 import zipfile
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 import scipy.ndimage
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlrr_jax import cards, download, layouts
+from rlrr_jax import cards, download, files, layouts
 from rlrr_jax.errors import UserError, first_line, unknown
 
 ADDRESS = "https://storage.googleapis.com/vit_models/"
 FOLDERS = ("imagenet21k/", "imagenet21k+imagenet2012/", "augreg/", "sam/", "gsam/")
 HUB = "hf:"  # of Hugging Face, such as hf:timm/vit_base_patch16_224.augreg_in21k
 BUNDLED = pathlib.Path(__file__).parent / "bundled" / "vit.npz"
+# How a position embedding is brought to another grid: "linear" is SciPy's zoom, as in the public JAX
+# code; "bicubic" is PyTorch's with antialiasing, as in timm; "bicubic_plain" is PyTorch's without, as
+# in transformers.
+RESIZES = ("linear", "bicubic", "bicubic_plain")
+
+
+class How(NamedTuple):
+    """How a weight file is read; None is what its `cards.Card` says.
+
+    Attributes:
+      grid: (rows, columns) of the file's position embedding, where it is not square.
+      mean, std: of each colour, for pixels in [0, 1]. They are folded into the patch embedding, so that
+        every model takes images in [-1, 1].
+      resize: one of `RESIZES`.
+    """
+
+    grid: tuple | None = None
+    mean: tuple | None = None
+    std: tuple | None = None
+    resize: str | None = None
 
 
 def _augreg(model, setting):
@@ -72,7 +96,7 @@ def address(name):
     name = ALIASES.get(name, name)
     if name.startswith(FOLDERS):
         return ADDRESS + name.removesuffix(".npz") + ".npz"
-    file = name.endswith((".npz", ".safetensors")) or pathlib.Path(name).expanduser().exists()
+    file = name.endswith((".npz", ".safetensors", cards.INDEX)) or files.local(name).exists()
     if file or "://" in name or name.startswith(HUB):
         return name
     what = "weights (neither a name nor a .npz or .safetensors file)"
@@ -97,7 +121,7 @@ def fetch(name, cache_dir=None):
     else:
         hub = where.startswith(HUB)
         path = download.from_hub(where.removeprefix(HUB), cache_dir) if hub else _local(where)
-        digest = download.sha256(path)
+        digest = _sha256(path)
     return f"{path}:{subtree}" if subtree else str(path), digest
 
 
@@ -110,30 +134,49 @@ def check_size(image_size, patch):
         )
 
 
+def _sha256(path):
+    """Hex SHA-256 of a file; of an index of shards that of their names and digests."""
+    if not str(path).endswith(cards.INDEX):
+        return download.sha256(path)
+    text = "".join(f"{shard.name} {download.sha256(shard)}\n" for shard in _shards(path))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shards(path):
+    """Paths of the `.safetensors` files that an index lists, beside it; UserError for a bad index."""
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        shards = [path.parent / pathlib.PurePath(name).name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is no index of .safetensors files ({e!r}): download it again") from e
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise UserError(f"{path.parent} lacks {', '.join(missing)}, which {path.name} lists: copy them")
+    return shards
+
+
 def _local(where):
-    path = pathlib.Path(where).expanduser()
+    path = files.local(where)
+    for name in ("model.safetensors", f"model{cards.INDEX}"):
+        if path.is_dir() and (path / name).is_file():
+            return path / name
     if not path.is_file():
         raise UserError(f"there is no weight file {path}: check config.pretrained.name")
     return path
 
 
-def load(
-    name_or_path, *, model, image_size, grid=None, cache_dir=None, mean=None, std=None, head=False
-):
+def load(name_or_path, *, model, image_size, how=None, cache_dir=None, head=False, note=None):
     """Reads pretrained weights into the tree of `model`.
 
     Args:
       name_or_path: a known name (`ALIASES`, or a path below `ADDRESS` such as
-        "imagenet21k/ViT-B_16"), "bundled", a local `.npz` (which may be followed by `:subtree`) or
-        timm `.safetensors`, a gs:// or https:// address, or `hf:timm/<name>`.
+        "imagenet21k/ViT-B_16"), "bundled", a local `.npz` (which may be followed by `:subtree`),
+        `.safetensors` or index of several, a gs:// or https:// address, or `hf:timm/<name>`.
       model: the `vit.ViT` to fill.
-      image_size: side of the images in pixels; the position embedding is resized to its grid by
-        linear interpolation, as the public code does.
-      grid: (rows, columns) of the file's position embedding, where it is not square.
+      image_size: side of the images in pixels; the position embedding is resized to its grid.
+      how: a `How`; None leaves all to the file's card.
       cache_dir: folder of downloaded files.
-      mean, std: of each colour; None is what `cards.read` finds. They are folded into the patch
-        embedding, so that every model takes images in [-1, 1].
       head: whether to read the file's head, too.
+      note: called with a sentence about arrays that were passed over, if there are any.
 
     Returns:
       A plain nested dict of float32 arrays; the head is zero unless it was asked for.
@@ -144,30 +187,67 @@ def load(
     """
     check_size(image_size, model.patch_size)
     path, subtree = split_subtree(_path(name_or_path, cache_dir))
+    how = _filled(how or How(), model, path, str(name_or_path))
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     limit = 8 * sum(4 * x.size for x in jax.tree.leaves(shapes)) + 2**30
-    if path.endswith(".safetensors"):
-        flat = layouts.from_timm(_read_safetensors(path, limit), model.num_heads, path)
-    else:
-        flat = layouts.from_jax(_read_npz(path, limit), subtree, path)
+    flat, outside = _read(path, subtree, model.num_heads, limit)
     shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     side = image_size // model.patch_size
-    _place_position(flat, (side, side), grid, path)
+    before = _place_position(flat, (side, side), how, path)
+    if note and before not in (None, (side, side)):
+        note(
+            f"note: the position embedding of {path} was resized from {before[0]} x {before[1]} to "
+            f"{side} x {side} (pretrained.resize={how.resize})"
+        )
     if not head:
-        flat = {k: v for k, v in flat.items() if not k.startswith("head/")}
+        flat = {k: v for k, v in flat.items() if k not in ("head/kernel", "head/bias")}
     wanted = {k: v.shape for k, v in shapes.items() if head or not k.startswith("head/")}
+    flat, unused = layouts.passed_over(flat, wanted)
+    if note and (unused or outside):
+        note(f"note: {path} has arrays that this model does not use: {_some([*outside, *unused])}")
     if problems := differences({k: v.shape for k, v in flat.items()}, wanted):
         raise UserError(f"{path} does not fit the model (check config.model): {'; '.join(problems)}")
     for name, value in flat.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(f"{name} in {path} is not made of finite floating-point numbers")
-    if mean is None:
-        _, mean, std, *_ = cards.read(path, str(name_or_path))
-    if (tuple(mean), tuple(std)) != (cards.HALF, cards.HALF):
-        flat = layouts.fold_pixels(flat, mean, std)
+    if (tuple(how.mean), tuple(how.std)) != (cards.HALF, cards.HALF):
+        flat = layouts.fold_pixels(flat, how.mean, how.std)
     zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
     return unflatten_dict(layouts.stacked({**zeros, **flat}), sep="/")
+
+
+def _filled(how, model, path, name):
+    """A `How` without None; UserError if the file's card tells of another number of heads."""
+    if how.mean is not None and how.resize is not None:
+        return how
+    card = cards.read(path, name, needed=how.mean is None)
+    if card.num_heads not in (None, model.num_heads):
+        raise UserError(
+            f"{path} has {card.num_heads} attention heads ({card.source}), the model "
+            f"{model.num_heads}: build it with num_heads={card.num_heads}"
+        )
+    mean, std = (card.mean, card.std) if how.mean is None else (how.mean, how.std)
+    return How(how.grid, mean, std, how.resize or card.resize)
+
+
+def _read(path, subtree, num_heads, limit):
+    """The arrays of a file by our names, and the names of those that lie elsewhere in it."""
+    if not path.endswith((".safetensors", cards.INDEX)):
+        return layouts.from_jax(_read_npz(path, limit), subtree, path)
+    index = path.endswith(cards.INDEX)
+    flat = {}
+    for shard in _shards(pathlib.Path(path)) if index else [pathlib.Path(path)]:
+        flat |= _read_safetensors(shard, limit)
+    hugging = layouts.of_transformers(flat)
+    return (layouts.from_transformers if hugging else layouts.from_timm)(flat, num_heads, path)
+
+
+def _some(names, most=5):
+    """`"a, b, c (and 7 more)"`."""
+    names = sorted(names)
+    more = f" (and {len(names) - most} more)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _path(name, cache_dir):
@@ -187,13 +267,22 @@ def save(path, params, dtype=np.float32):
 
 def _read_safetensors(path, limit):
     """All arrays of a `.safetensors` by name; floating-point ones as float32."""
-    if pathlib.Path(path).stat().st_size > limit:
+    if path.stat().st_size > limit:
         raise UserError(
-            f"{path} has {pathlib.Path(path).stat().st_size / 1e9:.1f} GB, far more than the model "
+            f"{path} has {path.stat().st_size / 1e9:.1f} GB, far more than the model "
             f"needs: check config.model and config.pretrained.name"
         )
     try:
-        return {key: _float32(value) for key, value in safetensors.numpy.load_file(path).items()}
+        with safetensors.safe_open(path, "numpy") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+            if eight := [key for key, kind in kinds.items() if kind.startswith("F8")]:
+                raise UserError(
+                    f"{eight[0]} in {path} is float8 ({kinds[eight[0]]}), which says nothing of its "
+                    f"scale: convert the file to float32 or bfloat16"
+                )
+            return {key: _float32(file.get_tensor(key)) for key in kinds}
+    except UserError:
+        raise
     except Exception as e:  # a damaged file can raise anything
         raise UserError(
             f"{path} is no readable .safetensors file ({first_line(e)}): it may be truncated; copy or "
@@ -238,12 +327,16 @@ def _float32(array):
     return array.astype(np.float32) if floating else array  # a step counter, say
 
 
-def _place_position(flat, target, grid, path):
-    """Brings the position embedding to `target` (rows, columns); a class-token row goes into `cls`."""
+def _place_position(flat, target, how, path):
+    """Brings the position embedding to `target` (rows, columns); a class-token row goes into `cls`.
+
+    Returns the grid that it had, None if there is no position embedding.
+    """
     position = flat.get("pos_embedding")
     if position is None or position.ndim != 3:
-        return  # reported with the other missing and mis-shaped names
+        return None  # reported with the other missing and mis-shaped names
     n, width = position.shape[1:]
+    grid = how.grid
     square = lambda x: x > 0 and math.isqrt(x) ** 2 == x
     fits = n == math.prod(grid) if grid else n == math.prod(target)
     if grid:
@@ -263,9 +356,42 @@ def _place_position(flat, target, grid, path):
             flat["cls"] = flat["cls"] + position[:, :1]
         position = position[:, 1:]
     if tuple(grid) != tuple(target):
-        zoom = (target[0] / grid[0], target[1] / grid[1], 1)
-        position = scipy.ndimage.zoom(position.reshape(*grid, width), zoom, order=1)
+        position = resize_position(position.reshape(*grid, width), tuple(target), how.resize)
     flat["pos_embedding"] = np.ascontiguousarray(position.reshape(1, -1, width), np.float32)
+    return tuple(grid)
+
+
+def resize_position(position, target, rule):
+    """A position embedding [h, w, D] on the grid `target` (rows, columns), by one of `RESIZES`."""
+    if rule == "linear":
+        zoom = (target[0] / position.shape[0], target[1] / position.shape[1], 1)
+        return scipy.ndimage.zoom(position, zoom, order=1)
+    if rule == "bicubic":
+        shape = (*target, position.shape[-1])
+        return np.asarray(jax.image.resize(position, shape, "cubic", antialias=True))
+    rows, columns = (_bicubic(n, m) for n, m in zip(position.shape, target))
+    return np.einsum("ih,jw,hwd->ijd", rows, columns, position, optimize=True)
+
+
+@functools.cache
+def _bicubic(old, new):
+    """PyTorch's weights [new, old] of bicubic interpolation without antialiasing, a = -0.75.
+
+    The four nearest of the old values, those beyond an edge are the edge's.
+    """
+    place = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(place).astype(int) - 1
+    weights = np.zeros((new, old))
+    for tap in range(4):
+        x = np.abs(place - (first + tap))
+        near = (1.25 * x - 2.25) * x * x + 1
+        far = -0.75 * (((x - 5) * x + 8) * x - 4)
+        np.add.at(
+            weights,
+            (np.arange(new), np.clip(first + tap, 0, old - 1)),
+            np.where(x <= 1, near, np.where(x < 2, far, 0)),
+        )
+    return weights
 
 
 def differences(found, wanted):

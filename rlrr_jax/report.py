@@ -1,12 +1,12 @@
 """Result files, tables and curves. `python -m rlrr_jax.report WORKDIR...` makes them again."""
 
-import io
-import json
 import statistics
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from rlrr_jax import files, summary
+from rlrr_jax import config as config_lib
+from rlrr_jax import files, plots, summary
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import Parser, UserError, one_sentence
 
@@ -31,9 +31,6 @@ COLUMNS = (
 COMPARED = ("test_acc_final", "test_acc_best", "val_acc", "train_loss")  # of two results of a run
 MOST_CURVES = 12  # in one picture
 MOST_COMPARED = 4  # tasks in one picture
-# What may differ between the seeds of one line of the table.
-VARIES = {"seed", "identity", *COMPARED, "best_epoch", "wall_seconds", "images_per_second"}
-VARIES |= {"trained_together", "device", "versions"}
 
 
 def method_folder(run):
@@ -68,13 +65,14 @@ def collect(*workdirs, out=None):
         text += ["Each run:", _table([[row] for row in rows])]
     tested = [group for group in folded if group[0]["test_acc_final"] is not None]
     if len(tested) > len({group[0]["task"] for group in tested}) <= MOST_COMPARED:
-        files.write(out / "comparison.png", comparison(tested))
+        plots.save(out / "comparison.png", comparison, tested)
     if lines:
         text = [summary.markdown(lines), summary.CAPTION, *text]
         files.write(out / "summary.csv", summary.csv(lines))
         files.write_json(out / "summary.json", summary.plain(lines))
-        files.write(out / "summary.png", summary.picture(lines))
     files.write(out / "results.md", "\n\n".join(text) + "\n")
+    if lines:
+        plots.save(out / "summary.png", summary.picture, lines)
     return rows
 
 
@@ -83,7 +81,7 @@ def rows_of(workdirs):
     found = {}
     for workdir in workdirs:
         for path in sorted(workdir.glob("*/*/seed*/result.json")):
-            row = files.read_json(path)
+            row = with_digests(files.read_json(path), path)
             if missing := {"identity", *COMPARED} - row.keys():
                 raise UserError(
                     f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete "
@@ -102,6 +100,24 @@ def rows_of(workdirs):
         row["identity"],
     )
     return sorted((row for row, _ in found.values()), key=place)
+
+
+def with_digests(row, path):
+    """A row with its `config`, `setting` and `line`; of an older run they come from its `config.json`.
+
+    Args:
+      path: its `result.json`.
+    """
+    if {"config", "setting", "line"} <= row.keys():
+        return row
+    saved = path.parent / "config.json"
+    if not saved.exists():
+        raise UserError(
+            f"{path} was written by an older version, and its config.json is gone: restore that, or "
+            f"delete {path.parent}"
+        )
+    values = config_lib.described(ConfigDict(files.read_json(saved)))
+    return {**row, "config": values, **config_lib.digests(values)}
 
 
 def _outcome(row):
@@ -126,11 +142,10 @@ def show(rows):
 
 
 def fold(rows):
-    """Rows that differ only in their seeds, and what follows from them, put together: lists of rows."""
+    """Rows of the same setting, which differ in their seeds, put together: lists of rows."""
     groups = {}
     for row in rows:
-        same = {key: value for key, value in row.items() if key not in VARIES}
-        key = json.dumps(same, sort_keys=True)
+        key = row["setting"]
         while any(other["seed"] == row["seed"] for other in groups.get(key, ())):
             key += " again"  # two runs of one seed are not two seeds
         groups.setdefault(key, []).append(row)
@@ -221,20 +236,13 @@ def comparison(groups):
     Args:
       groups: see `fold`.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(group[0]["task"] for group in groups))
-    size = (2.5 + 4.5 * len(names), 4.5)
-    figure, axes = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plots.subplots(1, len(names), (2.5 + 4.5 * len(names), 4.5))
     order = lambda group: group[0]["trainable_params"]
     labels = [label(group) for group in sorted(groups, key=order)]
-    # The colours of Okabe and Ito, which colour-blind people tell apart, too, and five marks.
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
     styles = {
-        label: (colours[i % 5], "osD^v"[i // 5 % 5]) for i, label in enumerate(dict.fromkeys(labels))
+        label: (plots.COLOURS[i % 7], plots.MARKS[i // 7 % 8])
+        for i, label in enumerate(dict.fromkeys(labels))
     }
     drawn = {}
     for group in sorted(groups, key=order):
@@ -251,10 +259,7 @@ def comparison(groups):
         axis.set(title=name, xlabel="trained values without the head", ylabel="test accuracy [%]")
         axis.grid(alpha=0.3)
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=9)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    plt.close(figure)
-    return picture.getvalue()
+    return plots.png(figure)
 
 
 def all_curves(workdir, rows):
@@ -264,22 +269,16 @@ def all_curves(workdir, rows):
         name = " ".join([row["task"], row["method"], *_which(row)])
         path = epath.Path(workdir) / row["task"] / method_folder(row) / folder(row)
         histories[name] = files.read_rows(path / "metrics.jsonl")
-    curves(epath.Path(workdir) / "curves.png", histories)
+    plots.save(epath.Path(workdir) / "curves.png", curves, histories)
 
 
-def curves(path, histories):
-    """Draws training loss and accuracy of several runs into a PNG.
+def curves(histories):
+    """A PNG: training loss and accuracy of several runs by epoch.
 
     Args:
-      path: of the picture.
       histories: name -> rows of its `metrics.jsonl`.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, ((left, right),) = plots.subplots(1, 2, (9, 3.5))
     for name, rows in histories.items():
         epochs = [row["epoch"] + 1 for row in rows]
         (line,) = left.plot(epochs, [row["train_loss"] for row in rows], label=name)
@@ -291,10 +290,7 @@ def curves(path, histories):
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy", title="dotted: training, solid: held out")
     left.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    plt.close(figure)
-    files.write(path, picture.getvalue())
+    return plots.png(figure)
 
 
 def caption(rows):

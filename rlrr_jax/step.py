@@ -55,9 +55,30 @@ class Recipe(NamedTuple):
         return epoch * self.num_images + min(step * self.batch_size, self.num_images)
 
 
-def make_mesh(devices, trials=1):
-    """A mesh with axes ("trial", "data"): as many devices for trials as divide both numbers."""
-    n = math.gcd(trials, len(devices))
+TRIAL_COST = 8  # of a trial on a device at each step, whatever its share of the batch, in images
+
+
+def trial_axis(devices, trials, batch_size):
+    """How many groups the devices are divided into, each for its share of the trials.
+
+    The number with the least work for the busiest device: ceil(trials / groups) trials, each with its
+    share of the batch and `TRIAL_COST` for merging and for small matmuls.
+
+    Args:
+      devices: number of devices.
+      trials: number of trials.
+      batch_size: images of a batch.
+    """
+
+    def work(groups):
+        return -(-trials // groups) * (-(-batch_size * groups // devices) + TRIAL_COST)
+
+    return min((n for n in range(1, devices + 1) if devices % n == 0), key=work)
+
+
+def make_mesh(devices, trials=1, batch_size=32):
+    """A mesh with axes ("trial", "data") for trials of a batch size, see `trial_axis`."""
+    n = trial_axis(len(devices), trials, batch_size)
     return jax.make_mesh(
         (n, len(devices) // n), ("trial", "data"), (AxisType.Auto, AxisType.Auto), devices=devices
     )
@@ -250,11 +271,58 @@ def abstract(function, mesh, *args):
     return jax.tree.map(add, jax.eval_shape(function, *args))
 
 
+def kept(tree, mesh, number):
+    """The first trials of a tree [T, ...] without those that only fill the mesh; the same if none do.
+
+    On arrays or on shapes.
+    """
+    leaf = jax.tree.leaves(tree)[0]
+    if len(leaf.shape) and leaf.shape[0] == number:
+        return tree
+    everywhere = place(mesh, P())  # so many may not divide the devices
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        cut = lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype, sharding=everywhere)
+        return jax.tree.map(cut, tree)
+    first = jax.jit(lambda tree: jax.tree.map(lambda x: x[:number], tree), out_shardings=everywhere)
+    return first(tree)
+
+
+def filled(tree, mesh, number):
+    """What `kept` undid: as many trials [T, ...] as the mesh takes, the last one repeated."""
+    if len(jax.tree.leaves(tree)[0]) == number:
+        return tree
+    which = lambda x: jnp.minimum(jnp.arange(number), len(x) - 1)
+    fill = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x[which(x)], tree), out_shardings=place(mesh, P("trial"))
+    )
+    return fill(tree)
+
+
 @functools.lru_cache(8)
 def map_merge(merge, mesh):
-    """A method's `merge` for all trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
+    """A method's `merge` for trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
     merge = jax.vmap(merge, in_axes=(None, 0))
     return jax.jit(merge, out_shardings=place(mesh, P("trial")))
+
+
+def turns(tree, mesh, number):
+    """Parts of a tree of trials [T, ...] for `number` trials on each device at once, in turn.
+
+    Yields:
+      Numbers of the trials, and their tree.
+    """
+    groups = mesh.shape["trial"]
+    here = len(jax.tree.leaves(tree)[0]) // groups  # on each device, in order
+    for start in range(0, here, number):
+        which = [g * here + i for g in range(groups) for i in range(start, min(start + number, here))]
+        if len(which) == groups * here:
+            yield which, tree
+        else:
+            pick = jax.jit(
+                lambda tree, which: jax.tree.map(lambda x: x[which], tree),
+                out_shardings=place(mesh, P("trial")),
+            )
+            yield which, pick(tree, np.array(which))
 
 
 @functools.lru_cache(8)
@@ -306,16 +374,22 @@ def batches(images, labels, size, mesh):
         )
 
 
-def evaluate(step, params, images, labels, size, mesh, check=lambda: None):
+def evaluate(step, params, images, labels, size, mesh, done=lambda number: None):
     """Mean loss and accuracy [T] each of a split, streamed in batches of `size`.
 
-    `check` is called before each batch, and may raise to end this.
+    Args:
+      step: see `map_eval_step`.
+      params: trees of the trials [T, ...], on the mesh.
+      images: uint8 [N, h, w, 3].
+      labels: classes [N].
+      size: images of a batch.
+      done: called after each batch with its number of images; may raise to end this.
     """
     sums = []
-    for batch in batches(images, labels, size, mesh):
-        check()
+    for i, batch in enumerate(batches(images, labels, size, mesh)):
         sums.append(step(params, *batch))
-        sums[-3:-2] = distributed.fetch(sums[-3:-2])  # waits, so that few batches are on the device
+        jax.block_until_ready(sums[-3:-2])  # so that few batches are on the device
+        done(min(size, len(labels) - i * size))
     sums = distributed.fetch(sums)
     return {
         "loss": np.sum([s["loss"] for s in sums], 0, np.float64) / len(labels),

@@ -10,6 +10,7 @@ import traceback
 from typing import Any, NamedTuple
 
 import ml_collections
+import numpy as np
 from etils import epath
 
 from rlrr_jax import config as config_lib
@@ -57,7 +58,8 @@ def run(config, workdir=None, stop=None):
     _follow_weights(works, weights)
     for work in works:
         check_folder(work, weights[work.run.pretrained.name][1])
-    _check_weights(works[0].run, weights)
+    load_weights = weights_reader(weights)
+    load_weights(works[0].run, config_lib.build_model(works[0].run))  # a misfit is no task's fault
     print(f"workdir: {workdir}", flush=True)
     forecast = Forecast(works)
 
@@ -66,8 +68,8 @@ def run(config, workdir=None, stop=None):
     for _, group in itertools.groupby(works, lambda work: config_lib.together(work.run)):
         group = list(group)
         with survive(*group), locked(group):
-            train_all = functools.partial(finish, weights=weights, load_data=load_data)
-            train_all = functools.partial(train_all, forecast=forecast, stop=stop)
+            load = Loaders(weights, load_weights, load_data)
+            train_all = functools.partial(finish, load=load, forecast=forecast, stop=stop)
             rows += train_all(choose(group, train_all))
     if not rows:
         raise UserError(f"every run failed; {explain(problems)[0]}")
@@ -111,7 +113,7 @@ def _locate(runs, workdir, survive):
                 works.append(work._replace(found=found))
                 continue
             found = config_lib.locate(r)
-            where = (r.image_size, r.data.variant, found, r.data.cache_dir, config_lib.shorter(r))
+            where = (config_lib.pixels(r), found, r.data.cache_dir)
             if found.kind != "bundled":
                 pairs = [train.splits(r)]
                 pairs += [tasks.get(r.task).parts[:2]] if r.protocol == "vtab" else []
@@ -119,9 +121,21 @@ def _locate(runs, workdir, survive):
                 entries += [entry(r.task, part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):
-        print(f"decoded images to write: {wanted / 1e9:.2f} GB", flush=True)
+        print(f"decoded images to write: {wanted / 1e9:.2f} GB{_there(runs[0])}", flush=True)
         store.check_space(wanted, runs[0].data.cache_dir)
     return works
+
+
+def _there(run):
+    """What lies in the cache of images already, in words; empty if nothing does."""
+    there = store.entries(run.data.cache_dir)
+    if not there:
+        return ""
+    unused = [size for _, size, why in there if why]
+    text = f"; {store.images_folder(run.data.cache_dir)} holds {sum(e[1] for e in there) / 1e9:.2f} GB"
+    if unused:
+        text += f", {sum(unused) / 1e9:.2f} GB of no use any more (python -m rlrr_jax.prepare --prune)"
+    return text
 
 
 def _before(run, folder):
@@ -145,9 +159,44 @@ def _follow_weights(works, weights):
         print(note, flush=True)
 
 
-def _check_weights(run, weights):
-    """UserError if weights do not fit the model: that is no task's fault."""
-    config_lib.load_weights(run, weights[run.pretrained.name][0], config_lib.build_model(run))
+class Loaders(NamedTuple):
+    """Where runs get their weights and images from.
+
+    Attributes:
+      weights: name -> path and SHA-256.
+      load_weights: `(run, model) -> frozen`.
+      load_data: see `_load_data`.
+    """
+
+    weights: dict
+    load_weights: Any
+    load_data: Any
+
+
+def weights_reader(weights):
+    """A function `(run, model) -> frozen` that reads each file once, though heads differ by task.
+
+    Args:
+      weights: name -> path and SHA-256.
+    """
+    last = {}  # of one file, which most suites have
+
+    def read(run, model):
+        path, _ = weights[run.pretrained.name]
+        headless = model.clone(num_classes=1, gelu="exact")
+        key = path, run.image_size, run.pretrained.to_json(), headless
+        if key not in last:
+            last.clear()
+            last[key] = config_lib.load_weights(run, path, headless, note=_print)
+        width = model.width
+        head = {"kernel": np.zeros((width, model.num_classes), np.float32)}
+        return {**last[key], "head": {**head, "bias": np.zeros(model.num_classes, np.float32)}}
+
+    return read
+
+
+def _print(text):
+    print(text, flush=True)
 
 
 @contextlib.contextmanager
@@ -185,12 +234,12 @@ def locked(works):
 # What trains together -------------------------------------------------------------------------
 
 
-def finish(works, weights, load_data, forecast, stop):
+def finish(works, load, forecast, stop):
     """The rows of runs that may be trained together; those that have not been are trained."""
     for work in works:
-        check_folder(work, weights[work.run.pretrained.name][1])
+        check_folder(work, load.weights[work.run.pretrained.name][1])
     for group in waiting(works):
-        train_group(group, weights, load_data, forecast, stop)
+        train_group(group, load, forecast, stop)
     for work in works:
         if work.label in forecast.before and work.folder.parent.name != "search":
             print(f"{forecast.place(work)}: finished before", flush=True)
@@ -236,7 +285,7 @@ def _remove(folder):
         folder.rmtree()
 
 
-def train_group(works, weights, load_data, forecast, stop):
+def train_group(works, load, forecast, stop):
     """Trains runs together, in smaller groups if they do not fit into memory.
 
     What belongs to them all lies in a folder beside theirs until the last has its result: so a killed
@@ -254,7 +303,7 @@ def train_group(works, weights, load_data, forecast, stop):
             folder.mkdir(exist_ok=True)
             files.write_json(folder / "runs.json", {"runs": names})
         distributed.wait("group")
-    path, sha256 = weights[run.pretrained.name]
+    sha256 = load.weights[run.pretrained.name][1]
     try:
         train.train_together(
             runs=[work.run for work in works],
@@ -262,18 +311,11 @@ def train_group(works, weights, load_data, forecast, stop):
             labels=[work.label for work in works],
             title=forecast.place(*works),
             checkpoints=folder / "checkpoints",
-            weights=path,
+            load_weights=load.load_weights,
             marks=_marks(works[0], sha256),
             classes=sources.class_names(run.task, found),
-            load_data=lambda split, crop=None: load_data(
-                run.task,
-                split,
-                run.image_size,
-                run.data.variant,
-                found,
-                run.data.cache_dir,
-                config_lib.shorter(run),
-                crop,
+            load_data=lambda split, crop=None: load.load_data(
+                run.task, split, config_lib.pixels(run), found, run.data.cache_dir, crop
             ),
             tell=functools.partial(forecast.tell, works),
             stop=stop,
@@ -284,7 +326,7 @@ def train_group(works, weights, load_data, forecast, stop):
     if len(works) > 1 and parts != [works]:  # the same group again goes on from its checkpoint
         _remove(folder)
     for part in parts:
-        train_group(part, weights, load_data, forecast, stop)
+        train_group(part, load, forecast, stop)
 
 
 def _smaller(works, fits, title):
@@ -359,10 +401,11 @@ def _marks(work, sha256):
     return {"backbone_sha256": sha256, "dataset": work.found.dataset}
 
 
-def _load_data(task, split, size, variant, found, cache_dir, shorter, crop):
+def _load_data(task, split, pixels, found, cache_dir, crop):
+    """Images and labels, or where `crop` says so the crops of a seed, of a split."""
     if crop:
-        return store.load_crops(task, split, size, crop, shorter, variant, found)
-    return store.load_split(task, split, size, variant, found, cache_dir, shorter)
+        return store.load_crops(task, split, pixels, crop, found)
+    return store.load_split(task, split, pixels, found, cache_dir)
 
 
 # What it costs --------------------------------------------------------------------------------

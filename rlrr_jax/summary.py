@@ -3,12 +3,13 @@
 import csv as csv_lib
 import functools
 import io
-import json
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
+from rlrr_jax import config as config_lib
+from rlrr_jax import plots
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
 
@@ -36,13 +37,6 @@ three group means, as most papers report it; flat: the mean of the 19 tasks, as 
 A mean is left out where a task is missing. params: trained values without the head; head: its mean
 over tasks. Published rows are copied from their sources (rlrr_jax/published.csv); RLRR's are the best
 epoch's test accuracy on images saved again as JPEG, and their parameters include heads."""
-# Runs of one line are equal in these.
-_SAME = ("method", "method_kwargs", "trial", "protocol", "source", "variant", "backbone")
-_SAME += ("backbone_sha256", "gelu", "drop_path_mode", "epochs", "batch_size", "image_size")
-_SAME += ("dtype", "precision", "optimizer", "momentum_dtype", "grad_clip", "total_steps")
-_SAME += ("warmup_steps", "crop", "crop_from", "grid")
-# And those of one task in these.
-_HYPER = ("lr", "weight_decay", "drop_path", "schedule", "flip", "dataset")
 _SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
 _MORE = {
     "augreg": "RLRR* (ViT-B/16 AugReg)",
@@ -85,7 +79,7 @@ def lines(rows):
     groups = {}
     for row in rows:
         if row["task"] in tasks.VTAB and row["test_acc_final"] is not None:
-            groups.setdefault(json.dumps([row.get(key) for key in _SAME]), []).append(row)
+            groups.setdefault(row["line"], []).append(row)
     ours = []
     for group in groups.values():
         ours.append(_line(group, "test_acc_final", ""))
@@ -96,13 +90,26 @@ def lines(rows):
 
 def _tell_apart(ours):
     """Lines with what tells them apart in their labels, where the table has no column for it."""
-    shown = ("method", "method_kwargs", "trial", "protocol", "source", "variant", "grid")
-    hidden = [k for k in _SAME if k not in shown]
-    differ = [k for k in hidden if len({line.settings[k] for line in ours}) > 1]
-    if "backbone" in differ and "backbone_sha256" in differ:
+    shown = ("method", "method_kwargs.", "protocol", "data.source", "data.variant", "grid.")
+    every = dict.fromkeys(key for line in ours for key in line.settings)
+    hidden = [key for key in every if not key.startswith(shown)]
+    differ = [k for k in hidden if len({str(line.settings.get(k)) for line in ours}) > 1]
+    if "pretrained.name" in differ and "backbone_sha256" in differ:
         differ.remove("backbone_sha256")
-    note = lambda line: "".join(f", {k}={str(line.settings[k])[:40]}" for k in differ)
+
+    def note(line):
+        values = {key: line.settings.get(key, "recipe") for key in differ}
+        return "".join(f", {key.rpartition('.')[2]}={str(v)[:40]}" for key, v in values.items())
+
     return [line._replace(label=line.label + note(line)) for line in ours]
+
+
+def _flat(values, prefix=""):
+    """`{"model.gelu": "tanh", ...}` of nested dicts."""
+    out = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def _line(rows, key, suffix):
@@ -131,22 +138,21 @@ def _line(rows, key, suffix):
         seeds=tuple(sorted({row["seed"] for row in rows})),
         counts=" to ".join(map(str, sorted({min(counts), max(counts)}))),
         source="",
-        settings={k: first.get(k) for k in _SAME},
+        settings=_flat(config_lib.across_tasks(first["config"])),
     )
 
 
 def _check_alike(rows):
-    """UserError if runs of a task differ in more than the seed; "vtab" chooses three by itself."""
-    chosen = ("lr", "weight_decay", "drop_path") if rows[0]["protocol"] == "vtab" else ()
+    """UserError if runs of a task differ in more than the seed, and what was searched."""
     first = {}
     for row in rows:
         other = first.setdefault(row["task"], row)
-        for key in _HYPER:
-            if key not in chosen and row.get(key) != other.get(key):
-                raise UserError(
-                    f"runs of {row['task']} {row['method']} are to be averaged over seeds but differ "
-                    f"in {key} ({other.get(key)} and {row.get(key)}): report their workdirs apart"
-                )
+        if row["setting"] != other["setting"]:
+            both = (config_lib.setting(r["config"]) for r in (other, row))
+            raise UserError(
+                f"runs of {row['task']} {row['method']} are to be averaged over seeds but differ in "
+                f"{', '.join(config_lib.differences(*both))}: report their workdirs apart"
+            )
 
 
 def _cells(values):
@@ -188,7 +194,9 @@ def published():
 
 def chosen(every):
     """Our lines, and the published ones that belong beside them."""
-    backbones = " ".join(line.settings.get("backbone", "") for line in every).replace("howto", "augreg")
+    backbones = " ".join(line.settings.get("pretrained.name", "") for line in every).replace(
+        "howto", "augreg"
+    )
     names = {*_SHOWN, *(name for part, name in _MORE.items() if part in backbones)}
     return [line for line in every if not line.source or line.label in names]
 
@@ -259,7 +267,7 @@ def csv(every):
     for line in every:
         cells = [line.cells.get(name, (None, None)) for name in names]
         seeds = " ".join(map(str, line.seeds))
-        backbone = line.settings.get("backbone", "")
+        backbone = line.settings.get("pretrained.name", "")
         head = [line.label, line.protocol, line.pixels, backbone, seeds, line.params, line.head]
         values = [*(c[0] for c in cells), *(c[1] for c in cells)]
         writer.writerow([*head, line.source, *("" if v is None else v for v in values)])
@@ -273,15 +281,10 @@ def plain(every):
 
 def picture(every):
     """A PNG: accuracy of each task, ours with deviations, the published rows as open marks."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     every = chosen(every)
     names = columns(every)
     short = {**SHORT, **MEANS}
-    figure, axes = plt.subplots(figsize=(5 + 0.4 * len(names), 4.5), layout="constrained")
+    figure, ((axes,),) = plots.subplots(size=(5 + 0.4 * len(names), 4.5))
     for i, line in enumerate(every):
         shift = (i / max(len(every) - 1, 1) - 0.5) * 0.5
         points = [(j + shift, *line.cells[n]) for j, n in enumerate(names) if n in line.cells]
@@ -294,7 +297,4 @@ def picture(every):
     axes.set(ylabel="test accuracy [%]", xlim=(-0.6, len(names) - 0.4))
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, dpi=120, format="png")
-    plt.close(figure)
-    return out.getvalue()
+    return plots.png(figure)

@@ -1,6 +1,7 @@
 """Training from top to bottom: weights and data in, the epochs, a row of results out for each trial."""
 
 import contextlib
+import functools
 import importlib.metadata
 import math
 import os
@@ -14,11 +15,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import adapters, checkpoint, distributed, files, methods, optim, report, step
+from rlrr_jax import adapters, checkpoint, distributed, files, methods, optim, plots, report, step
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
 
+CHECK_SECONDS = 3  # between two looks of several processes at whether to stop, in an evaluation
 DISPATCH_SECONDS = 10  # a dispatch should last no longer, so that progress and Ctrl-C come through
 
 
@@ -33,7 +35,11 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether to stop. Nothing is lost before and between trainings, and there it is raised at once."""
+    """Remembers that the run was asked to stop.
+
+    While trials train, whoever trains them asks and saves first; at any other time nothing can be lost,
+    and `ask` raises `Stopped` at once.
+    """
 
     def __init__(self):
         self.asked, self._training = False, False
@@ -68,11 +74,13 @@ class TooLarge(Exception):
 class Job(NamedTuple):
     """All that a group of trials needs and does not change. Arrays are on the mesh.
 
+    Where the trials do not fill the mesh, the last one is trained several times; T counts these, too.
+
     Attributes:
       runs: fully specified configurations that differ in seed, lr, weight_decay and drop_path.
       crops: the `crops.Crops` that make the images of `data` anew in each epoch, or None.
       lrs: of each trial and step.
-      hyper, init_keys: have a leading trial axis.
+      hyper, init_keys: have a leading axis of T trials.
     """
 
     runs: list
@@ -92,20 +100,20 @@ class Job(NamedTuple):
         return min(self.recipe.steps, (run.total_steps or math.inf) - before)
 
 
-def prepare(runs, weights, load_data):
+def prepare(runs, load_weights, load_data):
     """Reads weights and data and lays everything on the devices.
 
     Args:
       runs: the trials, see `Job`.
-      weights: path of the pretrained weights.
+      load_weights: `(run, model) -> frozen`.
       load_data: `(split, crop=None) -> images, labels`, see `store.load_split` and `load_crops`.
     """
     run = runs[0]
     part, held_out = splits(run)
-    images, labels = load_data(part, crop=run.crop)
+    images, labels = load_data(part, crop=(run.crop, run.seed) if run.crop else None)
     held_out = load_data(held_out)
     model, method = config_lib.build_model(run), methods.get(run.method, **run.method_kwargs)
-    frozen = config_lib.load_weights(run, weights, model)
+    frozen = load_weights(run, model)
     recipe = step.Recipe(
         model=model,
         method=method,
@@ -117,7 +125,7 @@ def prepare(runs, weights, load_data):
         precision=run.precision,
         optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
     )
-    mesh = step.make_mesh(jax.devices()[: run.num_devices], len(runs))
+    mesh = step.make_mesh(jax.devices()[: run.num_devices], len(runs), run.batch_size)
     lrs = [
         optim.learning_rates(
             r.schedule, r.lr, r.epochs, recipe.steps, r.total_steps, r.warmup_steps or 0
@@ -135,6 +143,8 @@ def prepare(runs, weights, load_data):
         }
         for r, lr, key in zip(runs, lrs, keys)
     ]
+    spare = -len(runs) % mesh.shape["trial"]
+    keys, hyper = keys + keys[-1:] * spare, hyper + hyper[-1:] * spare
     if run.crop:  # the images come with each epoch
         shape = (len(labels), run.image_size, run.image_size, 3)
         crops, images = images, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=step.place(mesh, P()))
@@ -160,7 +170,7 @@ def train_together(
     labels,
     title,
     checkpoints,
-    weights,
+    load_weights,
     marks,
     classes,
     load_data,
@@ -171,32 +181,42 @@ def train_together(
 
     Args:
       runs: the trials, see `Job`.
-      folders: of each trial's files.
-      labels: of each trial, for its picture.
-      title: of them together, for the screen.
+      folders: folders of the trials' files.
+      labels: names of the trials, for their pictures.
+      title: name of them together, for the screen.
       checkpoints: folder of the checkpoints.
-      weights: path of the pretrained weights.
+      load_weights: function `(run, model) -> frozen`.
       marks: `backbone_sha256` and `dataset`, saved with the configuration and the result.
-      classes: their names.
-      load_data: `split -> images, labels`.
-      tell: called after each epoch with the clock and the number of epochs done.
-      stop: a `Stop`; asked after each dispatch and each batch that is evaluated.
+      classes: names of the classes.
+      load_data: function `(split, crop=None) -> images, labels`.
+      tell: function called after each epoch with the clock and the number of epochs done.
+      stop: a `Stop`, asked after each dispatch and while images are evaluated.
 
     Raises TooLarge if several do not fit into memory, before any step; Stopped if `stop` said so;
     UserError if no trial's loss is finite.
     """
     clock, stop = Clock(), stop or Stop()
-    job = prepare(runs, weights, load_data)
+    job = prepare(runs, load_weights, load_data)
     recipe, epochs = job.recipe, runs[0].epochs
+    before = _machine_before(folders[0])
     for run, folder in zip(runs, folders):
         if distributed.lead():
-            files.write_json(folder / "config.json", {**run.to_dict(), **marks})
+            files.write_json(
+                folder / "config.json", {**run.to_dict(), **marks, "machine": machine(job)}
+            )
     with checkpoint.open_manager(checkpoints) as manager:
-        keeper = checkpoint.Keeper(manager, runs[0].checkpoint_seconds)
+        pack = functools.partial(step.kept, mesh=job.mesh, number=len(runs))
+        keeper = checkpoint.Keeper(manager, runs[0].checkpoint_seconds, pack)
         state, metrics, first, start = _start_or_resume(job, keeper, clock)
         histories = [_history(folder, first) for folder in folders]
         if first or start:
             print(f"{title}: goes on at epoch {first + 1}, step {start}", flush=True)
+            if before and before != machine(job):
+                print(
+                    f"note: it was begun on {_words(before)} and goes on on {_words(machine(job))}: "
+                    f"sums are taken in another order, and the last digits differ",
+                    flush=True,
+                )
         train_steps = compile_train_steps(job, state, metrics) if first < epochs else None
         total = recipe.images_before(epochs - 1, job.steps(epochs - 1))
         done, many = recipe.images_before(first, start), len(runs)
@@ -234,11 +254,29 @@ def train_together(
         accuracy = {key: histories[i][-1].get(key) for key in ("train_acc", "val_acc", "test_acc")}
         card = adapters.card(run, marks, classes, accuracy)
         adapters.write(folder / "adapter.safetensors", adapters.Adapter(trainable, card))
-        report.curves(folder / "curves.png", {labels[i]: histories[i]})
-        files.write_json(
-            folder / "result.json", _result(job, run, trainable, histories[i], marks, clock)
-        )
+        row = _result(job, run, trainable, histories[i], marks, clock)
+        files.write_json(folder / "result.json", row)
+    for i, folder in enumerate(folders if distributed.lead() else ()):  # all results are safe
+        plots.save(folder / "curves.png", report.curves, {labels[i]: histories[i]})
     distributed.wait("results")
+
+
+def machine(job):
+    """What decides the order of sums, and so the last bits: devices and, for CPUs, cores."""
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if device.platform == "cpu" else None
+    return {"devices": job.mesh.size, "kind": device.device_kind, "cores": cores}
+
+
+def _machine_before(folder):
+    """The `machine` of the start before this one, None if there was none."""
+    path = folder / "config.json"
+    return files.read_json(path).get("machine") if path.exists() else None
+
+
+def _words(machine):
+    cores = f" ({machine['cores']} cores)" if machine.get("cores") else ""
+    return f"{machine.get('devices')} x {machine.get('kind')}{cores}"
 
 
 def _history(folder, epochs):
@@ -288,8 +326,10 @@ def _start_or_resume(job, keeper, clock):
     """State, metrics, epoch and step to go on from."""
     begin = step.map_start(job.recipe, job.mesh)
     like = step.abstract(begin, job.mesh, job.init_keys, job.frozen)
+    like = step.kept(like, job.mesh, len(job.runs))
     if found := keeper.restore(like, len(clock.place(0, 0))):
         state, metrics, place = found
+        state, metrics = step.filled((state, metrics), job.mesh, len(job.init_keys))
         return state, metrics, *clock.resume(place)
     return *begin(job.init_keys, job.frozen), 0, 0
 
@@ -327,9 +367,9 @@ def check_memory(job, needs, limit):
       needs: `memory_analysis()` of the compiled program, of one device.
     """
     groups = job.mesh.shape["trial"]
-    here = len(job.runs) // groups
+    here = -(-len(job.runs) // groups)
     whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
-    shared = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((job.frozen, job.data)))
+    shared = _bytes((job.frozen, job.data))
     if job.crops:  # the next epoch's images come before the last one's go
         whole, shared = (n + job.data["images"].size for n in (whole, shared))
     whole, shared, limit = distributed.agree([whole, shared, limit])
@@ -413,18 +453,68 @@ def check_finite(job, losses, epoch, start, stop):
 def evaluate(job, state, epoch, check):
     """Each trial's held-out accuracy and loss after an epoch; [{}, ...] where the protocol has none.
 
-    `check` is called before each batch.
+    `check` is called every now and then, in all processes at the same batch.
     """
-    run, recipe = job.runs[0], job.recipe
+    run, recipe, mesh = job.runs[0], job.recipe, job.mesh
     last = epoch + 1 == run.epochs
     if not last and (run.protocol in ("fast", "vtab") or epoch == 0):  # the authors skip epoch 0 too
         return [{}] * len(job.runs)
     key = "val" if run.protocol == "tune" else "test"
-    params = step.map_merge(recipe.method.merge, job.mesh)(job.frozen, state["trainable"])
-    eval_step = step.map_eval_step(recipe.model, recipe.image_size, recipe.precision, job.mesh)
-    out = step.evaluate(eval_step, params, *job.held_out, run.eval_batch_size, job.mesh, check)
-    both = zip(out["accuracy"], out["loss"])
-    return [{f"{key}_acc": float(accuracy), f"{key}_loss": _number(loss)} for accuracy, loss in both]
+    merge = step.map_merge(recipe.method.merge, mesh)
+    eval_step = step.map_eval_step(recipe.model, recipe.image_size, recipe.precision, mesh)
+    out = [None] * len(job.init_keys)
+    at_once = evaluated_at_once(job, device_memory(jax.local_devices()[0]))
+    number = len(job.held_out[1]) * -(-len(job.init_keys) // (at_once * mesh.shape["trial"]))
+    bar = tqdm(
+        **dict(total=number, unit="img", desc=f"evaluating epoch {epoch + 1}", leave=False, delay=2),
+        disable=not distributed.lead(),
+    )
+    with bar:
+        for which, trainable in step.turns(state["trainable"], mesh, at_once):
+            params, done = merge(job.frozen, trainable), _pace(check, bar)
+            found = step.evaluate(eval_step, params, *job.held_out, run.eval_batch_size, mesh, done)
+            for i, accuracy, loss in zip(which, found["accuracy"], found["loss"]):
+                out[i] = {f"{key}_acc": float(accuracy), f"{key}_loss": _number(loss)}
+    return out[: len(job.runs)]
+
+
+def evaluated_at_once(job, limit):
+    """How many trials on each device are evaluated at once: all, or as many as merged trees fit.
+
+    Args:
+      limit: bytes of a device; a fifth of what is left beside weights and data is for activations.
+    """
+    groups = job.mesh.shape["trial"]
+    here = len(job.init_keys) // groups
+    fit = int(0.8 * (limit - _bytes((job.frozen, job.data))) // _bytes(job.frozen))
+    fit = distributed.agree(max(1, min(here, fit)))
+    return max(n for n in range(1, fit + 1) if here % n == 0)  # of one size, compiled once
+
+
+def _bytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _pace(check, bar):
+    """What is called after each evaluated batch: moves the bar, and checks.
+
+    Among several processes a check is a collective that all wait for, so it comes about every
+    `CHECK_SECONDS`, counted in batches that process 0 has timed.
+    """
+    batches, every, begun = 0, 1, time.monotonic()
+
+    def done(number):
+        nonlocal batches, every, begun
+        bar.update(number)
+        batches += 1
+        if batches == 2 and distributed.several():  # the first compiles
+            seconds = max(time.monotonic() - begun, 1e-6)
+            every = distributed.agree(max(1, int(CHECK_SECONDS / seconds)))
+        begun = time.monotonic()
+        if batches % every == 0:
+            check()
+
+    return done
 
 
 def _number(x):
@@ -447,20 +537,13 @@ def _result(job, run, trainable, history, marks, clock):
     """One row of `results.json`."""
     tested = [row for row in history if "test_acc" in row]
     best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
-    same = ("task", "method", "seed", "trial", "lr", "weight_decay", "drop_path", "drop_path_mode")
-    same += (
-        "optimizer",
-        "momentum_dtype",
-        "grad_clip",
-        "total_steps",
-        "warmup_steps",
-        "crop",
-        "crop_from",
-    )
-    same += ("schedule", "flip", "epochs", "batch_size", "protocol", "image_size", "dtype", "precision")
+    values = config_lib.described(run, marks)
+    plain = {key: value for key, value in run.to_dict().items() if not isinstance(value, dict)}
+    where = (*config_lib.PLACES, "seeds")
     return {
         "identity": config_lib.fingerprint([run], marks),
-        **{key: run[key] for key in same},
+        **config_lib.digests(values),
+        **{key: value for key, value in plain.items() if key not in where or key == "trial"},
         "method_kwargs": run.method_kwargs.to_dict(),
         "options": run.options,
         "grid": run.grid.to_dict() if "grid" in run else None,  # that "vtab" chose from
@@ -472,6 +555,7 @@ def _result(job, run, trainable, history, marks, clock):
         "backbone_sha256": marks["backbone_sha256"],
         "model": run.model.variant,
         "gelu": run.model.gelu,
+        "resize": run.pretrained.resize,
         "attention": run.model.attention,
         "trainable_params": methods.trainable_count(trainable),
         "head_params": methods.head_count(trainable),
@@ -485,5 +569,7 @@ def _result(job, run, trainable, history, marks, clock):
         "images_per_second": clock.images / clock.seconds,  # of all trials trained together
         "trained_together": len(job.runs),
         "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
+        "cores": machine(job)["cores"],
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        "config": values,
     }

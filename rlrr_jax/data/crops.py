@@ -104,12 +104,13 @@ class Crops:
       read: `i -> image [h, w, 3] uint8`.
       number: of images.
       kind: "resmall" or "inception".
-      size: of the crops.
-      shorter: see `random_crop`.
+      pixels: `store.Pixels` with the size of the crops and, for "resmall", the shorter side.
+      seed: seed of the run.
     """
 
-    def __init__(self, read, number, kind, size, shorter):
-        self.read, self.number, self.kind, self.size, self.shorter = read, number, kind, size, shorter
+    def __init__(self, read, number, kind, pixels, seed):
+        self.read, self.number, self.kind, self.seed = read, number, kind, seed
+        self.size, self.shorter = pixels.size, pixels.shorter
         self._cancelled = threading.Event()
 
     def cancel(self):
@@ -117,12 +118,12 @@ class Crops:
         self._cancelled.set()
 
     def epoch(self, epoch):
-        """All crops of an epoch, [N, size, size, 3] uint8. They depend on the epoch alone."""
+        """All crops of an epoch, [N, size, size, 3] uint8; another seed or epoch has others."""
 
         def one(i):
             if self._cancelled.is_set():
                 return 0
-            rng = np.random.default_rng((epoch, i))
+            rng = np.random.default_rng((self.seed, epoch, i))
             if self.kind == "inception":
                 return inception_crop(rng, self.read(i), self.size)
             return random_crop(rng, self.read(i), self.size, self.shorter)

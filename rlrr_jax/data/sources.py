@@ -128,8 +128,8 @@ def open_split(name, split, found):
     number = task.number(split)
     if opened.number != number:
         raise UserError(
-            f"{name} has {opened.number} {split} images instead of {number} in {found.path}: prepare "
-            f"the dataset again"
+            f"{name} has {opened.number} {split} images instead of {number} in {found.path}: "
+            + ("correct its list" if found.kind == "folder" else "prepare the dataset again")
         )
     return opened
 
@@ -289,12 +289,14 @@ def _folder(name, task, split, found):
     """A folder as NOAH's get_vtab1k.py writes it: list files of `images/<split>/000000.jpg 3`."""
     path = found.path / f"{split}.txt"
     if not path.exists():
-        raise UserError(f"there is no {path}: extract the whole vtab-1k archive")
+        raise UserError(
+            f"there is no {path}, which lists the {split} images: extract the whole archive"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = path.read_bytes()[: e.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: this is no UTF-8 text: extract the archive again") from e
+        raise UserError(f"{path}:{line}: this is no UTF-8 text: save it as that") from e
     lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     entries = [_parse(path, i, line, task.classes) for i, line in lines]
 
@@ -305,8 +307,8 @@ def _folder(name, task, split, found):
                 out.append(((found.path / image).read_bytes(), (label,)))
             except OSError as e:
                 raise UserError(
-                    f"{path}:{line}: cannot read {found.path / image} ({e.strerror or e}): extract "
-                    f"the archive again"
+                    f"{path}:{line}: cannot read {found.path / image} ({e.strerror or e}): put "
+                    f"the image there, or correct that line"
                 ) from e
         return out
 
@@ -331,7 +333,7 @@ def _parse(path, number, line, classes):
     if len(parts) != 2 or not parts[1].removeprefix("-").isdecimal():
         raise UserError(
             f"{path}:{number}: {line.strip()!r} is not an image path and a whole number: "
-            f"extract the archive again"
+            f"correct that line"
         )
     image, label = pathlib.PurePosixPath(parts[0]), int(parts[1])
     if image.is_absolute() or ".." in image.parts or "\\" in parts[0]:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-import pathlib
+import secrets
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image
+from etils import epath
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rlrr_jax import files
@@ -22,7 +23,9 @@ from rlrr_jax.data import crops, sources, tasks
 from rlrr_jax.errors import UserError
 
 _BLOCK = 256  # images that are decoded, written and checked together
-_FORMAT = 1  # of an entry
+_FORMAT = 2  # of an entry
+# Decoded again by another major version only: others have given the same pixels.
+_PILLOW = int(PIL.__version__.partition(".")[0])
 VARIANTS = ("original", "jpeg75")
 
 
@@ -65,56 +68,75 @@ class Entry(NamedTuple):
         return self.split.number * self.side**2 * 3
 
 
-def decode(image, size, variant="original", scale=1, shorter=None):
+class Pixels(NamedTuple):
+    """What is made of an image.
+
+    Attributes:
+      size: side of the images that the model takes.
+      variant: "jpeg75" saves and loads each image as JPEG of quality 75, 4:2:0, before anything else.
+      shorter: big_vision's evaluation instead of the whole image: the middle of the image with its
+        shorter side resized to so many pixels (`crops.central`).
+      upright: whether the image is turned as its EXIF says, as viewers show it.
+    """
+
+    size: int
+    variant: str = "original"
+    shorter: int | None = None
+    upright: bool = False
+
+
+def _pixels(pixels):
+    return pixels if isinstance(pixels, Pixels) else Pixels(pixels)
+
+
+def decode(image, pixels, scale=1):
     """An RGB image [size, size, 3] uint8 from encoded bytes or an array.
 
     The authors' preprocessing: Pillow's bicubic resize (antialiased), the aspect ratio ignored.
 
     Args:
-      variant, scale: see `rgb`.
-      shorter: big_vision's evaluation instead: the middle of the image with its shorter side
-        resized to so many pixels (`crops.central`).
+      image: encoded bytes, or an array [H, W] or [H, W, 3] of uint8.
+      pixels: a `Pixels`, or just the size.
+      scale: factor of the pixel values (dsprites is stored as 0 and 1).
     """
-    image = rgb(image, variant, scale)
-    if shorter:
-        return crops.central(np.asarray(image), size, shorter)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = _pixels(pixels)
+    image = rgb(image, pixels, scale)
+    if pixels.shorter:
+        return crops.central(np.asarray(image), pixels.size, pixels.shorter)
+    if image.size != (pixels.size,) * 2:
+        image = image.resize((pixels.size,) * 2, Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def rgb(image, variant="original", scale=1):
-    """An RGB Pillow image from encoded bytes or an array.
-
-    Args:
-      variant: "jpeg75" saves and loads the image as JPEG of quality 75, 4:2:0.
-      scale: what pixel values are multiplied by first (dsprites is stored as 0 and 1).
-    """
+def rgb(image, pixels, scale=1):
+    """An RGB Pillow image of its own size; arguments are those of `decode`."""
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
+    if pixels.upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.uint8(np.round(np.asarray(image) / 257)))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way
+        image = image.convert("RGBA")
     image = image.convert("RGB")
     if scale != 1:
         image = Image.fromarray(np.asarray(image) * np.uint8(scale))
-    if variant == "jpeg75":
+    if pixels.variant == "jpeg75":
         image = Image.open(io.BytesIO(sources.jpeg75(image))).convert("RGB")
     return image
 
 
-def load_split(name, split, size, variant="original", found=None, cache_dir=None, shorter=None):
+def load_split(name, split, pixels, found=None, cache_dir=None):
     """Images and labels of a split, in the source's order.
 
     Args:
-      name: of the task.
+      name: the task.
       split: one of the task's, such as "train800" or "test".
-      size: of the images the model takes. Small images of one size are kept as they are, and are
-        to be resized on the device (`resize.bicubic`, bit-equal to Pillow).
-      variant: "original" or "jpeg75".
+      pixels: a `Pixels`, or just the size. Small images of one size are kept as they are, and are to
+        be resized on the device (`resize.bicubic`, bit-equal to Pillow).
       found: the `sources.Found`; None looks in the default places.
-      cache_dir: of decoded images; None is ~/.cache/rlrr_jax.
-      shorter: see `decode`.
+      cache_dir: folder of decoded images; None is ~/.cache/rlrr_jax.
 
     Returns:
       images [N, side, side, 3] uint8 (a NumPy array, or `Images` in a file) and labels [N] int32.
@@ -122,28 +144,43 @@ def load_split(name, split, size, variant="original", found=None, cache_dir=None
     Raises:
       UserError: if an image is damaged, a label is impossible or the disk is too small.
     """
-    name = tasks.canonical(name)
+    name, pixels = tasks.canonical(name), _pixels(pixels)
     found = found or sources.find(name)
     if found.kind == "bundled":
         source = sources.open_split(name, split, found)
-        side = size if shorter else tasks.get(name).side
-        images = [decode(i, side, variant, shorter=shorter) for i, _ in source.read(0, None)]
+        small = not pixels.shorter and tasks.get(name).side <= pixels.size
+        pixels = pixels._replace(size=tasks.get(name).side) if small else pixels
+        images = [decode(i, pixels) for i, _ in source.read(0, None)]
         labels = np.array([label for _, (label,) in source.read(0, None)], np.int32)
         return np.stack(images), labels
-    entry = locate(name, split, size, variant, found, cache_dir, shorter)
-    entry.folder.parent.mkdir(parents=True, exist_ok=True)
-    with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True):
-        if not intact(entry):
-            build(entry, name, split)
+    entry = locate(name, split, pixels, found, cache_dir)
+    if not intact(entry):  # one that is whole may lie on a read-only disk
+        entry.folder.parent.mkdir(parents=True, exist_ok=True)
+        with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True) as held:
+            if not intact(entry):  # nobody made it while we waited
+                build(entry, name, split, held)
     labels = np.load(entry.folder / f"labels-{name}.npy", allow_pickle=False)
+    _check_rule(entry, name, labels)
     return Images(entry.folder / "images.npy"), labels
 
 
-def load_crops(name, split, size, kind, shorter, variant="original", found=None):
+def _check_rule(entry, name, labels):
+    """UserError if a label function changed without the version in its rule."""
+    number = min(64, len(labels))
+    mine = entry.split.tasks.index(name)
+    now = [values[mine] for _, values in entry.split.read(0, number)]
+    if now != labels[:number].tolist():
+        raise UserError(
+            f"the stored labels of {name} are not what its label function gives now: raise the version "
+            f"in its rule ({tasks.get(name).rule!r}, data/tasks.py), and they are made anew"
+        )
+
+
+def load_crops(name, split, pixels, crop, found=None):
     """The `crops.Crops` of a training split, decoded anew in each epoch, and its labels [N] int32.
 
     Args:
-      kind, shorter: see `crops.Crops`; the others as in `load_split`.
+      crop: `(kind, seed)` of `crops.Crops`; the others as in `load_split`.
     """
     name = tasks.canonical(name)
     found = found or sources.find(name)
@@ -160,30 +197,32 @@ def load_crops(name, split, size, kind, shorter, variant="original", found=None)
     def read(i):
         ((image, _),) = source.read(i, i + 1)
         with readable(source, i):
-            return np.asarray(rgb(image, variant, scale))
+            return np.asarray(rgb(image, pixels, scale))
 
-    return crops.Crops(read, source.number, kind, size, shorter), labels
+    kind, seed = crop
+    return crops.Crops(read, source.number, kind, pixels, seed), labels
 
 
-def locate(name, split, size, variant="original", found=None, cache_dir=None, shorter=None):
+def locate(name, split, pixels, found=None, cache_dir=None):
     """The `Entry` of a split. Tasks that have the same images share it."""
     task = tasks.get(name)
     found = found or sources.find(name)
     source = sources.open_split(name, split, found)
-    native = not shorter and 0 < task.side <= size and _side(source) == task.side
-    side = task.side if native else size
+    native = not pixels.shorter and 0 < task.side <= pixels.size and _side(source) == task.side
+    side = task.side if native else pixels.size
     key = {
         **source.key,
         **dict(side=side, native=native, scale=task.scale if found.kind == "tfds" else 1),
-        **dict(labels=[_code(tasks.get(name).label) for name in source.tasks]),
-        **dict(variant=variant if found.kind == "tfds" else "stored"),
-        **dict(pillow=PIL.__version__, format=_FORMAT, tasks=list(source.tasks)),
-        **(dict(shorter=shorter) if shorter else {}),
+        **dict(variant=pixels.variant if found.kind == "tfds" else "stored"),
+        **dict(format=_FORMAT, pillow=_PILLOW, split=split),
+        **dict(tasks=list(source.tasks), labels=[tasks.get(n).rule for n in source.tasks]),
+        **(dict(shorter=pixels.shorter) if pixels.shorter else {}),
+        **(dict(upright=True) if pixels.upright else {}),
     }
     key = json.loads(json.dumps(key))
     mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     stem = found.dataset.replace("/", "-").replace(":", "-")
-    folder = _cache(cache_dir) / "images" / f"{stem}-{split}-{side}px-{key['variant']}-{mark}"
+    folder = images_folder(cache_dir) / f"{stem}-{split}-{side}px-{key['variant']}-{mark}"
     return Entry(folder, source, side, key)
 
 
@@ -196,20 +235,63 @@ def _side(source):
     return width if width == height else None
 
 
-def _code(function):
-    """What changes when a label function is edited."""
-    code = function.__code__
-    values = [cell.cell_contents for cell in function.__closure__ or ()]
-    text = f"{code.co_code.hex()} {code.co_consts} {code.co_names} {values}"
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _cache(cache_dir):
+def images_folder(cache_dir=None):
+    """Where decoded images lie."""
     if "://" in str(cache_dir):
         raise UserError(
             f"config.data.cache_dir={cache_dir} is no local folder: images are mapped from it"
         )
-    return pathlib.Path(cache_dir or "~/.cache/rlrr_jax").expanduser()
+    return files.cache(cache_dir) / "images"
+
+
+def entries(cache_dir=None, thorough=False):
+    """What lies in the cache: `[(folder, bytes, why no task uses it or None), ...]`.
+
+    Args:
+      thorough: whether to see if the dataset is still the one that was decoded.
+    """
+    root, out = images_folder(cache_dir), []
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if not folder.is_dir():
+            continue
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        out.append((folder, size, _unused(folder, thorough)))
+    return out
+
+
+def _unused(folder, thorough):
+    if folder.name.endswith(".part"):
+        return "its decoding was interrupted, or goes on in another process"
+    try:
+        key = json.loads((folder / "entry.json").read_text())["key"]
+        if key["format"] != _FORMAT:
+            return "made by an older version of rlrr_jax"
+        if key["pillow"] != _PILLOW:
+            return f"decoded by Pillow {key['pillow']}, this is {_PILLOW}"
+        if key["labels"] != [tasks.get(name).rule for name in key["tasks"]]:
+            return "its labels are of an older version"
+        kind = "tfds" if "path" in key else "folder"
+        path = epath.Path(key["path"] if kind == "tfds" else key["folder"])
+        if not path.exists():
+            return f"its dataset {path} is not there"
+        if thorough:
+            found = sources.Found(kind, path, key.get("dataset", ""))
+            now = json.loads(json.dumps(sources.open_split(key["tasks"][0], key["split"], found).key))
+            if any(key.get(name) != value for name, value in now.items()):
+                return f"its dataset {path} has changed"
+    except UserError as e:
+        return f"its dataset cannot be read: {e}"
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return "made by an older version of rlrr_jax, or damaged"
+    return None
+
+
+def prune(cache_dir=None):
+    """Removes what no task uses; returns it as `entries` does."""
+    unused = [entry for entry in entries(cache_dir, thorough=True) if entry[2]]
+    for folder, _, _ in unused:
+        shutil.rmtree(folder)
+    return unused
 
 
 def missing_bytes(entries):
@@ -220,13 +302,13 @@ def missing_bytes(entries):
 
 def check_space(wanted, cache_dir=None):
     """UserError if so many bytes do not fit into the cache folder's disk."""
-    folder = _cache(cache_dir)
+    folder = root = images_folder(cache_dir)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise UserError(
-            f"the decoded images take {wanted / 1e9:.1f} GB and {_cache(cache_dir)} has "
+            f"the decoded images take {wanted / 1e9:.1f} GB and {root} has "
             f"{free / 1e9:.1f} GB free: make space, or point config.data.cache_dir at a larger disk"
         )
 
@@ -249,13 +331,16 @@ def intact(entry):
         return False
 
 
-def build(entry, name, split):
-    """Decodes a split into its entry; the folder appears when it is complete."""
+def build(entry, name, split, alone=True):
+    """Decodes a split into its entry; the folder appears when it is complete.
+
+    Args:
+      alone: whether no other process can be doing the same, so that what a killed one left can go.
+    """
     check_space(entry.bytes, entry.folder.parents[1])
-    part = entry.folder.with_name(entry.folder.name + ".part")
-    for old in (part, entry.folder):
-        if old.exists():
-            shutil.rmtree(old)
+    part = entry.folder.with_name(f".{entry.folder.name}.{secrets.token_hex(4)}.part")
+    for old in entry.folder.parent.glob(f".{entry.folder.name}.*.part") if alone else ():
+        shutil.rmtree(old)
     part.mkdir()
     number, shape = entry.split.number, (entry.split.number, entry.side, entry.side, 3)
     labels = np.empty((len(entry.split.tasks), number), np.int32)
@@ -284,6 +369,7 @@ def build(entry, name, split):
     files.write_json(
         part / "entry.json", {"key": entry.key, "crc32": {"images": sums, "labels": label_sums}}
     )
+    shutil.rmtree(entry.folder, ignore_errors=True)  # damaged, or another process was first
     part.rename(entry.folder)
 
 
@@ -293,7 +379,8 @@ def _decode(entry, task, item):
         if entry.key["native"] and Image.open(io.BytesIO(image)).size != (entry.side,) * 2:
             raise OSError(f"its size is not {entry.side} x {entry.side}")
         key = entry.key
-        return decode(image, entry.side, key["variant"], key["scale"], key.get("shorter"))
+        pixels = Pixels(entry.side, key["variant"], key.get("shorter"), key.get("upright", False))
+        return decode(image, pixels, key["scale"])
 
 
 @contextlib.contextmanager

@@ -67,6 +67,8 @@ class Task(NamedTuple):
       majors: major versions with the same images.
       image: field of the image.
       label: pure function from an example to the class.
+      rule: name and version of what `label` computes. Raise the version when you change it: labels
+        are stored with the decoded images.
       fields: of the example that `label` reads.
       side: of the square images if all have the same small size, else 0.
       scale: what stored pixel values are multiplied by.
@@ -88,6 +90,7 @@ class Task(NamedTuple):
     majors: tuple = ()
     image: str = "image"
     label: Callable = field("label")
+    rule: str = "label, 1"
     fields: tuple = ("label",)
     side: int = 0
     scale: int = 1
@@ -157,26 +160,33 @@ VTAB = {
         flip=True),
     "clevr_count": _vtab(
         *_CLEVR, 8, 15000, (5e-3, 5e-5, 0.5), test="validation", label=count_objects,
+        rule="number of objects, 1",
         fields=("objects",), flip=True, names=tuple(f"{n} objects" for n in range(3, 11))),
     "clevr_dist": _vtab(
         *_CLEVR, 6, 15000, (1e-2, 5e-5, 0.2), test="validation", label=nearest_object,
+        rule="nearest object, 1",
         fields=("objects",), flip=True,
         names=("to 8", "to 8.5", "to 9", "to 9.5", "to 10", "beyond 10")),
     "dmlab": _vtab(_S, "dmlab:2.0.1", _VAL, 6, 22735, (5e-3, 5e-5, 0.3), flip=True),
     "kitti": _vtab(
-        _S, "kitti:3.3.0", _VAL, 4, 711, (3e-3, 5e-2, 0.3), label=nearest_vehicle, fields=("objects",),
+        _S, "kitti:3.3.0", _VAL, 4, 711, (3e-3, 5e-2, 0.3), label=nearest_vehicle,
+        rule="nearest vehicle, 1", fields=("objects",),
         flip=True, names=("to 8 m", "to 20 m", "beyond 20 m", "no vehicle")),
     "dsprites_loc": _vtab(
-        *_DSPRITES, 16, 73728, (1e-2, 5e-5, 0.1), label=position_bin, fields=("label_x_position",),
+        *_DSPRITES, 16, 73728, (1e-2, 5e-5, 0.1), label=position_bin,
+        rule="position, 1", fields=("label_x_position",),
         **_DSPRITES_KW),
     "dsprites_ori": _vtab(
-        *_DSPRITES, 16, 73728, (5e-3, 5e-5, 0.1), label=orientation_bin, fields=("label_orientation",),
+        *_DSPRITES, 16, 73728, (5e-3, 5e-5, 0.1), label=orientation_bin,
+        rule="orientation, 1", fields=("label_orientation",),
         **_DSPRITES_KW),
     "smallnorb_azi": _vtab(
-        *_NORB, 18, 12150, (5e-3, 5e-2, 0.3), label=field("label_azimuth"), fields=("label_azimuth",),
+        *_NORB, 18, 12150, (5e-3, 5e-2, 0.3), label=field("label_azimuth"),
+        rule="azimuth, 1", fields=("label_azimuth",),
         **_NORB_KW),
     "smallnorb_ele": _vtab(
         *_NORB, 9, 12150, (1e-3, 5e-5, 0.3), label=field("label_elevation"),
+        rule="elevation, 1",
         fields=("label_elevation",), flip=True, **_NORB_KW),
 }
 # fmt: on

@@ -4,9 +4,9 @@ To add one: write `methods/<name>.py` with `FORMULA`, `DEFAULTS` and a function 
 Method`, and put the module into `METHODS`. `python -m rlrr_jax.methods` lists them all.
 """
 
-import difflib
 import inspect
 
+from rlrr_jax.errors import unknown
 from rlrr_jax.methods import (
     apla,
     arc,
@@ -24,7 +24,7 @@ from rlrr_jax.methods import (
     ssf,
     vera,
 )
-from rlrr_jax.methods.base import Method, head_count, trainable_count
+from rlrr_jax.methods.base import Method, check, head_count, trainable_count
 
 METHODS = {
     "rlrr": rlrr,
@@ -44,28 +44,22 @@ METHODS = {
     "hta": hta,
 }
 
-__all__ = ["METHODS", "Method", "get", "head_count", "options", "trainable_count"]
+__all__ = ["METHODS", "Method", "check", "get", "head_count", "options", "trainable_count"]
 
 
 def get(name, **kwargs):
     """The `Method` of that name with its options.
 
-    Raises ValueError for an unknown name, option or value, with the nearest known one.
+    Raises UserError for an unknown name, option or value, with the nearest known one.
     """
     if name not in METHODS:
-        raise ValueError(_unknown("method", name, METHODS))
+        raise unknown("method", name, METHODS)
     for key in kwargs:
         if key not in options(name):
-            raise ValueError(_unknown(f"option of method {name!r}", key, options(name)))
+            raise unknown(f"option of method {name!r}", key, options(name))
     return METHODS[name].method(**kwargs)
 
 
 def options(name):
     """A method's options and their defaults."""
     return {k: p.default for k, p in inspect.signature(METHODS[name].method).parameters.items()}
-
-
-def _unknown(kind, name, known):
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? Known" if near else "known"
-    return f"unknown {kind} {str(name)!r}: {hint}: {', '.join(known) or 'none'}"

@@ -3,7 +3,7 @@
 import jax
 
 from rlrr_jax import config, methods
-from rlrr_jax.errors import Parser, UserError, one_sentence
+from rlrr_jax.errors import Parser, one_sentence
 from rlrr_jax.models import vit
 
 
@@ -12,10 +12,7 @@ def main():
     parser = Parser(description="Lists the methods.")
     parser.add_argument("--variant", default="B/16", help="of a ViT for 224 pixels; or bundled")
     args = parser.parse_args()
-    try:
-        sizes = config.model_sizes(args.variant)
-    except ValueError as e:
-        raise UserError(str(e)) from e
+    sizes = config.model_sizes(args.variant)
     model = vit.ViT(**sizes, num_classes=2)
     size = 32 if args.variant == "bundled" else 224
     image = jax.ShapeDtypeStruct((1, size, size, 3), "float32")

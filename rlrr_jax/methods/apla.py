@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 
 FORMULA = "W_out' = anything, or anything in some random columns"
@@ -16,10 +17,11 @@ def method(columns=None, column_seed=0):
       columns: how many outputs are trained, with their biases, drawn anew in each block; None: all.
       column_seed: of that draw, which is made anew from it instead of being stored.
 
-    Raises ValueError for other values.
+    Raises UserError for other values.
     """
     if columns is not None:
         base.positive("option columns", columns)
+    base.seed("option column_seed", column_seed)
 
     def chosen(frozen):
         """Indices of the trained outputs, [L, columns]."""
@@ -27,7 +29,7 @@ def method(columns=None, column_seed=0):
         if columns is None or columns == width:
             return jnp.tile(jnp.arange(width), (depth, 1))
         if columns > width:
-            raise ValueError(f"option columns={columns} is more than the model's width {width}")
+            raise UserError(f"option columns={columns} is more than the model's width {width}")
         keys = jax.random.split(jax.random.key(column_seed), depth)
         return jax.vmap(lambda key: jax.random.permutation(key, width)[:columns])(keys)
 

@@ -21,7 +21,7 @@ def method(bottleneck=50, where="attention+mlp"):
       bottleneck: columns of A [D, bottleneck].
       where: "attention", "mlp" or both, joined by "+"; each has its own A.
 
-    Raises ValueError for other values.
+    Raises UserError for other values.
     """
     base.positive("option bottleneck", bottleneck)
     where = base.names_in(where, base.AFTER_NORM, "place of method 'arc'")
@@ -42,8 +42,8 @@ def method(bottleneck=50, where="attention+mlp"):
     def merge(frozen, trainable):
         for place in where:
             node = trainable[place]
-            down = node["down"] * node["scale"][:, None]  # [L, D, bottleneck]
-            frozen = base.prepend(frozen, place, down, node["down"].T, node["shift"])
+            down = node["down"][None] * node["scale"][:, None]  # [L, D, bottleneck]
+            frozen = base.prepend(frozen, place, down, node["down"].T[None], node["shift"])
         return {**frozen, "head": trainable["head"]}
 
     return base.Method(init, merge, base.decay_of("down", "scale", "shift", "kernel"), DEFAULTS)

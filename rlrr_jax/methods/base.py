@@ -1,6 +1,5 @@
 """What a fine-tuning method is, and what several of them need."""
 
-import difflib
 import functools
 import math
 import operator
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from rlrr_jax.errors import UserError, nearest
 
 BLOCK = ("Transformer", "encoderblock")  # all blocks, stacked: the leading axis is the depth L
 _ATTENTION = (*BLOCK, "MultiHeadDotProductAttention_0")
@@ -67,26 +68,80 @@ def decay_of(*names):
 
 
 def names_in(text, known, what):
-    """`"query+value"` -> `("query", "value")`; ValueError, with the nearest, for an unknown name."""
+    """`"query+value"` -> `("query", "value")`; UserError, with the nearest, for an unknown name."""
     names = tuple(dict.fromkeys(str(text).split("+")))
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? Known" if near else "known"
-            raise ValueError(f"unknown {what} {name!r}: {hint}, joined by +: {', '.join(known)}")
+            hint = nearest(name, known)
+            raise UserError(f"unknown {what} {name!r}: {hint}, joined by +: {', '.join(known)}")
     return names
 
 
 def positive(what, value):
-    """ValueError unless an option is a whole number above 0."""
+    """UserError unless an option is a whole number above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what}={value} must be a whole number greater than 0")
+        raise UserError(f"{what}={value} must be a whole number greater than 0")
 
 
 def number(what, value):
-    """ValueError unless an option is a number."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{what}={value} must be a number")
+    """UserError unless an option is a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{what}={value} must be a number")
+
+
+def seed(what, value):
+    """UserError unless an option can seed a key: JAX's keys take 32 bits."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise UserError(f"{what}={value} must be a whole number from 0 to 2^32 - 1")
+
+
+# The contract ---------------------------------------------------------------------------------
+
+
+def check(name, method, frozen):
+    """Checks what a method promises, without computing anything.
+
+    Args:
+      name: the method's name, for the message.
+      method: a `Method`.
+      frozen: a ViT tree of arrays or of shapes.
+
+    Returns:
+      The shapes of the trainable tree.
+
+    Raises UserError, naming the leaf, if `init` makes another head than the frozen tree's, if `merge`
+    returns other names, shapes or dtypes than the frozen tree's, or if `decay` is no tree of bools.
+    """
+    trainable = jax.eval_shape(method.init, jax.random.key(0), frozen)
+    told = f"method {name!r} breaks its contract: "
+    if not isinstance(trainable, dict) or "head" not in trainable:
+        raise UserError(f"{told}init must return a dict with 'head' in it, as base.zero_head makes it")
+    _same_leaves(f"{told}init makes head/", leaves(trainable["head"]), leaves(frozen["head"]))
+    params = jax.eval_shape(method.merge, frozen, trainable)
+    _same_leaves(f"{told}merge returns ", leaves(params), leaves(frozen))
+    decay = method.decay(trainable)
+    same = jax.tree.structure(decay) == jax.tree.structure(trainable)
+    if not same or not all(isinstance(x, bool) for x in jax.tree.leaves(decay)):
+        raise UserError(f"{told}decay must return True or False for each leaf of the trainable tree")
+    return trainable
+
+
+def leaves(tree):
+    """`{"a/b": (shape, dtype)}` of a tree."""
+    key = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {key(path): (tuple(x.shape), str(jnp.dtype(x.dtype))) for path, x in flat}
+
+
+def _same_leaves(what, found, wanted):
+    for key in sorted(wanted.keys() | found.keys()):
+        if key not in found:
+            raise UserError(f"{what}no {key}, which the ViT has")
+        if key not in wanted:
+            raise UserError(f"{what}{key}, which the ViT does not have")
+        if found[key] != wanted[key]:
+            (shape, dtype), (right, kind) = found[key], wanted[key]
+            raise UserError(f"{what}{key} as {dtype}{list(shape)} instead of {kind}{list(right)}")
 
 
 # Trees ----------------------------------------------------------------------------------------
@@ -147,7 +202,7 @@ def affine(node, scale, shift):
         flat = weight.reshape(depth, -1, math.prod(outputs))
         scaled = columns(flat, scale.reshape(depth, -1)).reshape(weight.shape)
     else:
-        scaled = weight * scale
+        scaled = weight * scale.reshape((1,) * (weight.ndim - scale.ndim) + scale.shape)
     return {name: scaled, "bias": node["bias"] * scale + shift}
 
 

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 
 FORMULA = "W'[j] = W[j] + s U C[j] V for each D x D slice j; TK: C[j] = sum_t P[j, t] G[t]"
@@ -24,11 +25,11 @@ def method(kind="tt", rank=16, scale=1.0):
       rank: r of U [D, r] and V [r, D].
       scale: s, which its authors choose for each task.
 
-    Raises ValueError for other values.
+    Raises UserError for other values.
     """
     base.positive("option rank", rank)
     if kind not in ("tt", "tk"):
-        raise ValueError(f"unknown kind {kind!r} of method 'fact': use tt or tk")
+        raise UserError(f"unknown kind {kind!r} of method 'fact': use tt or tk")
     base.number("option scale", scale)
 
     def init(key, frozen):
@@ -70,6 +71,6 @@ def _slices(frozen):
     for name, (_, inputs, outputs) in base.sizes(frozen).items():
         small, large = sorted((inputs, outputs))
         if large % small:
-            raise ValueError(f"method 'fact' cuts {name} [{inputs}, {outputs}] into squares: none fit")
+            raise UserError(f"method 'fact' cuts {name} [{inputs}, {outputs}] into squares: none fit")
         out[name] = large // small
     return out

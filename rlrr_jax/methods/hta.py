@@ -22,7 +22,7 @@ def method(rank=1, targets="query+key+value+out"):
       rank: of A B; 0 leaves it out.
       targets: of query, key, value and out, joined by "+".
 
-    Raises ValueError for other values.
+    Raises UserError for other values.
     """
     if rank != 0:
         base.positive("option rank", rank)

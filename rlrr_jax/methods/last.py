@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.errors import UserError
 from rlrr_jax.methods.base import BLOCK, Method, decay_of, positive, replaced, subtree, zero_head
 
 FORMULA = "W' = anything in the last k blocks, W before"
@@ -24,7 +25,7 @@ def method(blocks=1):
 def _init(frozen, k):
     depth = len(subtree(frozen, BLOCK)["LayerNorm_0"]["scale"])
     if k > depth:
-        raise ValueError(f"option blocks={k} is more than the {depth} blocks of the model")
+        raise UserError(f"option blocks={k} is more than the {depth} blocks of the model")
     return {
         "last": jax.tree.map(lambda x: jnp.array(x[-k:]), subtree(frozen, BLOCK)),
         "encoder_norm": jax.tree.map(jnp.array, subtree(frozen, _NORM)),

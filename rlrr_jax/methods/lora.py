@@ -19,7 +19,7 @@ def method(rank=8, alpha=None, targets="query+value"):
       alpha: None is the rank, so that the product is not scaled.
       targets: Dense layers, joined by "+": query, key, value, out, Dense_0, Dense_1.
 
-    Raises ValueError for other values.
+    Raises UserError for other values.
     """
     base.positive("option rank", rank)
     targets = base.names_in(targets, base.DENSE, "target of method 'lora'")

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 
 FORMULA = "W' = (I + s A B) W, b' = b + s (a B + c) W; B in groups: block-diagonal"
@@ -24,19 +25,19 @@ def method(hidden=8, groups=2, scale=1.0, where="attention+mlp"):
       scale: s, which its authors choose for each task.
       where: "attention", "mlp" or both, joined by "+".
 
-    Raises ValueError for other values.
+    Raises UserError for other values.
     """
     base.positive("option hidden", hidden)
     base.positive("option groups", groups)
     if hidden % groups:
-        raise ValueError(f"hidden={hidden} is not divisible by groups={groups}")
+        raise UserError(f"hidden={hidden} is not divisible by groups={groups}")
     where = base.names_in(where, base.AFTER_NORM, "place of method 'repadapter'")
     base.number("option scale", scale)
 
     def init(key, frozen):
         depth, width = base.sizes(frozen)["query"][:2]
         if width % groups:
-            raise ValueError(f"groups={groups} does not divide the model's width {width}")
+            raise UserError(f"groups={groups} does not divide the model's width {width}")
         bound = math.sqrt(6 / (width + hidden))  # Xavier-uniform
         tree = {
             place: {

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.errors import UserError
 from rlrr_jax.methods.base import (
     BLOCK,
     Method,
@@ -73,23 +74,23 @@ def method(
       where: of "mha", "ffn", "norm" and "patch", joined by "+".
       layers: only the first so many blocks have adapters; None: all.
 
-    Raises ValueError for other values, and for those that exclude each other.
+    Raises UserError for other values, and for those that exclude each other.
     """
     if init not in STARTS:
-        raise ValueError(f"unknown init {init!r} of method 'rlrr': use {', '.join(STARTS)}")
+        raise UserError(f"unknown init {init!r} of method 'rlrr': use {', '.join(STARTS)}")
     if sides not in SIDES:
-        raise ValueError(f"unknown sides {sides!r} of method 'rlrr': use {', '.join(SIDES)}")
+        raise UserError(f"unknown sides {sides!r} of method 'rlrr': use {', '.join(SIDES)}")
     positive("option rank", rank)
     flags = dict(with_weight=with_weight, residual=residual, shift=shift)
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise ValueError(f"option {name}={value} must be True or False")
+            raise UserError(f"option {name}={value} must be True or False")
     if layers is not None:
         positive("option layers", layers)
     if not with_weight and (sides != "both" or not residual):
-        raise ValueError("with_weight=False needs both sides and the residual")
+        raise UserError("with_weight=False needs both sides and the residual")
     if rank > 1 and sides != "both":
-        raise ValueError(f"rank={rank} needs both sides")
+        raise UserError(f"rank={rank} needs both sides")
     where = names_in(where, PLACES, "place of method 'rlrr'")
     v = Variant(init, rank, with_weight, sides, residual, shift, where, layers)
     return Method(
@@ -175,7 +176,7 @@ def _first(frozen, layers):
         return frozen
     depth = len(subtree(frozen, BLOCK)["LayerNorm_0"]["scale"])
     if layers > depth:
-        raise ValueError(f"option layers={layers} is more than the {depth} blocks of the model")
+        raise UserError(f"option layers={layers} is more than the {depth} blocks of the model")
     return replaced(frozen, BLOCK, jax.tree.map(lambda x: x[:layers], subtree(frozen, BLOCK)))
 
 

@@ -22,9 +22,10 @@ def method(rank=256, targets="query+value", projection_seed=0):
       targets: see `lora.method`.
       projection_seed: of A and B, which are made anew from it instead of being stored.
 
-    Raises ValueError for other values.
+    Raises UserError for other values.
     """
     base.positive("option rank", rank)
+    base.seed("option projection_seed", projection_seed)
     targets = base.names_in(targets, base.DENSE, "target of method 'vera'")
 
     def init(key, frozen):
@@ -41,8 +42,8 @@ def method(rank=256, targets="query+value", projection_seed=0):
 
         def change(name, kernel, bias):
             (_, inputs, outputs), node = kernel.shape, trainable[name]
-            scaled = up[:, :outputs] * node["b"][:, None]  # [L, r, out]
-            return kernel + base.dot(down[:inputs] * node["d"][:, None], scaled), bias
+            scaled = up[None, :, :outputs] * node["b"][:, None]  # [L, r, out]
+            return kernel + base.dot(down[None, :inputs] * node["d"][:, None], scaled), bias
 
         return {**base.change_dense(frozen, targets, change), "head": trainable["head"]}
 

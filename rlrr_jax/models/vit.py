@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.errors import UserError
 from rlrr_jax.models import noise
 
 # Dosovitskiy et al. (2021), table 1; Ti and S as in DeiT and AugReg.
@@ -27,14 +28,14 @@ VARIANTS = {
 def parse_variant(variant):
     """`"B/16"` -> `dict(width=768, ..., patch_size=16)`.
 
-    Raises ValueError for anything that is not `<Ti|S|B|L|H>/<patch size>`.
+    Raises UserError for anything that is not `<Ti|S|B|L|H>/<patch size>`.
     """
     size, _, patch = str(variant).partition("/")
     if size not in VARIANTS or not patch.isdigit() or int(patch) == 0:
         names = {name.upper(): name for name in VARIANTS}
         near = names[difflib.get_close_matches(size.upper(), names, n=1, cutoff=0.0)[0]]
         patch = patch if patch.isdigit() and int(patch) else "16"
-        raise ValueError(
+        raise UserError(
             f"unknown ViT variant {variant!r}: write one of {', '.join(VARIANTS)}, a slash and the "
             f"patch size, for example {near}/{patch}"
         )
@@ -111,6 +112,7 @@ class Block(nn.Module):
     num_heads: int
     gelu: str
     attention: str
+    norm_eps: float
     dtype: Any
 
     @nn.compact
@@ -118,7 +120,7 @@ class Block(nn.Module):
         def residual(x, y, branch):
             return x + (y if keep is None else drop_path(y, rate, keep[branch]))
 
-        norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=1e-6, dtype=self.dtype)
+        norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
         y = MultiHeadDotProductAttention(
             self.num_heads, self.attention, self.dtype, name="MultiHeadDotProductAttention_0"
@@ -156,7 +158,8 @@ class Encoder(nn.Module):
         # All masks at once: a kernel for each branch would take longer to compile than the rest.
         keep = None if keys is None else drop_path_masks(keys, rates, x.shape[1:], self.drop_path_mode)
         x, _ = blocks(x, rates, keep)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.block["dtype"], name="encoder_norm")(x)
+        norm = dict(epsilon=self.block["norm_eps"], dtype=self.block["dtype"])
+        return nn.LayerNorm(**norm, name="encoder_norm")(x)
 
 
 class ViT(nn.Module):
@@ -168,6 +171,7 @@ class ViT(nn.Module):
       drop_path_mode: see `drop_path`.
       unroll: how many blocks each step of the scan over depth contains.
       remat: whether training computes again what it can instead of keeping it, to save memory.
+      norm_eps: epsilon of every LayerNorm.
       dtype: of activations and matmuls; parameters are always float32.
     """
 
@@ -182,11 +186,12 @@ class ViT(nn.Module):
     drop_path_mode: str = "element"
     unroll: int = 1
     remat: bool = False
+    norm_eps: float = 1e-6
     dtype: Any = jnp.float32
 
     @classmethod
     def from_variant(cls, variant, **kwargs):
-        """`ViT.from_variant("B/16", num_classes=100)`; raises ValueError for an unknown variant."""
+        """`ViT.from_variant("B/16", num_classes=100)`; raises UserError for an unknown variant."""
         return cls(**parse_variant(variant), **kwargs)
 
     @nn.compact
@@ -218,12 +223,12 @@ class ViT(nn.Module):
             num_heads=self.num_heads,
             gelu=self.gelu,
             attention=self.attention,
+            norm_eps=self.norm_eps,
             dtype=self.dtype,
         )
         modes = self.unroll, self.remat, self.drop_path_mode
         x = Encoder(self.depth, *modes, block, name="Transformer")(x, drop_path, keys)
         self.sow("intermediates", "encoded", x)
-        head = nn.Dense(
-            self.num_classes, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head"
-        )
-        return head(x[:, 0].astype(jnp.float32))
+        high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
+        head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
+        return head(x[:, 0].astype(high))

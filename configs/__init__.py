@@ -1,0 +1,1 @@
+"""Configurations; installed as `rlrr_jax.configs`."""

@@ -1,0 +1,138 @@
+"""What the values of a configuration may be: checked before any work."""
+
+import math
+
+import jax
+from ml_collections import ConfigDict
+
+from rlrr_jax import cards, optim, pretrained
+from rlrr_jax.data import crops, sources, store
+from rlrr_jax.errors import UserError, unknown
+from rlrr_jax.models import vit
+
+PROTOCOLS = ("official", "fast", "vtab", "tune")
+GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
+CHOICES = {
+    "protocol": PROTOCOLS,
+    "optimizer": ("adamw", "momentum"),
+    "momentum_dtype": ("bfloat16", "float32"),
+    "crop": crops.KINDS,
+    "data.source": sources.KINDS,
+    "data.variant": store.VARIANTS,
+    "drop_path_mode": ("element", "sample"),
+    "pretrained.resize": pretrained.RESIZES,
+    "model.gelu": ("tanh", "exact"),
+    "model.attention": ("xla", "cudnn"),
+    "dtype": ("float32", "bfloat16"),
+    "precision": ("highest", "high", "default", "tensorfloat32", "float32", "bfloat16"),
+}
+POSITIVE = (
+    *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "model.unroll"),
+    *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from"),
+)
+
+
+def check(config):
+    """Checks every value that does not depend on task or method; UserError for the first wrong one."""
+    for key in ("model", "pretrained", "data", "grid", "method_kwargs"):
+        if not isinstance(config[key], ConfigDict):
+            raise UserError(f"config.{key}={config[key]} must be a group of values: leave it as it is")
+    for key in ("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "drop_path_mode"):
+        if config[key] is None:
+            raise UserError(f"config.{key} must have a value: leave it as it is, or set one")
+    if config.model.variant not in (None, "bundled"):
+        vit.parse_variant(config.model.variant)
+    if config.schedule is not None:
+        optim.learning_rates(config.schedule, 1.0, 1)
+    for key, allowed in CHOICES.items():
+        value = _at(config, key)
+        if value is not None and value not in allowed:
+            raise unknown(f"value of config.{key}", value, allowed)
+    for key in POSITIVE:
+        value = _at(config, key)
+        if value is not None and value <= 0:
+            raise UserError(f"config.{key}={value} must be greater than 0")
+    hyper("config", {key: config[key] for key in GRID if config[key] is not None})
+    if not 0 <= config.checkpoint_seconds < math.inf:
+        raise UserError(
+            f"config.checkpoint_seconds={config.checkpoint_seconds} must be finite and not negative"
+        )
+    seeds = (0,) if config.seeds is None else config.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or not all(map(_seed, seeds)):
+        raise UserError(
+            f"config.seeds={seeds} must be different whole numbers below 2^32, such as (0,1,2)"
+        )
+    for key in GRID:
+        for value in config.grid[key]:
+            hyper("config.grid", {key: value})
+    grid = config.pretrained.grid
+    if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
+        raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
+    _check_pixels(config.pretrained.mean, config.pretrained.std)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        wanted = jax.config.jax_platforms
+        raise UserError(
+            f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install cuda13 or tpu"
+        ) from e
+    if config.model.attention == "cudnn" and (
+        jax.default_backend() != "gpu" or config.dtype == "float32"
+    ):
+        raise UserError("config.model.attention=cudnn needs a GPU and bfloat16: leave it at xla")
+    if jax.process_count() > 1 and config.num_devices not in (None, jax.device_count()):
+        raise UserError("config.num_devices is for one process: leave it out, or start fewer")
+    if (config.num_devices or 1) > jax.device_count():
+        raise UserError(
+            f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "
+            f"{jax.default_backend()} device(s)"
+        )
+    if config.pretrained.name is not None:
+        pretrained.address(pretrained.split_subtree(config.pretrained.name)[0])
+
+
+def _check_pixels(mean, std):
+    if (mean is None) != (std is None):
+        raise UserError("config.pretrained.mean and config.pretrained.std go together: set both")
+    if mean is not None:
+        try:
+            cards.check("exact", mean, std)
+        except ValueError as e:
+            raise UserError(f"config.pretrained: {e} (of red, green and blue): set them so") from e
+
+
+def hyper(where, values):
+    """UserError unless a seed, learning rate, weight decay or drop-path rate is possible."""
+    for key, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "seed" and not _seed(value):
+            raise UserError(f"{where}.seed={value} must be a whole number below 2^32")
+        if key == "lr" and not (number and 0 < value < math.inf):
+            raise UserError(f"{where}.lr={value} must be greater than 0 and finite")
+        if key == "weight_decay" and not (number and 0 <= value < math.inf):
+            raise UserError(f"{where}.weight_decay={value} must be finite and not negative")
+        if key == "drop_path" and not (number and 0 <= value < 1):
+            raise UserError(f"{where}.drop_path={value} must be at least 0 and less than 1")
+
+
+def _seed(value):
+    """JAX's keys take 32 bits: larger seeds would be smaller ones under another name."""
+    return _whole(value) and value < 2**32
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _at(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def heads(width, number):
+    """UserError unless so many attention heads share a width; None passes."""
+    if number and width % number:
+        raise UserError(
+            f"config.model.num_heads={number} does not divide the model's width {width}: leave it out"
+        )

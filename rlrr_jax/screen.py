@@ -1,0 +1,60 @@
+"""Standard output and error as a long run needs them: nothing that happens to them ends it."""
+
+import codecs
+import os
+import sys
+
+_PLAIN = {"±": "+-", "°": " deg", "…": "..."}
+
+
+class Tolerant:
+    """A text stream that goes on into nothing when its reader has gone (`| head -1`)."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        """As a stream's; the number of characters, written or not."""
+        try:
+            return self._stream.write(text)
+        except (BrokenPipeError, ConnectionResetError):
+            self._discard()
+            return len(text)
+
+    def flush(self):
+        """As a stream's."""
+        try:
+            self._stream.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            self._discard()
+
+    def _discard(self):
+        """Lets the stream's descriptor lead to nothing, what is buffered, too."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def prepare():
+    """Makes both streams usable: closed ones (`2>&-`), pipes that break, encodings without `±`."""
+    for descriptor in (0, 1, 2):  # a free one would be given to the next file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    codecs.register_error("rlrr_jax.plain", _plain)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="rlrr_jax.plain")
+        setattr(sys, name, stream if isinstance(stream, Tolerant) else Tolerant(stream))
+
+
+def _plain(error):
+    """What is written for characters that an encoding lacks."""
+    text = error.object[error.start : error.end]
+    plain = (_PLAIN.get(c, "?" if ord(c) < 0xD800 else f"\\u{ord(c):04x}") for c in text)
+    return "".join(plain), error.end
