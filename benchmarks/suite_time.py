@@ -17,9 +17,9 @@ import jax
 from ours import Ours
 from step import timed
 
-from configs import vtab
 from rlrr_jax import config as config_lib
 from rlrr_jax import suite
+from rlrr_jax.configs import vtab
 
 
 def main():

@@ -161,7 +161,7 @@ def together(run):
     With random crops, which all trials share, the seed, too.
     """
     plain = run.to_dict()
-    for key in ("trial", "val_acc", *GRID, *(() if run.crop else ("seed",))):
+    for key in ("trial", "recipe", "val_acc", *GRID, *(() if run.crop else ("seed",))):
         plain.pop(key, None)
     return json.dumps(plain, sort_keys=True)
 
@@ -200,6 +200,7 @@ def identity(run):
     """A run's configuration without paths and devices, as plain values; equal for the same work."""
     plain = described(run)
     plain.get("grid", {}).pop("times_own_lr", None)  # its lr has the products
+    plain.pop("recipe", None)  # its values are there
     return plain
 
 
@@ -214,30 +215,27 @@ def _digest(values):
 
 def setting(values):
     """What the seeds of one line share: `described` without the seed and what was searched."""
-    values = {key: value for key, value in values.items() if key != "seed"}
-    if values.get("grid"):  # chosen from it
-        values = {key: value for key, value in values.items() if key not in GRID}
-    return values
+    leave = ("seed", "recipe", *(GRID if values.get("grid") else ()))  # chosen from it
+    return {key: value for key, value in values.items() if key not in leave}
 
 
 def across_tasks(values):
     """What the tasks of one line of a suite's table share: a `setting` without the task.
 
-    Values that are the recipe's of that task and method are left out, since every task has its own.
+    Values that came from the recipe of a task and method are left out, since every task has its own.
     """
+    recipe = values.get("recipe")
+    if recipe is None:  # of an older run: what is equal
+        own = _recipe(values["task"], values["method"])
+        recipe = [key for key in own if values.get(key) == own[key]]
     values = json.loads(json.dumps(setting(values)))
-    recipe = json.loads(json.dumps(_recipe(values.pop("task"), values["method"])))
-    values.pop("dataset", None)
-    if values.get("total_steps"):  # which make the epochs
-        values.pop("epochs")
-    for key, own in recipe.items():
-        if values.get(key) == own:
-            values.pop(key, None)
-        grid = values.get("grid") or {}
-        if grid.get(key) == [own]:
-            grid.pop(key)
-    if values.get("grid", {}).get("times_own_lr"):
-        values["grid"].pop("lr")
+    grid = values.get("grid") or {}
+    recipe = [*recipe, "task", "dataset"]
+    recipe += ["epochs"] if values.get("total_steps") else []  # which make them
+    recipe += ["grid.lr"] if grid.get("times_own_lr") else []
+    for key in recipe:
+        node = grid if key.startswith("grid.") else values
+        node.pop(key.removeprefix("grid."), None)
     return values
 
 
@@ -365,13 +363,15 @@ def _resolve_one(config, task_name, variant, changes, suite):
     bundled = task.group == "bundled"
     _fill(run, "protocol", "fast" if bundled or suite else "official")
     recipe = _recipe(task_name, method_name)
+    run.recipe = ()  # keys that come from it
     if run.protocol == "vtab":
         _fill_grid(run, {key: recipe.pop(key) for key in GRID})  # which are chosen later
     else:
         del run.grid
     _set_epochs(run)
     for key, value in recipe.items():
-        _fill(run, key, value)
+        if run[key] is None:
+            run[key], run.recipe = value, (*run.recipe, key)
     _check_schedule(run)
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
@@ -423,7 +423,10 @@ def _fill_grid(run, own):
         grid["times_own_lr"] = grid["lr"]
         grid["lr"] = tuple(float(f"{own['lr'] * times:.3g}") for times in grid["lr"])
     for key in GRID:
-        grid[key] = (run[key],) if run[key] is not None else tuple(grid[key]) or (own[key],)
+        if run[key] is not None:
+            grid[key] = (run[key],)
+        elif not grid[key]:
+            grid[key], run.recipe = (own[key],), (*run.recipe, f"grid.{key}")
     run.grid = ConfigDict(grid)
 
 

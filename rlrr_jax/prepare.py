@@ -89,9 +89,7 @@ def main():
     parser.add_argument("--manual_dir", help="of files fetched by hand; DATA_DIR/downloads/manual")
     parser.add_argument("--source", choices=sources.KINDS, help="what --check reads if both are there")
     parser.add_argument("--check", action="store_true", help="only checks what is there")
-    parser.add_argument(
-        "--prune", action="store_true", help="removes decoded images that no task uses"
-    )
+    parser.add_argument("--prune", action="store_true", help="removes decoded images that no task uses")
     parser.add_argument("--cache_dir", help="folder of decoded images; default ~/.cache/rlrr_jax")
     args = parser.parse_args()
     if args.prune:

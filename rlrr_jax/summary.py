@@ -98,8 +98,8 @@ def _tell_apart(ours):
         differ.remove("backbone_sha256")
 
     def note(line):
-        values = {key: line.settings.get(key, "recipe") for key in differ}
-        return "".join(f", {key.rpartition('.')[2]}={str(v)[:40]}" for key, v in values.items())
+        values = {key: line.settings[key] for key in differ if key in line.settings}
+        return "".join(f", {key.rpartition('.')[2]}={str(v)[-40:]}" for key, v in values.items())
 
     return [line._replace(label=line.label + note(line)) for line in ours]
 

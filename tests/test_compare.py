@@ -8,10 +8,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from rows import row as make
 
-from configs import ablations, compare, transfer, vtab
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, methods, report, suite
+from rlrr_jax.configs import ablations, compare, transfer, vtab
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
 
@@ -69,16 +70,14 @@ def test_compare_prints_one_table_and_one_picture(tmp_path):
 
 
 def test_seeds_are_folded_with_their_deviation():
-    row = {
-        **dict(task="digits", method="rlrr", method_kwargs={}, protocol="fast", seed=0, lr=0.1),
-        **dict(test_acc_final=0.5, test_acc_best=None, val_acc=None, trainable_params=5),
-        **dict(head_params=1, epochs=3, images_per_second=10.0, wall_seconds=2.0),
-    }
-    other = {**row, "seed": 1, "test_acc_final": 0.7}
-    (line,) = report.table([row, other]).splitlines()[2:]
+    made = dict(method="rlrr", lr=0.1, epochs=3, wall_seconds=2.0)
+    row = make("digits", **made)
+    (line,) = report.table([row, make("digits", 1, **made, test_acc_final=0.7)]).splitlines()[2:]
     assert "60.00 ± 14.14 %" in line and "4 s" in line
-    for key, value in (("epochs", 4), ("lr", 0.2), ("method_kwargs", {"rank": 2}), ("new", 1)):
-        assert len(report.table([row, {**other, key: value}]).splitlines()) == 4, key
+    pixels = dict(mean=(0.0,) * 3, std=(0.5,) * 3)
+    for changes in ({"epochs": 4}, {"lr": 0.2}, {"method_kwargs": {"rank": 2}}, pixels):
+        other = make("digits", 1, **{**made, **changes})
+        assert len(report.table([row, other]).splitlines()) == 4, changes
 
 
 # ablations.py ---------------------------------------------------------------------------------
@@ -176,14 +175,14 @@ def test_crops_reach_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(suite.train, "train_epoch", look)
     config = changed(transfer.get_config("digits"), total_steps=4)
     run(config, tmp_path)
-    found = sources.find("digits")
-    crops, labels = store.load_crops("digits", "train800val200", 32, "resmall", 36, found=found)
+    found, pixels = sources.find("digits"), store.Pixels(32, shorter=36)
+    crops, labels = store.load_crops("digits", "train800val200", pixels, ("resmall", 0), found)
     assert len(seen) == 2 and len(labels) == 1000
     for epoch in (0, 1):
         np.testing.assert_array_equal(seen[epoch], crops.epoch(epoch))
-    images, _ = store.load_split("digits", "test", 32, found=found, shorter=36)
+    images, _ = store.load_split("digits", "test", pixels, found=found)
     ((original, _),) = sources.open_split("digits", "test", found).read(0, 1)
-    np.testing.assert_array_equal(images[0], store.decode(original, 32, shorter=36))
+    np.testing.assert_array_equal(images[0], store.decode(original, pixels))
 
 
 # README ---------------------------------------------------------------------------------------

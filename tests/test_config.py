@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from configs import vtab
 from rlrr_jax import config as config_lib
 from rlrr_jax import methods
+from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 
 

@@ -192,7 +192,7 @@ def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path):
     }
     path, digest = pretrained.fetch("hf:timm/vit", tmp_path)
     assert digest == hashlib.sha256(body).hexdigest() and path.endswith("/model.safetensors")
-    assert cards.read(path)[:4] == ("exact", (0,) * 3, (1,) * 3, "config.json")
+    assert cards.read(path)[:4] == ("exact", (0,) * 3, (1,) * 3, "config.json says so")
     model = vit.ViT(width=24, depth=3, mlp_dim=48, num_heads=3, patch_size=4, num_classes=5)
     tree = pretrained.load("hf:timm/vit", model=model, image_size=12, cache_dir=tmp_path)
     kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0) / 2

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from configs import vtab
 from rlrr_jax import adapters, layouts, methods, pretrained
 from rlrr_jax import config as config_lib
+from rlrr_jax.configs import vtab
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit

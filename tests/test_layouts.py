@@ -8,16 +8,24 @@ import named_vits
 import numpy as np
 import pytest
 import safetensors.numpy
+import scipy.ndimage
+from PIL import Image
 
-from configs import vtab
 from rlrr_jax import cards, layouts, pretrained
 from rlrr_jax import config as config_lib
+from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 
+# What torch gives for the ramp below, by number of values.
+PYTORCH = {
+    3: [0.148149, 4.0, 14.074071],
+    8: [-0.092834, 0.187561, 1.176514, 2.619385, 5.44165, 8.471436, 13.395081, 16.649841],
+}
 SIZES = dict(width=24, depth=3, mlp_dim=48, num_heads=3, patch_size=4)
 MODEL = vit.ViT(**SIZES, num_classes=5, gelu="exact")
-IMAGENET = dict(mean=cards.IMAGENET[0], std=cards.IMAGENET[1])
+IMAGENET = pretrained.How(mean=cards.IMAGENET[0], std=cards.IMAGENET[1])
+HALF = pretrained.How(mean=cards.HALF, std=cards.HALF)
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def close(a, b, tolerance=1e-5):
 def test_fused_qkv_layer_scale_and_other_pixels_come_in_right(scale, pixels, tmp_path):
     weights = named_vits.timm_weights(np.random.default_rng(0), scale=scale)
     path = write(tmp_path / "vit.safetensors", weights)
-    tree = pretrained.load(path, model=MODEL, image_size=12, head=True, **IMAGENET)
+    tree = pretrained.load(path, model=MODEL, image_size=12, head=True, how=IMAGENET)
     mean, std = map(np.float32, cards.IMAGENET)
     wanted = named_vits.timm(weights, (pixels - mean) / std, SIZES["num_heads"])
     close(logits(tree, 2 * pixels - 1), wanted)
@@ -103,11 +111,157 @@ def test_moco_v3_takes_the_base_encoder_and_mae_only_the_encoder(weights, pixels
         close(logits(tree, 2 * pixels - 1), encoded[:, :5])
 
 
-def test_another_image_size_resizes_the_position_embedding(weights, tmp_path):
-    path = write(tmp_path / "augreg.safetensors", weights)
-    tree = pretrained.load(path, model=MODEL, image_size=20)
-    assert tree["pos_embedding"].shape == (1, 25, 24)
-    np.testing.assert_allclose(tree["pos_embedding"][0, 0], weights["pos_embed"][0, 1], atol=1e-6)
+def pillow(position, target):
+    """Antialiased bicubic resize of [h, w, D] by Pillow, a float image for each channel."""
+    image = lambda x: Image.fromarray(np.float32(x)).resize(target[::-1], Image.Resampling.BICUBIC)
+    return np.stack([np.asarray(image(x)) for x in np.moveaxis(position, -1, 0)], -1)
+
+
+@pytest.mark.parametrize("size", [8, 20, 28])
+def test_each_world_resizes_the_position_embedding_by_its_own_rule(size, weights, tmp_path):
+    position = weights["pos_embed"][0, 1:].reshape(3, 3, 24)
+    write(tmp_path / "augreg.safetensors", weights)
+    write(tmp_path / "hugging.safetensors", of_transformers(weights))
+    np.savez(tmp_path / "jax.npz", **layouts.to_big_vision(pretrained.load(
+        str(tmp_path / "augreg.safetensors"), model=MODEL, image_size=12)))  # fmt: skip
+    side, notes = size // 4, []
+
+    def load(name, rule=None):
+        how = HALF._replace(resize=rule)
+        options = dict(model=MODEL, image_size=size, how=how, note=notes.append)
+        tree = pretrained.load(str(tmp_path / name), **options)
+        return tree["pos_embedding"].reshape(side, side, 24)
+
+    linear = scipy.ndimage.zoom(position, (side / 3, side / 3, 1), order=1)
+    antialiased = pillow(position, (side, side))
+    plain = load("augreg.safetensors", "bicubic_plain")
+    np.testing.assert_allclose(load("augreg.safetensors"), antialiased, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(load("jax.npz"), linear, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(load("hugging.safetensors"), plain)
+    np.testing.assert_allclose(load("augreg.safetensors", "linear"), linear, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(load("jax.npz", "bicubic"), antialiased, rtol=0, atol=2e-6)
+    for one, other in ((linear, antialiased), (antialiased, plain), (linear, plain)):
+        assert np.abs(one - other).max() > 0.01
+    assert len(notes) == 6 and f"from 3 x 3 to {side} x {side} (pretrained.resize=bicubic)" in notes[1]
+
+
+def test_plain_bicubic_is_pytorchs():
+    """Values that torch 2.14.1 gives: F.interpolate(mode="bicubic", align_corners=False) of a ramp."""
+    ramp = np.array([0.0, 1.0, 4.0, 9.0, 16.0]).reshape(5, 1, 1)
+    for new, values in PYTORCH.items():
+        ours = pretrained.resize_position(ramp, (new, 1), "bicubic_plain")
+        np.testing.assert_allclose(ours[:, 0, 0], values, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("new", [3, 4, 7, 9])
+def test_both_bicubics_are_pytorchs_where_it_is_installed(new):
+    torch = pytest.importorskip("torch")
+    position = np.random.default_rng(0).standard_normal((5, 5, 6)).astype(np.float32)
+    image = torch.from_numpy(position).permute(2, 0, 1)[None]
+    for rule, antialias in (("bicubic", True), ("bicubic_plain", False)):
+        theirs = torch.nn.functional.interpolate(
+            image, size=(new, new), mode="bicubic", align_corners=False, antialias=antialias
+        )
+        ours = pretrained.resize_position(position, (new, new), rule)
+        np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).numpy(), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("size", [224, 112])
+def test_features_are_timms_where_it_is_installed(size, tmp_path):
+    """A whole ViT-Ti of timm with random weights, brought to the size by timm's own code."""
+    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    torch.manual_seed(0)
+    whole = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    for p in whole.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    state = {k: v.numpy() for k, v in whole.state_dict().items()}
+    path = write(tmp_path / "vit_tiny_patch16_224.augreg.safetensors", state)
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=size, pretrained=True,
+        pretrained_cfg_overlay={"file": path, "num_classes": 0, "custom_load": False},
+    ).eval()  # fmt: skip
+    images = np.random.default_rng(3).random((2, size, size, 3), np.float32) * 2 - 1
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    model = vit.ViT.from_variant("Ti/16", num_classes=192, gelu="exact")
+    tree = pretrained.load(path, model=model, image_size=size)
+    tree["head"]["kernel"] = np.eye(192, dtype=np.float32)
+    ours = np.asarray(logits(tree, images, model))
+    assert np.linalg.norm(ours - wanted) < 2e-5 * np.linalg.norm(wanted)
+
+
+# transformers ---------------------------------------------------------------------------------
+
+
+def of_transformers(weights, prefix="vit.", new=False):
+    """The same weights by transformers' names, of files or (`new`) of its version 5 in memory."""
+    out = {}
+    leaves = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    stems = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+    block = {
+        "norm1": "layernorm_before", "norm2": "layernorm_after",
+        "attn.proj": "attention.o_proj" if new else "attention.output.dense",
+        "mlp.fc1": "mlp.fc1" if new else "intermediate.dense",
+        "mlp.fc2": "mlp.fc2" if new else "output.dense",
+    }  # fmt: skip
+    names = ("q_proj", "k_proj", "v_proj") if new else ("query", "key", "value")
+    inner = "attention" if new else "attention.attention"
+    for key, value in weights.items():
+        stem, _, part = key.rpartition(".")
+        if key in leaves:
+            out[prefix + leaves[key]] = value
+        elif stem in stems:
+            out[f"{prefix}{stems[stem]}.{part}"] = value
+        elif stem == "head":
+            out[f"classifier.{part}"] = value
+        else:
+            number, _, name = stem.removeprefix("blocks.").partition(".")
+            layer = f"{prefix}layers.{number}" if new else f"{prefix}encoder.layer.{number}"
+            if name == "attn.qkv":
+                for n, x in zip(names, np.split(value, 3)):
+                    out[f"{layer}.{inner}.{n}.{part}"] = x
+            elif name in ("ls1", "ls2"):
+                out[f"{layer}.layer_scale{name[-1]}.lambda1"] = value
+            else:
+                out[f"{layer}.{block[name]}.{part}"] = value
+    return out
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_transformers_names_are_read(new, weights, pixels, tmp_path):
+    path = write(tmp_path / "x.safetensors", of_transformers(weights, new=new))
+    tree = pretrained.load(path, model=MODEL, image_size=12, how=HALF, head=True)
+    close(logits(tree, 2 * pixels - 1), named_vits.timm(weights, 2 * pixels - 1, 3))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_models_of_transformers_are_read_where_it_is_installed(kind, pixels, tmp_path):
+    """Saved by itself with its config.json; native size and another one."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=12, patch_size=4
+    )
+    sizes |= dict(image_size=12, patch_size=4)
+    sizes |= dict(mlp_ratio=2) if kind == "Dinov2" else dict(intermediate_size=48)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path)
+    path = str(tmp_path / "model.safetensors")
+    card = cards.read(path, needed=False)
+    assert (card.num_heads, card.resize, card.gelu) == (3, "bicubic_plain", "exact")
+    assert card.norm_eps == config.layer_norm_eps
+    ours = MODEL.clone(norm_eps=card.norm_eps, num_classes=24)
+    for size in (12, 20):
+        images = np.random.default_rng(2).random((2, size, size, 3), np.float32) * 2 - 1
+        tree = pretrained.load(path, model=ours, image_size=size, how=HALF)
+        tree["head"]["kernel"] = np.eye(24, dtype=np.float32)
+        with torch.no_grad():
+            options = {} if kind == "Dinov2" else {"interpolate_pos_encoding": True}
+            theirs = model(torch.from_numpy(images).permute(0, 3, 1, 2), **options)
+        close(logits(tree, images, ours), theirs.last_hidden_state[:, 0].numpy())
 
 
 REFUSED = {
@@ -144,10 +298,13 @@ def test_what_our_vit_does_not_have_is_refused(what, weights, tmp_path):
 def test_weights_without_class_token_or_of_no_vit_are_refused(weights, tmp_path):
     del weights["cls_token"]
     with pytest.raises(UserError, match="has no class token"):
-        pretrained.load(write(tmp_path / "a.safetensors", weights), model=MODEL, image_size=12)
+        pretrained.load(
+            write(tmp_path / "a.safetensors", weights), model=MODEL, image_size=12, how=HALF
+        )
     with pytest.raises(UserError, match="it is no Vision Transformer of timm's"):
         pretrained.load(
-            write(tmp_path / "b.safetensors", {"conv1.weight": np.ones(3)}), model=MODEL, image_size=12
+            write(tmp_path / "b.safetensors", {"conv1.weight": np.ones(3)}),
+            **dict(model=MODEL, image_size=12, how=HALF),
         )
 
 
@@ -168,7 +325,7 @@ def test_damaged_safetensors_are_one_sentence(weights, tmp_path):
 # Pixels ---------------------------------------------------------------------------------------
 
 PIXELS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 224, 224]}
-TIMM = {"architecture": "vit_tiny", "pretrained_cfg": PIXELS, "global_pool": "token"}
+TIMM = {"architecture": "x", "pretrained_cfg": PIXELS, "global_pool": "token"}
 
 
 def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
@@ -178,11 +335,12 @@ def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
         cards.read(path)
     assert cards.read(path, "hf:timm/vit_base_patch16_224.mae")[:3] == ("exact", *cards.IMAGENET)
     assert cards.read(path, "vit.augreg_in21k")[:3] == ("exact", cards.HALF, cards.HALF)
-    assert cards.read(path, "/home/maeve/augreg/x.safetensors", needed=False) is None
+    assert cards.read(path, "/home/maeve/augreg/x.safetensors", needed=False).mean is None
     assert cards.read(path, "/augreg/dinov2.safetensors")[:3] == ("exact", *cards.IMAGENET)
     (tmp_path / "config.json").write_text(json.dumps(TIMM))
     found = cards.read(path, "dinov2")
-    assert found == ("exact", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "config.json", 224, "token")
+    said = ("exact", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "config.json says so", 224, "token")
+    assert found[:6] == said and found.resize == "bicubic"
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "gelu_tanh"}}))
     assert cards.read(path).gelu == "tanh"
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "quick_gelu"}}))
@@ -190,7 +348,7 @@ def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
         cards.read(path)
     for bad in ("{", "[]", '{"pretrained_cfg": 1}', '{"model_args": [1]}', "[" * 100_000):
         (tmp_path / "x.json").write_text(bad)
-        with pytest.raises(UserError, match="x.json is no config.json of timm"):
+        with pytest.raises(UserError, match="x.json is (no config.json of timm|damaged)"):
             cards.read(path)
     for mean, std in (
         ([0, 0], [1, 1]),
@@ -203,8 +361,8 @@ def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
             cards.read(path)
     said = {"gelu": "tanh", "mean": [0.5] * 3, "std": [0.25] * 3}
     write(path, weights, {"rlrr_jax": json.dumps(said)})
-    assert cards.read(path)[:4] == ("tanh", cards.HALF, (0.25,) * 3, "its header")
-    assert cards.read("x.npz")[:4] == ("tanh", cards.HALF, cards.HALF, "its layout")
+    assert cards.read(path)[:4] == ("tanh", cards.HALF, (0.25,) * 3, "its header says so")
+    assert cards.read("x.npz")[:4] == ("tanh", cards.HALF, cards.HALF, "its layout says so")
     write(path, weights, {"rlrr_jax": json.dumps({**said, "gelu": "foo"})})
     with pytest.raises(UserError, match="what its header says of .* is damaged .unknown GELU 'foo'"):
         cards.read(path)
@@ -220,15 +378,21 @@ def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
     assert run.model.gelu is None
     notes = config_lib.follow(run, path)
     assert (run.model.gelu, run.pretrained.mean) == ("exact", (0.1, 0.2, 0.3))
-    assert notes == [f"note: {path} pools by avg (says config.json), not by class token"]
+    assert notes == [
+        f"note: nothing says how many attention heads {path} has, and shapes do not show it: 12 are "
+        f"taken, as in ViT-B/16 (config.model.num_heads)",
+        f"note: {path} pools by avg (config.json says so), not by class token",
+    ]
     config.update(image_size=32)
     config.model.gelu = "tanh"
     config.pretrained.update(mean=cards.HALF, std=cards.HALF)
     (run,) = config_lib.resolve(config)
     said = "\n".join(config_lib.follow(run, path))
-    assert f"note: {path} has exact (says config.json), config.model.gelu is tanh" in said
-    assert "has (0.1, 0.2, 0.3) (says config.json), config.pretrained.mean is (0.5, 0.5, 0.5)" in said
-    assert "has 224 (says config.json), config.image_size is 32" in said
+    assert f"note: {path} has exact (config.json says so), config.model.gelu is tanh" in said
+    assert (
+        "has (0.1, 0.2, 0.3) (config.json says so), config.pretrained.mean is (0.5, 0.5, 0.5)" in said
+    )
+    assert "has 224 (config.json says so), config.image_size is 32" in said
     assert run.pretrained.mean == cards.HALF
 
 
@@ -240,7 +404,7 @@ def test_several_models_in_one_file_are_not_guessed(weights, tmp_path):
 
 def test_folding_half_changes_no_bit(weights, tmp_path):
     path = write(tmp_path / "x.safetensors", weights)
-    tree = pretrained.load(path, model=MODEL, image_size=12, mean=cards.HALF, std=cards.HALF)
+    tree = pretrained.load(path, model=MODEL, image_size=12, how=HALF)
     kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(tree["embedding"]["kernel"], kernel)
     flat = {"embedding/kernel": kernel, "embedding/bias": weights["patch_embed.proj.bias"]}

@@ -122,7 +122,9 @@ def test_sixteen_bits_are_read_and_pixels_without_a_range_refused(run, tmp_path,
     ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "16.png")
     assert Image.open(tmp_path / "16.png").mode == "I;16"
-    np.testing.assert_array_equal(predict.read(tmp_path / "16.png", 32)[..., 0], np.round(ramp / 257))
+    np.testing.assert_array_equal(
+        predict.read(tmp_path / "16.png", store.Pixels(32))[..., 0], np.round(ramp / 257)
+    )
     Image.fromarray(np.float32(ramp) / 65535).save(tmp_path / "f.tiff")
     *_, err, error = command(monkeypatch, capsys, tmp_path, "--adapter", run / "adapter.safetensors")
     assert error == "1 of 2 files could not be read: see above"

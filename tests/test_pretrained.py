@@ -143,7 +143,7 @@ def test_position_that_fits_is_taken_as_it_is(tree, tmp_path):
 def test_grid_says_what_an_oblong_position_is(tree, tmp_path):
     flat, position = with_position(tree, 4 * 9 + 1)
     np.savez(tmp_path / "w.npz", **flat)
-    loaded = load(tmp_path / "w.npz", grid=(4, 9))
+    loaded = load(tmp_path / "w.npz", how=pretrained.How(grid=(4, 9)))
     zoom = scipy.ndimage.zoom(position[0, 1:].reshape(4, 9, -1), (6 / 4, 6 / 9, 1), order=1)
     np.testing.assert_allclose(loaded["pos_embedding"], zoom.reshape(1, 36, -1), rtol=0, atol=1e-6)
 
@@ -153,7 +153,7 @@ def test_position_that_does_not_fit_names_its_rows(rows, grid, tree, tmp_path):
     flat, _ = with_position(tree, rows)
     np.savez(tmp_path / "w.npz", **flat)
     with pytest.raises(UserError, match=f"has {rows} rows.*config.pretrained.grid"):
-        load(tmp_path / "w.npz", grid=grid)
+        load(tmp_path / "w.npz", how=pretrained.How(grid=grid))
 
 
 # What is refused.

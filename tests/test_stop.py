@@ -14,8 +14,8 @@ import kill_runs
 import pytest
 from flags import xla_flags
 
-from configs import vtab
 from rlrr_jax import files, suite, train
+from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.main import STOPPED
 

@@ -16,9 +16,9 @@ import vtab_data
 from flags import xla_flags
 from ml_collections import ConfigDict
 
-from configs import vtab
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, report, suite
+from rlrr_jax.configs import vtab
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
 

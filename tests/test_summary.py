@@ -6,19 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from rows import row as make
 
+from rlrr_jax import config as config_lib
 from rlrr_jax import report, summary
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
-
-SHARED = {
-    **dict(method="rlrr", method_kwargs={}, protocol="fast", source="tfds", variant="original"),
-    **dict(backbone="imagenet21k/ViT-B_16", backbone_sha256="ab" * 32, gelu="tanh", epochs=110),
-    **dict(drop_path_mode="element", batch_size=32, image_size=224, dtype="float32"),
-    **dict(precision="highest", trainable_params=288_768, val_acc=None, test_acc_best=None),
-    **dict(schedule="official", flip=False, weight_decay=5e-5, drop_path=0.1),
-    **dict(lr=1e-3, num_test=10, wall_seconds=1.0, images_per_second=1.0, device="x", dataset="d"),
-}
 
 
 def accuracy(i, seed):
@@ -27,13 +20,15 @@ def accuracy(i, seed):
 
 def rows(seeds=(0, 1, 2), names=tuple(tasks.VTAB), **changes):
     return [
-        {
-            **SHARED,
-            **dict(task=name, seed=seed, identity=f"{name}{seed}"),
-            **dict(head_params=769 * tasks.VTAB[name].classes),
-            **dict(test_acc_final=accuracy(list(tasks.VTAB).index(name), seed)),
-            **changes,
-        }
+        make(
+            name,
+            seed,
+            **{
+                "head_params": 769 * tasks.VTAB[name].classes,
+                "test_acc_final": accuracy(list(tasks.VTAB).index(name), seed),
+                **changes,
+            },
+        )
         for name in names
         for seed in seeds
     ]
@@ -148,28 +143,42 @@ def test_what_is_not_comparable_is_on_its_own_line():
     ]
 
 
-@pytest.mark.parametrize(("key", "value"), [("lr", 1.0), ("schedule", "cosine"), ("flip", True)])
-def test_seeds_of_other_settings_are_not_averaged(key, value):
-    other = rows(seeds=(5,), **{key: value})
-    with pytest.raises(UserError, match=f"cifar rlrr .* but differ in {key} .* apart"):
-        summary.lines(rows() + other)
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("lr", 1.0, "lr=1.0"), ("schedule", "cosine", "schedule=cosine"), ("mean", (0.0,) * 3, "mean=")],
+)
+def test_seeds_of_other_settings_are_on_their_own_line(key, value, said):
+    more = {"std": (0.5,) * 3} if key == "mean" else {}
+    other = rows(seeds=(5,), **{key: value}, **more)
+    lines = [line for line in summary.lines(rows() + other) if not line.source]
+    assert [line.seeds for line in lines] == [(0, 1, 2), (5,)]
+    assert said in lines[1].label and said not in lines[0].label
     if key == "lr":  # "vtab" chooses it by itself
         both = rows(protocol="vtab") + rows(seeds=(5,), protocol="vtab", lr=1.0)
         assert summary.lines(both)[0].counts == "4"
+
+
+def test_versions_of_a_dataset_are_not_averaged():
+    other = rows(seeds=(5,), names=("cifar",))
+    for row in other:
+        row["config"]["dataset"] = "another"
+        row |= config_lib.digests(row["config"])
+    with pytest.raises(UserError, match="cifar rlrr .* differ in dataset=d .now another.: .* apart"):
+        summary.lines(rows() + other)
 
 
 def test_lines_say_what_tells_them_apart():
     other = rows(backbone="howto-i21k-B/16", backbone_sha256="cd" * 32, gelu="exact")
     labels = [line.label for line in summary.lines(rows() + other) if not line.source]
     assert labels == [
-        "rlrr, backbone=imagenet21k/ViT-B_16, gelu=tanh",
-        "rlrr, backbone=howto-i21k-B/16, gelu=exact",
+        "rlrr, gelu=tanh, name=.com/vit_models/imagenet21k/ViT-B_16.npz",
+        "rlrr, gelu=exact, name=001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz",
     ]
 
 
 def test_two_runs_for_one_place_are_refused():
     with pytest.raises(UserError, match="two different runs of cifar rlrr seed 0 .* apart"):
-        summary.lines(rows() + rows(lr=0.1))
+        summary.lines(rows() + rows())
 
 
 def test_bundled_and_tuned_rows_are_no_part_of_it():

@@ -15,9 +15,9 @@ import safetensors.numpy
 from flags import xla_flags
 from flax.traverse_util import unflatten_dict
 
-from configs import vtab
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, methods, pretrained, step, suite, train
+from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
 

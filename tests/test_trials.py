@@ -15,9 +15,9 @@ import pytest
 import safetensors.numpy
 from flags import xla_flags
 
-from configs import vtab
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, report, step, suite, train
+from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -74,7 +74,7 @@ def test_central_is_the_middle():
     image = noise(40, 60)
     middle = crops.window(image, 24, 32, (32 - 24) // 2, (48 - 24) // 2)
     np.testing.assert_array_equal(crops.central(image, 24, 32), middle)
-    np.testing.assert_array_equal(store.decode(image, 24, shorter=32), middle)
+    np.testing.assert_array_equal(store.decode(image, store.Pixels(24, shorter=32)), middle)
 
 
 def test_inception_boxes_lie_in_the_image_and_have_the_asked_area_and_aspect():
@@ -96,14 +96,15 @@ def test_an_impossible_box_is_the_whole_image():
 
 
 @pytest.mark.parametrize("kind", crops.KINDS)
-def test_crops_go_by_epoch_and_image_alone(kind):
-    images = [noise(30, 40, i) for i in range(6)]
-    make = lambda: crops.Crops(images.__getitem__, 6, kind, 16, 20)
+def test_crops_go_by_seed_epoch_and_image(kind):
+    images, pixels = [noise(30, 40, i) for i in range(6)], store.Pixels(16, shorter=20)
+    make = lambda seed=0: crops.Crops(images.__getitem__, 6, kind, pixels, seed)
     first, again, other = make().epoch(0), make().epoch(0), make().epoch(1)
     assert first.shape == (6, 16, 16, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, again)
     assert (first != other).any(axis=(1, 2, 3)).all()
-    reverse = crops.Crops(lambda i: images[i], 3, kind, 16, 20).epoch(0)
+    assert (first != make(1).epoch(0)).any(axis=(1, 2, 3)).all()
+    reverse = crops.Crops(lambda i: images[i], 3, kind, pixels, 0).epoch(0)
     np.testing.assert_array_equal(reverse, first[:3])
 
 

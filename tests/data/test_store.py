@@ -82,7 +82,7 @@ def test_jpeg75_is_pillows_default_save_and_load(mode):
     saved = Image.open(out)
     assert saved.layer[0][1:3] == (2, 2)  # 4:2:0
     resized = saved.resize((32, 32), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(store.decode(data, 32, "jpeg75"), resized)
+    np.testing.assert_array_equal(store.decode(data, store.Pixels(32, "jpeg75")), resized)
     assert not np.array_equal(store.decode(data, 32), resized)
 
 
@@ -109,7 +109,7 @@ def pets(monkeypatch, tmp_path):
 
     def load(split="test", size=32, variant="original"):
         found = sources.find("oxford_iiit_pet", tmp_path / "data")
-        return store.load_split("oxford_iiit_pet", split, size, variant, found, tmp_path)
+        return store.load_split("oxford_iiit_pet", split, store.Pixels(size, variant), found, tmp_path)
 
     return load
 
@@ -124,7 +124,7 @@ def test_stored_pixels_are_those_of_the_host(variant, pets, tmp_path):
     images, labels = pets(variant=variant)
     assert images.shape == (300, 32, 32, 3) and len(images) == len(labels) == 300
     for image, stored in zip(raw(tmp_path), images[:]):
-        np.testing.assert_array_equal(stored, store.decode(image, 32, variant))
+        np.testing.assert_array_equal(stored, store.decode(image, store.Pixels(32, variant)))
     np.testing.assert_array_equal(images[250:260], images[:][250:260])
 
 
@@ -143,7 +143,7 @@ def test_an_entry_is_made_once_for_all_that_shapes_it(pets, tmp_path, monkeypatc
     pets(variant="jpeg75")
     pets(split="train800")
     assert len(built) == 3 and len(entries(tmp_path)) == 4
-    monkeypatch.setattr(store.PIL, "__version__", "99.0")
+    monkeypatch.setattr(store, "_PILLOW", 99)
     pets()
     assert len(built) == 4
     next((tmp_path / "data").rglob("*test.tfrecord-00001*")).open("ab").write(b"x")
@@ -209,7 +209,7 @@ def test_a_full_disk_is_forecast(pets, tmp_path, monkeypatch):
         pets()
     assert not list((tmp_path / "images").glob("*/"))
     found = sources.find("pets", tmp_path / "data")
-    entry = store.locate("oxford_iiit_pet", "test", 32, "original", found, tmp_path)
+    entry = store.locate("oxford_iiit_pet", "test", store.Pixels(32), found, tmp_path)
     assert entry.bytes == 300 * 32 * 32 * 3 == store.missing_bytes([entry, entry])
     monkeypatch.undo()
 
@@ -280,6 +280,9 @@ def test_entries_of_other_data_are_not_shared(monkeypatch, tmp_path):
     np.testing.assert_array_equal((first + 1) % 20, second)
     changed = task._replace(label=lambda example: 19 - example["label"] % 20)
     monkeypatch.setitem(tasks.TASKS, "dtd", changed)
+    with pytest.raises(UserError, match="raise the version in its rule .'label, 1', data/tasks.py"):
+        load(tmp_path / "0")
+    monkeypatch.setitem(tasks.TASKS, "dtd", changed._replace(rule="label backwards, 1"))
     np.testing.assert_array_equal(load(tmp_path / "0")[1], 19 - first)
 
 
