@@ -8,6 +8,7 @@ command says that it is done.
 
 import io
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def export(adapter, to, out, weights=None, cache_dir=None):
     out.parent.mkdir(parents=True, exist_ok=True)
     backbone = adapters.backbone(adapter, weights, cache_dir)
     tuned = adapters.load(adapter, backbone)
-    part = out.with_name(f".{out.stem}.part{ending}")
+    part = pathlib.Path(files.temporary(out))
     try:
         if to == "adapter":
             adapters.write(part, adapter)
@@ -82,7 +83,10 @@ def export(adapter, to, out, weights=None, cache_dir=None):
                 f"the logits of {out} would differ by {difference:.1g} from the model's: it was not "
                 f"kept; please report this"
             )
-        part.replace(out)
+        if files.is_special(out):
+            files.write(out, part.read_bytes())
+        else:
+            part.replace(files.through(out))  # a link stays
     finally:
         part.unlink(missing_ok=True)
     return difference

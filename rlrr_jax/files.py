@@ -66,11 +66,11 @@ def write(path, data: str | bytes) -> None:
     A link stays, and what it leads to is replaced; pipes and devices are written to.
     """
     data = data.encode() if isinstance(data, str) else data
-    path = through(path)
     if is_special(path):
-        with path.open("wb") as f:
+        with open(path, "wb") as f:
             f.write(data)
         return
+    path = through(path)
     part = temporary(path)
     try:
         with part.open("wb") as f:

@@ -1,6 +1,7 @@
 """Matplotlib figures as PNG bytes, drawn with our own settings whatever the user's are."""
 
 import io
+import os
 import sys
 
 from rlrr_jax import files
@@ -13,8 +14,12 @@ MARKS = "osD^vPX*"
 
 def settings():
     """A context with Matplotlib's own defaults, whatever a matplotlibrc or MPLBACKEND says."""
-    import matplotlib
-
+    backend = os.environ.pop("MPLBACKEND", None)  # one that is not installed ends the import
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg"})
 
 

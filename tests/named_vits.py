@@ -10,6 +10,7 @@ def norm(x, scale, bias):
     return (x - mean) / jnp.sqrt(var + 1e-6) * scale + bias
 
 
+@jax.numpy_rank_promotion("allow")  # it is written like NumPy
 def big_vision(weights, images, gelu="tanh"):
     """Logits of big_vision's `models/vit.py` with `pool_type="tok"`, by its names without `params/`."""
     w = {k.removeprefix("params/"): jnp.asarray(v) for k, v in weights.items()}
@@ -39,6 +40,7 @@ def big_vision(weights, images, gelu="tanh"):
     return x[:, 0] @ w["head/kernel"] + w["head/bias"]
 
 
+@jax.numpy_rank_promotion("allow")
 def timm(weights, images, num_heads, gelu="exact"):
     """Logits of timm's `VisionTransformer` (LayerScale where there is one), by its names.
 

@@ -33,6 +33,7 @@ def plain(site, block, x, p):
     return patches(x, p) if site == "embedding" else dense(x, p)
 
 
+@jax.numpy_rank_promotion("allow")  # it is written like NumPy
 def forward(params, images, num_heads, gelu, around=plain):
     """Logits of a tree.
 

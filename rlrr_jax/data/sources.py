@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -207,8 +208,11 @@ def _absolute(path):
 
 def _stamp(path):
     """Size and time of a file: another file has another stamp."""
-    stat = path.stat()
-    return [stat.length, stat.mtime]
+    if "://" in str(path):
+        stat = path.stat()
+        return [stat.length, stat.mtime]
+    stat = os.stat(path)  # epath's asks for the owner's name, too, which there may be none of
+    return [stat.st_size, int(stat.st_mtime)]
 
 
 def open_tfds(found, part, fields):

@@ -7,6 +7,7 @@ import optax
 import pytest
 import reference
 from flax.traverse_util import flatten_dict
+from float64 import double, in_float64
 from methods.direct import DIRECT
 from models.test_vit import SMALL, apply, images, random_tree
 
@@ -104,18 +105,21 @@ def loss_of(logits):
 @jax.jit
 def plain_gradient(params):
     """Logits and gradient of the ViT's own weights; compiled once for all methods."""
-    with jax.default_matmul_precision("highest"):
-        loss = lambda params: loss_of(MODEL.apply({"params": params}, images()))
-        (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    model = MODEL.clone(dtype=jnp.float64)
+    loss = lambda params: loss_of(model.apply({"params": params}, images()))
+    (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return logits, grads
 
 
 @CASES
+@in_float64
 def test_merged_equals_the_methods_own_definition(name, options, frozen):
     """Logits and gradients."""
     method = methods.get(name, **options)
+    frozen = double(frozen)
     trainable = moved(method.init(jax.random.key(0), frozen))
     params, back = jax.vjp(lambda t: method.merge(frozen, t), trainable)
+    assert {x.dtype for x in jax.tree.leaves((trainable, params))} == {jnp.dtype("float64")}
     ours, grads = plain_gradient(params)
     (grads,) = back(grads)
 
@@ -126,13 +130,12 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
         around = DIRECT[name](frozen, trainable, **options)
         return loss_of(reference.forward(params, images(), 4, "tanh", around))
 
-    with jax.default_matmul_precision("highest"):  # op by op, which compiles least
-        (_, theirs), other_grads = jax.value_and_grad(direct, has_aux=True)(trainable)
+    (_, theirs), other_grads = jax.value_and_grad(direct, has_aux=True)(trainable)  # compiles least
     assert float(jnp.abs(ours).max()) > 0.1
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
     grads, other_grads = (flatten_dict(tree, sep="/") for tree in (grads, other_grads))
     for leaf, grad in grads.items():
-        np.testing.assert_allclose(grad, other_grads[leaf], rtol=1e-4, atol=2e-5, err_msg=leaf)
+        np.testing.assert_allclose(grad, other_grads[leaf], rtol=0, atol=1e-10, err_msg=leaf)
         no_gradient = leaf.endswith(("key/shift", "key/bias"))  # softmax does not see them
         assert no_gradient or jnp.abs(grad).max() > 0, leaf
 
