@@ -214,7 +214,7 @@ def _model(card):
     """The `vit.ViT` that a card describes."""
     run = ConfigDict(card["config"])
     return vit.ViT(
-        **config_lib.model_sizes(run.model.variant),
+        **config_lib.architecture(run),
         num_classes=len(card["classes"]),
         gelu=run.model.gelu,
         unroll=config_lib.default_unroll(run.model.variant),
@@ -232,6 +232,8 @@ def _how(card):
     """What besides the file decides about a frozen tree, plain values."""
     run, given = ConfigDict(card["config"]), card["config"]["pretrained"]
     how = {"subtree": _subtree(run.pretrained.name), "image_size": run.image_size}
+    how["resize"] = given.get("resize") or "linear"  # which older versions always took
+    how["num_heads"] = config_lib.architecture(run)["num_heads"]
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
 
@@ -259,7 +261,7 @@ def backbone(adapter, weights=None, cache_dir=None):
     if how["subtree"] and path.endswith(".npz"):
         path = f"{path}:{how['subtree']}"
     how["subtree"] = _subtree(path)
-    model = vit.ViT(**config_lib.model_sizes(run.model.variant), num_classes=1)
+    model = vit.ViT(**config_lib.architecture(run), num_classes=1)
     _check_backbone(adapter.card, sha256, how, path)
     return Backbone(config_lib.load_weights(run, path, model), sha256, how)
 

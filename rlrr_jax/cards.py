@@ -199,6 +199,8 @@ def _timm(said, config):
     if "mean" in pixels:
         card = _card(gelu, pixels, config, config.name)
     heads = model.get("num_heads")
+    if heads is None and (size_of := re.search(_ARCHITECTURE, str(said.get("architecture")))):
+        heads = vit.VARIANTS[_SIZES[size_of[2]]]["num_heads"]
     return card._replace(
         image_size=size and size[-1],
         pooling=model.get("global_pool", said.get("global_pool")),

@@ -261,6 +261,12 @@ def model_sizes(variant):
     return BUNDLED_MODEL if variant == "bundled" else vit.parse_variant(variant)
 
 
+def architecture(run):
+    """Arguments of `vit.ViT` for a run: its variant's, and what its weights said (see `follow`)."""
+    said = {key: run.model.get(key) for key in ("num_heads", "norm_eps")}  # None in older runs
+    return model_sizes(run.model.variant) | {key: value for key, value in said.items() if value}
+
+
 def default_unroll(variant):
     """Blocks in each step of the scan over depth: on CPUs all, faster and with less memory."""
     return model_sizes(variant)["depth"] if jax.default_backend() == "cpu" else 1
@@ -278,12 +284,8 @@ def pixels(run):
 
 def build_model(run):
     """The `vit.ViT` of a run."""
-    sizes = model_sizes(run.model.variant)
-    if run.model.get("num_heads"):  # None until `follow`, where only shapes matter
-        sizes = {**sizes, "num_heads": run.model.num_heads}
     return vit.ViT(
-        **sizes,
-        norm_eps=run.model.get("norm_eps") or 1e-6,
+        **architecture(run),
         num_classes=tasks.get(run.task).classes,
         gelu=run.model.gelu or "tanh",  # None until `follow`, where only shapes matter
         attention=run.model.attention,

@@ -93,8 +93,9 @@ def export(adapter, to, out, weights=None, cache_dir=None):
 
 
 def card(adapter):
-    """What goes into the header of a timm file: the adapter's card, and the pixels it takes."""
-    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3}
+    """What goes into the header of a timm file: the adapter's card, its pixels and its heads."""
+    heads = config.architecture(adapter.run)["num_heads"]
+    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3, "num_heads": heads}
 
 
 def write(path, flat, card):
@@ -133,10 +134,12 @@ def compare(one, other, number=8):
 def advice(to, adapter, out):
     """How the file is used elsewhere."""
     card, classes = adapter.card, len(adapter.card["classes"])
-    sizes = config.model_sizes(card["model"])
+    sizes = config.architecture(adapter.run)
+    eps = sizes.pop("norm_eps", 1e-6)
     if to == "timm":
         ratio = sizes["mlp_dim"] / sizes["width"]
         act = ', act_layer="gelu_tanh"' if card["gelu"] == "tanh" else ""
+        act += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps:g})" if eps != 1e-6 else ""
         return (
             f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.vision_transformer."
             f"VisionTransformer(img_size={card['image_size']}, patch_size={sizes['patch_size']}, "

@@ -203,7 +203,7 @@ def from_transformers(flat, num_heads, path):
             else:
                 named[f"blocks.{block[1]}.{name}.{part}"] = value
         else:
-            named[_HF_LEAF.get(key, f"{known.get(stem, stem)}.{part}")] = value
+            named[_HF_LEAF.get(key, f"{known.get(stem, stem)}.{part}".lstrip("."))] = value
     for (block, part), arrays in parts.items():
         if arrays.keys() != {"q", "k", "v"} or len({x.shape for x in arrays.values()}) > 1:
             raise UserError(f"{path}: block {block} has no query, key and value of one size")

@@ -5,6 +5,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def attention(query, key, value, implementation=None):
@@ -29,3 +30,12 @@ def double(tree):
     """A tree with its floating-point leaves in float64."""
     wide = lambda x: jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if wide(x) else x, tree)
+
+
+def near(ours, theirs, tolerance, what=""):
+    """AssertionError unless two arrays differ by less than a fraction of the second one's norm."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    gap, norm = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
+    assert ours.shape == theirs.shape and gap <= tolerance * norm, (
+        f"{what}: {gap / norm:.2g} of its norm"
+    )

@@ -249,12 +249,12 @@ def test_combining_one_is_itself_and_no_weight_is_the_backbone(two):
         one = adapters.combine(two[:1], [1.0], way)
         flat = flatten_dict(adapters.load(one).params, sep="/")
         for key, value in flatten_dict(adapters.load(two[0]).params, sep="/").items():
-            np.testing.assert_allclose(flat[key], value, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(flat[key], value, rtol=1e-5, atol=1e-6)
         none = adapters.combine(two, [0.0, 0.0], way)
         frozen = flatten_dict(adapters.backbone(two[0]).frozen, sep="/")
         for key, value in flatten_dict(adapters.load(none).params, sep="/").items():
             if not key.startswith("head/"):
-                np.testing.assert_allclose(value, frozen[key], rtol=1e-6, atol=1e-7)
+                np.testing.assert_allclose(value, frozen[key], rtol=1e-5, atol=1e-6)
 
 
 def test_combined_adapters_are_written_and_combined_again(two, tmp_path):

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
+from rlrr_jax import checks, methods
 from rlrr_jax import config as config_lib
-from rlrr_jax import methods
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 
@@ -132,6 +132,106 @@ def test_names_of_the_same_weights_are_one_identity():
     assert mark("ViT-B_16") == mark("imagenet21k/ViT-B_16") == mark("imagenet21k/ViT-B_16.npz")
     assert mark("/a/w.npz") == mark("/b/w.npz") != mark("/b/w.npz:ema")
     assert mark("ViT-B_16") != mark("imagenet21k+imagenet2012/ViT-B_16")
+
+
+def keys(values, prefix=""):
+    """All keys of a nested dict, dotted."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+# What may differ between the rows of one line; `recipe` only says where other values came from.
+NOT_IN_THE_SETTING = {*config_lib.PLACES, "seed", "recipe"}
+
+
+@pytest.mark.parametrize("protocol", ["official", "vtab"])
+def test_every_key_is_in_the_setting_or_a_named_exception(protocol):
+    """A key that a fork adds is in it by itself."""
+    (run,) = resolve("cifar", protocol=protocol, seeds=(0,))
+    run.a_forks_key = run.model.a_forks_key = run.data.a_forks_key = 1
+    searched = set(checks.GRID) if protocol == "vtab" else set()
+    digest = lambda run: config_lib.digests(config_lib.described(run, {"dataset": "d"}))["setting"]
+    before, seen = digest(run), set()
+    for key in keys(run.to_dict()):
+        changed = config_lib.ConfigDict(run.to_dict())
+        *groups, last = key.split(".")
+        node = changed
+        for group in groups:
+            node = node[group]
+        old = node[last]
+        if key == "task":
+            new = "dtd"
+        elif key == "model.variant":
+            new = "B/32"
+        elif key == "pretrained.name":
+            new = "imagenet21k/ViT-B_32"
+        elif key == "model.num_heads":
+            new = 24  # 12 is what it means without
+        elif key == "pretrained.resize":
+            new = "bicubic"
+        else:
+            new = "another" if old is None else (not old if isinstance(old, bool) else [old, "another"])
+        with changed.ignore_type():
+            node[last] = new
+        seen.add(key)
+        differs = digest(changed) != before
+        assert differs == (key not in NOT_IN_THE_SETTING | searched), key
+    assert {"lr", "pretrained.mean", "model.num_heads", "data.upright", "a_forks_key"} <= seen
+    marked = config_lib.digests(config_lib.described(run, {"dataset": "another"}))["setting"]
+    assert marked != before
+
+
+def test_averages_of_unlike_pixels_are_not_made():
+    """The first row of the issue: seeds 0 and 1 that were normalised differently."""
+    half, zero = ({"mean": (x,) * 3, "std": (0.5,) * 3} for x in (0.5, 0.0))
+    (a,), (b,) = (
+        resolve("cifar", seeds=(seed,), pretrained=pixels) for seed, pixels in ((0, half), (1, zero))
+    )
+    one, other = (config_lib.digests(config_lib.described(run)) for run in (a, b))
+    assert one["setting"] != other["setting"] and one["line"] != other["line"]
+    (c,) = resolve("cifar", seeds=(1,), pretrained=half)
+    assert config_lib.digests(config_lib.described(c)) == one
+
+
+def test_a_line_goes_across_tasks_with_their_recipes_but_not_with_other_values():
+    digest = lambda run: config_lib.digests(config_lib.described(run))["line"]
+    lines = lambda arg, **changes: {digest(run) for run in resolve(arg, seeds=(0,), **changes)}
+    assert len(lines("all")) == 1  # every task has its own lr, decay, drop path and flips
+    assert len(lines("all", lr=1e-3)) == 1  # also where that is the recipe's
+    assert lines("all") != lines("all", lr=1e-3)
+    assert len(lines("all", protocol="vtab", grid={"lr": (0.1, 1.0), "times_own_lr": True})) == 1
+    assert len(lines("all", protocol="vtab", grid={"weight_decay": (), "drop_path": ()})) == 1
+    assert len(lines("cifar,dtd", total_steps=500, schedule="bigvision")) == 1
+    assert len(lines("cifar,method=rlrr+lora")) == 2
+
+
+def test_what_vtab_chose_is_no_part_of_a_runs_identity():
+    (run,) = resolve("cifar", protocol="vtab", seeds=(0,))
+    before = config_lib.fingerprint([run])
+    run.val_acc = 0.5
+    assert config_lib.fingerprint([run]) == before
+
+
+def test_seeds_are_those_that_keys_tell_apart():
+    """`jax.random.key` takes 32 bits: 2^32 would be seed 0 under another name."""
+    assert (jax.random.key_data(jax.random.key(2**32)) == jax.random.key_data(jax.random.key(0))).all()
+    for bad in (2**32, 2**32 + 1, -1):
+        with pytest.raises(UserError, match="whole numbers below 2.32"):
+            resolve("cifar", seeds=(bad,))
+    with pytest.raises(UserError, match="config.trials.seed=4294967296 must be a whole number below"):
+        resolve("cifar", trials=({"seed": 2**32},))
+    assert resolve("cifar", seeds=(2**32 - 1,))[0].seed == 2**32 - 1
+
+
+def test_random_crops_are_shared_by_trials_of_one_seed_alone():
+    crop = dict(crop="resmall", crop_from=256)
+    a, b = resolve("cifar", seeds=(0, 1), **crop)
+    assert config_lib.together(a) != config_lib.together(b)
+    a, b = resolve("cifar", trials=({"lr": (1e-3, 1e-2)},), **crop)
+    assert config_lib.together(a) == config_lib.together(b)
 
 
 def test_several_bare_tasks():

@@ -55,10 +55,10 @@ def test_others_compute_the_same_from_the_files(run, tuned, images, tmp_path):
     export.export(adapter, "big_vision", tmp_path / "x.npz")
     named = dict(np.load(tmp_path / "x.npz"))
     assert "params/Transformer/encoderblock_5/MlpBlock_0/Dense_1/kernel" in named
-    np.testing.assert_allclose(named_vits.big_vision(named, images), ours, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(named_vits.big_vision(named, images), ours, rtol=0, atol=1e-3)
     export.export(adapter, "timm", tmp_path / "x.safetensors")
     named = safetensors.numpy.load_file(tmp_path / "x.safetensors")
-    np.testing.assert_allclose(named_vits.timm(named, images, 3, "tanh"), ours, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(named_vits.timm(named, images, 3, "tanh"), ours, rtol=0, atol=1e-3)
     with safetensors.safe_open(tmp_path / "x.safetensors", "numpy") as file:
         card = json.loads(file.metadata()["rlrr_jax"])
         assert file.metadata()["format"] == "pt"
@@ -72,7 +72,7 @@ def test_an_exported_model_is_a_backbone_again(run, tuned, images, tmp_path):
     assert not tree["head"]["kernel"].any()
     tree["head"] = tuned.params["head"]
     logits = [tuned.model.apply({"params": p}, images[:4]) for p in (tree, tuned.params)]
-    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
 
 
 def test_a_folder_called_like_a_public_one_is_a_folder(run, tmp_path, monkeypatch):

@@ -148,3 +148,49 @@ def test_nothing_to_predict_is_said(run, tmp_path, monkeypatch, capsys):
     for args in ([tmp_path], [f"{tmp_path}/*.png"], ["-"]):
         *_, error = command(monkeypatch, capsys, *args, "--adapter", run / "adapter.safetensors")
         assert error.startswith("there is no image in "), error
+
+
+def test_folders_are_searched_as_a_person_expects(run, pictures, tmp_path, monkeypatch, capsys):
+    """Linked folders and every usual ending are read, hidden ones are not, and the rest is told."""
+    good = sorted(pictures[0].iterdir())[0].read_bytes()
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    (tmp_path / "set/.ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "real").mkdir()
+    for name in ("set/a.png", "set/._a.png", "set/.ipynb_checkpoints/a.png", "real/c.PNG"):
+        (tmp_path / name).write_bytes(good)
+    (tmp_path / "set/._b.png").write_bytes(b"AppleDouble")
+    (tmp_path / "set/linked").symlink_to("../real")
+    (tmp_path / "real/back").symlink_to("../set")
+    for ending, kind in (("jfif", "JPEG"), ("jpe", "JPEG"), ("avif", "AVIF"), ("webp", "WEBP")):
+        colours.save(tmp_path / f"set/x.{ending}", kind)
+    (tmp_path / "set/notes.txt").write_text("no image")
+    (tmp_path / "set/raw.heic").write_bytes(b"")
+    adapter = ("--adapter", run / "adapter.safetensors", "--format", "csv")
+    out, err, error = command(monkeypatch, capsys, tmp_path / "set", *adapter)
+    names = [line.split(",")[0].removeprefix(f"{tmp_path}/set/") for line in out.splitlines()[1:]]
+    assert sorted(names) == ["a.png", "linked/c.PNG", "x.avif", "x.jfif", "x.jpe", "x.webp"]
+    said = f"note: {tmp_path}/set has other files, passed over: 1 .heic, 1 .txt, 3 hidden"
+    assert not error and said in err
+
+
+def test_photos_are_turned_upright(run, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image).save(tmp_path / "x.png", exif=exif)
+    read = predict.read(tmp_path / "x.png", store.Pixels(32))
+    np.testing.assert_array_equal(read, np.rot90(image, -1))
+
+
+def test_workdirs_with_linked_folders_are_found_by_every_command(run, tuned_runs, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/hearts").symlink_to(tuned_runs / "hearts")
+    (found,) = adapters.finished(tmp_path / "w")
+    assert found == tmp_path / "w/hearts/rlrr/seed0/adapter.safetensors"
+    assert export.find_adapter(tmp_path / "w") == found
+    from rlrr_jax import analyze, report
+    from rlrr_jax import html as page
+
+    assert list(analyze.find([tmp_path / "w"]).values()) == [found]
+    (row,) = report.collect(tmp_path / "w", out=tmp_path / "out")
+    assert page._folder([tmp_path / "w"], row) == tmp_path / "w/hearts/rlrr/seed0"

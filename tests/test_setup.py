@@ -47,3 +47,33 @@ def test_both_ends_of_the_supported_range_are_locked(wanted):
     assert jax.specifier.contains(oldest) and jax.specifier.contains(newest)
     assert not jax.specifier.contains(f"{newest.major}.{newest.minor + 1}.0")
     assert str(oldest) in str(jax.specifier)
+
+
+def test_the_wheel_brings_the_configurations(tmp_path):
+    """Built as pip builds it and unpacked elsewhere, it finds them from any folder."""
+    import os
+    import subprocess
+    import sys
+    import zipfile
+
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    for name in ("vtab", "compare", "ablations", "transfer"):
+        assert f"rlrr_jax/configs/{name}.py" in names
+    (tmp_path / "site" / "elsewhere").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "rlrr_jax.main", "--config", "configs/compare.py:digits"]
+    done = subprocess.run(
+        [*command, "--config.batch_size=0"],
+        **dict(cwd=tmp_path / "site/elsewhere", env=environment, capture_output=True, text=True),
+    )
+    assert done.stderr == "error: config.batch_size=0 must be greater than 0\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "rlrr_jax.main", "--help"],
+        **dict(cwd=tmp_path, env=environment, capture_output=True, text=True),
+    )
+    assert done.returncode == 0 and "--config configs/vtab.py:cifar" in done.stdout and not done.stderr

@@ -396,3 +396,53 @@ def test_weight_decay_pulls_only_what_it_should():
     for name, update in flatten_dict(updates).items():
         expected = -0.05 * flatten_dict(tree)[name] if decayed[name] else 0 * update
         np.testing.assert_allclose(update, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("trials", "devices", "groups"),
+    [(3, 8, 4), (3, 16, 4), (18, 16, 8), (1, 8, 1), (5, 4, 2), (2, 2, 2), (7, 1, 1), (1, 1, 1)],
+)
+def test_the_mesh_has_the_split_of_least_work(trials, devices, groups):
+    """At batch 32: on the busiest device each trial has its share of it and a fixed cost."""
+    assert step.trial_axis(devices, trials, 32) == groups
+    work = {
+        n: -(-trials // n) * (-(-32 * n // devices) + step.TRIAL_COST)
+        for n in range(1, devices + 1)
+        if devices % n == 0
+    }
+    assert work[groups] == min(work.values())
+
+
+@in_float64
+def test_trials_that_do_not_fill_the_mesh_train_as_if_alone():
+    """Three trials on four devices: the last is trained twice, and left out of what is kept."""
+    hypers = [hyper(0), hyper(1, lr=3e-3), hyper(2, drop_path=0.1)]
+    run = Run(4, [*hypers, hypers[-1]])
+    assert run.mesh.shape == {"trial": 4, "data": 1}
+    run(0, 0, 4)
+    alone = Run(1, hypers[2:])
+    alone.state = step.put(
+        alone.mesh, P("trial"), stack(step.init_state(alone.recipe, jax.random.key(3), frozen_tree()))
+    )
+    alone(0, 0, 4)
+    np.testing.assert_allclose(run.metrics["loss"][3], alone.metrics["loss"][0], rtol=0, atol=1e-6)
+    kept = step.kept(run.state, run.mesh, 3)
+    assert {len(x) for x in jax.tree.leaves(kept)} == {3}
+    again = step.filled(kept, run.mesh, 4)
+    for a, b in zip(*map(jax.tree.leaves, (again, run.state)), strict=True):
+        np.testing.assert_array_equal(a[:3], b[:3])
+        np.testing.assert_array_equal(a[3], b[2])
+    assert step.kept(kept, run.mesh, 3) is kept and step.filled(run.state, run.mesh, 4) is run.state
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_turns_take_every_trial_once(number):
+    mesh = jax.make_mesh((2, 2), ("trial", "data"), (jax.sharding.AxisType.Auto,) * 2)
+    tree = step.put(mesh, P("trial"), {"a": jnp.arange(8), "b": jnp.arange(16.0).reshape(8, 2)})
+    seen = []
+    for which, part in step.turns(tree, mesh, number):
+        np.testing.assert_array_equal(part["a"], which)
+        np.testing.assert_array_equal(part["b"][:, 0], 2.0 * np.array(which))
+        assert len(which) == 2 * number
+        seen += which
+    assert sorted(seen) == list(range(8))

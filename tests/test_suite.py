@@ -342,3 +342,10 @@ def test_results_of_one_run_that_differ_are_not_merged(tmp_path):
     files.write_json(path, {**files.read_json(path), "test_acc_final": 0.1})
     with pytest.raises(UserError, match="are results of the same run that differ"):
         report.collect(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")
+
+
+def test_weights_are_read_once_a_start(tmp_path, monkeypatch):
+    reads, load = [], config_lib.pretrained.load
+    monkeypatch.setattr(config_lib.pretrained, "load", lambda *a, **k: reads.append(a) or load(*a, **k))
+    rows, _ = suite.run(config("digits,hearts,method=linear+norm"), tmp_path)
+    assert len(rows) == 4 and len(reads) == 1

@@ -333,3 +333,112 @@ def test_hostile_images_end_in_one_sentence(kind):
     ):
         store.decode(hostile(kind), 32)
     assert time.monotonic() - begun < 10
+
+
+# What lies in the cache ------------------------------------------------------------------------
+
+
+def test_what_no_task_uses_is_told_and_removed(pets, tmp_path, monkeypatch, capsys):
+    from rlrr_jax import prepare
+
+    pets()
+    pets(size=16)
+    assert [why for *_, why in store.entries(tmp_path, thorough=True)] == [None, None]
+    folder = tmp_path / "images"
+    (folder / "cifar100-test-32px-original-0123456789").mkdir()  # of the format before
+    (folder / ".x.0a1b.part").mkdir()
+    first = next(p for p in sorted(folder.iterdir()) if "16px" in p.name)
+    saved = json.loads((first / "entry.json").read_text())
+    saved["key"]["labels"] = ["label, 0"]
+    (first / "entry.json").write_text(json.dumps(saved))
+    said = {path.name: why for path, _, why in store.entries(tmp_path) if why}
+    assert said[".x.0a1b.part"].startswith("its decoding was interrupted")
+    assert said[first.name] == "its labels are of an older version"
+    assert len(said) == 3 and "older version of rlrr_jax" in [*said.values()][-1]
+    text = prepare.prune(tmp_path)
+    assert text.count("removed ") == 3 and text.splitlines()[-1].startswith(f"{folder}: 1 left, 0.0")
+    assert len(entries(tmp_path)) == 1
+    with (next((tmp_path / "data").rglob("*test.tfrecord-00001*"))).open("ab") as f:
+        f.write(b"x")
+    (why,) = [why for *_, why in store.entries(tmp_path, thorough=True)]
+    assert why.startswith("its dataset ") and why.endswith(" has changed")
+
+
+def test_a_new_python_or_minor_pillow_decodes_nothing_again(pets, tmp_path, monkeypatch):
+    """Keys have no bytecode and only Pillow's major version."""
+    pets()
+    saved = json.loads(next((tmp_path / "images").glob("*/entry.json")).read_text())["key"]
+    assert saved["labels"] == ["label, 1"] and saved["pillow"] == int(
+        store.PIL.__version__.split(".")[0]
+    )
+    monkeypatch.setattr(store, "build", None)
+    code = tasks.get("oxford_iiit_pet").label
+    same = lambda example: code(example)  # other bytecode, the same rule
+    monkeypatch.setitem(tasks.TASKS, "oxford_iiit_pet", tasks.get("pets")._replace(label=same))
+    pets()
+
+
+def test_every_rule_of_a_label_has_a_name_and_a_version():
+    rules = {}
+    for task in tasks.TASKS.values():
+        assert task.rule.rpartition(", ")[2].isdigit(), task.rule
+        other = rules.setdefault(task.rule, task.label)
+        assert other.__code__ == task.label.__code__, "two functions under one rule"
+
+
+def test_two_that_decode_at_once_without_locks_end_with_one_entry(pets, tmp_path):
+    """As on a file system without locks: the second finds the first one's folder in its way."""
+    pets()
+    found = sources.find("oxford_iiit_pet", tmp_path / "data")
+    entry = store.locate("oxford_iiit_pet", "test", store.Pixels(32), found, tmp_path)
+    other = entry.folder.parent / f".{entry.folder.name}.ffff.part"
+    other.mkdir()
+    store.build(entry, "oxford_iiit_pet", "test", alone=False)
+    assert store.intact(entry) and other.exists()  # which may be going on
+    store.build(entry, "oxford_iiit_pet", "test", alone=True)
+    assert store.intact(entry) and not other.exists()
+
+
+def test_a_whole_entry_is_read_from_a_disk_that_cannot_be_written(pets, tmp_path, monkeypatch):
+    images, _ = pets()
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(store.files, "lock", read_only)
+    monkeypatch.setattr(pathlib.Path, "mkdir", read_only)
+    again, _ = pets()
+    np.testing.assert_array_equal(again[:], images[:])
+
+
+def rotated(image, orientation=6):
+    """A PNG that says that it lies on its side."""
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(out, "PNG", exif=exif)
+    return out.getvalue()
+
+
+def test_upright_is_an_option():
+    image = noise(32, 32, 3)
+    lying = store.decode(rotated(image), 32)
+    np.testing.assert_array_equal(lying, image)
+    upright = store.decode(rotated(image), store.Pixels(32, upright=True))
+    np.testing.assert_array_equal(upright, np.rot90(image, -1))
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(recwarn):
+    out = io.BytesIO()
+    picture = Image.fromarray(noise(32, 32, 3)).convert("P")
+    picture.save(out, "PNG", transparency=bytes(range(256)))
+    image = store.decode(out.getvalue(), 32)
+    np.testing.assert_array_equal(image, picture.convert("RGB"))
+    assert not recwarn.list
+
+
+def test_bundled_images_shrink_for_a_smaller_model():
+    images, _ = store.load_split("digits", "test", 16)
+    whole, _ = store.load_split("digits", "test", 32)
+    assert images.shape[1:] == (16, 16, 3)
+    wanted = Image.fromarray(whole[5]).resize((16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(images[5], wanted)

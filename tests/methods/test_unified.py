@@ -102,7 +102,7 @@ def test_ssf_is_rlrr_on_the_right_without_the_residual(frozen):
     parts = {k: translate(shapes[k], theirs[k], frozen[k]) for k in ("Transformer", "embedding")}
     a = ssf.merge(frozen, theirs)
     b = rlrr.merge(frozen, {**parts, "head": theirs["head"]})
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a, b)
 
 
 def test_lora_with_a_shift_is_rlrr_without_the_weight(frozen):
@@ -117,7 +117,7 @@ def test_lora_with_a_shift_is_rlrr_without_the_weight(frozen):
         same[name] = {"down": down, "up": node["scale_out"].reshape(depth, 2, -1)}
     for name in nodes:
         ours, theirs = (matrices(m.merge(frozen, t), name) for m, t in ((rlrr, tree), (lora, same)))
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_dora_is_lora_with_its_columns_rescaled(frozen):
@@ -125,7 +125,7 @@ def test_dora_is_lora_with_its_columns_rescaled(frozen):
     tree = moved(method.init(jax.random.key(0), frozen))
     after = matrices(method.merge(frozen, tree), "query")
     np.testing.assert_allclose(
-        np.linalg.norm(after, axis=1), jnp.abs(tree["query"]["magnitude"]), rtol=1e-5
+        np.linalg.norm(after, axis=1), jnp.abs(tree["query"]["magnitude"]), rtol=1e-4
     )
     lora = matrices(methods.get("lora", rank=3).merge(frozen, tree), "query")
     ratio = after / lora

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from float64 import double, in_float64
 
 from rlrr_jax.models import vit
 
@@ -29,13 +30,13 @@ def images(number=5, size=48, seed=1):
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
+@in_float64
 def test_logits_equal_the_second_formulation(gelu):
-    model = vit.ViT(**SMALL, gelu=gelu)
-    params = random_tree(model, 48)
-    with jax.default_matmul_precision("highest"):
-        ours = apply(model, params, images())
-        other = jax.jit(lambda p: reference.forward(p, images(), 4, gelu))(params)
-    np.testing.assert_allclose(ours, other, rtol=0, atol=2e-5)
+    model = vit.ViT(**SMALL, gelu=gelu, dtype=jnp.float64)
+    params = double(random_tree(model, 48))
+    ours = apply(model, params, images())
+    other = jax.jit(lambda p: reference.forward(p, images(), 4, gelu))(params)
+    np.testing.assert_allclose(ours, other, rtol=0, atol=1e-10)
 
 
 def test_gelus_differ():
@@ -45,21 +46,24 @@ def test_gelus_differ():
 
 
 @pytest.mark.parametrize("unroll", [1, 3])
+@in_float64
 def test_remat_changes_no_gradient(unroll):
-    params = random_tree(vit.ViT(**SMALL), 48)
+    params = double(random_tree(vit.ViT(**SMALL), 48))
 
     def loss(params, remat):
-        model = vit.ViT(**SMALL, unroll=unroll, remat=remat)
+        model = vit.ViT(**SMALL, unroll=unroll, remat=remat, dtype=jnp.float64)
         return apply(model, params, images(), 0.3, keys(5)).var()
 
     plain, saved = (jax.grad(loss)(params, remat) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), plain, saved)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), plain, saved)
 
 
+@in_float64
 def test_unroll_changes_no_result():
-    params = random_tree(vit.ViT(**SMALL), 48)
-    one, three = (apply(vit.ViT(**SMALL, unroll=n), params, images()) for n in (1, 3))
-    np.testing.assert_allclose(one, three, rtol=0, atol=1e-5)
+    wide = dict(**SMALL, dtype=jnp.float64)
+    params = double(random_tree(vit.ViT(**SMALL), 48))
+    one, three = (apply(vit.ViT(**wide, unroll=n), params, images()) for n in (1, 3))
+    np.testing.assert_allclose(one, three, rtol=0, atol=1e-10)
 
 
 def test_bfloat16_computes_low_and_answers_in_float32():
@@ -136,12 +140,13 @@ def test_drop_path_rises_from_zero_at_the_first_block():
     assert (out == apply(model, params, images())).all()
 
 
+@in_float64
 def test_drop_path_noise_belongs_to_the_example_not_to_the_batch():
-    model = vit.ViT(**SMALL)
-    params = random_tree(model, 48)
+    model = vit.ViT(**SMALL, dtype=jnp.float64)
+    params = double(random_tree(model, 48))
     whole = apply(model, params, images(), 0.5, keys(5))
     parts = [apply(model, params, images()[s], 0.5, keys(5)[s]) for s in (np.s_[:2], np.s_[2:])]
-    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=0, atol=1e-10)
 
 
 def test_branches_and_blocks_draw_different_noise():

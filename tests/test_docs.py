@@ -1,0 +1,287 @@
+"""Every command and Python block of the README and the other pages, run as written.
+
+Only addresses, sizes and epochs are replaced: tasks are of real formats with tiny images, and the
+bundled model stands for the large ones. A command that no rule below knows fails this file.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import named_vits
+import numpy as np
+import pytest
+import safetensors.numpy
+import vtab_data
+from flags import xla_flags
+
+from rlrr_jax.data import tasks
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES += sorted(ROOT.glob("rlrr_jax/*/README.md"))
+SMALL = ["--config.model.variant=bundled", "--config.image_size=32", "--config.epochs=1"]
+RUN = ROOT / "rlrr_jax"
+
+
+def blocks(kind):
+    """`(page, text)` of every fenced block of a language."""
+    fence = re.compile(rf"^```{kind}\n(.*?)^```", re.S | re.M)
+    return [(page, text) for page in PAGES for text in fence.findall(page.read_text())]
+
+
+def commands():
+    """`(page, command)` of every line of the shell blocks, those that go on joined."""
+    out = []
+    for page, text in blocks("bash"):
+        lines = re.sub(r"\\\n\s*", "", text).splitlines()
+        out += [(page, re.sub(r"\s+#.*$", "", line)) for line in lines if line.strip()]
+    return out
+
+
+def inline():
+    """`(page, command)` of every command in running text."""
+    found = re.compile(r"`((?:venv/bin/)?python [^`]+|launch/\S+ [^`]+|DRY_RUN=1 [^`]+)`")
+    return [
+        (page, " ".join(text.split()))
+        for page in PAGES
+        for text in found.findall(re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    ]
+
+
+COMMANDS = list(dict.fromkeys(text for _, text in commands()))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four tasks of the real numbers of images, all tiny."""
+    root = tmp_path_factory.mktemp("data")
+    splits = {"train": 800, "validation": 200}
+    vtab_data.write(root, tasks.get("kitti"), {**splits, "test": 711}, "array_record")
+    vtab_data.write(root, tasks.get("dtd"), {**splits, "test": 1880}, "tfrecord")
+    vtab_data.write_folder(root, "eurosat", {"train800val200": 1000, "test": 5400})
+    vtab_data.write_folder(root, "cifar", {"train800val200": 1000, "test": 10_000}, side=32)
+    return root
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """A ViT-Ti/14 with DINOv2's names: LayerScale, a mask token, a position embedding of 37 x 37."""
+    sizes = dict(width=192, depth=12, mlp=768, patch=14, grid=37)
+    weights = named_vits.timm_weights(np.random.default_rng(0), **sizes)
+    weights = {k: np.ascontiguousarray(v) for k, v in weights.items() if not k.startswith("head")}
+    path = tmp_path_factory.mktemp("dinov2") / "vit_tiny_patch14_dinov2.safetensors"
+    safetensors.numpy.save_file({**weights, "mask_token": weights["cls_token"]}, path)
+    return path
+
+
+def run(words, cwd, code=0, **environment):
+    extra = {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(
+        list(map(str, words)),
+        **dict(cwd=cwd, env={**os.environ, **extra}, capture_output=True, text=True, timeout=900),
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def program(text):
+    """Words of `venv/bin/python -m ...` with this Python."""
+    words = shlex.split(text.replace("~/tensorflow_datasets", "DIR"))
+    assert words[0] in ("venv/bin/python", "python"), text
+    return [sys.executable, *words[1:]]
+
+
+def trained(text, folder, data, dinov2):
+    """Runs a command of rlrr_jax.main."""
+    words = [str(data) if word == "DIR" else word for word in program(text)]
+    if "dinov2" in text:
+        small = [f"--config.pretrained.name={dinov2}", "--config.model.variant=Ti/14"]
+        words += [*small, "--config.image_size=28", "--config.epochs=1", f"--config.data.dir={data}"]
+    elif "cifar" in text or ":all" in text:
+        words += SMALL
+    else:
+        words += ["--config.epochs=1"]
+    if "jpeg75" in text:  # the folders here are that already, and tfds is made so
+        words.append("--config.seeds=(42,)")
+    if ":all" not in text:
+        out = run(words, folder)
+        assert "| test acc |" in out or "(val)" in out
+        return out
+    out = run(words, folder, code=1)  # 15 of the 19 tasks are not there
+    for task in ("cifar", "dtd", "eurosa", "kitti"):
+        assert task in out
+    assert "15 of them" in out or re.search(
+        r"error: \d+ of \d+ runs did not finish \(caltech101, ", out
+    )
+    return out
+
+
+def test_there_is_a_rule_for_every_command():
+    for text in COMMANDS:
+        assert rule(text), f"no rule for: {text}"
+    assert len(COMMANDS) >= 15
+
+
+def rule(text):
+    """How a command is tested."""
+    if text.startswith(("python3 -m venv", "venv/bin/pip")):
+        return "install"
+    if "launch/" in text:
+        return "launch"
+    if text.startswith(("export JAX_", "JAX_PROCESS_ID")):
+        return "processes"
+    match = re.match(r"(?:venv/bin/)?python -m rlrr_jax\.(\w+)", text)
+    return match and match[1]
+
+
+@pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "install"])
+def test_what_is_installed_exists(text):
+    """Extras are in setup.py, lock files are there; .ci/run runs the first two as they are written."""
+    setup = (ROOT / "setup.py").read_text()
+    for extra in re.findall(r"\[([\w,]+)\]", text):
+        assert all(f'"{name}": [' in setup for name in extra.split(",")), extra
+    for path in re.findall(r"-c (\S+)", text):
+        assert (ROOT / path).exists()
+    for module in re.findall(r"-m (rlrr_jax\.\w+|pytest|venv)", text):
+        assert module in ("pytest", "venv") or (RUN / f"{module.split('.')[1]}.py").exists()
+    if text.startswith("python3 -m venv"):
+        wanted = [
+            what for what in ("rlrr_jax.main", "pytest") if text.partition(" -m venv ")[2].count(what)
+        ]
+        assert wanted and all(what in (ROOT / ".ci/run").read_text() for what in wanted)
+
+
+@pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "launch"])
+def test_launch_commands_run_dry(text):
+    words, environment = shlex.split(text), {"DRY_RUN": "1"}
+    while "=" in words[0] and not words[0].startswith("-"):
+        key, _, value = words.pop(0).partition("=")
+        environment[key] = value
+    words = ["bash", *words[1:]] if words[0] == "sbatch" else words
+    if words[0].endswith(".sh"):
+        words.insert(1, "--dry-run")
+    out = run(words, ROOT, **environment)
+    assert "-m rlrr_jax.main" in out.replace("\\", "") and "vtab.py:all" in out
+
+
+MAIN = [t for t in COMMANDS if rule(t) == "main"]
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(t, marks=pytest.mark.slow) if ":all" in t else t for t in MAIN]
+)
+def test_runs_of_the_pages(text, data, dinov2, tmp_path):
+    trained(text, tmp_path, data, dinov2)
+
+
+@pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "prepare"])
+def test_preparing(text, data, tmp_path):
+    """Without TensorFlow preparing says what to install; checking needs none."""
+    words = [str(data) if word == "DIR" else word for word in program(text)]
+    out = run(words, tmp_path, code=1)
+    if "--check" in text:
+        assert "[9/19] eurosat: ok: vtab-1k/eurosat" in out and "| caltech101 | missing |" in out
+    else:
+        assert "error: preparing needs " in out and "pip install -e '.[prepare]'" in out
+
+
+@pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) in ("report", "analyze")])
+def test_commands_on_finished_runs(text, tuned_runs, tmp_path):
+    *words, workdir = program(text)
+    (tmp_path / workdir).parent.mkdir(parents=True)
+    (tmp_path / workdir).symlink_to(tuned_runs)
+    out = run([*words, workdir, "--out", tmp_path / "out"], tmp_path)
+    assert "digits" in out and list((tmp_path / "out").iterdir())
+
+
+def test_two_processes_as_the_page_starts_them(tmp_path):
+    """The block of launch/README.md, at another port and for one epoch."""
+    ((_, text),) = [(page, t) for page, t in blocks("bash") if "JAX_NUM_PROCESSES" in t]
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        text = text.replace("127.0.0.1:1234", f"127.0.0.1:{s.getsockname()[1]}")
+    lines = [
+        line.replace("python -m", f"{sys.executable} -m").replace(
+            "vtab.py:digits", "vtab.py:digits,method=linear --config.epochs=1"
+        )
+        for line in text.splitlines()
+    ]
+    out = run(["bash", "-c", "\n".join([*lines, "wait"])], tmp_path)
+    assert "process 1 of 2" in out and "| digits | linear |" in out
+
+
+# Python blocks --------------------------------------------------------------------------------
+
+
+def test_every_python_block_is_one_of_these():
+    known = ("def method(targets", "pretrained.load(", "torch.load(")
+    for page, text in blocks("python"):
+        assert any(word in text for word in known), f"{page.name}: {text}"
+
+
+def test_the_python_example(monkeypatch):
+    """The README's lines, with the bundled model for B/16."""
+    ((_, text),) = [b for b in blocks("python") if "pretrained.load(" in b[1]]
+    text = text.replace('ViT.from_variant("B/16", num_classes=100)', "ViT(**SIZES, num_classes=100)")
+    text = text.replace('"imagenet21k/ViT-B_16"', '"bundled"').replace(
+        "image_size=224", "image_size=32"
+    )
+    from rlrr_jax import config as config_lib
+
+    names = {"SIZES": config_lib.BUNDLED_MODEL, "images": np.zeros((2, 32, 32, 3), np.float32)}
+    exec(compile(text, "README.md", "exec"), names)
+    assert names["logits"].shape == (2, 100) and names["frozen"].keys() == names["params"].keys()
+
+
+def test_the_conversion_of_a_checkpoint(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    ((_, text),) = [b for b in blocks("python") if "torch.load(" in b[1]]
+    weights = named_vits.timm_weights(np.random.default_rng(0))
+    state = {f"module.base_encoder.{k}": torch.from_numpy(v) for k, v in weights.items()}
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": state, "epoch": 300}, "vit-b-300ep.pth.tar")
+    exec(compile(text, "README.md", "exec"), {})
+    again = safetensors.numpy.load_file("mocov3-vit-b.safetensors")
+    assert again.keys() == state.keys()
+
+
+# In running text ------------------------------------------------------------------------------
+
+
+def test_commands_in_running_text_name_what_exists():
+    """Programs and flags; the programs themselves have tests of their own."""
+    found = inline()
+    assert len(found) >= 12
+    for page, text in found:
+        words = shlex.split(text)
+        while "=" in words[0] and not words[0].startswith("-"):
+            words.pop(0)
+        if "python" in words[0]:
+            name = words[2] if words[1] == "-m" else words[1]
+            path = ROOT / (f"{name.replace('.', '/')}.py" if words[1] == "-m" else name)
+            path = path if path.exists() else path.with_suffix("") / "__main__.py"
+            assert name == "pytest" or path.exists(), f"{page.name}: {text}"
+            source = "" if name in ("pytest", "rlrr_jax.main") else path.read_text()
+            for flag in re.findall(r"(--\w+)", text) if source else ():
+                assert f'"{flag}"' in source, f"{page.name}: {flag} of {name}"
+        else:
+            script = next(word for word in words if word.startswith("launch/"))
+            assert (ROOT / script).exists(), f"{page.name}: {text}"
+
+
+def test_the_map_names_every_file_of_the_package():
+    """Of the README; by folder below that."""
+    text = (ROOT / "README.md").read_text().partition("## Folders")[2]
+    for path in sorted(RUN.glob("*.py")):
+        if path.name != "__init__.py":
+            assert path.name in text, f"{path.name} is not in the README's map"
+    for path in sorted(RUN.iterdir()):
+        if path.is_dir() and path.name not in ("__pycache__", "configs"):
+            assert f"{path.name}/" in text, f"{path.name}/ is not in the README's map"
