@@ -113,12 +113,18 @@ def run():
 
 
 def find_config(text):
-    """A configuration file with its argument; one of ours is found from any folder."""
+    """A configuration file with its argument; one of ours is found from any folder.
+
+    Raises UserError, with the nearest of ours, if there is no such file.
+    """
     path, colon, argument = text.partition(":")
-    ours = pathlib.Path(__file__).parent / "configs" / pathlib.PurePath(path).name
-    if pathlib.Path(path).exists() or pathlib.PurePath(path).parent.name != "configs":
+    ours = pathlib.Path(__file__).parent / "configs"
+    if pathlib.Path(path).is_file():
         return text
-    return f"{ours}{colon}{argument}" if ours.exists() else text
+    names = [f"configs/{file.name}" for file in sorted(ours.glob("[a-z]*.py"))]
+    if path not in names:
+        raise unknown("configuration file", path, names)
+    return f"{ours / pathlib.PurePath(path).name}{colon}{argument}"
 
 
 def _parse_flags(argv):

@@ -539,7 +539,7 @@ def _result(job, run, trainable, history, marks, clock):
     best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
     values = config_lib.described(run, marks)
     plain = {key: value for key, value in run.to_dict().items() if not isinstance(value, dict)}
-    where = (*config_lib.PLACES, "seeds")
+    where = (*config_lib.PLACES, "recipe")
     return {
         "identity": config_lib.fingerprint([run], marks),
         **config_lib.digests(values),

@@ -16,6 +16,16 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory, worker_id):
+    """Programs are compiled once for all tests of a session, as a user's are for all starts."""
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared if worker_id == "master" else shared.parent) / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 hypothesis.settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None)
 hypothesis.settings.load_profile("short")

@@ -62,7 +62,8 @@ def data(tmp_path_factory):
     splits = {"train": 800, "validation": 200}
     vtab_data.write(root, tasks.get("kitti"), {**splits, "test": 711}, "array_record")
     vtab_data.write(root, tasks.get("dtd"), {**splits, "test": 1880}, "tfrecord")
-    vtab_data.write_folder(root, "eurosat", {"train800val200": 1000, "test": 5400})
+    parts = {"train800": 800, "val200": 200, "train800val200": 1000}
+    vtab_data.write_folder(root, "eurosat", {**parts, "test": 5400})
     vtab_data.write_folder(root, "cifar", {"train800val200": 1000, "test": 10_000}, side=32)
     return root
 

@@ -42,7 +42,7 @@ CONFIG = "--config=configs/vtab.py"
 WEIGHTS = "--config.pretrained.name={folder}/"
 WRONG = {
     "no config": ([], "add --config configs/vtab.py"),
-    "no such config": (["--config=configs/vtabb.py"], "No such file or directory: 'configs/vtabb.py'"),
+    "no such config": (["--config=configs/vtabb.py"], "did you mean 'configs/vtab.py'?"),
     "flag": ([CONFIG, "--wrokdir=x"], "Did you mean: workdir"),
     "key": ([CONFIG, "--config.lrr=1"], "unknown key 'lrr' in a --config flag: did you mean 'lr'?"),
     "nested key": ([CONFIG, "--config.model.varaint=B/16"], "did you mean 'variant'?"),

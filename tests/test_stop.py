@@ -122,11 +122,13 @@ def test_a_stop_is_raised_at_once_but_not_where_one_trains():
     assert not issubclass(train.Stopped, Exception)  # nothing that expects errors catches it
 
 
-def test_ten_kills(tmp_path):
+@pytest.mark.parametrize("number", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills(number, tmp_path):
     """100 of them: python tests/kill_runs.py."""
-    assert kill_runs.kill_runs(10, tmp_path, random.Random(1)) >= 1
+    assert kill_runs.kill_runs(number, tmp_path, random.Random(number)) >= 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_a_save_is_one_sentence_and_harms_no_checkpoint(tmp_path):
     """Files may not grow beyond 40 kB, which configurations need and checkpoints do not have."""
     whole = start(tmp_path / "whole")

@@ -29,7 +29,7 @@ KEYS = {
     *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
     *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
     *("optimizer", "momentum_dtype", "grad_clip", "total_steps", "warmup_steps", "crop", "crop_from"),
-    *("options", "grid", "model", "attention"),
+    *("options", "grid", "model", "attention", "resize", "config", "setting", "line", "cores"),
     *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),
     *(
         "schedule",
@@ -218,6 +218,7 @@ def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
     assert row["test_acc_final"] > probe - 0.01
 
 
+@pytest.mark.slow
 def test_four_devices_give_the_losses_of_one(tmp_path):
     rows = [
         run(
