@@ -81,7 +81,7 @@ def rows_of(workdirs):
     found = {}
     for workdir in workdirs:
         for path in sorted(workdir.glob("*/*/seed*/result.json")):
-            row = with_digests(files.read_json(path), path)
+            row = read_row(path)
             if missing := {"identity", *COMPARED} - row.keys():
                 raise UserError(
                     f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete "
@@ -102,12 +102,12 @@ def rows_of(workdirs):
     return sorted((row for row, _ in found.values()), key=place)
 
 
-def with_digests(row, path):
-    """A row with its `config`, `setting` and `line`; of an older run they come from its `config.json`.
+def read_row(path):
+    """The row in a `result.json`; the `config`, `setting` and `line` of an older one are filled in.
 
-    Args:
-      path: its `result.json`.
+    They come from the `config.json` beside it; UserError if that has gone.
     """
+    row = files.read_json(path)
     if {"config", "setting", "line"} <= row.keys():
         return row
     saved = path.parent / "config.json"

@@ -244,7 +244,7 @@ def finish(works, load, forecast, stop):
         if work.label in forecast.before and work.folder.parent.name != "search":
             print(f"{forecast.place(work)}: finished before", flush=True)
         forecast.finished(work)
-    read = lambda: [files.read_json(work.folder / "result.json") for work in works]
+    read = lambda: [report.read_row(work.folder / "result.json") for work in works]
     return distributed.agree(read() if distributed.lead() else None)
 
 

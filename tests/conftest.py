@@ -46,5 +46,5 @@ def tuned_runs(tmp_path_factory, worker_id):
             command = [sys.executable, "-m", "rlrr_jax.main", f"--config=configs/vtab.py:{arg}"]
             command += ["--config.epochs=2", f"--workdir={shared / 'tuned'}"]
             root = pathlib.Path(__file__).parents[1]  # and a process compiles as a user's does
-            subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": ""}, check=True)
+            subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": xla_flags()}, check=True)
     return shared / "tuned"

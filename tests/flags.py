@@ -1,6 +1,14 @@
-"""$XLA_FLAGS of the processes that tests start."""
+"""$XLA_FLAGS of the tests and of the processes that they start.
+
+Flags that the tests are started with hold for all of them, such as XLA_FLAGS=--xla_cpu_max_isa=AVX2.
+"""
+
+import os
+
+GIVEN = os.environ.setdefault("RLRR_JAX_TEST_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 
 
 def xla_flags(devices=1):
     """For so many CPU devices; everything else is as a user has it."""
-    return f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    count = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    return f"{GIVEN} {count}".strip()

@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 
+from flags import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = (sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr")
 COMMAND += ("--config.epochs=4", "--config.protocol=official", "--config.drop_path=0.2")
@@ -63,7 +65,7 @@ def kill_runs(kills, folder, rng):
 
 def start(workdir):
     """The run's process."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "JAX_PLATFORMS": "cpu"}
     out = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], cwd=ROOT, env=environment, **out)
 

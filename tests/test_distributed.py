@@ -21,11 +21,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUN = "digits/rlrr/seed0"
 
 
-def start(workdir, *args, number=1, devices=1, **environment):
-    """So many processes of one run, each with its own devices."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def start(workdir, *args, number=1, devices=1, **environment):
+    """So many processes of one run, each with its own devices."""
+    port = free_port()
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=3", "--config.protocol=official", "--config.drop_path=0.2"]
     command += ["--config.flip=True", "--config.checkpoint_seconds=0", f"--workdir={workdir}", *args]
@@ -160,7 +164,7 @@ def test_others_that_do_not_come(tmp_path, mine):
     (process,) = start(
         tmp_path,
         "--distributed_timeout=3",
-        JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{45170 + mine}",
+        JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}",
         JAX_NUM_PROCESSES="2",
         JAX_PROCESS_ID=str(mine),
     )

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from flags import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -16,7 +18,7 @@ def test_the_walk_through_runs(tmp_path):
     assert len(source) > 8 and not any(cell.get("outputs") for cell in cells)
     source = [text for text in source if "%pip" not in text]
     (tmp_path / "walkthrough.py").write_text("\n\n".join(source))
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     command = [sys.executable, "walkthrough.py"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600

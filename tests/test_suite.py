@@ -11,6 +11,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import pictures
 import pytest
 import vtab_data
 from flags import xla_flags
@@ -96,7 +97,7 @@ def test_a_suite_ends_with_its_table(whole):
         "dtd": 1880,
         "eurosat": 5400,
     }
-    assert (folder / "run/summary.png").read_bytes()[:4] == b"\x89PNG"
+    pictures.look(folder / "run/summary.png", colours=4)
 
 
 def test_a_killed_suite_resumes_without_repeating_and_reports_the_same(whole, data_dir, tmp_path):
@@ -342,6 +343,28 @@ def test_results_of_one_run_that_differ_are_not_merged(tmp_path):
     files.write_json(path, {**files.read_json(path), "test_acc_final": 0.1})
     with pytest.raises(UserError, match="are results of the same run that differ"):
         report.collect(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")
+
+
+def test_results_of_older_versions_are_read(tmp_path, capsys):
+    """Rows without digests: they come from the configuration beside them."""
+    settings = config("digits,method=linear", seeds=(0, 1))
+    rows, _ = suite.run(settings, tmp_path)
+    for row in rows:
+        path = tmp_path / f"digits/linear/seed{row['seed']}/result.json"
+        for key in ("config", "setting", "line"):
+            del row[key]
+        files.write_json(path, row)
+        saved = files.read_json(path.parent / "config.json")
+        for group, key in (("model", "num_heads"), ("model", "norm_eps"), ("pretrained", "resize")):
+            del saved[group][key]
+        del saved["recipe"], saved["machine"], saved["data"]["upright"]
+        files.write_json(path.parent / "config.json", saved)
+    again, problems = suite.run(settings, tmp_path)
+    assert not problems and report.table(again).count("| digits |") == 1
+    assert again[0]["setting"] == again[1]["setting"] and "±" in report.show(again)
+    (path.parent / "config.json").unlink()
+    with pytest.raises(UserError, match="written by an older version, and its config.json is gone"):
+        report.collect(tmp_path)
 
 
 def test_weights_are_read_once_a_start(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+import pictures
 import pytest
 from rows import row as make
 
@@ -186,8 +187,10 @@ def test_bundled_and_tuned_rows_are_no_part_of_it():
     assert summary.lines([{**rows()[0], "task": "hearts"}]) == []
 
 
-def test_the_picture_is_one(tmp_path):
-    assert summary.picture(summary.lines(rows()))[:4] == b"\x89PNG"
+def test_the_picture_shows_the_numbers():
+    one = pictures.look(summary.picture(summary.lines(rows())), colours=5)
+    other = pictures.look(summary.picture(summary.lines(rows(test_acc_final=0.9))))
+    assert one.shape == other.shape and (one != other).any()
 
 
 def test_the_screen_shows_the_suite_or_the_runs():

@@ -1,0 +1,25 @@
+"""Looks at a picture as far as a program can."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def look(picture, size=None, colours=3):
+    """The pixels of a PNG (bytes or a path) that is no empty canvas.
+
+    Args:
+      size: width and height that it must have.
+      colours: how many saturated colours it must have at least: lines or marks that were drawn.
+    """
+    picture = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and size in (None, image.size), image.size
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    white = (pixels == 255).all(-1).mean()
+    assert 0.3 < white < 0.995, white
+    flat = pixels.reshape(-1, 3)
+    bright = flat[np.ptp(flat, axis=1) > 60] // 32
+    assert len(np.unique(bright, axis=0)) >= colours
+    return pixels
