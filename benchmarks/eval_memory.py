@@ -97,7 +97,7 @@ def make_model(args, classes):
     image = np.zeros((1, args.size, args.size, 3), np.float32)
     frozen = jax.jit(model.init)(jax.random.key(0), image)["params"]
     method = methods.get("rlrr")
-    return model, method.merge(frozen, method.init(jax.random.key(1), frozen))
+    return model, methods.merge(method, frozen, methods.start(method, jax.random.key(1), frozen))
 
 
 def write_folder(folder, number, classes, size=(300, 250)):

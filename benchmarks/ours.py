@@ -119,6 +119,7 @@ class Ours:
         keys = step.put(self.mesh, P("trial"), jax.random.split(jax.random.key(0), self.trials))
         self.now = step.map_start(self.recipe, self.mesh)(keys, self.frozen)
         self.train_steps = step.map_train_steps(self.recipe, self.mesh)
+        self.merge_all = step.map_merge(self.method, self.mesh)
         self.unmerged = step.put_trials(self.mesh, [self.frozen] * self.trials)
         dtype, tokens = self.model.dtype, (self.size // self.model.patch_size) ** 2 + 1
         shape = (self.batch * tokens, self.model.width)
@@ -138,8 +139,8 @@ class Ours:
 
     def merge(self):
         """What precedes an evaluation, once."""
-        merge = step.map_merge(self.method.merge, self.mesh)
-        self.merged = jax.block_until_ready(merge(self.frozen, self.now[0]["trainable"]))
+        merged = self.merge_all(self.frozen, self.now[0]["trainable"])
+        self.merged = jax.block_until_ready(merged)
 
     def evaluate(self, number, params=None):
         """So many batches."""

@@ -113,10 +113,20 @@ def write(path, adapter):
 
     One key: with several, the order in the file would be random.
     """
-    flat = flatten_dict(adapter.trainable, sep="/")
-    flat = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+    flat = {k: np.ascontiguousarray(v) for k, v in _flat(adapter.trainable).items()}
     metadata = {"rlrr_jax": json.dumps(adapter.card, sort_keys=True)}
     files.write(path, safetensors.numpy.save(flat, metadata=metadata))
+
+
+def _flat(trained):
+    """A trained tree by the names of files: the head's leaves lie beside the method's."""
+    return flatten_dict({**trained["adapter"], "head": trained["head"]}, sep="/")
+
+
+def _tree(flat):
+    """The trained tree that `_flat` took apart."""
+    tree = unflatten_dict(flat, sep="/")
+    return {"head": tree.pop("head"), "adapter": tree}
 
 
 def finished(workdir):
@@ -146,7 +156,7 @@ def read(path):
         ) from e
     card = _card(path, metadata)
     found = {key: (value.shape, str(value.dtype)) for key, value in flat.items()}
-    wanted = {k: (v.shape, str(v.dtype)) for k, v in flatten_dict(_wanted(path, card), sep="/").items()}
+    wanted = {k: (v.shape, str(v.dtype)) for k, v in _flat(_wanted(path, card)).items()}
     problems = pretrained.differences(found, wanted)
     problems += [f"{k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
     if problems:
@@ -154,7 +164,7 @@ def read(path):
             f"{path} is no adapter of method {card['method']} on {card['config']['model']['variant']} "
             f"({problems[0]}): export it again"
         )
-    return Adapter(unflatten_dict(flat, sep="/"), card)
+    return Adapter(_tree(flat), card)
 
 
 def _card(path, metadata):
@@ -185,7 +195,8 @@ def _wanted(path, card):
         size = card["image_size"]
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         shapes = jax.eval_shape(_model(card).init, jax.random.key(0), images)["params"]
-        return jax.eval_shape(method.init, jax.random.key(0), shapes)
+        start = functools.partial(methods.start, method)
+        return jax.eval_shape(start, jax.random.key(0), shapes)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
             f"{path} is of another version of method {card['method']} ({first_line(e)}): use the "
@@ -298,8 +309,12 @@ def load(adapter, on=None, weights=None, cache_dir=None):
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     on = on or backbone(adapter, weights, cache_dir)
     _check_backbone(adapter.card, on.sha256, on.how, "this backbone")
-    params = jax.jit(method(adapter).merge)(on.frozen, adapter.trainable)
-    return Tuned(_model(adapter.card), params, adapter.card)
+    return Tuned(_model(adapter.card), merged(adapter, on.frozen), adapter.card)
+
+
+def merged(adapter, frozen):
+    """The plain ViT tree that an adapter makes of its backbone's frozen one."""
+    return jax.jit(functools.partial(methods.merge, method(adapter)))(frozen, adapter.trainable)
 
 
 def combine(adapters, weights=None, way="scales", head=0):
@@ -339,7 +354,7 @@ def combine(adapters, weights=None, way="scales", head=0):
             f"adapters of rlrr with sides={options['sides']} do not combine: they have no product"
         )
     rank = options["rank"] * (len(adapters) if way == "products" else 1)
-    trees = [flatten_dict(a.trainable, sep="/") for a in adapters]
+    trees = [_flat(a.trainable) for a in adapters]
     out = {}
     for key in trees[0]:
         parts, name = [tree[key] for tree in trees], key.rsplit("/", 1)[-1]
@@ -358,7 +373,7 @@ def combine(adapters, weights=None, way="scales", head=0):
     card = {**taken, "method_kwargs": config["method_kwargs"], "config": config}
     card |= {"combined": {"way": way, "of": made}, "accuracy": {}}
     out = {key: np.asarray(value, np.float32) for key, value in out.items()}
-    return Adapter(unflatten_dict(out, sep="/"), card)
+    return Adapter(_tree(out), card)
 
 
 def _beside(name, parts, rank):

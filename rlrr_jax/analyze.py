@@ -10,7 +10,6 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import numpy as np
 import scipy.linalg
 from flax.traverse_util import flatten_dict
@@ -137,7 +136,7 @@ def analyze(adapter, frozen, tell=lambda: None):
       frozen: the tree of its backbone.
       tell: called after each kernel.
     """
-    params = jax.jit(adapters.method(adapter).merge)(frozen, adapter.trainable)
+    params = adapters.merged(adapter, frozen)
     before, after = kernels(frozen), kernels(params)
 
     def one(key):
@@ -147,14 +146,12 @@ def analyze(adapter, frozen, tell=lambda: None):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # LAPACK releases the lock
         rows = list(pool.map(one, before))
-    return {"kernels": rows, "trained": list(_trained(adapter.trainable))}
+    return {"kernels": rows, "trained": list(_trained(adapter.trainable["adapter"]))}
 
 
-def _trained(trainable):
+def _trained(tree):
     """Statistics of each trained leaf outside the head, of each block where it has blocks."""
-    for name, leaf in flatten_dict(trainable, sep="/").items():
-        if name.startswith("head/"):
-            continue
+    for name, leaf in flatten_dict(tree, sep="/").items():
         blocks = (
             enumerate(np.asarray(leaf), 1) if "encoderblock" in name else [(None, np.asarray(leaf))]
         )

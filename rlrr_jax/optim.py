@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import optax
 
+from rlrr_jax import methods
 from rlrr_jax.errors import UserError
 
 WARMUP_LR, MIN_LR = 1e-7, 1e-8  # the authors'
@@ -13,7 +14,7 @@ WARMUP_LR, MIN_LR = 1e-7, 1e-8  # the authors'
 def adamw(method, trainable, lr, weight_decay):
     """AdamW as the authors use it; `lr` and `weight_decay` may be traced."""
     return optax.adamw(
-        lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=method.decay(trainable)
+        lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=methods.decay(method, trainable)
     )
 
 
@@ -38,7 +39,7 @@ def build(optimizer, method, trainable, lr, weight_decay):
     else:
         tx = optax.chain(
             optax.trace(0.9, accumulator_dtype=optimizer.momentum_dtype),
-            optax.add_decayed_weights(weight_decay, mask=method.decay(trainable)),
+            optax.add_decayed_weights(weight_decay, mask=methods.decay(method, trainable)),
             optax.scale_by_learning_rate(lr),
         )
     clip = optimizer.grad_clip

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import distributed, optim, resize
+from rlrr_jax import distributed, methods, optim, resize
 from rlrr_jax.methods import Method
 
 
@@ -122,7 +122,7 @@ def normalize(images, size):
 
 def init_state(recipe, key, frozen):
     """`{"trainable", "opt_state"}` before training. `frozen` is in neither."""
-    trainable = recipe.method.init(key, frozen)
+    trainable = methods.start(recipe.method, key, frozen)
     return {
         "trainable": trainable,
         "opt_state": optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0).init(trainable),
@@ -160,7 +160,7 @@ def loss_and_grad(recipe, frozen, trainable, batch, drop_path):
     count = jax.lax.psum(mask.sum(), "data")
 
     def loss_fn(trainable):
-        params = recipe.method.merge(frozen, trainable)
+        params = methods.merge(recipe.method, frozen, trainable)
         logits = recipe.model.apply({"params": params}, images, drop_path, keys)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = (logits.argmax(-1) == labels) & jnp.isfinite(losses)  # of NaN, argmax is class 0
@@ -298,10 +298,9 @@ def filled(tree, mesh, number):
     return fill(tree)
 
 
-@functools.lru_cache(8)
-def map_merge(merge, mesh):
-    """A method's `merge` for trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
-    merge = jax.vmap(merge, in_axes=(None, 0))
+def map_merge(method, mesh):
+    """`methods.merge` for trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
+    merge = jax.vmap(functools.partial(methods.merge, method), in_axes=(None, 0))
     return jax.jit(merge, out_shardings=place(mesh, P("trial")))
 
 

@@ -81,6 +81,7 @@ class Job(NamedTuple):
       crops: the `crops.Crops` that make the images of `data` anew in each epoch, or None.
       lrs: of each trial and step.
       hyper, init_keys: have a leading axis of T trials.
+      merge: function `(frozen, trained [T, ...]) -> params [T, ...]`, jitted.
     """
 
     runs: list
@@ -93,6 +94,7 @@ class Job(NamedTuple):
     lrs: list
     hyper: dict
     init_keys: Any
+    merge: Any
 
     def steps(self, epoch):
         """Steps of an epoch; `config.total_steps` may end the last one early."""
@@ -161,6 +163,7 @@ def prepare(runs, load_weights, load_data):
         lrs=lrs,
         hyper=step.put_trials(mesh, hyper),
         init_keys=step.put_trials(mesh, [key[0] for key in keys]),
+        merge=step.map_merge(method, mesh),
     )
 
 
@@ -460,7 +463,6 @@ def evaluate(job, state, epoch, check):
     if not last and (run.protocol in ("fast", "vtab") or epoch == 0):  # the authors skip epoch 0 too
         return [{}] * len(job.runs)
     key = "val" if run.protocol == "tune" else "test"
-    merge = step.map_merge(recipe.method.merge, mesh)
     eval_step = step.map_eval_step(recipe.model, recipe.image_size, recipe.precision, mesh)
     out = [None] * len(job.init_keys)
     at_once = evaluated_at_once(job, device_memory(jax.local_devices()[0]))
@@ -471,7 +473,7 @@ def evaluate(job, state, epoch, check):
     )
     with bar:
         for which, trainable in step.turns(state["trainable"], mesh, at_once):
-            params, done = merge(job.frozen, trainable), _pace(check, bar)
+            params, done = job.merge(job.frozen, trainable), _pace(check, bar)
             found = step.evaluate(eval_step, params, *job.held_out, run.eval_batch_size, mesh, done)
             for i, accuracy, loss in zip(which, found["accuracy"], found["loss"]):
                 out[i] = {f"{key}_acc": float(accuracy), f"{key}_loss": _number(loss)}

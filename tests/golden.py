@@ -63,6 +63,7 @@ class Golden:
             k: v[None] if None in v else np.stack([v[i] for i in range(len(v))])
             for k, v in leaves.items()
         }
-        like = flatten_dict(like, sep="/")
+        like = {k.removeprefix("adapter/"): v for k, v in flatten_dict(like, sep="/").items()}
         assert leaves.keys() == like.keys()
-        return unflatten_dict({k: v.reshape(like[k].shape) for k, v in leaves.items()}, sep="/")
+        tree = unflatten_dict({k: v.reshape(like[k].shape) for k, v in leaves.items()}, sep="/")
+        return {"head": tree.pop("head"), "adapter": tree}

@@ -205,7 +205,7 @@ def two(paths):
 
 def dense(adapter, name="query"):
     """Scales [L, in], [L, out] and shift [L, out] of a Dense."""
-    node = base.subtree(adapter.trainable, base.DENSE[name])
+    node = base.subtree(adapter.trainable["adapter"], base.DENSE[name])
     return [np.asarray(node[k]).reshape(len(node[k]), -1) for k in ("scale_in", "scale_out", "shift")]
 
 
@@ -215,7 +215,7 @@ def test_combined_kernels_are_the_papers(way, two):
     weights = [0.7, 0.4]
     both = adapters.combine(two, weights, way, head=1)
     backbone = adapters.backbone(two[0])
-    params = jax.jit(adapters.method(both).merge)(backbone.frozen, both.trainable)
+    params = adapters.merged(both, backbone.frozen)
     for name in base.DENSE:
         (in0, out0, shift0), (in1, out1, shift1) = (dense(a, name) for a in two)
         if way == "scales":
@@ -241,7 +241,7 @@ def test_combined_kernels_are_the_papers(way, two):
             atol=1e-6,
         )
     norm = lambda tree: tree["Transformer"]["encoder_norm"]["scale"]
-    change = sum(w * (np.asarray(norm(a.trainable)) - 1) for w, a in zip(weights, two))
+    change = sum(w * (np.asarray(norm(a.trainable["adapter"])) - 1) for w, a in zip(weights, two))
     np.testing.assert_allclose(norm(params), norm(backbone.frozen) * (1 + change), rtol=1e-5)
     assert both.card["task"] == "hearts" and params["head"]["kernel"].shape[1] == 16
 

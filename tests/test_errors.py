@@ -24,10 +24,10 @@ DEFAULTS = dict(lr=1.0, weight_decay=0.0, drop_path=0.0)
 def method():
     def init(key, frozen):
         {init}
-        return {{"head": base.zero_head(frozen)}}
-    def merge(frozen, trainable):
+        return {{"a": jnp.zeros(2)}}
+    def merge(frozen, adapter):
         {merge}
-        return {{**frozen, "head": trainable["head"]}}
+        return frozen
     return base.Method(init, merge, {decay}, DEFAULTS)
 """
 COMMAND = """
@@ -61,11 +61,8 @@ BROKEN = {  # contracts
         dict(merge="frozen = {k: v for k, v in frozen.items() if k != 'cls'}"),
         "merge returns no cls, which the ViT has",
     ),
-    "head": (
-        dict(init="return {'head': {'kernel': jnp.zeros((96, 2))}}"),
-        "init makes head/no bias, which the ViT has",
-    ),
-    "no head": (dict(init="return {'a': jnp.zeros(2)}"), "init must return a dict with 'head' in it"),
+    "head": (dict(init="return {'head': jnp.zeros(2)}"), "init must return a dict without 'head'"),
+    "no dict": (dict(init="return [jnp.zeros(2)]"), "init must return a dict without 'head'"),
     "decay": (dict(decay="lambda tree: True"), "decay must return True or False for each leaf"),
 }
 
@@ -106,7 +103,7 @@ def test_a_broken_contract_is_named(what):
         methods.check("fork", names["method"](), frozen)
     assert str(e.value).startswith(f"method 'fork' breaks its contract: {message}")
     exec(METHOD.format(**good), names)
-    assert methods.check("fork", names["method"](), frozen).keys() == {"head"}
+    assert methods.check("fork", names["method"](), frozen).keys() == {"a"}
 
 
 def test_a_broken_contract_is_one_sentence_before_any_work(tmp_path):

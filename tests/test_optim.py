@@ -34,7 +34,7 @@ def test_schedules_by_epoch_repeat_in_each_step():
 def test_clipped_momentum_for_50_steps(dtype):
     """Clip by the norm of all, add what is kept of the stored momentum, store the sum in `dtype`."""
     rng = np.random.default_rng(0)
-    params = {"head": {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}}
+    params = {"adapter": {}, "head": {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}}
     params = jax.tree.map(lambda x: x.astype(np.float32), params)
     grads = [jax.tree.map(lambda x: rng.normal(size=x.shape) * 0.4, params) for _ in range(50)]
     lrs = optim.learning_rates("bigvision", 0.01, 50, total_steps=50, warmup_steps=10)
@@ -67,7 +67,7 @@ def test_clipped_momentum_for_50_steps(dtype):
 
 
 def test_momentum_decays_what_the_method_decays():
-    params = {"head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    params = {"adapter": {}, "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     tx = optim.build(optim.Optimizer("momentum"), LINEAR, params, 0.1, 0.5)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["head"]["kernel"], -0.05)
@@ -75,7 +75,7 @@ def test_momentum_decays_what_the_method_decays():
 
 
 def test_clipping_leaves_adamw_as_it_is_below_the_norm():
-    params = {"head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    params = {"adapter": {}, "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     small = jax.tree.map(lambda x: 0.01 * x, params)
     outs = []
     for clip in (None, 1.0):

@@ -99,7 +99,7 @@ def one_gradient(r, frozen, data, hyper, trainable, number):
 
 @pytest.fixture(scope="module")
 def trainable():
-    tree = METHOD.init(jax.random.key(0), FROZEN)
+    tree = methods.start(METHOD, jax.random.key(0), FROZEN)
     head = random_tree(MODEL, SIZE, seed=9)["head"]  # a zero head would hide most gradients
     return {**tree, "head": head}
 
@@ -155,7 +155,7 @@ def test_gradient_is_that_of_the_plain_mean(trainable):
     @jax.value_and_grad
     def plain(trainable):
         images = jnp.asarray(DATA["images"])[order[18:22]].astype(jnp.float32) / 127.5 - 1
-        logits = r.model.apply({"params": METHOD.merge(frozen, trainable)}, images)
+        logits = r.model.apply({"params": methods.merge(METHOD, frozen, trainable)}, images)
         labels = jnp.asarray(DATA["labels"])[order[18:22]]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
@@ -388,11 +388,11 @@ def test_learning_rate_schedules():
 
 def test_weight_decay_pulls_only_what_it_should():
     """With zero gradients AdamW leaves a leaf alone or shrinks it by lr * weight_decay."""
-    tree = METHOD.init(jax.random.key(0), FROZEN)
+    tree = methods.start(METHOD, jax.random.key(0), FROZEN)
     tree = jax.tree.map(lambda x: x + 1.0, tree)
     tx = optim.adamw(METHOD, tree, 0.1, 0.5)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree), tree)
-    decayed = flatten_dict(METHOD.decay(tree))
+    decayed = flatten_dict(methods.decay(METHOD, tree))
     for name, update in flatten_dict(updates).items():
         expected = -0.05 * flatten_dict(tree)[name] if decayed[name] else 0 * update
         np.testing.assert_allclose(update, expected, rtol=1e-6, atol=0)

@@ -146,10 +146,11 @@ def test_saved_adapter_merges_into_the_reported_accuracy(finished):
     """The file alone, with the public functions, gives the number in the table."""
     workdir, (row,) = finished
     path = workdir / "digits/rlrr/seed0/adapter.safetensors"
-    trainable = unflatten_dict(safetensors.numpy.load_file(path), sep="/")
+    tree = unflatten_dict(safetensors.numpy.load_file(path), sep="/")
+    trained = {"head": tree.pop("head"), "adapter": tree}
     model = config_lib.build_model(config_lib.resolve(small_config())[0])
     frozen = pretrained.load("bundled", model=model, image_size=32)
-    params = methods.get("rlrr").merge(frozen, trainable)
+    params = methods.merge(methods.get("rlrr"), frozen, trained)
     images, labels = store.load_split("digits", "test", 32)
     logits = jax.jit(model.apply)({"params": params}, step.normalize(images, 32))
     assert float((logits.argmax(-1) == labels).mean()) == pytest.approx(

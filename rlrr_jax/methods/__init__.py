@@ -24,7 +24,7 @@ from rlrr_jax.methods import (
     ssf,
     vera,
 )
-from rlrr_jax.methods.base import Method, check, head_count, trainable_count
+from rlrr_jax.methods.base import Method, check, decay, head_count, merge, start, trainable_count
 
 METHODS = {
     "rlrr": rlrr,
@@ -44,7 +44,8 @@ METHODS = {
     "hta": hta,
 }
 
-__all__ = ["METHODS", "Method", "check", "get", "head_count", "options", "trainable_count"]
+__all__ = ["METHODS", "Method", "check", "decay", "get", "head_count", "merge", "options", "start"]
+__all__ += ["trainable_count"]
 
 
 def get(name, **kwargs):

@@ -42,17 +42,16 @@ def method(columns=None, column_seed=0):
                 "kernel": jnp.take_along_axis(kernel, index[:, None], 2),
                 "bias": jnp.take_along_axis(node["bias"], index, 1),
             },
-            "head": base.zero_head(frozen),
         }
 
-    def merge(frozen, trainable):
+    def merge(frozen, adapter):
         def change(name, kernel, bias):
-            new, index = trainable[name], chosen(frozen)
+            new, index = adapter[name], chosen(frozen)
             if new["kernel"].shape == kernel.shape:
                 return new["kernel"], new["bias"]
             put = jax.vmap(lambda whole, i, part: whole.at[..., i].set(part))
             return put(kernel, index, new["kernel"]), put(bias, index, new["bias"])
 
-        return {**base.change_dense(frozen, ("out",), change), "head": trainable["head"]}
+        return base.change_dense(frozen, ("out",), change)
 
     return base.Method(init, merge, base.decay_of("kernel"), DEFAULTS)

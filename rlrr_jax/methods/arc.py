@@ -37,13 +37,13 @@ def method(bottleneck=50, where="attention+mlp"):
             }
             for i, place in enumerate(where)
         }
-        return {**tree, "head": base.zero_head(frozen)}
+        return tree
 
-    def merge(frozen, trainable):
+    def merge(frozen, adapter):
         for place in where:
-            node = trainable[place]
+            node = adapter[place]
             down = node["down"][None] * node["scale"][:, None]  # [L, D, bottleneck]
             frozen = base.prepend(frozen, place, down, node["down"].T[None], node["shift"])
-        return {**frozen, "head": trainable["head"]}
+        return frozen
 
-    return base.Method(init, merge, base.decay_of("down", "scale", "shift", "kernel"), DEFAULTS)
+    return base.Method(init, merge, base.decay_of("down", "scale", "shift"), DEFAULTS)

@@ -31,11 +31,12 @@ dot = functools.partial(jnp.matmul, precision="highest")
 class Method(NamedTuple):
     """A re-parameterisation of a ViT's weights.
 
+    The head is no method's business: it is trained beside what `init` makes, see `start` and `merge`.
+
     Attributes:
-      init: `(key, frozen) -> trainable`, the tree that is trained, with `head/{kernel,bias}` in it;
-        works under `jax.eval_shape`.
-      merge: `(frozen, trainable) -> params`, a plain ViT tree again; pure and differentiable.
-      decay: `trainable -> tree of bools`, which leaves get weight decay.
+      init: function `(key, frozen) -> adapter`, the tree that is trained; works under `jax.eval_shape`.
+      merge: function `(frozen, adapter) -> params`, a plain ViT tree again; pure and differentiable.
+      decay: function `adapter -> tree of bools`, which leaves get weight decay.
       DEFAULTS: the method's own `lr`, `weight_decay` and `drop_path`, used where neither the config
         nor the task's recipe says otherwise.
     """
@@ -46,19 +47,34 @@ class Method(NamedTuple):
     DEFAULTS: dict
 
 
-def trainable_count(trainable):
+# The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------
+
+
+def start(method, key, frozen):
+    """The trained tree before training; every head is zero."""
+    head = jax.tree.map(lambda x: jnp.zeros(x.shape), frozen["head"])
+    return {"adapter": method.init(key, frozen), "head": head}
+
+
+def merge(method, frozen, trained):
+    """The plain ViT tree that a trained tree makes of a frozen one."""
+    return {**method.merge(frozen, trained["adapter"]), "head": trained["head"]}
+
+
+def decay(method, trained):
+    """Which leaves of a trained tree get weight decay: of the head the kernel alone."""
+    head = decay_of("kernel")(trained["head"])
+    return {"adapter": method.decay(trained["adapter"]), "head": head}
+
+
+def trainable_count(trained):
     """Number of trained values outside the head."""
-    return sum(x.size for x in jax.tree.leaves(trainable)) - head_count(trainable)
+    return sum(x.size for x in jax.tree.leaves(trained["adapter"]))
 
 
-def head_count(trainable):
+def head_count(trained):
     """Number of trained values in the head."""
-    return sum(x.size for x in jax.tree.leaves(trainable["head"]))
-
-
-def zero_head(frozen):
-    """The start of every head: kernel and bias are zero."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape), frozen["head"])
+    return sum(x.size for x in jax.tree.leaves(trained["head"]))
 
 
 def decay_of(*names):
@@ -107,23 +123,22 @@ def check(name, method, frozen):
       frozen: a ViT tree of arrays or of shapes.
 
     Returns:
-      The shapes of the trainable tree.
+      The shapes of the adapter.
 
-    Raises UserError, naming the leaf, if `init` makes another head than the frozen tree's, if `merge`
-    returns other names, shapes or dtypes than the frozen tree's, or if `decay` is no tree of bools.
+    Raises UserError, naming the leaf, if `init` returns no dict or a head, if `merge` returns other
+    names, shapes or dtypes than the frozen tree's, or if `decay` is no tree of bools.
     """
-    trainable = jax.eval_shape(method.init, jax.random.key(0), frozen)
+    adapter = jax.eval_shape(method.init, jax.random.key(0), frozen)
     told = f"method {name!r} breaks its contract: "
-    if not isinstance(trainable, dict) or "head" not in trainable:
-        raise UserError(f"{told}init must return a dict with 'head' in it, as base.zero_head makes it")
-    _same_leaves(f"{told}init makes head/", leaves(trainable["head"]), leaves(frozen["head"]))
-    params = jax.eval_shape(method.merge, frozen, trainable)
+    if not isinstance(adapter, dict) or "head" in adapter:
+        raise UserError(f"{told}init must return a dict without 'head', which is trained beside it")
+    params = jax.eval_shape(method.merge, frozen, adapter)
     _same_leaves(f"{told}merge returns ", leaves(params), leaves(frozen))
-    decay = method.decay(trainable)
-    same = jax.tree.structure(decay) == jax.tree.structure(trainable)
+    decay = method.decay(adapter)
+    same = jax.tree.structure(decay) == jax.tree.structure(adapter)
     if not same or not all(isinstance(x, bool) for x in jax.tree.leaves(decay)):
-        raise UserError(f"{told}decay must return True or False for each leaf of the trainable tree")
-    return trainable
+        raise UserError(f"{told}decay must return True or False for each leaf that init makes")
+    return adapter
 
 
 def leaves(tree):

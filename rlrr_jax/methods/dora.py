@@ -24,14 +24,14 @@ def method(rank=8, alpha=None, targets="query+value"):
         for name, shape in base.sizes(frozen, targets).items():
             kernel = base.subtree(frozen, base.DENSE[name])["kernel"].reshape(shape)
             tree[name]["magnitude"] = jnp.linalg.norm(kernel, axis=1)  # [L, out]
-        return {**tree, "head": base.zero_head(frozen)}
+        return tree
 
-    def merge(frozen, trainable):
+    def merge(frozen, adapter):
         def change(name, kernel, bias):
-            direction = kernel + scale * lora.product(trainable[name])
+            direction = kernel + scale * lora.product(adapter[name])
             norm = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=1))
-            return base.columns(direction, trainable[name]["magnitude"] / norm), bias
+            return base.columns(direction, adapter[name]["magnitude"] / norm), bias
 
-        return {**base.change_dense(frozen, targets, change), "head": trainable["head"]}
+        return base.change_dense(frozen, targets, change)
 
-    return base.Method(init, merge, base.decay_of("down", "up", "kernel"), DEFAULTS)
+    return base.Method(init, merge, base.decay_of("down", "up"), DEFAULTS)

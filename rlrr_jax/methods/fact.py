@@ -45,10 +45,10 @@ def method(kind="tt", rank=16, scale=1.0):
             tree["g"] = base.uniform(keys[1], (rank,) * 3, math.sqrt(6 / (2 * rank**2)))
             bound = math.sqrt(6 / (rank + depth * number))
             tree["p"] = base.uniform(keys[2], (depth, number, rank), bound)
-        return {"fact": tree, "head": base.zero_head(frozen)}
+        return {"fact": tree}
 
-    def merge(frozen, trainable):
-        tree, slices = trainable["fact"], _slices(frozen)
+    def merge(frozen, adapter):
+        tree, slices = adapter["fact"], _slices(frozen)
         cores = (
             tree["c"] if kind == "tt" else jnp.tensordot(tree["p"], tree["g"], 1, precision="highest")
         )
@@ -60,9 +60,9 @@ def method(kind="tt", rank=16, scale=1.0):
             axis = 1 if name == "Dense_1" else 2  # side by side along the longer axis of the kernel
             return kernel + jnp.concatenate(list(mine.swapaxes(0, 1)), axis), bias
 
-        return {**base.change_dense(frozen, base.DENSE, change), "head": trainable["head"]}
+        return base.change_dense(frozen, base.DENSE, change)
 
-    return base.Method(init, merge, base.decay_of("u", "v", "c", "g", "p", "kernel"), DEFAULTS)
+    return base.Method(init, merge, base.decay_of("u", "v", "c", "g", "p"), DEFAULTS)
 
 
 def _slices(frozen):

@@ -1,9 +1,9 @@
-"""Full fine-tuning: every weight is trained, from the frozen tree and a zero head."""
+"""Full fine-tuning: every weight is trained, from the frozen tree on."""
 
 import jax
 import jax.numpy as jnp
 
-from rlrr_jax.methods.base import Method, decay_of, zero_head
+from rlrr_jax.methods.base import Method, decay_of
 
 FORMULA = "W' = anything, b' = anything"
 DEFAULTS = dict(lr=1e-4, weight_decay=5e-5, drop_path=0.1)  # not tuned on VTAB-1k
@@ -15,12 +15,11 @@ def method():
 
 
 def init(key, frozen):
-    """A copy of the frozen tree; the head is zero."""
+    """A copy of the frozen tree without its head."""
     del key
-    return {**jax.tree.map(jnp.array, frozen), "head": zero_head(frozen)}
+    return {name: jax.tree.map(jnp.array, node) for name, node in frozen.items() if name != "head"}
 
 
-def merge(frozen, trainable):
-    """The trained tree; the frozen one is not used."""
-    del frozen
-    return trainable
+def merge(frozen, adapter):
+    """The trained tree, with the frozen one's head."""
+    return {**frozen, **adapter}

@@ -39,17 +39,17 @@ def method(rank=1, targets="query+key+value+out"):
             }
             tree[name] |= {"d": jnp.zeros((depth, width))}
             tree[name] |= {"down": down, "up": jnp.zeros((depth, rank, width))} if rank else {}
-        return {**tree, "head": base.zero_head(frozen)}
+        return tree
 
-    def merge(frozen, trainable):
+    def merge(frozen, adapter):
         def change(name, kernel, bias):
-            node = trainable[name]
+            node = adapter[name]
             new = kernel + jax.vmap(_reflected)(node["u"], node["d"], node["v"])
             return new + (base.dot(node["down"], node["up"]) if rank else 0), bias
 
-        return {**base.change_dense(frozen, targets, change), "head": trainable["head"]}
+        return base.change_dense(frozen, targets, change)
 
-    return base.Method(init, merge, base.decay_of("u", "v", "d", "down", "up", "kernel"), DEFAULTS)
+    return base.Method(init, merge, base.decay_of("u", "v", "d", "down", "up"), DEFAULTS)
 
 
 def _reflector(key, depth, width):

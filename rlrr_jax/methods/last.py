@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.methods.base import BLOCK, Method, decay_of, positive, replaced, subtree, zero_head
+from rlrr_jax.methods.base import BLOCK, Method, decay_of, positive, replaced, subtree
 
 FORMULA = "W' = anything in the last k blocks, W before"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
@@ -16,7 +16,7 @@ def method(blocks=1):
     positive("option blocks", blocks)
     return Method(
         lambda key, frozen: _init(frozen, blocks),
-        lambda frozen, trainable: _merge(frozen, trainable, blocks),
+        lambda frozen, adapter: _merge(frozen, adapter, blocks),
         decay_of("kernel"),
         DEFAULTS,
     )
@@ -29,12 +29,10 @@ def _init(frozen, k):
     return {
         "last": jax.tree.map(lambda x: jnp.array(x[-k:]), subtree(frozen, BLOCK)),
         "encoder_norm": jax.tree.map(jnp.array, subtree(frozen, _NORM)),
-        "head": zero_head(frozen),
     }
 
 
-def _merge(frozen, trainable, k):
+def _merge(frozen, adapter, k):
     join = lambda first, last: jnp.concatenate([first[:-k], last])
-    blocks = jax.tree.map(join, subtree(frozen, BLOCK), trainable["last"])
-    params = replaced(replaced(frozen, BLOCK, blocks), _NORM, trainable["encoder_norm"])
-    return {**params, "head": trainable["head"]}
+    blocks = jax.tree.map(join, subtree(frozen, BLOCK), adapter["last"])
+    return replaced(replaced(frozen, BLOCK, blocks), _NORM, adapter["encoder_norm"])

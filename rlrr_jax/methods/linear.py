@@ -1,6 +1,6 @@
 """Linear probe: only the head is trained."""
 
-from rlrr_jax.methods.base import Method, decay_of, zero_head
+from rlrr_jax.methods.base import Method, decay_of
 
 FORMULA = "W' = W"
 DEFAULTS = dict(lr=1e-2, weight_decay=5e-5, drop_path=0.0)  # not tuned on VTAB-1k
@@ -8,15 +8,16 @@ DEFAULTS = dict(lr=1e-2, weight_decay=5e-5, drop_path=0.0)  # not tuned on VTAB-
 
 def method():
     """The linear probe as a `Method`."""
-    return Method(init, merge, decay_of("kernel"), DEFAULTS)
+    return Method(init, merge, decay_of(), DEFAULTS)
 
 
 def init(key, frozen):
-    """The head, zero."""
-    del key
-    return {"head": zero_head(frozen)}
+    """Nothing: the head is no method's business."""
+    del key, frozen
+    return {}
 
 
-def merge(frozen, trainable):
-    """The frozen tree with the trained head."""
-    return {**frozen, **trainable}
+def merge(frozen, adapter):
+    """The frozen tree."""
+    del adapter
+    return frozen

@@ -26,16 +26,13 @@ def method(rank=8, alpha=None, targets="query+value"):
     base.number("option alpha", 0 if alpha is None else alpha)
     scale = 1.0 if alpha is None else alpha / rank
 
-    def change(trainable):
-        return lambda name, kernel, bias: (kernel + scale * product(trainable[name]), bias)
+    def change(adapter):
+        return lambda name, kernel, bias: (kernel + scale * product(adapter[name]), bias)
 
     return base.Method(
-        lambda key, frozen: {**factors(key, frozen, targets, rank), "head": base.zero_head(frozen)},
-        lambda frozen, trainable: {
-            **base.change_dense(frozen, targets, change(trainable)),
-            "head": trainable["head"],
-        },
-        base.decay_of("down", "up", "kernel"),
+        lambda key, frozen: factors(key, frozen, targets, rank),
+        lambda frozen, adapter: base.change_dense(frozen, targets, change(adapter)),
+        base.decay_of("down", "up"),
         DEFAULTS,
     )
 

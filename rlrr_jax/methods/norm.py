@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlrr_jax.methods.base import Method, decay_of, zero_head
+from rlrr_jax.methods.base import Method, decay_of
 
 FORMULA = "W' = W, b' = b; scale and bias of each LayerNorm anything"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
@@ -11,17 +11,17 @@ DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-
 
 def method():
     """LayerNorm tuning as a `Method`."""
-    return Method(init, merge, decay_of("kernel"), DEFAULTS)
+    return Method(init, merge, decay_of(), DEFAULTS)
 
 
 def init(key, frozen):
-    """A copy of every LayerNorm; the head is zero."""
+    """A copy of every LayerNorm."""
     del key
     is_norm = lambda path: any("norm" in part.lower() for part in path)
     norms = {k: jnp.array(v) for k, v in flatten_dict(frozen).items() if is_norm(k)}
-    return {**unflatten_dict(norms), "head": zero_head(frozen)}
+    return unflatten_dict(norms)
 
 
-def merge(frozen, trainable):
+def merge(frozen, adapter):
     """The frozen tree with the trained LayerNorms."""
-    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(trainable)})
+    return unflatten_dict({**flatten_dict(frozen), **flatten_dict(adapter)})

@@ -48,15 +48,15 @@ def method(hidden=8, groups=2, scale=1.0, where="attention+mlp"):
             }
             for i, place in enumerate(where)
         }
-        return {**tree, "head": base.zero_head(frozen)}
+        return tree
 
-    def merge(frozen, trainable):
+    def merge(frozen, adapter):
         for place in where:
-            node = trainable[place]
+            node = adapter[place]
             up = jax.vmap(lambda up: jax.scipy.linalg.block_diag(*up))(node["up"])  # [L, hidden, D]
             shift = base.dot(node["down_bias"][:, None], up)[:, 0] + node["up_bias"]
             frozen = base.prepend(frozen, place, scale * node["down"], up, scale * shift)
-        return {**frozen, "head": trainable["head"]}
+        return frozen
 
-    names = ("down", "down_bias", "up", "up_bias", "kernel")
+    names = ("down", "down_bias", "up", "up_bias")
     return base.Method(init, merge, base.decay_of(*names), DEFAULTS)

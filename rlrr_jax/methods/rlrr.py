@@ -22,7 +22,6 @@ from rlrr_jax.methods.base import (
     replaced,
     subtree,
     uniform,
-    zero_head,
 )
 
 FORMULA = "W' = W + W * (s_in s_out), b' = b + f; LayerNorms and patch embedding: s * y + f"
@@ -95,7 +94,7 @@ def method(
     v = Variant(init, rank, with_weight, sides, residual, shift, where, layers)
     return Method(
         lambda key, frozen: _init(key, frozen, v),
-        lambda frozen, trainable: merge(frozen, trainable, v),
+        lambda frozen, adapter: merge(frozen, adapter, v),
         decay,
         DEFAULTS,
     )
@@ -106,7 +105,7 @@ def _init(key, frozen, v):
 
     def walk(node, path):
         if path == ("head",):
-            return zero_head(frozen)
+            return {}
         if "bias" in node:
             each = jax.random.fold_in(key, next(counter))
             if "kernel" in node and path[0] == "Transformer":
@@ -133,7 +132,7 @@ def _affine(key, node, v):
 
 
 def _dense(key, node, v):
-    """The trainable node beside a Dense of every block."""
+    """The adapter node beside a Dense of every block."""
     outputs = node["bias"].shape  # [L, ...]
     inputs = node["kernel"].shape[: node["kernel"].ndim - len(outputs) + 1]  # [L, ...]
     fan_in = math.prod(inputs[1:])
@@ -180,27 +179,25 @@ def _first(frozen, layers):
     return replaced(frozen, BLOCK, jax.tree.map(lambda x: x[:layers], subtree(frozen, BLOCK)))
 
 
-def merge(frozen, trainable, v):
+def merge(frozen, adapter, v):
     """Folds the scales and shifts into the frozen weights: a plain ViT tree."""
-    params = _merge(_first(frozen, v.layers), trainable, v)
+    params = _merge(_first(frozen, v.layers), adapter, v)
     if v.layers is None:
         return params
     join = lambda first, every: jnp.concatenate([first, every[v.layers :]])
     return replaced(params, BLOCK, jax.tree.map(join, subtree(params, BLOCK), subtree(frozen, BLOCK)))
 
 
-def _merge(frozen, trainable, v):
-    if "kernel" in trainable:  # the head
-        return trainable
-    if "scale" in trainable:
-        return affine(frozen, **trainable)
-    if not trainable.keys() & {"scale_in", "scale_out"}:
-        return {k: _merge(x, trainable[k], v) if k in trainable else x for k, x in frozen.items()}
+def _merge(frozen, adapter, v):
+    if "scale" in adapter:
+        return affine(frozen, **adapter)
+    if not adapter.keys() & {"scale_in", "scale_out"}:
+        return {k: _merge(x, adapter[k], v) if k in adapter else x for k, x in frozen.items()}
     kernel, bias = frozen["kernel"], frozen["bias"]
     depth, fan_in = len(kernel), kernel.size // bias.size
     equation, shape = ("li,lo->lio", (depth, -1)) if v.rank == 1 else ("lir,lro->lio", None)
-    left = trainable.get("scale_in", jnp.ones((depth, fan_in)))
-    right = trainable.get("scale_out", jnp.ones(bias.shape))
+    left = adapter.get("scale_in", jnp.ones((depth, fan_in)))
+    right = adapter.get("scale_out", jnp.ones(bias.shape))
     left = left.reshape(shape or (depth, -1, v.rank))
     right = right.reshape(shape or (depth, v.rank, -1))
     # An einsum, because its gradients are matrix-vector products, see `affine`.
@@ -208,16 +205,16 @@ def _merge(frozen, trainable, v):
     change = kernel * product if v.with_weight else product
     return {
         "kernel": kernel + change if v.residual else change,
-        "bias": bias + trainable["shift"] if v.shift else bias,
+        "bias": bias + adapter["shift"] if v.shift else bias,
     }
 
 
-def decay(trainable):
+def decay(adapter):
     """The authors' rule: their names with neither `bias` nor `norm` in them.
 
-    That is `scale_in`, `scale_out`, the patch scale and shift, and the head kernel.
+    That is `scale_in`, `scale_out`, and the patch scale and shift.
     """
-    tree = decay_of("scale_in", "scale_out", "kernel")(trainable)
+    tree = decay_of("scale_in", "scale_out")(adapter)
     if "embedding" in tree:
         tree["embedding"] = jax.tree.map(lambda _: True, tree["embedding"])
     return tree

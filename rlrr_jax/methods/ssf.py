@@ -3,15 +3,15 @@
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlrr_jax.methods.base import Method, affine, decay_of, replaced, subtree, zero_head
+from rlrr_jax.methods.base import Method, affine, decay_of, replaced, subtree
 
 FORMULA = "W' = W * s_out, b' = b * s_out + f; LayerNorms and patch embedding, too"
 DEFAULTS = dict(lr=5e-3, weight_decay=5e-5, drop_path=0.0)  # of most of its authors' VTAB-1k scripts
 
 
 def method():
-    """SSF as a `Method`. As in its authors' code only the head's kernel decays."""
-    return Method(init, merge, decay_of("kernel"), DEFAULTS)
+    """SSF as a `Method`. As in its authors' code nothing of it decays."""
+    return Method(init, merge, decay_of(), DEFAULTS)
 
 
 def _sites(tree, name):
@@ -26,12 +26,12 @@ def init(key, frozen):
         shape = subtree(frozen, path)["bias"].shape
         scale, shift = 0.02 * jax.random.normal(jax.random.fold_in(key, i), (2, *shape))
         tree |= {(*path, "scale"): 1 + scale, (*path, "shift"): shift}
-    return {**unflatten_dict(tree), "head": zero_head(frozen)}
+    return unflatten_dict(tree)
 
 
-def merge(frozen, trainable):
+def merge(frozen, adapter):
     """Folds scales and shifts into kernels (of LayerNorms: scales) and biases."""
-    params = {**frozen, "head": trainable["head"]}
-    for path in _sites(trainable, "shift"):
-        params = replaced(params, path, affine(subtree(frozen, path), **subtree(trainable, path)))
+    params = frozen
+    for path in _sites(adapter, "shift"):
+        params = replaced(params, path, affine(subtree(frozen, path), **subtree(adapter, path)))
     return params

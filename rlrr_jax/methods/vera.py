@@ -34,20 +34,20 @@ def method(rank=256, targets="query+value", projection_seed=0):
             name: {"d": jnp.full((depth, rank), 0.1), "b": jnp.zeros((depth, outputs))}
             for name, (depth, _, outputs) in base.sizes(frozen, targets).items()
         }
-        return {**tree, "head": base.zero_head(frozen)}
+        return tree
 
-    def merge(frozen, trainable):
+    def merge(frozen, adapter):
         shapes = base.sizes(frozen, targets).values()
         down, up = projections(projection_seed, *(max(s[i] for s in shapes) for i in (1, 2)), rank)
 
         def change(name, kernel, bias):
-            (_, inputs, outputs), node = kernel.shape, trainable[name]
+            (_, inputs, outputs), node = kernel.shape, adapter[name]
             scaled = up[None, :, :outputs] * node["b"][:, None]  # [L, r, out]
             return kernel + base.dot(down[None, :inputs] * node["d"][:, None], scaled), bias
 
-        return {**base.change_dense(frozen, targets, change), "head": trainable["head"]}
+        return base.change_dense(frozen, targets, change)
 
-    return base.Method(init, merge, base.decay_of("d", "b", "kernel"), DEFAULTS)
+    return base.Method(init, merge, base.decay_of("d", "b"), DEFAULTS)
 
 
 def projections(seed, inputs, outputs, rank):

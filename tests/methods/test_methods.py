@@ -1,5 +1,7 @@
 """What holds for every method: merged equals its own definition, counts, starts, names refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,12 @@ def b16(size=224):
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
+def b16_shapes(name, **options):
+    """Of the trained tree of a method on ViT-B/16."""
+    start = functools.partial(methods.start, methods.get(name, **options))
+    return jax.eval_shape(start, jax.random.key(0), b16())
+
+
 @pytest.fixture(scope="module")
 def frozen():
     tree = random_tree(MODEL, 48)
@@ -117,8 +125,8 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
     """Logits and gradients."""
     method = methods.get(name, **options)
     frozen = double(frozen)
-    trainable = moved(method.init(jax.random.key(0), frozen))
-    params, back = jax.vjp(lambda t: method.merge(frozen, t), trainable)
+    trainable = moved(methods.start(method, jax.random.key(0), frozen))
+    params, back = jax.vjp(lambda t: methods.merge(method, frozen, t), trainable)
     assert {x.dtype for x in jax.tree.leaves((trainable, params))} == {jnp.dtype("float64")}
     ours, grads = plain_gradient(params)
     (grads,) = back(grads)
@@ -126,8 +134,8 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
     def direct(trainable):
         params = {**frozen, "head": trainable["head"]}
         if name == "full":
-            params |= {key: trainable[key] for key in ("cls", "pos_embedding")}
-        around = DIRECT[name](frozen, trainable, **options)
+            params |= {key: trainable["adapter"][key] for key in ("cls", "pos_embedding")}
+        around = DIRECT[name](frozen, trainable["adapter"], **options)
         return loss_of(reference.forward(params, images(), 4, "tanh", around))
 
     (_, theirs), other_grads = jax.value_and_grad(direct, has_aux=True)(trainable)  # compiles least
@@ -143,14 +151,15 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, frozen):
     method = methods.get(name)
+    start, merge = (functools.partial(f, method) for f in (methods.start, methods.merge))
     keys = jax.random.split(jax.random.key(0), 2)
-    trainable = jax.jit(jax.vmap(method.init, (0, None)))(keys, frozen)
-    shapes = jax.eval_shape(method.init, keys[0], frozen)
-    assert jax.tree.map(lambda x: x.shape[1:], trainable) == jax.tree.map(lambda x: x.shape, shapes)
-    trainable = moved(trainable)
-    both = jax.jit(jax.vmap(method.merge, (None, 0)))(frozen, trainable)
+    trained = jax.jit(jax.vmap(start, (0, None)))(keys, frozen)
+    shapes = jax.eval_shape(start, keys[0], frozen)
+    assert jax.tree.map(lambda x: x.shape[1:], trained) == jax.tree.map(lambda x: x.shape, shapes)
+    trained = moved(trained)
+    both = jax.jit(jax.vmap(merge, (None, 0)))(frozen, trained)
     for i in (0, 1):
-        one = method.merge(frozen, jax.tree.map(lambda x: x[i], trainable))
+        one = merge(frozen, jax.tree.map(lambda x: x[i], trained))
         assert jax.tree.structure(one) == jax.tree.structure(frozen)
         for a, b, c in zip(*map(jax.tree.leaves, (one, frozen, both)), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -161,7 +170,7 @@ def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, frozen):
 def test_start(name, frozen):
     """Most start at the identity, and all with a zero head."""
     method = methods.get(name)
-    merged = method.merge(frozen, method.init(jax.random.key(0), frozen))
+    merged = methods.merge(method, frozen, methods.start(method, jax.random.key(0), frozen))
     assert all((x == 0).all() for x in jax.tree.leaves(merged["head"]))
     assert method.DEFAULTS.keys() == {"lr", "weight_decay", "drop_path"}
     same = jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, 0, 1e-7)), merged, frozen))
@@ -174,7 +183,8 @@ def test_start(name, frozen):
 @pytest.mark.parametrize("name", CHANGES)
 def test_only_its_own_leaves_change(name, frozen):
     method = methods.get(name)
-    merged = method.merge(frozen, moved(method.init(jax.random.key(0), frozen)))
+    trained = moved(methods.start(method, jax.random.key(0), frozen))
+    merged = methods.merge(method, frozen, trained)
     ours, theirs = (flatten_dict(tree, sep="/") for tree in (merged, frozen))
     changed = {key for key in ours if (ours[key] != theirs[key]).any()}
     may = {key for key in ours if key.startswith("head/") or key.endswith(CHANGES[name] or "-")}
@@ -183,7 +193,7 @@ def test_only_its_own_leaves_change(name, frozen):
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_counts(name):
-    shapes = jax.eval_shape(methods.get(name).init, jax.random.key(0), b16())
+    shapes = b16_shapes(name)
     assert methods.trainable_count(shapes) == COUNTS[name]
     assert methods.head_count(shapes) == 76_900
 
@@ -201,7 +211,7 @@ def test_counts(name):
     ],
 )
 def test_counts_of_options(name, options, count):
-    shapes = jax.eval_shape(methods.get(name, **options).init, jax.random.key(0), b16())
+    shapes = b16_shapes(name, **options)
     assert methods.trainable_count(shapes) == count
 
 
@@ -209,7 +219,7 @@ def test_counts_of_options(name, options, count):
 def test_decay(name, frozen):
     """The head's kernel decays, its bias does not; nor do biases, shifts of outputs and norms."""
     method = methods.get(name)
-    decay = method.decay(method.init(jax.random.key(0), frozen))
+    decay = methods.decay(method, methods.start(method, jax.random.key(0), frozen))
     assert decay["head"] == {"kernel": True, "bias": False}
     names = {"/".join(k) for k, v in flatten_dict(decay).items() if v and k[0] != "head"}
     if name in ("linear", "bitfit", "norm", "ssf"):

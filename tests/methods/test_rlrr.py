@@ -1,5 +1,7 @@
 """RLRR's start and what it trains; its merge is tested with those of all methods."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,6 @@ def test_merging_zero_scales_changes_no_bit(frozen):
     ones = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.ones_like(x) if path[-1].key == "scale" else x, zero
     )
-    ones["head"] = frozen["head"]
     merged = method.merge(frozen, ones)
     jax.tree.map(np.testing.assert_array_equal, merged, frozen)
     assert sum(name.endswith("/scale") for name in names) == 4
@@ -34,11 +35,11 @@ def test_merging_zero_scales_changes_no_bit(frozen):
 def test_identity_start_changes_no_bit_and_has_a_gradient(frozen):
     method = methods.get("rlrr", init="identity")
     trainable = method.init(jax.random.key(0), frozen)
-    merged = method.merge(frozen, {**trainable, "head": frozen["head"]})
+    merged = method.merge(frozen, trainable)
     jax.tree.map(np.testing.assert_array_equal, merged, frozen)
 
     def loss(trainable):
-        params = {**method.merge(frozen, trainable), "head": frozen["head"]}
+        params = method.merge(frozen, trainable)
         return MODEL.apply({"params": params}, images()).var()
 
     grads = flatten_dict(jax.jit(jax.grad(loss))(trainable), sep="/")
@@ -57,7 +58,8 @@ def test_published_counts(variant, size, count, head):
     model = vit.ViT.from_variant(variant, num_classes=100)
     shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     frozen = jax.eval_shape(model.init, jax.random.key(0), shape)["params"]
-    trainable = jax.eval_shape(methods.get("rlrr").init, jax.random.key(0), frozen)
+    start = functools.partial(methods.start, methods.get("rlrr"))
+    trainable = jax.eval_shape(start, jax.random.key(0), frozen)
     assert methods.trainable_count(trainable) == count
     assert methods.head_count(trainable) == head
 
@@ -110,4 +112,4 @@ def test_shapes_have_the_kernels_axes(frozen):
     shapes = jax.tree.map(jnp.shape, attention, is_leaf=lambda x: hasattr(x, "shape"))
     assert shapes["query"] == {"scale_in": (3, 32), "scale_out": (3, 4, 8), "shift": (3, 4, 8)}
     assert shapes["out"] == {"scale_in": (3, 4, 8), "scale_out": (3, 32), "shift": (3, 32)}
-    assert tree.keys() == {"embedding", "Transformer", "head"}
+    assert tree.keys() == {"embedding", "Transformer"}

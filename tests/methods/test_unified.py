@@ -101,7 +101,7 @@ def test_ssf_is_rlrr_on_the_right_without_the_residual(frozen):
     shapes = rlrr.init(jax.random.key(0), frozen)
     parts = {k: translate(shapes[k], theirs[k], frozen[k]) for k in ("Transformer", "embedding")}
     a = ssf.merge(frozen, theirs)
-    b = rlrr.merge(frozen, {**parts, "head": theirs["head"]})
+    b = rlrr.merge(frozen, parts)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a, b)
 
 
@@ -110,7 +110,7 @@ def test_lora_with_a_shift_is_rlrr_without_the_weight(frozen):
     lora = methods.get("lora", targets="query+key+value+out", rank=2)
     tree = moved(rlrr.init(jax.random.key(0), frozen))
     nodes = base.subtree(tree, base.DENSE["query"][:-1])
-    same = {"head": tree["head"]}
+    same = {}
     for name, node in nodes.items():
         depth = len(node["shift"])
         down = node["scale_in"].reshape(depth, -1, 2)
