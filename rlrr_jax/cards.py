@@ -59,7 +59,8 @@ JAX = Card("tanh", HALF, HALF, "its layout says so", norm_eps=1e-6, resize="line
 def of_jax(name):
     """Whether a name, path or address is of the public JAX weights' layouts: all have one card."""
     name = str(name)
-    return not (name.startswith("hf:") or name.endswith((".safetensors", ".json", "/")))
+    other = name.startswith("hf:") or name.endswith((".safetensors", ".json"))
+    return not (other or ("://" not in name and pathlib.Path(name).is_dir()))
 
 
 def read(path, name="", needed=True, variant=None):
@@ -136,7 +137,13 @@ def _header(path):
     if not isinstance(said, dict) or "mean" not in said:
         return None
     card = _card(said.get("gelu"), said, path, "its header")
-    return card._replace(image_size=said.get("image_size"), num_heads=said.get("num_heads"))
+    heads, eps = said.get("num_heads"), said.get("norm_eps")
+    try:
+        heads = heads if heads is None else _whole(heads, "num_heads")
+        eps = eps if eps is None else float(eps)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"what its header says of {path} is damaged ({e}): export it again") from e
+    return card._replace(image_size=said.get("image_size"), num_heads=heads, norm_eps=eps)
 
 
 def _beside(config, path, name, variant):
@@ -167,7 +174,7 @@ def _other_timm(said, path, name, variant):
         return None
     for text in (pathlib.PurePath(name).name, path.name):
         own = re.search(_ARCHITECTURE, text.lower().partition(".")[0])
-        if own and own[1] != architecture.partition(".")[0]:
+        if own and not own[1].startswith(architecture.partition(".")[0]):  # or a name made from it
             return f"its architecture is {architecture}"
     sizes = re.search(_ARCHITECTURE, architecture)
     if sizes and variant not in (None, "bundled"):
@@ -212,17 +219,19 @@ def _timm(said, config):
 def _hf(said, config):
     """The card of transformers' config.json; pixels are in the preprocessor's file beside it."""
     gelu = _activation(said.get("hidden_act", "gelu"), config)
-    path, pixels = config.with_name("preprocessor_config.json"), {}
-    if path.exists():
-        pixels = json.loads(path.read_text())
-    mean, std = pixels.get("image_mean"), pixels.get("image_std")
-    if mean is not None:
-        check(gelu, mean, std)
-        mean, std = tuple(mean), tuple(std)
+    path, mean, std = config.with_name("preprocessor_config.json"), None, None
+    try:
+        pixels = json.loads(path.read_text()) if path.exists() else {}
+        if pixels.get("image_mean") is not None:
+            check(gelu, pixels["image_mean"], pixels.get("image_std"))
+            mean, std = tuple(pixels["image_mean"]), tuple(pixels["image_std"])
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}): replace or remove it") from e
+    size = said.get("image_size")
     eps = said.get("layer_norm_eps", 1e-6 if said.get("model_type") == "dinov2" else 1e-12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),
-        image_size=said.get("image_size"),
+        image_size=size[-1] if isinstance(size, list) and size else size,
         num_heads=_whole(said.get("num_attention_heads", 12), "num_attention_heads"),
         norm_eps=float(eps),
         resize="bicubic_plain",

@@ -187,12 +187,15 @@ def described(run, marks=None):
         (model, "num_heads", heads),
         (model, "norm_eps", 1e-6),
         (data, "upright", False),
+        (plain.get("grid") or {}, "times_own_lr", False),
     ):
         value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)
         if value is None or value == before:
             node.pop(key, None)
     if name := given.get("name"):
         given["name"] = pretrained.canonical(name)
+    if plain.get("crop"):
+        plain["crops"] = "by seed"  # in the first version they were the same for all seeds
     return json.loads(json.dumps(plain))
 
 
@@ -228,6 +231,7 @@ def across_tasks(values):
     if recipe is None:  # of an older run: what is equal
         own = _recipe(values["task"], values["method"])
         recipe = [key for key in own if values.get(key) == own[key]]
+        recipe += [f"grid.{key}" for key in own if (values.get("grid") or {}).get(key) == [own[key]]]
     values = json.loads(json.dumps(setting(values)))
     grid = values.get("grid") or {}
     recipe = [*recipe, "task", "dataset"]

@@ -11,12 +11,13 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.errors import TRACEBACK, UserError, first_line
 
 MODES = ("auto", "on", "off")
 _FAILED, _STOPPED = "rlrr_jax/failed", "rlrr_jax/stopped"
@@ -155,6 +156,9 @@ def together(stopped, code):
     except BaseException as e:
         if _said(_STOPPED):  # a collective with a process that has left
             _leave(STOPPED_TEXT, code, 0)
+        expected = isinstance(e, UserError | OSError | KeyboardInterrupt)
+        if not expected or os.environ.get(TRACEBACK):
+            traceback.print_exc()
         text = str(e) if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {first_line(e)}"
         _tell(_FAILED, f"process {jax.process_index()}: {text}")
         _leave(f"error: {text}", 1, 4)

@@ -76,18 +76,22 @@ def from_hub(name, folder=None):
         raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
     place = dict(cache_dir=folder and files.local(folder) / "hub")
 
-    def get(file):
-        """Its path, None if the model has no such file."""
+    def get(file, offline=False):
+        """Its path, None if the model has no such file (or, `offline`, if none can be had)."""
         try:
             return pathlib.Path(huggingface_hub.hf_hub_download(name, file, **place))
         except LocalEntryNotFoundError:  # a kind of the next, of the network
+            if offline:
+                return None
             raise
         except EntryNotFoundError:
             return None
 
     try:
-        get("config.json")
-        get("preprocessor_config.json")
+        cached = huggingface_hub.try_to_load_from_cache(name, "model.safetensors", **place)
+        there = isinstance(cached, str)  # then the network is not needed, and may be missing
+        for file in ("config.json", "preprocessor_config.json"):
+            get(file, offline=there)
         if whole := get("model.safetensors"):
             return whole
         if index := get("model.safetensors.index.json"):

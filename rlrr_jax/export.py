@@ -9,6 +9,7 @@ command says that it is done.
 import io
 import json
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,10 @@ def export(adapter, to, out, weights=None, cache_dir=None):
     out.parent.mkdir(parents=True, exist_ok=True)
     backbone = adapters.backbone(adapter, weights, cache_dir)
     tuned = adapters.load(adapter, backbone)
-    part = pathlib.Path(files.temporary(out))
+    special = files.is_special(out)  # whose folder may be /dev
+    target = pathlib.Path(files.through(out))  # a link stays
+    beside = pathlib.Path(tempfile.gettempdir(), out.name) if special else target
+    part = pathlib.Path(files.temporary(beside))
     try:
         if to == "adapter":
             adapters.write(part, adapter)
@@ -83,10 +87,10 @@ def export(adapter, to, out, weights=None, cache_dir=None):
                 f"the logits of {out} would differ by {difference:.1g} from the model's: it was not "
                 f"kept; please report this"
             )
-        if files.is_special(out):
+        if special:
             files.write(out, part.read_bytes())
         else:
-            part.replace(files.through(out))  # a link stays
+            part.replace(target)
     finally:
         part.unlink(missing_ok=True)
     return difference
@@ -94,8 +98,9 @@ def export(adapter, to, out, weights=None, cache_dir=None):
 
 def card(adapter):
     """What goes into the header of a timm file: the adapter's card, its pixels and its heads."""
-    heads = config.architecture(adapter.run)["num_heads"]
-    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3, "num_heads": heads}
+    shape = config.architecture(adapter.run)
+    said = {"num_heads": shape["num_heads"], "norm_eps": shape.get("norm_eps", 1e-6)}
+    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3, **said}
 
 
 def write(path, flat, card):

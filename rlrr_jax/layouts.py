@@ -50,6 +50,7 @@ _TIMM_REFUSED = {
     "reg_token": "register tokens",
     "register_tokens": "register tokens",
     "dist_token": "a distillation token",
+    "embeddings.distillation_token": "a distillation token",
     "attn_pool": "attention pooling instead of a class token",
     "norm_pre": "a LayerNorm before its first block",
 }

@@ -139,7 +139,7 @@ def _parse_flags(argv):
     unset = [text for text in argv if re.fullmatch(r"--?config\.[\w.]+=None", text)]
     try:
         rest = flags.FLAGS([text for text in argv if text not in unset])
-        for text in unset:
+        for text in unset if _CONFIG.value is not None else ():
             _unset(_CONFIG.value, text.removesuffix("=None").partition(".")[2])
         return rest
     except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest

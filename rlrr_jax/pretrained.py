@@ -96,8 +96,9 @@ def address(name):
     name = ALIASES.get(name, name)
     if name.startswith(FOLDERS):
         return ADDRESS + name.removesuffix(".npz") + ".npz"
-    file = name.endswith((".npz", ".safetensors", cards.INDEX)) or files.local(name).exists()
-    if file or "://" in name or name.startswith(HUB):
+    if "://" in name or name.startswith(HUB):
+        return name
+    if name.endswith((".npz", ".safetensors", cards.INDEX)) or files.local(name).exists():
         return name
     what = "weights (neither a name nor a .npz or .safetensors file)"
     raise unknown(what, name, ["bundled", *ALIASES])

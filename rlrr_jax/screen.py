@@ -17,7 +17,7 @@ class Tolerant:
         """As a stream's; the number of characters, written or not."""
         try:
             return self._stream.write(text)
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:  # the reader or the terminal has gone, or the disk of a log is full
             self._discard()
             return len(text)
 
@@ -25,7 +25,7 @@ class Tolerant:
         """As a stream's."""
         try:
             self._stream.flush()
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:
             self._discard()
 
     def _discard(self):

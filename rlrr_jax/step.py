@@ -283,19 +283,21 @@ def kept(tree, mesh, number):
     if isinstance(leaf, jax.ShapeDtypeStruct):
         cut = lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype, sharding=everywhere)
         return jax.tree.map(cut, tree)
-    first = jax.jit(lambda tree: jax.tree.map(lambda x: x[:number], tree), out_shardings=everywhere)
-    return first(tree)
+    return _rows(everywhere, number)(tree)
 
 
 def filled(tree, mesh, number):
     """What `kept` undid: as many trials [T, ...] as the mesh takes, the last one repeated."""
     if len(jax.tree.leaves(tree)[0]) == number:
         return tree
+    return _rows(place(mesh, P("trial")), number)(tree)
+
+
+@functools.lru_cache(8)
+def _rows(sharding, number):
+    """A function that gives so many trials of a tree, the last one again where it has fewer, jitted."""
     which = lambda x: jnp.minimum(jnp.arange(number), len(x) - 1)
-    fill = jax.jit(
-        lambda tree: jax.tree.map(lambda x: x[which(x)], tree), out_shardings=place(mesh, P("trial"))
-    )
-    return fill(tree)
+    return jax.jit(lambda tree: jax.tree.map(lambda x: x[which(x)], tree), out_shardings=sharding)
 
 
 def map_merge(method, mesh):

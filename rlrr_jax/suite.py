@@ -56,6 +56,7 @@ def run(config, workdir=None, stop=None):
     places = {(w.run.pretrained.name, w.run.pretrained.cache_dir) for w in works}
     weights = {name: pretrained.fetch(name, cache_dir) for name, cache_dir in places}
     _follow_weights(works, weights)
+    _check_weights_alike(works, weights)
     for work in works:
         check_folder(work, weights[work.run.pretrained.name][1])
     load_weights = weights_reader(weights)
@@ -88,6 +89,17 @@ def _check_alike(runs):
         raise UserError(
             "the processes were started with different configurations: start the same command "
             "everywhere"
+        )
+
+
+def _check_weights_alike(works, weights):
+    """UserError unless every process read the same weights, and the same of what lies beside them."""
+    mine = [config_lib.fingerprint([work.run for work in works])]
+    mine += [weights[work.run.pretrained.name][1] for work in works]
+    if distributed.any_of(distributed.agree(mine) != mine):
+        raise UserError(
+            "the processes found different weights, or different config.json files beside them: copy "
+            "the same files to every host"
         )
 
 
@@ -393,8 +405,16 @@ def check_folder(work, sha256):
     if changed := config_lib.differences(old, new):
         raise UserError(
             f"{work.folder} holds a run with {', '.join(changed)}: choose another --workdir, or "
-            f"delete that folder"
+            f"delete that folder" + _as_before(old, new)
         )
+
+
+def _as_before(old, new):
+    """How a run of an older version goes on, which resized every position embedding linearly."""
+    resize = [values["pretrained"].get("resize") for values in (old, new)]
+    if resize[0] is None and resize[1] is not None:
+        return ", or go on as it was begun by --config.pretrained.resize=linear"
+    return ""
 
 
 def _marks(work, sha256):

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import math
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -267,8 +268,14 @@ def train_together(
 def machine(job):
     """What decides the order of sums, and so the last bits: devices and, for CPUs, cores."""
     device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if device.platform == "cpu" else None
+    cores = _cores() if device.platform == "cpu" else None
     return {"devices": job.mesh.size, "kind": device.device_kind, "cores": cores}
+
+
+def _cores():
+    """Cores that this process may use."""
+    known = hasattr(os, "sched_getaffinity")  # on Linux
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count()
 
 
 def _machine_before(folder):
@@ -391,15 +398,17 @@ def epochs_data(job, first):
     if job.crops is None or not epochs:
         yield from ((epoch, job.data) for epoch in epochs)
         return
+    cancelled = threading.Event()  # of this training: others use the same crops
     with ThreadPoolExecutor(1) as pool:
-        crops = pool.submit(job.crops.epoch, first)
+        crops = pool.submit(job.crops.epoch, first, cancelled)
         try:
             for epoch in epochs:
                 images = crops.result()
-                crops = pool.submit(job.crops.epoch, epoch + 1) if epoch + 1 < epochs.stop else None
+                more = epoch + 1 < epochs.stop
+                crops = pool.submit(job.crops.epoch, epoch + 1, cancelled) if more else None
                 yield epoch, {**job.data, "images": step.put(job.mesh, P(), images)}
         finally:
-            job.crops.cancel()
+            cancelled.set()
 
 
 def train_epoch(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar, check):

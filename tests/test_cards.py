@@ -131,8 +131,9 @@ def test_a_config_of_another_model_is_passed_over_with_a_note(what, tmp_path):
         cards.read(tmp_path / "x.safetensors", variant="Ti/16")
 
 
-def test_the_config_of_the_same_model_is_taken(tmp_path):
-    path = tmp_path / "vit_tiny_patch16_224.dino.safetensors"
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.dino", "vit_tiny_patch16_224_ft"])
+def test_the_config_of_the_same_model_is_taken(name, tmp_path):
+    path = tmp_path / f"{name}.safetensors"
     path.write_bytes(b"")
     config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": HALF}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -263,3 +264,23 @@ def test_a_run_says_what_was_guessed_and_keeps_it(tiny, tmp_path, capsys):
     config.pretrained.resize = "linear"
     (other,), _ = suite.run(config, tmp_path / "b")
     assert other["setting"] != row["setting"] and other["train_loss"] != row["train_loss"]
+
+
+def test_a_folder_is_read_as_the_file_in_it(tmp_path):
+    """With the file's own GELU, not that of the JAX weights; with a slash at its end or without."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    config = {"model_type": "vit", "hidden_act": "gelu", "num_attention_heads": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    for name in (tmp_path, f"{tmp_path}/"):
+        run, notes = follow(tmp_path / "model.safetensors", "Ti/16", name=name)
+        assert run.model.gelu == "exact" and not notes
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match="preprocessor_config.json is damaged"):
+        follow(tmp_path / "model.safetensors", "Ti/16", name=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["https://h/model.safetensors?download=true", "gs://b/vit"])
+def test_addresses_without_a_known_ending_are_addresses(name):
+    assert pretrained.address(name) == name

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import re
+import sys
 import threading
 
 import named_vits
@@ -181,7 +182,7 @@ def hub(monkeypatch):
         s.shutdown()
 
 
-def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path):
+def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path, monkeypatch):
     """Through the real huggingface_hub and a server on loopback; then from its cache."""
     weights = named_vits.timm_weights(np.random.default_rng(0))
     body = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
@@ -198,6 +199,8 @@ def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path):
     kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0) / 2
     np.testing.assert_allclose(tree["embedding"]["kernel"], kernel, rtol=1e-6)
     assert pretrained.canonical("hf:timm/vit") == "hf:timm/vit"
+    monkeypatch.setattr(sys.modules["huggingface_hub.constants"], "HF_HUB_OFFLINE", True)
+    assert pretrained.fetch("hf:timm/vit", tmp_path)[0] == path
 
 
 def test_what_hugging_face_does_not_have_is_one_sentence(hub, tmp_path):

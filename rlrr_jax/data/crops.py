@@ -5,7 +5,6 @@ big_vision does, since Pillow's filters are others.
 """
 
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -111,17 +110,16 @@ class Crops:
     def __init__(self, read, number, kind, pixels, seed):
         self.read, self.number, self.kind, self.seed = read, number, kind, seed
         self.size, self.shorter = pixels.size, pixels.shorter
-        self._cancelled = threading.Event()
 
-    def cancel(self):
-        """Lets an epoch that is being made end at once; what it gives is no use."""
-        self._cancelled.set()
+    def epoch(self, epoch, cancelled=None):
+        """All crops of an epoch, [N, size, size, 3] uint8; another seed or epoch has others.
 
-    def epoch(self, epoch):
-        """All crops of an epoch, [N, size, size, 3] uint8; another seed or epoch has others."""
+        Args:
+          cancelled: a `threading.Event` that ends this at once; what it returns then is no use.
+        """
 
         def one(i):
-            if self._cancelled.is_set():
+            if cancelled is not None and cancelled.is_set():
                 return 0
             rng = np.random.default_rng((self.seed, epoch, i))
             if self.kind == "inception":

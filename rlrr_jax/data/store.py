@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -24,6 +25,7 @@ from rlrr_jax.errors import UserError
 
 _BLOCK = 256  # images that are decoded, written and checked together
 _FORMAT = 2  # of an entry
+_NOT_THERE = " is not there"
 # Decoded again by another major version only: others have given the same pixels.
 _PILLOW = int(PIL.__version__.partition(".")[0])
 VARIANTS = ("original", "jpeg75")
@@ -254,7 +256,10 @@ def entries(cache_dir=None, thorough=False):
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         if not folder.is_dir():
             continue
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        try:
+            size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        except FileNotFoundError:  # another process has just finished or removed it
+            continue
         out.append((folder, size, _unused(folder, thorough)))
     return out
 
@@ -273,7 +278,7 @@ def _unused(folder, thorough):
         kind = "tfds" if "path" in key else "folder"
         path = epath.Path(key["path"] if kind == "tfds" else key["folder"])
         if not path.exists():
-            return f"its dataset {path} is not there"
+            return f"its dataset {path}{_NOT_THERE}"
         if thorough:
             found = sources.Found(kind, path, key.get("dataset", ""))
             now = json.loads(json.dumps(sources.open_split(key["tasks"][0], key["split"], found).key))
@@ -287,11 +292,25 @@ def _unused(folder, thorough):
 
 
 def prune(cache_dir=None):
-    """Removes what no task uses; returns it as `entries` does."""
-    unused = [entry for entry in entries(cache_dir, thorough=True) if entry[2]]
-    for folder, _, _ in unused:
-        shutil.rmtree(folder)
-    return unused
+    """Removes what no task uses, and returns it as `entries` does.
+
+    What is being decoded stays, and so does what belongs to a dataset that is not there.
+    """
+    removed, root = [], images_folder(cache_dir)
+    for folder, size, why in entries(cache_dir, thorough=True):
+        if why is None or why.endswith(_NOT_THERE):  # a disk may come back
+            continue
+        name = folder.name.strip(".").removesuffix(".part").partition(".part")[0]
+        name = re.sub(r"\.[0-9a-f]{8}$", "", name) if folder.name.endswith(".part") else name
+        try:
+            with files.lock(root, f".{name}.lock") as held:  # which whoever decodes it holds
+                if not held and folder.name.endswith(".part"):
+                    continue
+                shutil.rmtree(folder)
+        except UserError:
+            continue
+        removed.append((folder, size, why))
+    return removed
 
 
 def missing_bytes(entries):

@@ -1,5 +1,7 @@
 """big_vision's crops against plain loops over pixels."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -114,3 +116,12 @@ def test_random_crop_reaches_every_place():
     image[..., 0], image[..., 1] = np.arange(8)[:, None], np.arange(8)
     places = {tuple(crops.random_crop(rng, image, 6, 8)[0, 0, :2]) for _ in range(200)}
     assert places == {(i, j) for i in range(3) for j in range(3)}
+
+
+def test_a_training_that_ends_cancels_its_own_crops_alone():
+    """The next one that uses the same crops gets them, not black images."""
+    made = crops.Crops(lambda i: noise(30, 40, i), 4, "resmall", store.Pixels(16, shorter=20), 0)
+    cancelled = threading.Event()
+    cancelled.set()
+    assert not made.epoch(0, cancelled).any()
+    assert (made.epoch(0) == made.epoch(0, threading.Event())).all() and made.epoch(0).any()
