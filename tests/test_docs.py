@@ -174,7 +174,8 @@ MAIN = [t for t in COMMANDS if rule(t) == "main"]
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param(t, marks=pytest.mark.slow) if ":all" in t else t for t in MAIN]
+    "text",
+    [pytest.param(t, marks=pytest.mark.slow) if ":all" in t or "+full" in t else t for t in MAIN],
 )
 def test_runs_of_the_pages(text, data, dinov2, tmp_path):
     trained(text, tmp_path, data, dinov2)

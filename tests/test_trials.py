@@ -236,6 +236,7 @@ def test_how_many_fit(trials, devices, limit, remat, fits):
         assert e.value.fits == fits
 
 
+@pytest.mark.slow
 def test_a_trial_that_does_not_fit_computes_twice(tmp_path, monkeypatch, capsys):
     settings = config("digits,method=rlrr", epochs=1)
     plain = run(settings, tmp_path / "plain")
