@@ -120,7 +120,7 @@ def check(gelu, mean, std):
     """ValueError unless these can be a GELU, and three means and standard deviations."""
     if gelu not in ("tanh", "exact"):
         raise ValueError(f"unknown GELU {gelu!r}")
-    number = lambda x: isinstance(x, int | float) and abs(x) < 1e9
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
     for what, values in {"mean": mean, "std": std}.items():
         good = isinstance(values, list | tuple) and len(values) == 3 and all(map(number, values))
         if not good or (what == "std" and min(values) <= 0):
