@@ -16,7 +16,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rlrr_jax", "rlrr_jax.*"]),
-    package_data={"rlrr_jax": ["published.csv"], "rlrr_jax.bundled": ["*.npz", "README.md"]},
+    package_data={
+        "rlrr_jax.bundled": ["*.npz", "README.md"],
+        "rlrr_jax.results": ["page.html", "published.csv"],
+    },
     # Lower bounds are the oldest versions the tests ran with, upper bounds the next untested minor.
     install_requires=[
         "absl-py>=2.5,<3",
@@ -32,6 +35,7 @@ setup(
         "pillow>=13,<14",
         "safetensors>=0.8,<0.9",
         "scipy>=1.17,<1.19",
+        "tabulate>=0.10,<0.11",
         "tensorflow-datasets>=4.9.10,<4.10",
         "tqdm>=4.70,<5",
     ],

@@ -4,7 +4,8 @@
     python benchmarks/eval_memory.py --images 5000 --variant B/16
 
 Writes a VTAB-1k folder of random JPEGs and its store into a temporary folder (about 11 GB for 70,000
-images), decodes it through `store.load_split` and evaluates it through `step.evaluate`, as a run does.
+images), decodes it through `store.load_split` and evaluates it through
+`evaluate.evaluate`, as a run does.
 Prints peaks of resident memory above what the process with its model had before; exit code 1 if the
 peak passes --limit.
 """
@@ -22,9 +23,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rlrr_jax import config, methods, step
+from rlrr_jax import evaluate, methods, models
 from rlrr_jax.data import sources, store, tasks
-from rlrr_jax.models import vit
+from rlrr_jax.runtime import mesh as mesh_lib
 
 GIB = 2**30
 
@@ -49,12 +50,12 @@ def measure(args, folder):
     tasks.TASKS["sun397"] = task
     write_folder(folder / "sun397", args.images, task.classes)
     found = sources.find("sun397", folder, "folder")
-    mesh = step.make_mesh(jax.devices())
+    mesh = mesh_lib.make_mesh(jax.devices())
     model, params = make_model(args, task.classes)
-    params = step.put_trials(mesh, [params])
-    eval_step = step.map_eval_step(model, args.size, "default", mesh)
+    params = mesh_lib.put_trials(mesh, [params])
+    eval_step = evaluate.map_eval_step(model, args.size, "default", mesh)
     blank = np.zeros((args.batch, args.size, args.size, 3), np.uint8)
-    step.evaluate(
+    evaluate.evaluate(
         eval_step, params, blank, np.zeros(args.batch, np.int32), args.batch, mesh
     )  # compiles
 
@@ -73,7 +74,7 @@ def measure(args, folder):
         f"checking the store: {row['check_images_per_second']:,.0f} images/s, {peak.gib:.2f} GiB more"
     )
     with Peak() as peak:
-        out = step.evaluate(eval_step, params, images, labels, args.batch, mesh)
+        out = evaluate.evaluate(eval_step, params, images, labels, args.batch, mesh)
     row |= {"eval_images_per_second": args.images / peak.seconds, "eval_peak_gib": peak.gib}
     print(
         f"evaluating: {row['eval_images_per_second']:,.0f} images/s, {peak.gib:.2f} GiB more",
@@ -91,9 +92,9 @@ def measure(args, folder):
 def make_model(args, classes):
     """A ViT with random weights."""
     if args.variant == "tiny":
-        model = vit.ViT(**{**config.BUNDLED_MODEL, "patch_size": 32}, num_classes=classes)
+        model = models.build("bundled", classes, patch_size=32)
     else:
-        model = vit.ViT.from_variant(args.variant, num_classes=classes)
+        model = models.build(args.variant, classes)
     image = np.zeros((1, args.size, args.size, 3), np.float32)
     frozen = jax.jit(model.init)(jax.random.key(0), image)["params"]
     method = methods.get("rlrr")

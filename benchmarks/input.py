@@ -5,7 +5,7 @@
 Writes a VTAB-1k folder of JPEGs of 500 x 375 pixels into a temporary folder and measures, in turns:
 
     store     decode, resize and write them, as the first start of a task does (`store.load_split`)
-    stream    batches from the store to the device, as an evaluation does (`step.batches`)
+    stream    batches from the store to the device, as an evaluation does (`evaluate.batches`)
     decode    the same batches decoded anew, in as many threads: a loader without a store, at each epoch
 
 Prints images/s, medians over rounds with their range; the last line is JSON.
@@ -26,8 +26,9 @@ from eval_memory import write_folder
 from PIL import Image
 from step import timed
 
-from rlrr_jax import step
+from rlrr_jax import evaluate
 from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.runtime import mesh as mesh_lib
 
 
 def main():
@@ -70,7 +71,7 @@ def measure(args, folder):
 
 def stream(images, labels, batch):
     """Puts every batch on the device, waiting for each."""
-    for arrays in step.batches(images, labels, batch, step.make_mesh(jax.devices())):
+    for arrays in evaluate.batches(images, labels, batch, mesh_lib.make_mesh(jax.devices())):
         jax.block_until_ready(arrays)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import config, methods, step
-from rlrr_jax.models import vit
+from rlrr_jax import evaluate, methods, models, step
+from rlrr_jax.runtime import mesh as mesh_lib
 
 CLASSES = 100
 
@@ -39,18 +39,18 @@ class Ours:
         attention="xla",
     ):
         self.batch, self.size, self.trials, self.steps = batch, size, trials, steps
-        self.sizes = config.model_sizes(variant)
-        unroll = unroll or config.default_unroll(variant)
-        self.model = vit.ViT(
-            **self.sizes,
-            num_classes=CLASSES,
+        self.sizes = models.sizes(variant)
+        unroll = unroll or models.default_unroll(variant)
+        self.model = models.build(
+            variant,
+            CLASSES,
             unroll=unroll,
             remat=remat,
             attention=attention,
             dtype=jnp.dtype(dtype),
         )
         self.precision = "highest" if dtype == "float32" else "default"
-        self.mesh = step.make_mesh(jax.devices(), trials)
+        self.mesh = mesh_lib.make_mesh(jax.devices(), trials)
         self.method = methods.get(method)
         self.recipe = step.Recipe(
             model=self.model,
@@ -67,12 +67,11 @@ class Ours:
         keys = [
             {"noise_key": jax.random.key(i), "order_key": jax.random.key(-i)} for i in range(trials)
         ]
-        self.hyper = step.put_trials(self.mesh, [{**hyper, **key} for key in keys])
+        self.hyper = mesh_lib.put_trials(self.mesh, [{**hyper, **key} for key in keys])
         self.images = jax.ShapeDtypeStruct((batch * steps, size, size, 3), jnp.uint8)
         self.labels = jax.ShapeDtypeStruct((batch * steps,), jnp.int32)
-        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        self.frozen = jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
-        self.eval_step = step.map_eval_step(self.model, size, self.precision, self.mesh)
+        self.frozen = models.shapes(self.model, size)
+        self.eval_step = evaluate.map_eval_step(self.model, size, self.precision, self.mesh)
 
     def compile(self):
         """Compiles, without weights: seconds, memory on a device in GiB, GFLOP of an image."""
@@ -81,10 +80,10 @@ class Ours:
         many = functools.partial(jax.tree.map, lambda x: _shape((self.trials, *x.shape), x.dtype))
         start = functools.partial(step.init_state, self.recipe)
         state = many(jax.eval_shape(start, jax.random.key(0), self.frozen))
-        metrics = many(jax.eval_shape(functools.partial(step.init_metrics, self.recipe)))
+        metrics = many(jax.eval_shape(functools.partial(step.init_metrics, self.recipe, CLASSES)))
         begun = time.perf_counter()
         train = step.map_train_steps(self.recipe, self.mesh)
-        compiled = train.lower(self.frozen, data, state, metrics, self.hyper, *[scalar] * 3).compile()
+        compiled = train.lower(self.frozen, data, state, metrics, self.hyper, (scalar,) * 3).compile()
         seconds = time.perf_counter() - begun
         memory = compiled.memory_analysis()
         slots = -(-self.batch // self.mesh.shape["data"]) * self.mesh.shape["data"]
@@ -112,15 +111,15 @@ class Ours:
         """Makes weights and data, and runs everything once."""
         rng = np.random.default_rng(0)
         draw = lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype)
-        self.frozen = step.put(self.mesh, P(), jax.tree.map(draw, self.frozen))
+        self.frozen = mesh_lib.put(self.mesh, P(), jax.tree.map(draw, self.frozen))
         self.images = rng.integers(0, 256, self.images.shape, np.uint8)
         self.labels = rng.integers(0, CLASSES, self.labels.shape).astype(np.int32)
-        self.data = step.put(self.mesh, P(), {"images": self.images, "labels": self.labels})
-        keys = step.put(self.mesh, P("trial"), jax.random.split(jax.random.key(0), self.trials))
+        self.data = mesh_lib.put(self.mesh, P(), {"images": self.images, "labels": self.labels})
+        keys = mesh_lib.put(self.mesh, P("trial"), jax.random.split(jax.random.key(0), self.trials))
         self.now = step.map_start(self.recipe, self.mesh)(keys, self.frozen)
         self.train_steps = step.map_train_steps(self.recipe, self.mesh)
         self.merge_all = step.map_merge(self.method, self.mesh)
-        self.unmerged = step.put_trials(self.mesh, [self.frozen] * self.trials)
+        self.unmerged = mesh_lib.put_trials(self.mesh, [self.frozen] * self.trials)
         dtype, tokens = self.model.dtype, (self.size // self.model.patch_size) ** 2 + 1
         shape = (self.batch * tokens, self.model.width)
         self.factors = jnp.ones(shape, dtype), jnp.ones((self.model.width, self.model.mlp_dim), dtype)
@@ -133,8 +132,8 @@ class Ours:
 
     def train(self, number):
         """So many steps, as one dispatch."""
-        scalars = [step.put(self.mesh, P(), jnp.int32(i)) for i in (0, 0, number)]
-        self.now = self.train_steps(self.frozen, self.data, *self.now, self.hyper, *scalars)
+        scalars = [mesh_lib.put(self.mesh, P(), jnp.int32(i)) for i in (0, 0, number)]
+        self.now = self.train_steps(self.frozen, self.data, *self.now, self.hyper, tuple(scalars))
         jax.block_until_ready(self.now)
 
     def merge(self):
@@ -146,7 +145,7 @@ class Ours:
         """So many batches."""
         number *= self.batch
         data = self.images[:number], self.labels[:number]
-        step.evaluate(self.eval_step, params or self.merged, *data, self.batch, self.mesh)
+        evaluate.evaluate(self.eval_step, params or self.merged, *data, self.batch, self.mesh)
 
     def plain(self, number):
         """The same, of the backbone itself."""

@@ -9,7 +9,7 @@
 The rest is as in `vtab.py`; without a task, the bundled `hearts`.
 """
 
-from rlrr_jax import config as config_lib
+from rlrr_jax import models
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
@@ -37,12 +37,12 @@ def get_config(arg=None):
     config = vtab.get_config(rest)
     config.task = config.task or "hearts"
     config.method = config.method or "rlrr"
-    config.variants = TABLES[table] or _figure2(config.task)
+    config.runs = TABLES[table] or _figure2(config.task)
     return config
 
 
 def _figure2(task):
     bundled = all(name in tasks.BUNDLED for name in task.replace(",", "+").split("+"))
-    depth = config_lib.BUNDLED_MODEL["depth"] if bundled else 12  # of a ViT-B
+    depth = models.BUNDLED["depth"] if bundled else 12  # of a ViT-B
     places = ("mha", "ffn", "norm", "mha+ffn+norm+patch")
     return tuple({"where": where, "layers": k + 1} for where in places for k in range(depth))

@@ -17,12 +17,12 @@ def get_config(arg=None):
     config.task = placeholder(str)
     config.method = placeholder(str)  # several: "linear+rlrr"; None: rlrr
     config.method_kwargs = ConfigDict()  # options of the method, such as init=damped
-    # The same method with several sets of options: ({"rank": 1}, {"rank": 2}); "method" may be one.
-    config.variants = placeholder(tuple)
+    # Runs that differ: other values of any key below or of the method's options, such as
+    # ({"lr": 1e-3}, {"method": "lora", "rank": 4}); several values in a tuple are a grid:
+    # ({"lr": (1e-3, 3e-3), "drop_path": (0.0, 0.1)},). What differs in lr, weight_decay, drop_path or
+    # seed alone is trained together.
+    config.runs = placeholder(tuple)
     config.seeds = placeholder(tuple)  # one run each; None: 0, and (0, 1, 2) for several VTAB tasks
-    # Runs that differ in lr, weight_decay, drop_path or seed, such as ({"lr": 1e-3}, {"lr": 3e-3}), or,
-    # with tuples, a grid: ({"lr": (1e-3, 3e-3), "drop_path": (0.0, 0.1)},). They are trained together.
-    config.trials = placeholder(tuple)
 
     # "official": train on 1000 images, test after each epoch (default for one task);
     # "fast": the same, tested once (default for several tasks);
@@ -38,6 +38,7 @@ def get_config(arg=None):
     config.optimizer = "adamw"  # or "momentum"
     config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"
     config.grad_clip = placeholder(float)  # largest norm of the gradient
+    config.loss = "cross_entropy"  # what is minimised: a name of rlrr_jax/losses.py
     config.schedule = placeholder(str)  # "official", "cosine" or "bigvision", see optim.py
     config.warmup_steps = placeholder(int)  # of "bigvision"
     config.lr = placeholder(float)

@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import rlrr_jax
-from rlrr_jax import cards, files, layouts, methods, pretrained, step
 from rlrr_jax import config as config_lib
+from rlrr_jax import files, methods, models
+from rlrr_jax.data import resize
 from rlrr_jax.errors import UserError, first_line
-from rlrr_jax.models import vit
+from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
 
 FORMAT = 1  # of the card
 _KEYS = ("method", "method_kwargs", "formula", "backbone", "backbone_sha256", "model", "gelu")
@@ -103,7 +104,7 @@ def _logits(model, size, precision):
     @jax.jit
     def logits(params, images):
         with jax.default_matmul_precision(precision):
-            return model.apply({"params": params}, step.normalize(images, size))
+            return model.apply({"params": params}, resize.normalize(images, size))
 
     return logits
 
@@ -157,7 +158,7 @@ def read(path):
     card = _card(path, metadata)
     found = {key: (value.shape, str(value.dtype)) for key, value in flat.items()}
     wanted = {k: (v.shape, str(v.dtype)) for k, v in _flat(_wanted(path, card)).items()}
-    problems = pretrained.differences(found, wanted)
+    problems = reader.differences(found, wanted)
     problems += [f"{k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
     if problems:
         raise UserError(
@@ -192,9 +193,7 @@ def _wanted(path, card):
         if card["formula"] != formula:
             raise ValueError(f"trained as {card['formula']!r}, this version computes {formula!r}")
         _check_run(card)
-        size = card["image_size"]
-        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        shapes = jax.eval_shape(_model(card).init, jax.random.key(0), images)["params"]
+        shapes = models.shapes(_model(card), card["image_size"])
         start = functools.partial(methods.start, method)
         return jax.eval_shape(start, jax.random.key(0), shapes)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
@@ -207,7 +206,7 @@ def _wanted(path, card):
 def _check_run(card):
     """ValueError (or whatever a strange card gives) unless images can be brought to the model."""
     run = ConfigDict(card["config"])
-    cards.check(run.model.gelu, run.pretrained.mean, run.pretrained.std)
+    preprocessing.check(run.model.gelu, run.pretrained.mean, run.pretrained.std)
     if not isinstance(run.pretrained.name, str) or not isinstance(card["accuracy"], dict):
         raise ValueError("its backbone has no name, or its accuracies are none")
     if not card["classes"] or not all(isinstance(name, str) for name in card["classes"]):
@@ -224,19 +223,20 @@ def _check_run(card):
 def _model(card):
     """The `vit.ViT` that a card describes."""
     run = ConfigDict(card["config"])
-    return vit.ViT(
+    return models.build(
+        run.model.variant,
+        len(card["classes"]),
         **config_lib.architecture(run),
-        num_classes=len(card["classes"]),
         gelu=run.model.gelu,
-        unroll=config_lib.default_unroll(run.model.variant),
+        unroll=models.default_unroll(run.model.variant),
         dtype=jnp.dtype(run.dtype),
     )
 
 
 def _subtree(name):
     """The `:subtree` of a name; those that the reader finds by itself are none."""
-    subtree = pretrained.split_subtree(name)[1].strip("/")
-    return "" if f"{subtree}/" in layouts.PREFIXES else subtree
+    subtree = names.split_subtree(name)[1].strip("/")
+    return "" if f"{subtree}/" in vit_layouts.PREFIXES else subtree
 
 
 def _how(card):
@@ -244,7 +244,7 @@ def _how(card):
     run, given = ConfigDict(card["config"]), card["config"]["pretrained"]
     how = {"subtree": _subtree(run.pretrained.name), "image_size": run.image_size}
     how["resize"] = given.get("resize") or "linear"  # which older versions always took
-    how["num_heads"] = config_lib.architecture(run)["num_heads"]
+    how["num_heads"] = _model(card).num_heads
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
 
@@ -266,13 +266,13 @@ def backbone(adapter, weights=None, cache_dir=None):
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     run, how = adapter.run, _how(adapter.card)
     try:
-        path, sha256 = pretrained.fetch(weights or run.pretrained.name, cache_dir)
+        path, sha256 = names.fetch(weights or run.pretrained.name, cache_dir)
     except UserError as e:
         raise UserError(f"{e} (the adapter's backbone; --weights names another place of it)") from e
     if how["subtree"] and path.endswith(".npz"):
         path = f"{path}:{how['subtree']}"
     how["subtree"] = _subtree(path)
-    model = vit.ViT(**config_lib.architecture(run), num_classes=1)
+    model = models.build(run.model.variant, 1, **config_lib.architecture(run))
     _check_backbone(adapter.card, sha256, how, path)
     return Backbone(config_lib.load_weights(run, path, model), sha256, how)
 

@@ -15,12 +15,14 @@ import scipy.linalg
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, figures, files, plots
+from rlrr_jax import adapters, files
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.methods import base
+from rlrr_jax.results import analysis_figures, plots, tables
 
 LEADING = 8  # singular vectors whose span is compared
 MOST_RUNS = 6  # in one figure
+COLUMNS = ["run", "changed", "change", "effective rank", "left turn", "right turn", "spectrum"]
 
 TEXT = """\
 # What tuning changed
@@ -28,13 +30,11 @@ TEXT = """\
 W is a pretrained kernel `[in, out]`, W' the same kernel after tuning, all of it folded in; blocks count
 from 1. Singular values are in descending order.
 
-| run | changed | relative change | effective rank of it | left turn | right turn | spectrum |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 
 Means over all {number} kernels.
 
-- **relative change**: `|W' - W| / |W|`, Frobenius norms. RLRR's own start is not the identity: part of
+- **change**: `|W' - W| / |W|`, Frobenius norms. RLRR's own start is not the identity: part of
   its change was there before training (about 7 % at width 768, 20 % at width 96).
 - **effective rank** of `W' - W`: `exp(entropy of its singular values, normalised to sum 1)` (Roy and
   Vetterli, 2007). One direction has 1, {most} equal ones have {most}. LoRA of rank r has at most r; a
@@ -121,8 +121,9 @@ def _short(values):
 def kernels(params):
     """`{(name, block): kernel [in, out]}` of the Dense layers of all blocks."""
     out = {}
-    for name, (depth, fan_in, fan_out) in base.sizes(params).items():
-        stacked = np.asarray(base.subtree(params, base.DENSE[name])["kernel"])
+    for name, site in base.dense(params).items():
+        depth, fan_in, fan_out = site.depth, site.inputs, site.outputs
+        stacked = np.asarray(base.subtree(params, site.path)["kernel"])
         for block in range(depth):
             out[name, block] = stacked[block].reshape(fan_in, fan_out)
     return out
@@ -187,18 +188,16 @@ def find(workdirs):
 
 
 def summary(found):
-    """A line of the table for each run."""
+    """The table: a line for each run, means over its kernels."""
     lines = []
     for label, numbers in found.items():
         rows = numbers["kernels"]
         mean = lambda key, rows=rows: np.mean([row[key] for row in rows])
         changed = sum(row["relative_change"] > 0 for row in rows)
-        lines.append(
-            f"| {label} | {changed} of {len(rows)} | {100 * mean('relative_change'):.2f} % | "
-            f"{mean('effective_rank'):.1f} | {mean('left_turn'):.1f}° | {mean('right_turn'):.1f}° | "
-            f"{100 * mean('spectrum_change'):.2f} % |"
-        )
-    return "\n".join(lines)
+        lines.append([label, f"{changed} of {len(rows)}", f"{100 * mean('relative_change'):.2f} %"])
+        lines[-1] += [f"{mean('effective_rank'):.1f}", f"{mean('left_turn'):.1f}°"]
+        lines[-1] += [f"{mean('right_turn'):.1f}°", f"{100 * mean('spectrum_change'):.2f} %"]
+    return tables.markdown(COLUMNS, lines)
 
 
 def write(folder, found):
@@ -209,7 +208,7 @@ def write(folder, found):
     shown = dict(list(found.items())[:MOST_RUNS])
     text = ""
     for name in FIGURES:
-        draw = getattr(figures, name.removesuffix(".png"))
+        draw = getattr(analysis_figures, name.removesuffix(".png"))
         if plots.save(folder / name, draw, shown):
             text += f"{FIGURES[name]}\n\n![{FIGURES[name]}]({name})\n\n"
     if len(found) > MOST_RUNS:
@@ -242,7 +241,6 @@ def main():
         with tqdm(total=len(kernels(backbone.frozen)), desc=label, unit="kernel") as bar:
             found[label] = analyze(adapter, backbone.frozen, bar.update)
     write(out, found)
-    print("| run | changed | change | effective rank | left turn | right turn | spectrum |")
     print(summary(found))
     print(f"files: {out} ({time.monotonic() - begun:.0f} s)")
 

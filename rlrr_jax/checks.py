@@ -5,22 +5,24 @@ import math
 import jax
 from ml_collections import ConfigDict
 
-from rlrr_jax import cards, optim, pretrained
+from rlrr_jax import losses, models, optim
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.models import vit
+from rlrr_jax.weights import names, preprocessing, reader
 
+TUPLES = ("pretrained.grid", "pretrained.mean", "pretrained.std")  # keys whose value is a tuple
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 CHOICES = {
     "protocol": PROTOCOLS,
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
+    "loss": tuple(losses.LOSSES),
     "crop": crops.KINDS,
     "data.source": sources.KINDS,
     "data.variant": store.VARIANTS,
     "drop_path_mode": ("element", "sample"),
-    "pretrained.resize": pretrained.RESIZES,
+    "pretrained.resize": reader.RESIZES,
     "model.gelu": ("tanh", "exact"),
     "model.attention": ("xla", "cudnn"),
     "dtype": ("float32", "bfloat16"),
@@ -37,11 +39,18 @@ def check(config):
     for key in ("model", "pretrained", "data", "grid", "method_kwargs"):
         if not isinstance(config[key], ConfigDict):
             raise UserError(f"config.{key}={config[key]} must be a group of values: leave it as it is")
-    for key in ("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "drop_path_mode"):
+    for key in (
+        "batch_size",
+        "eval_batch_size",
+        "checkpoint_seconds",
+        "optimizer",
+        "loss",
+        "drop_path_mode",
+    ):
         if config[key] is None:
             raise UserError(f"config.{key} must have a value: leave it as it is, or set one")
     if config.model.variant not in (None, "bundled"):
-        vit.parse_variant(config.model.variant)
+        models.sizes(config.model.variant)
     if config.schedule is not None:
         optim.learning_rates(config.schedule, 1.0, 1)
     for key, allowed in CHOICES.items():
@@ -88,7 +97,7 @@ def check(config):
             f"{jax.default_backend()} device(s)"
         )
     if config.pretrained.name is not None:
-        pretrained.address(pretrained.split_subtree(config.pretrained.name)[0])
+        names.address(names.split_subtree(config.pretrained.name)[0])
 
 
 def _check_pixels(mean, std):
@@ -96,7 +105,7 @@ def _check_pixels(mean, std):
         raise UserError("config.pretrained.mean and config.pretrained.std go together: set both")
     if mean is not None:
         try:
-            cards.check("exact", mean, std)
+            preprocessing.check("exact", mean, std)
         except ValueError as e:
             raise UserError(f"config.pretrained: {e} (of red, green and blue): set them so") from e
 
@@ -125,9 +134,26 @@ def _whole(value):
 
 
 def _at(config, key):
-    for part in key.split("."):
-        config = config[part]
-    return config
+    node, last = group(config, key)
+    return node[last]
+
+
+def group(config, key):
+    """The group of a dotted key, and its name there: `"model.gelu"` -> `(config.model, "gelu")`."""
+    *groups, last = key.split(".")
+    for name in groups:
+        config = config[name]
+    return config, last
+
+
+def has(config, key):
+    """Whether a dotted key is one of the configuration, and no group of keys."""
+    *groups, last = key.split(".")
+    for name in groups:
+        if not isinstance(config.get(name), ConfigDict):
+            return False
+        config = config[name]
+    return last in config and not isinstance(config[last], ConfigDict)
 
 
 def heads(width, number):

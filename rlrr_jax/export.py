@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, config, files, layouts, pretrained, report
+from rlrr_jax import adapters, config, files
 from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
+from rlrr_jax.results import tables
+from rlrr_jax.weights import reader, vit_layouts
 
 FORMATS = {
-    "big_vision": (".npz", layouts.to_big_vision),
-    "vit_jax": (".npz", layouts.to_vit_jax),
-    "timm": (".safetensors", layouts.to_timm),
+    "big_vision": (".npz", vit_layouts.to_big_vision),
+    "vit_jax": (".npz", vit_layouts.to_vit_jax),
+    "timm": (".safetensors", vit_layouts.to_timm),
     "adapter": (".safetensors", None),
 }
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
@@ -116,7 +118,7 @@ def write(path, flat, card):
 
 def read(path, tuned):
     """The tree in a file, head included."""
-    return pretrained.load(path, model=tuned.model, image_size=tuned.card["image_size"], head=True)
+    return reader.load(path, model=tuned.model, image_size=tuned.card["image_size"], head=True)
 
 
 def compare(one, other, number=8):
@@ -174,7 +176,7 @@ def main():
     path = find_adapter(args.run)
     adapter = adapters.read(path)
     difference = export(adapter, args.to, args.out, args.weights, args.cache_dir)
-    acc = report.percent(adapter.card["accuracy"].get("test_acc"))
+    acc = tables.percent(adapter.card["accuracy"].get("test_acc"))
     print(
         f"{args.out}: {adapter.card['method']} on {adapter.card['task']}"
         + f" (test accuracy {acc})" * bool(acc)

@@ -8,58 +8,27 @@ import base64
 import html
 import io
 import json
+import pathlib
 import re
+import string
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rlrr_jax import adapters, files, report, train
+from rlrr_jax import adapters, evaluate, files
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import sources, store
 from rlrr_jax.errors import Parser, UserError, one_sentence
+from rlrr_jax.results import rows as rows_lib
+from rlrr_jax.results import tables
 
 MOST_PAIRS = 8  # of confused classes
 MOST_PICTURES = 4  # of each pair
 SIDE = 64  # pixels of a picture
 
-PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left }}
-th, td {{ white-space: nowrap }}
-th {{ cursor: pointer; user-select: none }} th::after {{ content: " \\2195"; opacity: .35 }}
-td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
-img {{ max-width: 100% }} img.curve {{ background: #fff }}
-.pair img {{ width: {side}px; height: {side}px; image-rendering: pixelated; margin-right: 4px }}
-.bar {{ display: inline-block; height: .7em; background: #0072b2 }}
-pre {{ overflow-x: auto; background: #8881; padding: .7rem }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-<script>
-for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => {{
-  const body = head.closest("table").tBodies[0], column = head.cellIndex;
-  const up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
-  const key = row => row.cells[column].dataset.v ?? row.cells[column].textContent;
-  const number = text => text === "" ? NaN : Number(text);
-  const order = (a, b) => {{
-    const x = number(key(a)), y = number(key(b));
-    const bigger = isNaN(x) || isNaN(y) ? key(a).localeCompare(key(b)) : x - y;
-    return up === "1" ? bigger : -bigger;
-  }};
-  body.append(...[...body.rows].sort(order));
-}});
-</script></body></html>
-"""
+PAGE = pathlib.Path(__file__).parent / "results" / "page.html"
 
 
 class Answers(NamedTuple):
@@ -75,7 +44,7 @@ class Answers(NamedTuple):
     pictures: Any
 
 
-def evaluate(folder, progress=True, weights=None, cache_dir=None):
+def answer(folder, progress=True, weights=None, cache_dir=None):
     """The `Answers` of a finished run, from its adapter, backbone (see `adapters.backbone`) and data.
 
     Raises UserError if one of these is not there any more.
@@ -87,38 +56,38 @@ def evaluate(folder, progress=True, weights=None, cache_dir=None):
         run.task, run.data.dir, run.data.source if run.data.source in sources.KINDS else None
     )
     images, labels = store.load_split(
-        run.task, train.splits(run)[1], config_lib.pixels(run), found, run.data.cache_dir
+        run.task, config_lib.splits(run)[1], config_lib.pixels(run), found, run.data.cache_dir
     )
     size, answers = min(run.eval_batch_size, len(labels)), []
     with tqdm(total=len(labels), desc=str(folder), unit="img", disable=not progress) as bar:
         for start in range(0, len(labels), size):
             batch = images[start : start + size]
-            padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
-            logits = tuned.logits(np.concatenate([batch, padding]))
+            logits = tuned.logits(evaluate.pad(batch, size))
             answers.append(np.asarray(logits.argmax(-1))[: len(batch)])
             bar.update(len(batch))
     return Answers(np.asarray(labels), np.concatenate(answers), lambda i: images[i : i + 1][0])
 
 
 def page(workdirs, **options):
-    """The page of all finished runs below workdirs, as text; `options` are those of `evaluate`."""
+    """The page of all finished runs below workdirs, as text; `options` are those of `answer`."""
     workdirs = list(map(files.local, workdirs))
-    rows = report.rows_of(workdirs)
+    rows = rows_lib.find(workdirs)
     if not rows:
         raise UserError(f"there is no finished run in {', '.join(map(str, workdirs))}")
     title = "RLRR results: " + ", ".join(dict.fromkeys(row["task"] for row in rows))
-    head, *lines = report.grid(report.fold(rows))
-    body = [_table(head, lines), f"<p>{_lines(report.caption(rows))}</p>"]
-    for group in report.fold(rows):
+    head, *lines = tables.cells(rows_lib.fold(rows))
+    body = [_table(head, lines), f"<p>{_lines(tables.caption(rows))}</p>"]
+    for group in rows_lib.fold(rows):
         folder = _folder(workdirs, group[0])
         body.append(section(group, folder, **options))
-    return PAGE.format(title=html.escape(title), body="\n".join(body), side=SIDE)
+    page = string.Template(PAGE.read_text())
+    return page.substitute(title=html.escape(title), body="\n".join(body), side=SIDE)
 
 
 def _folder(workdirs, row):
     """The folder of a row's run."""
     for workdir in workdirs:
-        folder = workdir / row["task"] / report.method_folder(row) / report.folder(row)
+        folder = rows_lib.folder(workdir, row)
         if (folder / "result.json").exists():
             if files.read_json(folder / "result.json")["identity"] == row["identity"]:
                 return folder
@@ -131,13 +100,13 @@ def section(group, folder, **options):
     """All about one setting: curves, classes, confusions of its first seed; configuration."""
     row = group[0]
     seed = f", seed {row['seed']}" if len(group) > 1 else ""
-    parts = [f"<h2>{html.escape(' '.join([row['task'], *report.label(group).split()]))}{seed}</h2>"]
+    parts = [f"<h2>{html.escape(' '.join([row['task'], *tables.label(group).split()]))}{seed}</h2>"]
     if (folder / "curves.png").exists():
         parts.append(
             _picture((folder / "curves.png").read_bytes(), "loss and accuracy by epoch", "curve")
         )
     try:
-        answers = evaluate(folder, **options)
+        answers = answer(folder, **options)
     except UserError as e:
         parts.append(f"<p>Without accuracy of classes: {html.escape(str(e))}</p>")
     else:
@@ -159,8 +128,8 @@ def classes(answers, names):
         right = (answers.answers[mine] == i).mean() if mine.any() else None
         taken = int((answers.answers == i).sum())
         bar = "" if right is None else f'<span class="bar" style="width:{8 * right:.2f}rem"></span>'
-        lines.append([name, int(mine.sum()), report.percent(right), taken, _Raw(bar)])
-    total = report.percent((answers.labels == answers.answers).mean())
+        lines.append([name, int(mine.sum()), tables.percent(right), taken, _Raw(bar)])
+    total = tables.percent((answers.labels == answers.answers).mean())
     table = _table(["class", "images", "accuracy", "answers", ""], lines)
     return f"<h3>Classes</h3><p>{total} of {len(answers.labels):,} images.</p>{table}"
 

@@ -11,8 +11,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlrr_jax import distributed, files, report, suite, train
+from rlrr_jax import files, report, suite
+from rlrr_jax.config import RETIRED
 from rlrr_jax.errors import UserError, one_sentence, unknown
+from rlrr_jax.runtime import distributed
+from rlrr_jax.runtime.stop import Stop, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -67,17 +70,17 @@ def main(argv):
         raise UserError("no configuration was given: add --config configs/vtab.py")
     distributed.start(_DISTRIBUTED.value, _TIMEOUT.value)
     _cache_programs()
-    if not distributed.lead():
+    if not distributed.is_process_zero():
         sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
     if config.task is None:
         print(BUNDLED, flush=True)
-    stop = train.Stop()
+    stop = Stop()
     try:
-        with distributed.together(train.Stopped, STOPPED):
+        with distributed.together(Stopped, STOPPED):
             signal.signal(signal.SIGTERM, stop.ask)
             rows, problems = suite.run(config, _WORKDIR.value, stop)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    except train.Stopped:
+    except Stopped:
         print(distributed.STOPPED_TEXT, file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     if rows:
@@ -86,8 +89,8 @@ def main(argv):
         print("\nnot finished:", *suite.explain(problems), sep="\n", flush=True)
         names = ", ".join(dict.fromkeys(label.split()[0] for label in problems))
         raise UserError(
-            f"{len(problems)} of {len(rows) + len(problems)} runs did not finish ({names}): mend what "
-            f"is said above, and start the same command again"
+            f"{len(problems)} of {len(rows) + len(problems)} runs did not finish ({names}): fix what "
+            f"is reported above, and start the same command again"
         )
 
 
@@ -145,6 +148,8 @@ def _parse_flags(argv):
     except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest
         if "ml_collections" not in traceback.extract_tb(e.__traceback__)[-1].filename:
             raise  # a mistake in the configuration file
+        if any(f"config.{old}" in " ".join(argv) for old in ("trials", "variants")):
+            raise UserError(RETIRED) from e
         key, near = re.search(r"\w+", str(e)), re.search(r'Did you mean "(.*?)"', str(e))
         hint = f"did you mean {near[1]!r}?" if near else _KEYS
         raise UserError(f"unknown key {key[0]!r} in a --config flag: {hint}") from e

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from rlrr_jax import adapters, files
+from rlrr_jax import adapters, evaluate, files
 from rlrr_jax.data import store
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
@@ -120,8 +120,8 @@ def predict(tuned, paths, batch_size=64, progress=False):
             images = [image for image, _ in decoded if image is not None]
             rows = iter(())
             if images:
-                padding = [images[0]] * (min(batch_size, len(paths)) - len(images))
-                rows = iter(np.asarray(softmax(tuned.logits(np.stack(images + padding)))))
+                padded = evaluate.pad(np.stack(images), min(batch_size, len(paths)))
+                rows = iter(np.asarray(softmax(tuned.logits(padded))))
             for path, (image, why) in zip(batch, decoded):
                 yield path, None if image is None else next(rows), why
             bar.update(len(batch))

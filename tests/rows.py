@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
+from rlrr_jax.runs import identity
 
 MARKS = {"backbone_sha256": "ab" * 32, "dataset": "d"}
 GROUPS = {
@@ -43,7 +44,7 @@ def row(task, seed=0, method="rlrr", **changes):
     if run.protocol == "vtab":
         grid = {"lr": (1e-3, 1.0), "weight_decay": (0.0,), "drop_path": (0.0,), "times_own_lr": False}
         run.grid = ConfigDict(grid)
-    values = config_lib.described(run, {**MARKS, "backbone_sha256": sha256})
+    values = identity.described(run, {**MARKS, "backbone_sha256": sha256})
     plain = {k: v for k, v in run.to_dict().items() if not isinstance(v, dict)}
     return {
         **plain,
@@ -53,6 +54,6 @@ def row(task, seed=0, method="rlrr", **changes):
         **dict(test_acc_final=0.5, train_loss=0.1, num_test=10, wall_seconds=1.0, best_epoch=None),
         **dict(images_per_second=1.0, device="1 x cpu", identity=f"{task}{seed}{values}"),
         **changes,
-        **config_lib.digests(values),
+        **identity.digests(values),
         "config": values,
     }

@@ -9,10 +9,11 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from rlrr_jax import adapters, files, pretrained
+from rlrr_jax import adapters, files
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
+from rlrr_jax.weights import names
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_card_says_what_it_belongs_to(paths):
     card = adapters.read(paths["hearts rlrr"]).card
     assert (card["format"], card["method"], card["method_kwargs"]) == (1, "rlrr", {})
     assert (card["backbone"], card["model"], card["gelu"]) == ("bundled", "bundled", "tanh")
-    assert card["backbone_sha256"] == pretrained.fetch("bundled")[1]
+    assert card["backbone_sha256"] == names.fetch("bundled")[1]
     assert (card["image_size"], card["value_range"], card["task"]) == (32, [-1, 1], "hearts")
     assert card["classes"][:3] == ["0°", "22.5°", "45°"] and len(card["classes"]) == 16
     assert card["config"]["epochs"] == 2 and set(card["versions"]) == {"rlrr_jax", "jax", "flax"}
@@ -155,12 +156,12 @@ def test_a_missing_leaf_a_nan_and_damaged_files_are_one_sentence(paths, tmp_path
 
 
 def test_another_backbone_is_refused(paths, tmp_path):
-    arrays = dict(np.load(pretrained.BUNDLED))
+    arrays = dict(np.load(names.BUNDLED))
     arrays["params/cls"] = arrays["params/cls"] + np.float16(1)
     np.savez(tmp_path / "other.npz", **arrays)
     with pytest.raises(UserError) as e:
         adapters.load(paths["digits rlrr"], weights=str(tmp_path / "other.npz"))
-    digest = pretrained.fetch("bundled")[1][:12]
+    digest = names.fetch("bundled")[1][:12]
     assert (
         f"is not the backbone of this adapter of digits, which was trained on bundled (SHA-256 {digest}"
         in str(e.value)
@@ -181,17 +182,17 @@ def test_another_tree_of_the_same_file_or_other_pixels_are_refused(paths, tmp_pa
         other = backbone._replace(how={**backbone.how, key: value})
         with pytest.raises(UserError, match=f"this backbone was read with {key}="):
             adapters.load(good, other)
-    arrays = dict(np.load(pretrained.BUNDLED))
+    arrays = dict(np.load(names.BUNDLED))
     arrays |= {k.replace("params/", "ema/", 1): v + np.float16(1) for k, v in arrays.items()}
     np.savez(tmp_path / "two.npz", **arrays)
     config = {**card["config"], "pretrained": {**card["config"]["pretrained"], "name": "two.npz:ema"}}
-    marks = dict(backbone_sha256=pretrained.fetch(str(tmp_path / "two.npz"))[1], config=config)
+    marks = dict(backbone_sha256=names.fetch(str(tmp_path / "two.npz"))[1], config=config)
     path = rewrite(good, tmp_path / "ema.safetensors", **marks)
     found = adapters.backbone(path, weights=str(tmp_path / "two.npz"))
     np.testing.assert_array_equal(found.frozen["cls"], np.float32(arrays["ema/cls"]))
     with pytest.raises(UserError, match="two.npz:x was read with subtree=x, this adapter"):
         adapters.backbone(path, weights=f"{tmp_path}/two.npz:x")
-    same = adapters.backbone(good, weights=f"{pretrained.BUNDLED}:params")  # found by itself, too
+    same = adapters.backbone(good, weights=f"{names.BUNDLED}:params")  # found by itself, too
     assert same.how == backbone.how
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from squeeze import squeeze
 
 from rlrr_jax import adapters, analyze
 from rlrr_jax.errors import UserError
@@ -110,7 +111,7 @@ def test_methods_show_what_they_are(analysis):
 def test_the_page_and_its_figures_are_whole(analysis):
     folder, _ = analysis
     text = (folder / "analysis.md").read_text()
-    assert "| digits rlrr | 36 of 36 |" in text and "spans of the 8 leading singular" in text
+    assert "| digits rlrr | 36 of 36 |" in squeeze(text) and "spans of the 8 leading singular" in text
     pictures = re.findall(r"\((\w+\.png)\)", text)
     assert pictures == ["change.png", "rank.png", "turn.png", "spectra.png", "scales.png"]
     for name in pictures:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlrr_jax import pretrained
+from rlrr_jax.weights import names
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUN, ADAPTER = "{run}/digits/rlrr/seed0", "--adapter={run}/digits/rlrr/seed0/adapter.safetensors"
@@ -52,7 +52,7 @@ def answers(tuned_runs, tmp_path_factory):
     new = tmp_path_factory.mktemp("new")
     safetensors.numpy.save_file({"a": np.ones(2)}, new / "foreign.safetensors")
     (new / "text.safetensors").write_text("no image and no adapter")
-    good = dict(np.load(pretrained.BUNDLED))
+    good = dict(np.load(names.BUNDLED))
     np.savez(new / "other.npz", **{**good, "params/cls": good["params/cls"] + np.float16(1)})
     fill = lambda text: text.format(new=new, run=tuned_runs)
     commands = [[f"rlrr_jax.{args[0]}", *map(fill, args[1:])] for args, _ in WRONG.values()]

@@ -15,6 +15,9 @@ from rlrr_jax import files, methods, report, suite
 from rlrr_jax.configs import ablations, compare, transfer, vtab
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
+from rlrr_jax.results import tables
+from rlrr_jax.runs.forecast import cost
+from rlrr_jax.runs.workdir import method_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -71,12 +74,12 @@ def test_compare_prints_one_table_and_one_picture(tmp_path):
 def test_seeds_are_folded_with_their_deviation():
     made = dict(method="rlrr", lr=0.1, epochs=3, wall_seconds=2.0)
     row = make("digits", **made)
-    (line,) = report.table([row, make("digits", 1, **made, test_acc_final=0.7)]).splitlines()[2:]
+    (line,) = tables.table([row, make("digits", 1, **made, test_acc_final=0.7)]).splitlines()[2:]
     assert "60.00 ± 14.14 %" in line and "4 s" in line
     pixels = dict(mean=(0.0,) * 3, std=(0.5,) * 3)
     for changes in ({"epochs": 4}, {"lr": 0.2}, {"method_kwargs": {"rank": 2}}, pixels):
         other = make("digits", 1, **{**made, **changes})
-        assert len(report.table([row, other]).splitlines()) == 4, changes
+        assert len(tables.table([row, other]).splitlines()) == 4, changes
 
 
 # ablations.py ---------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def test_seeds_are_folded_with_their_deviation():
 def test_ablations_resolve_on_any_task(table, number):
     for task in ("hearts", "cifar"):
         runs = config_lib.resolve(ablations.get_config(f"{table},{task}"))
-        assert len(runs) == number == len({report.method_folder(r) for r in runs})
+        assert len(runs) == number == len({method_folder(r) for r in runs})
         assert {r.task for r in runs} == {task}
 
 
@@ -134,7 +137,7 @@ def test_transfer_is_big_visions_recipe():
     assert r.epochs == 105  # of 96 steps: 49,000 images
     (pets,) = config_lib.resolve(transfer.get_config("pets_full"))
     assert (pets.total_steps, pets.warmup_steps, pets.epochs) == (500, 100, 72)
-    assert suite.cost(pets).steps == 500
+    assert cost(pets).steps == 500
     (vtab_task,) = config_lib.resolve(transfer.get_config("dtd"))
     assert (vtab_task.total_steps, vtab_task.epochs) == (500, 250)
     (rlrr,) = config_lib.resolve(transfer.get_config("pets_full,method=rlrr"))
@@ -166,10 +169,9 @@ def test_crops_reach_the_step(tmp_path, monkeypatch):
     """Every epoch trains on its own crops, a resumed one on the same; the test images are central."""
     seen = []
 
-    def look(job, train_steps, data, state, metrics, epoch, start, keeper, clock, bar, check):
+    def look(job, train_steps, data, progress, saver, bar):
         seen.append(np.asarray(data["images"]))
-        clock.seconds, clock.images = clock.seconds + 1, clock.images + len(seen[-1])
-        return state, metrics
+        progress.clock.add(len(seen[-1]), 1.0)
 
     monkeypatch.setattr(suite.train, "train_epoch", look)
     config = changed(transfer.get_config("digits"), total_steps=4)

@@ -7,6 +7,7 @@ from rlrr_jax import checks, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
+from rlrr_jax.runs import identity
 
 
 def resolve(arg=None, **changes):
@@ -48,9 +49,9 @@ def test_lists_options_and_seeds():
     assert resolve(task="hearts,digits", method="full")[1].task == "digits"
 
 
-def test_variants_of_several_methods():
-    variants = ({"rank": 2}, {"rank": 4}, {"method": "ssf"})
-    runs = resolve("hearts,method=rlrr+lora,init=damped", variants=variants)
+def test_options_of_several_methods():
+    runs = ({"rank": 2}, {"rank": 4}, {"method": "ssf"})
+    runs = resolve("hearts,method=rlrr+lora,init=damped", runs=runs)
     assert [(r.method, r.options, r.method_kwargs.to_dict()) for r in runs] == [
         ("rlrr", "rank2", {"init": "damped", "rank": 2}),
         ("lora", "rank2", {"rank": 2}),
@@ -72,9 +73,9 @@ def test_identity_leaves_out_where_and_on_what_it_ran():
     same = resolve(
         "cifar", data={"dir": "/x", "cache_dir": "/z"}, num_devices=2, pretrained={"cache_dir": "/y"}
     )
-    assert config_lib.fingerprint(base) == config_lib.fingerprint(same)
-    assert config_lib.fingerprint(base) != config_lib.fingerprint(resolve("cifar", lr=0.1))
-    assert config_lib.fingerprint(base) != config_lib.fingerprint(resolve("cifar", seeds=(1,)))
+    assert identity.fingerprint(base) == identity.fingerprint(same)
+    assert identity.fingerprint(base) != identity.fingerprint(resolve("cifar", lr=0.1))
+    assert identity.fingerprint(base) != identity.fingerprint(resolve("cifar", seeds=(1,)))
 
 
 def test_dtype_goes_by_the_platform(monkeypatch):
@@ -102,12 +103,12 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             {"image_size": 220},
             "image size 220 is not divisible by the patch size 16: set config.image_size to 224",
         ),
-        ({"variants": ({"rnk": 2},)}, "unknown option of method rlrr 'rnk': did you mean 'rank'"),
-        ({"variants": ("rank",)}, "must be a list, such as"),
-        ({"variants": (3,)}, "must be a list, such as"),
-        ({"variants": ({"rank": 2}, {"rank": 2})}, "must be different variants"),
-        ({"variants": ({"method": "lorra"},)}, "unknown method 'lorra': did you mean 'lora'"),
-        ({"variants": ({"layers": 13},)}, "layers=13 is more than the 12 blocks of the model"),
+        ({"runs": ({"rnk": 2},)}, "unknown option of method rlrr 'rnk': did you mean 'rank'"),
+        ({"runs": ("rank",)}, "must be a list, such as"),
+        ({"runs": (3,)}, "must be a list, such as"),
+        ({"runs": ({"rank": 2}, {"rank": 2})}, "must be different runs"),
+        ({"runs": ({"method": "lorra"},)}, "unknown method 'lorra': did you mean 'lora'"),
+        ({"runs": ({"layers": 13},)}, "layers=13 is more than the 12 blocks of the model"),
         ({"epochs": 3, "total_steps": 9}, "exclude each other"),
         ({"schedule": "bigvision"}, "needs config.total_steps"),
         ({"warmup_steps": 5}, "only used by config.schedule=bigvision"),
@@ -127,7 +128,7 @@ def test_impossible_values(changes, message):
 
 def test_names_of_the_same_weights_are_one_identity():
     def mark(name):
-        return config_lib.fingerprint(resolve("cifar", pretrained={"name": name}))
+        return identity.fingerprint(resolve("cifar", pretrained={"name": name}))
 
     assert mark("ViT-B_16") == mark("imagenet21k/ViT-B_16") == mark("imagenet21k/ViT-B_16.npz")
     assert mark("/a/w.npz") == mark("/b/w.npz") != mark("/b/w.npz:ema")
@@ -144,7 +145,7 @@ def keys(values, prefix=""):
 
 
 # What may differ between the rows of one line; `recipe` only says where other values came from.
-NOT_IN_THE_SETTING = {*config_lib.PLACES, "seed", "recipe"}
+NOT_IN_THE_SETTING = {*identity.PLACES, "seed", "recipe"}
 
 
 @pytest.mark.parametrize("protocol", ["official", "vtab"])
@@ -153,7 +154,7 @@ def test_every_key_is_in_the_setting_or_a_named_exception(protocol):
     (run,) = resolve("cifar", protocol=protocol, seeds=(0,))
     run.a_forks_key = run.model.a_forks_key = run.data.a_forks_key = 1
     searched = set(checks.GRID) if protocol == "vtab" else set()
-    digest = lambda run: config_lib.digests(config_lib.described(run, {"dataset": "d"}))["setting"]
+    digest = lambda run: identity.digests(identity.described(run, {"dataset": "d"}))["setting"]
     before, seen = digest(run), set()
     for key in keys(run.to_dict()):
         changed = config_lib.ConfigDict(run.to_dict())
@@ -184,7 +185,7 @@ def test_every_key_is_in_the_setting_or_a_named_exception(protocol):
         differs = digest(changed) != before
         assert differs == (key not in NOT_IN_THE_SETTING | searched), key
     assert {"lr", "pretrained.mean", "model.num_heads", "data.upright", "a_forks_key"} <= seen
-    marked = config_lib.digests(config_lib.described(run, {"dataset": "another"}))["setting"]
+    marked = identity.digests(identity.described(run, {"dataset": "another"}))["setting"]
     assert marked != before
 
 
@@ -194,14 +195,14 @@ def test_averages_of_unlike_pixels_are_not_made():
     (a,), (b,) = (
         resolve("cifar", seeds=(seed,), pretrained=pixels) for seed, pixels in ((0, half), (1, zero))
     )
-    one, other = (config_lib.digests(config_lib.described(run)) for run in (a, b))
+    one, other = (identity.digests(identity.described(run)) for run in (a, b))
     assert one["setting"] != other["setting"] and one["line"] != other["line"]
     (c,) = resolve("cifar", seeds=(1,), pretrained=half)
-    assert config_lib.digests(config_lib.described(c)) == one
+    assert identity.digests(identity.described(c)) == one
 
 
 def test_a_line_goes_across_tasks_with_their_recipes_but_not_with_other_values():
-    digest = lambda run: config_lib.digests(config_lib.described(run))["line"]
+    digest = lambda run: identity.digests(identity.described(run))["line"]
     lines = lambda arg, **changes: {digest(run) for run in resolve(arg, seeds=(0,), **changes)}
     assert len(lines("all")) == 1  # every task has its own lr, decay, drop path and flips
     assert len(lines("all", lr=1e-3)) == 1  # also where that is the recipe's
@@ -214,9 +215,9 @@ def test_a_line_goes_across_tasks_with_their_recipes_but_not_with_other_values()
 
 def test_what_vtab_chose_is_no_part_of_a_runs_identity():
     (run,) = resolve("cifar", protocol="vtab", seeds=(0,))
-    before = config_lib.fingerprint([run])
+    before = identity.fingerprint([run])
     run.val_acc = 0.5
-    assert config_lib.fingerprint([run]) == before
+    assert identity.fingerprint([run]) == before
 
 
 def test_seeds_are_those_that_keys_tell_apart():
@@ -225,17 +226,17 @@ def test_seeds_are_those_that_keys_tell_apart():
     for bad in (2**32, 2**32 + 1, -1):
         with pytest.raises(UserError, match="whole numbers below 2.32"):
             resolve("cifar", seeds=(bad,))
-    with pytest.raises(UserError, match="config.trials.seed=4294967296 must be a whole number below"):
-        resolve("cifar", trials=({"seed": 2**32},))
+    with pytest.raises(UserError, match="config.runs.seed=4294967296 must be a whole number below"):
+        resolve("cifar", runs=({"seed": 2**32},))
     assert resolve("cifar", seeds=(2**32 - 1,))[0].seed == 2**32 - 1
 
 
 def test_random_crops_are_shared_by_trials_of_one_seed_alone():
     crop = dict(crop="resmall", crop_from=256)
     a, b = resolve("cifar", seeds=(0, 1), **crop)
-    assert config_lib.together(a) != config_lib.together(b)
-    a, b = resolve("cifar", trials=({"lr": (1e-3, 1e-2)},), **crop)
-    assert config_lib.together(a) == config_lib.together(b)
+    assert identity.together(a) != identity.together(b)
+    a, b = resolve("cifar", runs=({"lr": (1e-3, 1e-2)},), **crop)
+    assert identity.together(a) == identity.together(b)
 
 
 def test_several_bare_tasks():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from flags import xla_flags
+from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import methods
@@ -115,7 +116,7 @@ def test_a_broken_contract_is_one_sentence_before_any_work(tmp_path):
 
 def test_a_good_fork_is_trained(tmp_path):
     done = run(tmp_path, init="jnp.ones(())")
-    assert done.returncode == 0 and "| digits | fork " in done.stdout, done.stderr
+    assert done.returncode == 0 and "| digits | fork " in squeeze(done.stdout), done.stderr
 
 
 def test_a_mistake_in_a_configuration_file_keeps_its_traceback(tmp_path):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlrr_jax import adapters, cards, export, pretrained
+from rlrr_jax import adapters, export
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
+from rlrr_jax.weights import preprocessing, reader
 
 OUT = {"big_vision": "x.npz", "vit_jax": "x.npz", "timm": "x.safetensors", "adapter": "x.safetensors"}
 
@@ -63,12 +64,16 @@ def test_others_compute_the_same_from_the_files(run, tuned, images, tmp_path):
         card = json.loads(file.metadata()["rlrr_jax"])
         assert file.metadata()["format"] == "pt"
     assert card["classes"] == list("0123456789") and card["mean"] == [0.5] * 3
-    assert cards.read(tmp_path / "x.safetensors")[:3] == ("tanh", cards.HALF, cards.HALF)
+    assert preprocessing.read(tmp_path / "x.safetensors")[:3] == (
+        "tanh",
+        preprocessing.HALF,
+        preprocessing.HALF,
+    )
 
 
 def test_an_exported_model_is_a_backbone_again(run, tuned, images, tmp_path):
     export.export(adapters.read(run / "adapter.safetensors"), "timm", tmp_path / "x.safetensors")
-    tree = pretrained.load(str(tmp_path / "x.safetensors"), model=tuned.model, image_size=32)
+    tree = reader.load(str(tmp_path / "x.safetensors"), model=tuned.model, image_size=32)
     assert not tree["head"]["kernel"].any()
     tree["head"] = tuned.params["head"]
     logits = [tuned.model.apply({"params": p}, images[:4]) for p in (tree, tuned.params)]

@@ -17,12 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rlrr_jax import adapters, layouts, methods, pretrained
+from rlrr_jax import adapters, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
+from rlrr_jax.runs import identity
+from rlrr_jax.weights import reader, vit_layouts
 
 TINY = vit.ViT(width=4, depth=2, mlp_dim=8, num_heads=2, patch_size=2, num_classes=3)
 seeds = st.integers(0, 2**32 - 1)
@@ -61,14 +63,14 @@ def mutate(data, rng):
 def weights(tmp_path_factory):
     """A good file's arrays, and a folder."""
     folder = tmp_path_factory.mktemp("weights")
-    pretrained.save(folder / "good.npz", tiny_tree())
+    reader.save(folder / "good.npz", tiny_tree())
     return folder, dict(np.load(folder / "good.npz"))
 
 
 def read(path):
     """Weights are whole and finite, or refused."""
     try:
-        tree = pretrained.load(str(path), model=TINY, image_size=4)
+        tree = reader.load(str(path), model=TINY, image_size=4)
     except UserError as e:
         said(e)
         return False
@@ -136,7 +138,7 @@ def test_weight_files_with_other_arrays(weights, seed, kind, where):
 def test_damaged_safetensors(tmp_path_factory, seed):
     """Of timm, and adapters of ours: the head of such a file is JSON that may say anything."""
     folder = tmp_path_factory.getbasetemp()
-    weights = {k: np.ascontiguousarray(v) for k, v in layouts.to_timm(tiny_tree()).items()}
+    weights = {k: np.ascontiguousarray(v) for k, v in vit_layouts.to_timm(tiny_tree()).items()}
     data = mutate(safetensors.numpy.save(weights), random.Random(seed))
     (folder / "augreg.safetensors").write_bytes(data)
     read(folder / "augreg.safetensors")
@@ -320,4 +322,4 @@ def resolve(config):
         return said(e)
     for run in runs:
         assert run.task in tasks.TASKS and run.method in methods.METHODS and run.epochs > 0
-        config_lib.fingerprint([run])
+        identity.fingerprint([run])

@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from golden import DATA, Golden, our_name
 
-from rlrr_jax import methods, optim, pretrained
+from rlrr_jax import methods, optim
+from rlrr_jax.weights import reader
 
 RLRR = methods.get("rlrr")
 
@@ -18,7 +19,7 @@ RLRR = methods.get("rlrr")
 @pytest.fixture(scope="module", params=["open_a", "open_b"])
 def case(request, tmp_path_factory):
     golden = Golden(request.param, tmp_path_factory.mktemp("golden"))
-    frozen = pretrained.load(golden.weights, model=golden.model, image_size=golden.image_size)
+    frozen = reader.load(golden.weights, model=golden.model, image_size=golden.image_size)
     like = methods.start(RLRR, jax.random.key(0), frozen)
 
     @jax.jit

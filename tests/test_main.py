@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flags import xla_flags
 
-from rlrr_jax import pretrained
+from rlrr_jax.weights import names
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,8 +31,8 @@ class Trap:
 
 def weight_files(folder):
     """Four kinds of bad weights."""
-    good = dict(np.load(pretrained.BUNDLED))
-    data = pretrained.BUNDLED.read_bytes()
+    good = dict(np.load(names.BUNDLED))
+    data = names.BUNDLED.read_bytes()
     (folder / "truncated.npz").write_bytes(data[: len(data) // 2])
     np.savez(folder / "shape.npz", **{**good, "params/cls": np.zeros((1, 1, 95), np.float16)})
     np.savez(folder / "pickle.npz", **{**good, "params/cls": np.array([Trap()], dtype=object)})
@@ -72,8 +72,8 @@ WRONG = {
     "learning rate": ([CONFIG, "--config.lr=nan"], "config.lr=nan must be greater than 0 and finite"),
     "batch size": ([CONFIG, "--config.batch_size=-3"], "config.batch_size=-3 must be greater than 0"),
     "seeds": ([CONFIG, "--config.seeds=(1,1)"], "must be different whole numbers"),
-    "trials": ([CONFIG, "--config.trials=({'lrr':1},)"], "unknown key of config.trials 'lrr'"),
-    "variants": ([CONFIG, "--config.variants=({'rnk':1},)"], "unknown option of method linear 'rnk'"),
+    "trials": ([CONFIG, "--config.trials=({'lr':1},)"], "write --config.runs="),
+    "runs": ([CONFIG, "--config.runs=({'rnk':1},)"], "unknown option of method linear 'rnk'"),
     "grid": ([CONFIG, "--config.grid.lr=(0.1,)"], "only searched by config.protocol=vtab"),
     "pretrained grid": ([CONFIG, "--config.pretrained.grid=(4,)"], "must be two whole numbers"),
     "optimizer": ([CONFIG, "--config.optimizer=sgd"], "unknown value of config.optimizer 'sgd'"),

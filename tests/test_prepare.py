@@ -13,9 +13,11 @@ import pytest
 import tensorflow_datasets as tfds
 import vtab_data
 from PIL import Image
+from squeeze import squeeze
 
 from rlrr_jax import prepare
-from rlrr_jax.data import sources, tasks
+from rlrr_jax.data import sources, tasks, vtab_check
+from rlrr_jax.data import task as task_lib
 from rlrr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,16 +27,16 @@ SMALL = {"train": 24, "validation": 7, "test": 10}
 @pytest.fixture
 def small(monkeypatch):
     """Makes a task small: splits at other positions, sizes to match."""
-    monkeypatch.setattr(tasks, "SPLITS", {"train800": 8, "val200": 2, "train800val200": 10})
+    monkeypatch.setattr(task_lib, "SPLITS", {"train800": 8, "val200": 2, "train800val200": 10})
 
     def shrink(name):
         task = tasks.get(name)
         parts = {"train800": "train[:8]", "val200": "train[15:17]", "test": "test"}
         parts["train800val200"] = "train[:8]+train[15:17]"
-        for other in tasks.sharing(name, "test"):
+        for other in [t.name for t in tasks.sharing(tasks.get(name), "test")]:
             changed = tasks.get(other)._replace(splits=parts, num_test=10, side=0)
             monkeypatch.setitem(tasks.TASKS, other, changed)
-        monkeypatch.setitem(prepare.SIZES, task.tfds, {"train": 24, "test": 10})
+        monkeypatch.setitem(vtab_check.SIZES, task.tfds, {"train": 24, "test": 10})
         return tasks.get(name)
 
     return shrink
@@ -77,12 +79,12 @@ def test_check_verifies_the_order_of_keys(name, field, value, stored_as, small, 
         sizes = {"train": 24, "test": 10}
         make = numbered(field, value, order)
         vtab_data.write(tmp_path / folder, task, sizes, stored_as, make)
-    text = prepare.check(name, tmp_path / "right")
+    text = vtab_check.check(name, tmp_path / "right")
     assert text == f"{task.tfds}:{task.version}, 8/2/10/10 images, labels in range, " + (
         "the md5 order of its keys"
     )
     with pytest.raises(UserError, match=r"example 5 of .* is not where its key puts it"):
-        prepare.check(name, tmp_path / "wrong")
+        vtab_check.check(name, tmp_path / "wrong")
 
 
 def test_a_version_without_stored_keys_is_checked_by_its_fingerprint(small, tmp_path, monkeypatch):
@@ -91,49 +93,49 @@ def test_a_version_without_stored_keys_is_checked_by_its_fingerprint(small, tmp_
     older = tfds.features.FeaturesDict({k: v for k, v in spec.items() if k != "id"})
     monkeypatch.setattr(vtab_data, "features", lambda task: older)
     vtab_data.write(tmp_path, task, {"train": 24, "test": 10}, "array_record")
-    assert "recorded for the first time" in prepare.check("svhn", tmp_path)
-    (tmp_path / prepare.FINGERPRINTS).write_text("{")
+    assert "recorded for the first time" in vtab_check.check("svhn", tmp_path)
+    (tmp_path / vtab_check.FINGERPRINTS).write_text("{")
     with pytest.raises(UserError, match="fingerprints.json is damaged"):
-        prepare.check("svhn", tmp_path)
+        vtab_check.check("svhn", tmp_path)
 
 
 def test_what_is_there_but_wrong_is_not_called_missing(tmp_path):
     vtab_data.write_folder(tmp_path, "resisc45", {"test": 3})
     out = command("--tasks", "resisc45", "--data_dir", tmp_path, "--check")
-    assert "| resisc45 | wrong | see the line above |" in out.stdout
+    assert "| resisc45 | wrong | see the line above |" in squeeze(out.stdout)
 
 
 def test_the_hash_is_tfdss():
     from tensorflow_datasets.core import hashing
 
     for key in ("a/b.jpg", 1234):
-        assert int(prepare.key_hash("train", key).hex(), 16) == hashing.Hasher("train").hash_key(key)
+        assert int(vtab_check.key_hash("train", key).hex(), 16) == hashing.Hasher("train").hash_key(key)
 
 
 def test_check_names_wrong_sizes_and_labels(small, tmp_path, monkeypatch):
     task = small("dtd")
     vtab_data.write(tmp_path, task, {"train": 23, "test": 10}, "tfrecord")
     with pytest.raises(UserError, match="has 23 examples in train instead of 24"):
-        prepare.check("dtd", tmp_path)
-    monkeypatch.setitem(prepare.SIZES, "dtd", {"train": 23})
+        vtab_check.check("dtd", tmp_path)
+    monkeypatch.setitem(vtab_check.SIZES, "dtd", {"train": 23})
     monkeypatch.setitem(tasks.TASKS, "dtd", task._replace(classes=5))
     with pytest.raises(UserError, match="labels of dtd train800 go from .* instead of 0 to 4"):
-        prepare.check("dtd", tmp_path)
+        vtab_check.check("dtd", tmp_path)
 
 
 def test_fingerprints_are_recorded_once_and_compared(small, tmp_path):
     task = small("smallnorb_ele")
     vtab_data.write(tmp_path, task, {"train": 24, "test": 10}, "array_record")
-    assert "recorded for the first time" in prepare.check("smallnorb_ele", tmp_path)
-    assert prepare.check("smallnorb_ele", tmp_path).endswith("as recorded")
-    assert "recorded for the first time" in prepare.look("smallnorb_azi", tmp_path)
+    assert "recorded for the first time" in vtab_check.check("smallnorb_ele", tmp_path)
+    assert vtab_check.check("smallnorb_ele", tmp_path).endswith("as recorded")
+    assert "recorded for the first time" in vtab_check.look("smallnorb_azi", tmp_path)
     shutil.rmtree(tmp_path / "smallnorb")
     vtab_data.write(tmp_path, task, {"train": 24, "test": 10}, "tfrecord")  # the same, stored otherwise
-    assert prepare.check("smallnorb_ele", tmp_path).endswith("as recorded")
+    assert vtab_check.check("smallnorb_ele", tmp_path).endswith("as recorded")
     shutil.rmtree(tmp_path / "smallnorb")
     vtab_data.write(tmp_path, task, {"train": 24, "test": 10}, "array_record", seed=1)
     with pytest.raises(UserError, match="fingerprint of smallnorb_ele .* and not .* as recorded in"):
-        prepare.check("smallnorb_ele", tmp_path)
+        vtab_check.check("smallnorb_ele", tmp_path)
 
 
 def test_dsprites_labels_follow_from_the_factors():
@@ -143,9 +145,9 @@ def test_dsprites_labels_follow_from_the_factors():
         ("dsprites_ori", "train800", [6, 8, 0, 7, 9, 12, 14, 1, 14, 15]),
         ("dsprites_loc", "val200", [8, 13, 14, 12, 15, 9, 13, 8, 3, 1]),
     ):
-        labels = prepare.dsprites_labels(name, split)
+        labels = vtab_check.dsprites_labels(name, split)
         assert labels[:10].tolist() == first and labels.min() == 0 and labels.max() == 15
-    assert len(prepare.dsprites_labels("dsprites_loc", "test")) == 73728
+    assert len(vtab_check.dsprites_labels("dsprites_loc", "test")) == 73728
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -155,13 +157,13 @@ def test_a_dsprites_folder_is_checked_by_its_labels(right, tmp_path):
     folder.mkdir()
     Image.new("RGB", (64, 64)).save(folder / "one.jpg")
     for split in ("train800", "val200", "train800val200", "test"):
-        labels = prepare.dsprites_labels("dsprites_ori", split)
+        labels = vtab_check.dsprites_labels("dsprites_ori", split)
         if split == "test" and not right:
             labels[5] = (labels[5] + 1) % 16
         labels = np.random.default_rng(0).permutation(labels)  # the archive's own order
         (folder / f"{split}.txt").write_text("".join(f"one.jpg {k}\n" for k in labels))
     if right:
-        text = prepare.check("dsprites_ori", tmp_path)
+        text = vtab_check.check("dsprites_ori", tmp_path)
         assert text.endswith(
             "800/200/1000/73728 images, labels in range, labels computed from the factors"
         )
@@ -169,7 +171,7 @@ def test_a_dsprites_folder_is_checked_by_its_labels(right, tmp_path):
         with pytest.raises(
             UserError, match="labels of dsprites_ori test in .* are not those of dSprites"
         ):
-            prepare.check("dsprites_ori", tmp_path)
+            vtab_check.check("dsprites_ori", tmp_path)
 
 
 def command(*args):
@@ -192,7 +194,7 @@ def test_check_ends_with_a_table_and_the_manual_steps(tmp_path):
         "[1/4] kitti: ok: vtab-1k/kitti, 800/200/1000/711 images, labels in range, f"
     )
     assert lines[1].startswith("[2/4] resisc45: not ready: there is no prepared tfds dataset at")
-    table = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+    table = {line.split("|")[1].strip(): squeeze(line) for line in lines if line.startswith("| ")}
     assert "| ready |" in table["kitti"] and "| missing |" in table["sun397"]
     assert f"{tmp_path}/downloads/manual/NWPU-RESISC45/<class>/*.jpg" in table["resisc45"]
     assert "its address is dead" in table["sun397"] and "SUN397.tar.gz" in table["sun397"]
@@ -218,7 +220,7 @@ def test_preparing_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     """With a builder that fails in place of the second download."""
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: True)
     sizes = {"train": 800, "validation": 200, "test": 711}
-    monkeypatch.setitem(prepare.SIZES, "kitti", sizes)
+    monkeypatch.setitem(vtab_check.SIZES, "kitti", sizes)
 
     def prepare_one(dataset, data_dir, manual):
         if dataset.startswith("resisc45"):
@@ -267,7 +269,7 @@ def test_a_real_builder_with_tensorflow(tmp_path):
         )
         assert out.returncode == 0, out.stderr
         assert "[1/1] resisc45: ok: resisc45:3.0.0, 800/200/1000/6300 images" in out.stdout
-        assert prepare.check("resisc45", data_dir).endswith("the md5 order of its keys")
+        assert vtab_check.check("resisc45", data_dir).endswith("the md5 order of its keys")
     a, b = (
         sources.open_split("resisc45", "test", sources.find("resisc45", tmp_path / stored_as))
         for stored_as in sources.FORMATS

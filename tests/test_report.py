@@ -5,6 +5,7 @@ import json
 from rows import row as make
 
 from rlrr_jax import files, report
+from rlrr_jax.results import tables
 
 ROW = make(
     "hearts",
@@ -20,7 +21,7 @@ FULL = make(
 
 
 def test_table_is_aligned_markdown_without_empty_columns():
-    lines = report.table([ROW, FULL]).splitlines()
+    lines = tables.table([ROW, FULL]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [c.strip() for c in lines[0].strip("|").split("|")] == [
         *(
@@ -58,14 +59,14 @@ def test_table_is_aligned_markdown_without_empty_columns():
 
 def test_best_and_validation_accuracy_are_named_as_such():
     official = {**ROW, "test_acc_best": 0.8}
-    assert "best" in report.table([official]) and "80.00 %" in report.table([official])
+    assert "best" in tables.table([official]) and "80.00 %" in tables.table([official])
     tuned = {**ROW, "val_acc": 0.75, "test_acc_final": None, "num_test": None}
-    assert "75.00 % (val)" in report.table([tuned])
-    assert "200 validation images" in report.caption([tuned])
+    assert "75.00 % (val)" in tables.table([tuned])
+    assert "200 validation images" in tables.caption([tuned])
 
 
 def test_caption_names_backbone_source_and_device():
-    text = report.caption([ROW, FULL])
+    text = tables.caption([ROW, FULL])
     for part in ("2,000 test images", "backbone bundled", "abababababab", "original pixels", "1 x cpu"):
         assert part in text
 
@@ -88,7 +89,7 @@ def test_results_are_collected_from_the_runs(tmp_path):
     rows = report.collect(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == rows
     assert {r["method"] for r in rows} == {"rlrr", "full"}
-    assert (tmp_path / "results.md").read_text() == f"{report.table(rows)}\n\n{report.caption(rows)}\n"
+    assert (tmp_path / "results.md").read_text() == f"{tables.table(rows)}\n\n{tables.caption(rows)}\n"
     assert not list(tmp_path.rglob("*.part"))
     (folder / "error.txt").write_text("in use")  # by a process that finished it
     (tmp_path / "hearts/linear/seed1").mkdir(parents=True)

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from flags import xla_flags
+from squeeze import squeeze
 
-from rlrr_jax import files, plots
+from rlrr_jax import files
+from rlrr_jax.results import plots
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUN = "{python} -m rlrr_jax.main --config configs/vtab.py:digits,method=linear --config.epochs=1"
@@ -63,7 +65,7 @@ def test_a_run_goes_on_when_nobody_reads_it(tmp_path):
 
 def test_a_run_needs_no_standard_error(tmp_path):
     done = shell(f"{RUN} --workdir w 2>&-", tmp_path)
-    assert done.returncode == 0 and "| digits | linear |" in done.stdout
+    assert done.returncode == 0 and "| digits | linear |" in squeeze(done.stdout)
     assert (tmp_path / "w/digits/linear/seed0/result.json").exists()
 
 
@@ -80,7 +82,7 @@ def test_a_picture_that_fails_costs_no_result(tmp_path, capsys):
 
 def test_results_are_written_before_pictures(tmp_path, monkeypatch):
     """Whatever a picture does, even a kill while it is drawn, the result is there."""
-    from rlrr_jax import report, suite
+    from rlrr_jax import suite
     from rlrr_jax.configs import vtab
 
     def die(*_):
@@ -88,7 +90,7 @@ def test_results_are_written_before_pictures(tmp_path, monkeypatch):
 
     config = vtab.get_config("digits,method=linear")
     config.epochs, config.num_devices = 1, 1
-    monkeypatch.setattr(report, "curves", die)
+    monkeypatch.setattr(plots, "curves", die)
     with pytest.raises(KeyboardInterrupt):
         suite.run(config, tmp_path)
     assert files.read_json(tmp_path / "digits/linear/seed0/result.json")["test_acc_final"] > 0.8

@@ -18,11 +18,14 @@ from golden import Golden
 from jax.sharding import PartitionSpec as P
 from models.test_vit import SMALL, random_tree
 
-from rlrr_jax import methods, optim, pretrained, step
+from rlrr_jax import evaluate, methods, optim, step
 from rlrr_jax.models import vit
+from rlrr_jax.runtime import mesh as mesh_lib
+from rlrr_jax.weights import reader
 
 MODEL = vit.ViT(**{**SMALL, "depth": 2})
 METHOD = methods.get("rlrr")
+CLASSES = SMALL["num_classes"]
 SIZE, NUMBER, BATCH = 16, 22, 6  # 4 steps an epoch, the last of 4 images
 FROZEN = jax.tree.map(np.asarray, random_tree(MODEL, SIZE))
 RNG = np.random.default_rng(0)
@@ -62,7 +65,7 @@ def stack(*trees):
 @functools.cache
 def mapped_steps(devices, trials, x64=False):
     del x64  # another program
-    r, mesh = recipe(), step.make_mesh(jax.devices()[:devices], trials)
+    r, mesh = recipe(), mesh_lib.make_mesh(jax.devices()[:devices], trials)
     return r, mesh, step.map_train_steps(r, mesh)
 
 
@@ -76,16 +79,16 @@ class Run:
         )
         frozen = frozen_tree()
         states = [step.init_state(self.recipe, jax.random.key(i), frozen) for i in range(len(hypers))]
-        put = functools.partial(step.put, self.mesh)
+        put = functools.partial(mesh_lib.put, self.mesh)
         self.frozen, self.data = put(P(), frozen), put(P(), DATA)
         self.hyper = put(P("trial"), stack(*hypers))
         self.state = put(P("trial"), stack(*states))
-        self.metrics = put(P("trial"), stack(*[step.init_metrics(self.recipe)] * len(hypers)))
+        self.metrics = put(P("trial"), stack(*[step.init_metrics(self.recipe, CLASSES)] * len(hypers)))
 
     def __call__(self, epoch, start, stop):
-        scalars = [step.put(self.mesh, P(), jnp.int32(i)) for i in (epoch, start, stop)]
+        scalars = [mesh_lib.put(self.mesh, P(), jnp.int32(i)) for i in (epoch, start, stop)]
         self.state, self.metrics = self.steps(
-            self.frozen, self.data, self.state, self.metrics, self.hyper, *scalars
+            self.frozen, self.data, self.state, self.metrics, self.hyper, tuple(scalars)
         )
 
 
@@ -93,8 +96,13 @@ def one_gradient(r, frozen, data, hyper, trainable, number):
     """Gradient and plain SGD step of batch `number` of epoch 1, on one device of the axis "data"."""
     order = jax.random.permutation(jax.random.fold_in(hyper["order_key"], 1), r.num_images)
     batch = step.take_batch(r, data, order, hyper, 1, number)
-    loss, correct, grads = step.loss_and_grad(r, frozen, trainable, batch, hyper["drop_path"])
-    return loss, correct, grads, jax.tree.map(lambda x, g: x - 0.1 * g, trainable, grads)
+    metrics, grads = step.loss_and_grad(r, frozen, trainable, batch, hyper["drop_path"])
+    return (
+        metrics["loss"],
+        metrics["acc"],
+        grads,
+        jax.tree.map(lambda x, g: x - 0.1 * g, trainable, grads),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +115,7 @@ def trainable():
 @functools.cache
 def mapped_gradient(devices, flip, drop_path, x64):
     del x64  # another program
-    mesh = step.make_mesh(jax.devices()[:devices])
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     mapped = jax.shard_map(
         functools.partial(one_gradient, recipe(flip=flip, drop_path=drop_path)),
         mesh=mesh,
@@ -214,7 +222,7 @@ def test_trials_equal_single_runs_whatever_the_mesh():
     single = []
     for i, h in enumerate(hypers):
         run = Run(1, [h])
-        run.state = step.put(
+        run.state = mesh_lib.put(
             run.mesh, P("trial"), stack(step.init_state(run.recipe, jax.random.key(i), frozen_tree()))
         )
         run(0, 0, 4)
@@ -241,8 +249,8 @@ def test_frozen_weights_stay_and_are_in_no_state():
 def test_the_frozen_tree_is_an_argument_of_the_program():
     """No weight is written into it as a constant."""
     run = Run(1)
-    scalar = step.put(run.mesh, P(), jnp.int32(0))
-    args = (run.frozen, run.data, run.state, run.metrics, run.hyper, scalar, scalar, scalar)
+    scalar = mesh_lib.put(run.mesh, P(), jnp.int32(0))
+    args = (run.frozen, run.data, run.state, run.metrics, run.hyper, (scalar,) * 3)
     text = run.steps.lower(*args).as_text()
     constants = re.findall(r"dense<\"?([^>]*)>", text)
     assert constants and max(map(len, constants)) < 1000
@@ -251,7 +259,7 @@ def test_the_frozen_tree_is_an_argument_of_the_program():
 def test_steps_use_their_own_learning_rate_and_order(tmp_path):
     """The ten golden steps of AdamW through `train_step`, a learning rate for each epoch."""
     golden = Golden("open_a", tmp_path)
-    frozen = pretrained.load(golden.weights, model=golden.model, image_size=golden.image_size)
+    frozen = reader.load(golden.weights, model=golden.model, image_size=golden.image_size)
     number = len(golden.labels)
     r = step.Recipe(
         golden.model, METHOD, number, number, golden.image_size, flip=False, drop_path=False
@@ -262,18 +270,16 @@ def test_steps_use_their_own_learning_rate_and_order(tmp_path):
     h = {**hyper(), "lr": jnp.asarray(golden.data["lrs"], jnp.float32)}
     h["weight_decay"] = jnp.float32(golden.data["weight_decay"])
     one = jax.shard_map(
-        lambda state, epoch: step.train_step(r, frozen, data, jnp.arange(number), state, h, epoch, 0)[
-            :2
-        ],
-        mesh=step.make_mesh(jax.devices()[:1]),
+        lambda state, epoch: step.train_step(r, frozen, data, jnp.arange(number), state, h, (epoch, 0)),
+        mesh=mesh_lib.make_mesh(jax.devices()[:1]),
         in_specs=P(),
         out_specs=P(),
         check_vma=False,
     )
     one = jax.jit(one)
     for epoch in range(10):
-        state, loss = one(state, jnp.int32(epoch))
-        assert abs(float(loss) - golden.data["losses"][epoch]) < 1e-4
+        state, metrics = one(state, jnp.int32(epoch))
+        assert abs(float(metrics["loss"]) - golden.data["losses"][epoch]) < 1e-4
     ours, theirs = (
         flatten_dict(t, sep="/")
         for t in (state["trainable"], golden.tree("after_n/", state["trainable"]))
@@ -294,7 +300,7 @@ def shard_batch(r, data, h, epoch, number):
             epoch,
             number,
         )[:3],
-        mesh=step.make_mesh(jax.devices()[:1]),
+        mesh=mesh_lib.make_mesh(jax.devices()[:1]),
         in_specs=(),
         out_specs=P(),
         check_vma=False,
@@ -326,7 +332,7 @@ def test_an_epoch_shows_every_image_once():
     r, h = recipe(flip=False), hyper()
     data = {"images": np.zeros_like(DATA["images"]), "labels": np.arange(NUMBER, dtype=np.int32)}
     data = jax.tree.map(jnp.asarray, data)
-    mesh = step.make_mesh(jax.devices()[:4])
+    mesh = mesh_lib.make_mesh(jax.devices()[:4])
 
     def labels(number):
         order = jax.random.permutation(jax.random.fold_in(h["order_key"], 0), NUMBER)
@@ -344,11 +350,11 @@ def test_an_epoch_shows_every_image_once():
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("size", [1, 5, 8, 64])
 def test_evaluation_counts_every_image_once(devices, size):
-    mesh = step.make_mesh(jax.devices()[:devices])
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     tree = random_tree(MODEL, SIZE)
-    params = step.put_trials(mesh, [tree])
-    eval_step = step.map_eval_step(MODEL, SIZE, "highest", mesh)
-    out = step.evaluate(eval_step, params, DATA["images"], DATA["labels"], size, mesh)
+    params = mesh_lib.put_trials(mesh, [tree])
+    eval_step = evaluate.map_eval_step(MODEL, SIZE, "highest", mesh)
+    out = evaluate.evaluate(eval_step, params, DATA["images"], DATA["labels"], size, mesh)
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(MODEL.apply)({"params": tree}, DATA["images"] / np.float32(127.5) - 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, DATA["labels"])
@@ -370,9 +376,9 @@ def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
         "labels": jax.ShapeDtypeStruct((1000,), jnp.int32),
     }
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    mesh = step.make_mesh(jax.devices(), trials=2)  # 2 x 2
-    args = (frozen, data, add(state), add(jax.eval_shape(lambda: step.init_metrics(r))))
-    args += (add(jax.eval_shape(hyper)), scalar, scalar, scalar)
+    mesh = mesh_lib.make_mesh(jax.devices(), trials=2)  # 2 x 2
+    args = (frozen, data, add(state), add(jax.eval_shape(lambda: step.init_metrics(r, 100))))
+    args += (add(jax.eval_shape(hyper)), (scalar,) * 3)
     exported = jax.export.export(step.map_train_steps(r, mesh), platforms=[platform])(*args)
     assert exported.platforms == (platform,)
     assert "all_reduce" in exported.mlir_module() or "all-reduce" in exported.mlir_module()
@@ -404,9 +410,9 @@ def test_weight_decay_pulls_only_what_it_should():
 )
 def test_the_mesh_has_the_split_of_least_work(trials, devices, groups):
     """At batch 32: on the busiest device each trial has its share of it and a fixed cost."""
-    assert step.trial_axis(devices, trials, 32) == groups
+    assert mesh_lib.trial_axis(devices, trials, 32) == groups
     work = {
-        n: -(-trials // n) * (-(-32 * n // devices) + step.TRIAL_COST)
+        n: -(-trials // n) * (-(-32 * n // devices) + mesh_lib.TRIAL_COST)
         for n in range(1, devices + 1)
         if devices % n == 0
     }
@@ -421,26 +427,29 @@ def test_trials_that_do_not_fill_the_mesh_train_as_if_alone():
     assert run.mesh.shape == {"trial": 4, "data": 1}
     run(0, 0, 4)
     alone = Run(1, hypers[2:])
-    alone.state = step.put(
+    alone.state = mesh_lib.put(
         alone.mesh, P("trial"), stack(step.init_state(alone.recipe, jax.random.key(3), frozen_tree()))
     )
     alone(0, 0, 4)
     np.testing.assert_allclose(run.metrics["loss"][3], alone.metrics["loss"][0], rtol=0, atol=1e-6)
-    kept = step.kept(run.state, run.mesh, 3)
+    kept = mesh_lib.without_spares(run.state, run.mesh, 3)
     assert {len(x) for x in jax.tree.leaves(kept)} == {3}
-    again = step.filled(kept, run.mesh, 4)
+    again = mesh_lib.with_spares(kept, run.mesh, 4)
     for a, b in zip(*map(jax.tree.leaves, (again, run.state)), strict=True):
         np.testing.assert_array_equal(a[:3], b[:3])
         np.testing.assert_array_equal(a[3], b[2])
-    assert step.kept(kept, run.mesh, 3) is kept and step.filled(run.state, run.mesh, 4) is run.state
+    assert (
+        mesh_lib.without_spares(kept, run.mesh, 3) is kept
+        and mesh_lib.with_spares(run.state, run.mesh, 4) is run.state
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_turns_take_every_trial_once(number):
     mesh = jax.make_mesh((2, 2), ("trial", "data"), (jax.sharding.AxisType.Auto,) * 2)
-    tree = step.put(mesh, P("trial"), {"a": jnp.arange(8), "b": jnp.arange(16.0).reshape(8, 2)})
+    tree = mesh_lib.put(mesh, P("trial"), {"a": jnp.arange(8), "b": jnp.arange(16.0).reshape(8, 2)})
     seen = []
-    for which, part in step.turns(tree, mesh, number):
+    for which, part in mesh_lib.turns(tree, mesh, number):
         np.testing.assert_array_equal(part["a"], which)
         np.testing.assert_array_equal(part["b"][:, 0], 2.0 * np.array(which))
         assert len(which) == 2 * number

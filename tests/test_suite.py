@@ -16,12 +16,18 @@ import pytest
 import vtab_data
 from flags import xla_flags
 from ml_collections import ConfigDict
+from squeeze import squeeze
 
+from rlrr_jax import checks, files, report, suite
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, report, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
+from rlrr_jax.results import tables
+from rlrr_jax.runs import search
+from rlrr_jax.runs.forecast import Forecast, cost, duration
+from rlrr_jax.runs.workdir import Work
+from rlrr_jax.weights import reader
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("kitti", "dtd", "eurosat")
@@ -251,25 +257,25 @@ def test_a_suite_that_tunes_shows_its_runs(data_dir, tmp_path):
 def test_ties_go_to_the_smaller_learning_rate(tmp_path):
     row = lambda lr, wd, dp: {"lr": lr, "weight_decay": wd, "drop_path": dp, "train_loss": 1.0}
     run = config_lib.resolve(config("digits,method=linear", protocol="vtab"))[0]
-    work = suite.Work(run, tmp_path / "seed0", None, "x")
+    work = Work(run, tmp_path / "seed0", None, "x")
 
     def chosen(val_acc):
         def train_all(works):
-            values = [row(*(w.run[k] for k in config_lib.GRID)) for w in works]
+            values = [row(*(w.run[k] for k in checks.GRID)) for w in works]
             return [{**v, "val_acc": val_acc(v)} for v in values]
 
-        return suite.choose([work], train_all)[0].run
+        return search.choose([work], train_all)[0].run
 
     tied = chosen(lambda row: 0.5)
     assert (tied.lr, tied.weight_decay, tied.drop_path) == (1e-3, 5e-5, 0.0)
-    assert len(suite.trials(work)) == 18
+    assert len(search.trials(work)) == 18
     assert chosen(lambda row: row["lr"]).lr == 1e-2
 
 
 def test_a_search_never_chooses_what_diverged(tmp_path):
     grid = {"lr": (1e-3, 1e-2), "weight_decay": (0.0,), "drop_path": (0.0,)}
     run = config_lib.resolve(config("digits,method=linear", protocol="vtab", grid=grid))[0]
-    work = suite.Work(run, tmp_path / "seed0", None, "x")
+    work = Work(run, tmp_path / "seed0", None, "x")
 
     def choose(losses):
         keys = ("lr", "weight_decay", "drop_path")
@@ -277,7 +283,7 @@ def test_a_search_never_chooses_what_diverged(tmp_path):
             {**{k: w.run[k] for k in keys}, "val_acc": 0.7 - 10 * w.run.lr, "train_loss": loss}
             for w, loss in zip(works, losses)
         ]
-        return suite.choose([work], rows)[0].run.lr
+        return search.choose([work], rows)[0].run.lr
 
     assert choose((1.0, 1.0)) == 1e-3 and choose((None, 1.0)) == 1e-2
     with pytest.raises(UserError, match="is finite at no setting of config.grid: put smaller"):
@@ -294,36 +300,36 @@ def test_what_a_suite_costs(capsys):
     runs = config_lib.resolve(config("task=all", epochs=None))
     assert len(runs) == 19 * 3 and {r.protocol for r in runs} == {"fast"}
     nowhere = pathlib.Path("/nowhere")
-    works = [suite.Work(r, nowhere, None, f"{r.task} {r.seed}") for r in runs]
-    suite.Forecast(works)
+    works = [Work(r, nowhere, None, f"{r.task} {r.seed}") for r in runs]
+    Forecast(works)
     tests = 3 * sum(t.num_test for t in tasks.VTAB.values())
     assert f"57 run(s): {57 * 110 * 32:,} steps on {57 * 110_000:,} training images, 57" in (
         out := capsys.readouterr().out
     )
     assert f"of {tests:,} images in all" in out
     (official,) = config_lib.resolve(config("kitti", epochs=None))
-    assert suite.cost(official) == (110 * 32, 110_000, 109, 109 * 711)
-    assert suite.cost(official, 1) == (32, 1000, 0, 0)
+    assert cost(official) == (110 * 32, 110_000, 109, 109 * 711)
+    assert cost(official, 1) == (32, 1000, 0, 0)
     (one,) = config_lib.resolve(config("kitti", epochs=1))
-    assert suite.cost(one).evaluations == 1
+    assert cost(one).evaluations == 1
     (vtab_run,) = config_lib.resolve(config("kitti", epochs=None, protocol="vtab"))
-    forecast = suite.Forecast([suite.Work(vtab_run, pathlib.Path("w"), None, "x")])
+    forecast = Forecast([Work(vtab_run, pathlib.Path("w"), None, "x")])
     assert len(forecast.left) == 19
     assert sum(c.images for _, c in forecast.left.values()) == 18 * 88_000 + 110_000
 
 
 def test_the_time_left_goes_by_the_speed_of_each_method(capsys):
     runs = config_lib.resolve(config("digits,method=linear+rlrr", epochs=10))
-    works = [suite.Work(r, pathlib.Path("/nowhere"), None, r.method) for r in runs]
-    forecast = suite.Forecast(works)
+    works = [Work(r, pathlib.Path("/nowhere"), None, r.method) for r in runs]
+    forecast = Forecast(works)
     clock = SimpleNamespace(images=1000, seconds=1.0)
-    forecast.tell([works[0]], clock, 1)  # 9,000 + 10,000 images and two tests are left
+    forecast.on_epoch([works[0]], clock, 1)  # 9,000 + 10,000 images and two tests are left
     assert f"about {19 + 2 * 797 / 3000:.0f} s left, linear trains 1,000" in capsys.readouterr().out
-    forecast.tell([works[0]], clock, 2)
+    forecast.on_epoch([works[0]], clock, 2)
     assert capsys.readouterr().out == ""
     forecast.finished(works[0])
     clock.seconds = 10.0
-    forecast.tell([works[1]], clock, 4)
+    forecast.on_epoch([works[1]], clock, 4)
     assert f"about {60 + 797 / 300:.0f} s left, rlrr trains 100" in capsys.readouterr().out
 
 
@@ -331,7 +337,7 @@ def test_the_time_left_goes_by_the_speed_of_each_method(capsys):
     ("seconds", "text"), [(3.2, "3 s"), (98, "98 s"), (600, "10 min"), (11520, "3 h 12 min")]
 )
 def test_durations(seconds, text):
-    assert suite.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_results_of_one_run_that_differ_are_not_merged(tmp_path):
@@ -360,7 +366,7 @@ def test_results_of_older_versions_are_read(tmp_path, capsys):
         del saved["recipe"], saved["machine"], saved["data"]["upright"]
         files.write_json(path.parent / "config.json", saved)
     again, problems = suite.run(settings, tmp_path)
-    assert not problems and report.table(again).count("| digits |") == 1
+    assert not problems and squeeze(tables.table(again)).count("| digits |") == 1
     assert again[0]["setting"] == again[1]["setting"] and "±" in report.show(again)
     (path.parent / "config.json").unlink()
     with pytest.raises(UserError, match="written by an older version, and its config.json is gone"):
@@ -368,7 +374,7 @@ def test_results_of_older_versions_are_read(tmp_path, capsys):
 
 
 def test_weights_are_read_once_a_start(tmp_path, monkeypatch):
-    reads, load = [], config_lib.pretrained.load
-    monkeypatch.setattr(config_lib.pretrained, "load", lambda *a, **k: reads.append(a) or load(*a, **k))
+    reads, load = [], reader.load
+    monkeypatch.setattr(reader, "load", lambda *a, **k: reads.append(a) or load(*a, **k))
     rows, _ = suite.run(config("digits,hearts,method=linear+norm"), tmp_path)
     assert len(rows) == 4 and len(reads) == 1

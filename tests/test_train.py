@@ -17,19 +17,32 @@ import pytest
 import safetensors.numpy
 from flags import xla_flags
 from flax.traverse_util import unflatten_dict
+from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, methods, pretrained, step, suite, train
+from rlrr_jax import evaluate, files, job, methods, step, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
+from rlrr_jax.data.resize import normalize
 from rlrr_jax.errors import UserError
+from rlrr_jax.results import rows
+from rlrr_jax.weights import names, reader
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = {
     *("identity", "task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
     *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
     *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
-    *("optimizer", "momentum_dtype", "grad_clip", "total_steps", "warmup_steps", "crop", "crop_from"),
+    *(
+        "optimizer",
+        "loss",
+        "momentum_dtype",
+        "grad_clip",
+        "total_steps",
+        "warmup_steps",
+        "crop",
+        "crop_from",
+    ),
     *("options", "grid", "model", "attention", "resize", "config", "setting", "line", "cores"),
     *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),
     *(
@@ -115,7 +128,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     again = start(broken)  # and a finished run only says so
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
-    assert "finished before" in out and "| digits | rlrr" in out
+    assert "finished before" in out and "| digits | rlrr" in squeeze(out)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +145,7 @@ def test_row_of_results(finished):
     assert row["trainable_params"] == 18_240 and row["head_params"] == 970
     assert row["num_test"] == 797 and row["source"] == "bundled" and row["init"] == "paper"
     assert 0.9 < row["test_acc_final"] <= row["test_acc_best"] <= 1 and row["val_acc"] is None
-    assert row["backbone_sha256"] == pretrained.fetch("bundled")[1]
+    assert row["backbone_sha256"] == names.fetch("bundled")[1]
     text = (workdir / "results.md").read_text()
     assert f"{100 * row['test_acc_final']:.2f} %" in text and "18,240" in text
 
@@ -149,10 +162,10 @@ def test_saved_adapter_merges_into_the_reported_accuracy(finished):
     tree = unflatten_dict(safetensors.numpy.load_file(path), sep="/")
     trained = {"head": tree.pop("head"), "adapter": tree}
     model = config_lib.build_model(config_lib.resolve(small_config())[0])
-    frozen = pretrained.load("bundled", model=model, image_size=32)
+    frozen = reader.load("bundled", model=model, image_size=32)
     params = methods.merge(methods.get("rlrr"), frozen, trained)
     images, labels = store.load_split("digits", "test", 32)
-    logits = jax.jit(model.apply)({"params": params}, step.normalize(images, 32))
+    logits = jax.jit(model.apply)({"params": params}, normalize(images, 32))
     assert float((logits.argmax(-1) == labels).mean()) == pytest.approx(
         row["test_acc_final"], abs=0.002
     )
@@ -202,11 +215,11 @@ def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
 
     config = small_config(f"{task},method=linear", epochs=None)
     model = config_lib.build_model(config_lib.resolve(config)[0])
-    frozen = pretrained.load("bundled", model=model, image_size=32)
+    frozen = reader.load("bundled", model=model, image_size=32)
 
     @jax.jit
     def features(images):
-        out = model.apply({"params": frozen}, step.normalize(images, 32), mutable=["intermediates"])[1]
+        out = model.apply({"params": frozen}, normalize(images, 32), mutable=["intermediates"])[1]
         return out["intermediates"]["encoded"][0][:, 0]
 
     parts = {}
@@ -235,28 +248,28 @@ def test_four_devices_give_the_losses_of_one(tmp_path):
 
 
 def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
-    jobs, prepare = [], train.prepare
-    monkeypatch.setattr(train, "prepare", lambda *a: jobs.append(prepare(*a)) or jobs[-1])
+    jobs, build = [], job.build
+    monkeypatch.setattr(job, "build", lambda *a: jobs.append(build(*a)) or jobs[-1])
     run(small_config(epochs=1), tmp_path)
     model = config_lib.build_model(jobs[0].runs[0])
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.device_get(jobs[0].frozen),
-        pretrained.load("bundled", model=model, image_size=32),
+        reader.load("bundled", model=model, image_size=32),
     )
 
 
 def test_mean_of_an_epoch_counts_images_not_steps():
     recipe = step.Recipe(None, None, batch_size=6, num_images=22, image_size=32)
-    metrics = {"loss": np.array([[1.0, 2.0, 3.0, 7.0]]), "correct": np.array([[6.0, 3.0, 0.0, 4.0]])}
-    means = train._means(recipe, metrics, 0)
+    metrics = {"loss": np.array([[1.0, 2.0, 3.0, 7.0]]), "acc": np.array([[6.0, 3.0, 0.0, 4.0]])}
+    means = rows.means(recipe, metrics, 0)
     assert means["train_loss"] == pytest.approx((6 + 12 + 18 + 28) / 22)
     assert means["train_acc"] == pytest.approx(13 / 22)
-    assert train._means(recipe, metrics, 0, 2)["train_loss"] == pytest.approx(1.5)
+    assert rows.means(recipe, metrics, 0, 2)["train_loss"] == pytest.approx(1.5)
 
 
 def test_two_subtrees_of_one_file_are_two_runs(tmp_path):
-    with np.load(pretrained.BUNDLED) as file:
+    with np.load(names.BUNDLED) as file:
         flat = {k.removeprefix("params/"): file[k] for k in file.files}
     np.savez(tmp_path / "two.npz", **{f"{p}/{k}": v for p in "ab" for k, v in flat.items()})
     configs = [small_config("digits,method=linear", epochs=1) for _ in "ab"]
@@ -309,22 +322,22 @@ def test_a_folder_in_use_is_refused(tmp_path):
 def test_a_check_is_a_collective_once_in_some_seconds(several, monkeypatch):
     """100 batches, the first of which compiles: one process looks each time, several do not."""
     now, looks = [0.0], []
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.distributed, "several", lambda: several)
-    monkeypatch.setattr(train.distributed, "agree", lambda value: value)
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(evaluate.distributed, "several", lambda: several)
+    monkeypatch.setattr(evaluate.distributed, "broadcast", lambda value: value)
     seen = []
-    done = train._pace(lambda: looks.append(now[0]), SimpleNamespace(update=seen.append))
+    done = evaluate.pace(lambda: looks.append(now[0]), SimpleNamespace(update=seen.append))
     for i in range(100):
         now[0] += 10 if i == 0 else 0.125
         done(256)
     assert sum(seen) == 25_600 and len(looks) == (5 if several else 100)
-    assert all(b - a <= train.CHECK_SECONDS + 0.2 for a, b in itertools.pairwise(looks[1:]))
+    assert all(b - a <= evaluate.CHECK_SECONDS + 0.2 for a, b in itertools.pairwise(looks[1:]))
 
 
 def test_evaluation_shows_a_bar(tmp_path, monkeypatch):
     bars = []
 
-    class Bar(train.tqdm):
+    class Bar(evaluate.tqdm):
         def __init__(self, **options):
             bars.append((options, []))
             super().__init__(**options)
@@ -333,7 +346,7 @@ def test_evaluation_shows_a_bar(tmp_path, monkeypatch):
             bars[-1][1].append(n)
             return super().update(n)
 
-    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(evaluate, "tqdm", Bar)
     run(small_config("digits,method=linear", epochs=1), tmp_path)
     (options, seen) = bars[-1]
     assert options["desc"] == "evaluating epoch 1" and options["unit"] == "img"

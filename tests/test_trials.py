@@ -15,11 +15,18 @@ import pytest
 import safetensors.numpy
 from flags import xla_flags
 from float64 import near
+from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, report, step, suite, train
+from rlrr_jax import evaluate, files, models, suite, train
+from rlrr_jax import job as job_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
+from rlrr_jax.runs import identity
+from rlrr_jax.runs import workdir as workdir_lib
+from rlrr_jax.runtime import clock
+from rlrr_jax.runtime.memory import TooLarge
+from rlrr_jax.runtime.stop import Stop, Stopped
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRIALS = ({"lr": (0.02, 0.005), "drop_path": (0.0, 0.2)}, {"weight_decay": 0.1, "seed": 3})
@@ -64,12 +71,12 @@ def assert_equal_but_for_rounding(ours, theirs):
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("group")
-    return workdir, run(config(trials=TRIALS), workdir)
+    return workdir, run(config(runs=TRIALS), workdir)
 
 
 def test_each_trial_has_its_row_and_folder(group):
     workdir, rows = group
-    assert [report.folder(row) for row in rows] == list(FOLDERS)
+    assert [workdir_lib.run_folder(row) for row in rows] == list(FOLDERS)
     assert {path.name for path in (workdir / "digits/rlrr").iterdir()} == set(FOLDERS)
     assert [(r["lr"], r["drop_path"], r["seed"]) for r in rows[:4]] == [
         (lr, rate, 0) for lr in (0.02, 0.005) for rate in (0.0, 0.2)
@@ -78,8 +85,8 @@ def test_each_trial_has_its_row_and_folder(group):
     assert {row["trained_together"] for row in rows} == {5}
     assert len({row["train_loss"] for row in rows}) == 5
     text = (workdir / "results.md").read_text()
-    assert "| digits | rlrr lr0.005 drop_path0.2 " in text
-    assert "| digits | rlrr seed 3 weight_decay0.1 " in text
+    assert "| digits | rlrr lr0.005 drop_path0.2 " in squeeze(text)
+    assert "| digits | rlrr seed 3 weight_decay0.1 " in squeeze(text)
     assert len(json.loads((workdir / "results.json").read_text())) == 5
 
 
@@ -97,7 +104,7 @@ def test_a_trial_equals_the_same_trial_alone(group, number, tmp_path):
 @pytest.mark.slow
 def test_four_devices_share_the_trials(group, tmp_path):
     workdir, _ = group
-    again = run(config(trials=TRIALS[:1], num_devices=4), tmp_path)  # a mesh of 4 x 1
+    again = run(config(runs=TRIALS[:1], num_devices=4), tmp_path)  # a mesh of 4 x 1
     assert [row["device"] for row in again] == ["4 x cpu"] * 4
     for name in FOLDERS[:4]:
         assert_equal_but_for_rounding(tmp_path / "digits/rlrr" / name, workdir / "digits/rlrr" / name)
@@ -107,7 +114,7 @@ def start(workdir):
     trials = "({'lr':(0.02,0.005),'drop_path':(0.0,0.2)},)"
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=3", "--config.protocol=official", "--config.checkpoint_seconds=0"]
-    command += [f"--config.trials={trials}", f"--workdir={workdir}"]
+    command += [f"--config.runs={trials}", f"--workdir={workdir}"]
     environment = {**os.environ, "XLA_FLAGS": xla_flags()}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -186,14 +193,14 @@ def test_added_seeds_leave_finished_ones_alone(tmp_path):
 
 @pytest.mark.slow
 def test_trials_that_do_not_fit_are_trained_in_groups(group, tmp_path, monkeypatch, capsys):
-    needs, check_memory = [], train.check_memory
+    needs, check_memory = [], job_lib.check_memory
 
     def check(job, need, limit):
         needs.append(need.argument_size_in_bytes + need.temp_size_in_bytes)
         return check_memory(job, need, needs[0] / 2)
 
-    monkeypatch.setattr(train, "check_memory", check)
-    rows = run(config(trials=TRIALS), tmp_path)
+    monkeypatch.setattr(job_lib, "check_memory", check)
+    rows = run(config(runs=TRIALS), tmp_path)
     together = [row["trained_together"] for row in rows]
     assert sum(1 / n for n in together) == pytest.approx(3) and max(together) == 2, together
     assert "[1-5/5] digits rlrr, 5 trials: 2 fit into memory at once" in capsys.readouterr().out
@@ -229,10 +236,10 @@ def test_how_many_fit(trials, devices, limit, remat, fits):
     here = trials // devices
     needs = SimpleNamespace(argument_size_in_bytes=15 + here, temp_size_in_bytes=9 * here)
     if fits is None:
-        train.check_memory(job, needs, limit)
+        job_lib.check_memory(job, needs, limit)
     else:
-        with pytest.raises(train.TooLarge) as e:
-            train.check_memory(job, needs, limit)
+        with pytest.raises(TooLarge) as e:
+            job_lib.check_memory(job, needs, limit)
         assert e.value.fits == fits
 
 
@@ -240,14 +247,14 @@ def test_how_many_fit(trials, devices, limit, remat, fits):
 def test_a_trial_that_does_not_fit_computes_twice(tmp_path, monkeypatch, capsys):
     settings = config("digits,method=rlrr", epochs=1)
     plain = run(settings, tmp_path / "plain")
-    needs, check_memory = [], train.check_memory
+    needs, check_memory = [], job_lib.check_memory
 
     def check(job, need, limit):
         needs.append(need.temp_size_in_bytes)
         return check_memory(job, need, 1)
 
-    monkeypatch.setattr(train, "check_memory", check)
-    monkeypatch.setattr(config_lib, "default_unroll", lambda variant: 1)
+    monkeypatch.setattr(job_lib, "check_memory", check)
+    monkeypatch.setattr(models, "default_unroll", lambda variant: 1)
     again = run(settings, tmp_path / "again")
     assert needs[1] < 0.7 * needs[0]
     assert "not enough memory, so activations are computed twice" in capsys.readouterr().out
@@ -260,18 +267,18 @@ def test_a_trial_that_does_not_fit_computes_twice(tmp_path, monkeypatch, capsys)
 def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplog):
     """Also for several trials; the first step of all is one by itself, to learn the speed."""
     dispatches = []
-    compile_train_steps = train.compile_train_steps
+    compile_steps = job_lib.Job.compile
 
     def counted(*args):
-        train_steps = compile_train_steps(*args)
-        return lambda data, state, metrics, *place: (
-            dispatches.append(place) or train_steps(data, state, metrics, *place)
+        train_steps = compile_steps(*args)
+        return lambda data, state, metrics, *chunk: (
+            dispatches.append(chunk) or train_steps(data, state, metrics, *chunk)
         )
 
-    monkeypatch.setattr(train, "compile_train_steps", counted)
-    monkeypatch.setattr(train, "DISPATCH_SECONDS", 1e6)
-    step.map_eval_step.cache_clear()
-    for number, changes in enumerate(({}, {"trials": TRIALS})):
+    monkeypatch.setattr(job_lib.Job, "compile", counted)
+    monkeypatch.setattr(clock, "DISPATCH_SECONDS", 1e6)
+    evaluate.map_eval_step.cache_clear()
+    for number, changes in enumerate(({}, {"runs": TRIALS})):
         dispatches.clear()
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -287,7 +294,7 @@ def resolve(**changes):
 
 
 def test_trials_and_seeds_multiply():
-    runs = resolve(trials=({"lr": (1e-3, 1e-2)}, {"drop_path": 0.3, "seed": 9}), seeds=(0, 1))
+    runs = resolve(runs=({"lr": (1e-3, 1e-2)}, {"drop_path": 0.3, "seed": 9}), seeds=(0, 1))
     assert [(r.lr, r.drop_path, r.seed, r.trial) for r in runs] == [
         (1e-3, 0.1, 0, "lr0.001"),
         (1e-3, 0.1, 1, "lr0.001"),
@@ -295,27 +302,34 @@ def test_trials_and_seeds_multiply():
         (1e-2, 0.1, 1, "lr0.01"),
         (3e-3, 0.3, 9, "drop_path0.3"),
     ]
-    assert len({config_lib.together(r) for r in runs}) == 1
+    assert len({identity.together(r) for r in runs}) == 1
 
 
 def test_a_trial_is_the_same_work_as_a_run_with_that_value():
-    (trial,), (alone,) = resolve(trials=({"lr": 0.5},)), resolve(lr=0.5)
-    assert config_lib.fingerprint([trial]) == config_lib.fingerprint([alone])
-    assert config_lib.together(alone) != config_lib.together(resolve(batch_size=64)[0])
+    (trial,), (alone,) = resolve(runs=({"lr": 0.5},)), resolve(lr=0.5)
+    assert identity.fingerprint([trial]) == identity.fingerprint([alone])
+    assert identity.together(alone) != identity.together(resolve(batch_size=64)[0])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trials": ({"lrr": 1},)}, "unknown key of config.trials 'lrr': did you mean 'lr'"),
-        ({"trials": ("lr",)}, "must be a list, such as"),
-        ({"trials": ({"lr": 1e-3}, {"lr": 1e-3})}, "must be different trials"),
-        ({"trials": ({"lr": ()},)}, "must be different trials"),
-        ({"trials": ({"lr": -1.0},)}, "config.trials.lr=-1.0 must be greater than 0"),
-        ({"trials": ({"lr": "high"},)}, "config.trials.lr=high must be greater than 0"),
-        ({"trials": ({"drop_path": (0.1, 1.0)},)}, "config.trials.drop_path=1.0 must be at least 0"),
-        ({"trials": ({"seed": 1.5},)}, "config.trials.seed=1.5 must be a whole number"),
-        ({"trials": ({"lr": 1.0},), "protocol": "vtab"}, "vtab makes its own trials"),
+        ({"runs": ({"lrr": 1},)}, "unknown option of method rlrr 'lrr': did you mean 'lr'"),
+        ({"runs": ("lr",)}, "must be a list, such as"),
+        ({"runs": ()}, "must be a list, such as"),
+        ({"runs": ({"lr": 1e-3}, {"lr": 1e-3})}, "must be different runs"),
+        ({"runs": ({"lr": ()},)}, "must have values for lr"),
+        ({"runs": ({"lr": -1.0},)}, "config.lr=-1.0 must be greater than 0"),
+        ({"runs": ({"lr": "high"},)}, "lr='high' has the wrong type"),
+        ({"runs": ({"epochs": "many"},)}, "epochs='many' has the wrong type"),
+        ({"runs": ({"batch_size": (16, 0)},)}, "config.batch_size=0 must be greater than 0"),
+        ({"runs": ({"drop_path": (0.1, 1.0)},)}, "config.drop_path=1.0 must be at least 0"),
+        ({"runs": ({"seed": 1.5},)}, "config.runs.seed=1.5 must be a whole number"),
+        ({"runs": ({"task": "dtd"},)}, "config.runs cannot change task: set config.task for all runs"),
+        ({"runs": ({"num_devices": 2},)}, "cannot change num_devices"),
+        ({"runs": ({"grid.lr": (0.1,)},)}, "cannot change grid.lr"),
+        ({"trials": ({"lr": 1e-3},)}, "are one key now: write --config.runs="),
+        ({"variants": ({"rank": 2},)}, "are one key now: write --config.runs="),
     ],
 )
 def test_impossible_trials(changes, message):
@@ -326,8 +340,8 @@ def test_impossible_trials(changes, message):
 def test_trials_are_evaluated_in_turn_where_merged_trees_do_not_fit(group, tmp_path, monkeypatch):
     """18 merged trees of an L/16 take 20 GiB: fewer at once give the same answers."""
     _, rows = group
-    monkeypatch.setattr(train, "evaluated_at_once", lambda job, limit: 1)
-    again = run(config(trials=TRIALS), tmp_path)
+    monkeypatch.setattr(evaluate, "at_once", lambda job, limit: 1)
+    again = run(config(runs=TRIALS), tmp_path)
     keys = ("test_acc_final", "train_loss", "identity")
     assert [[row[k] for k in keys] for row in again] == [[row[k] for k in keys] for row in rows]
 
@@ -351,12 +365,12 @@ def test_how_many_are_evaluated_at_once(trials, groups, limit, fits):
         frozen=np.zeros(10, np.uint8),
         data=np.zeros(5, np.uint8),
     )
-    assert train.evaluated_at_once(job, limit) == fits
+    assert evaluate.at_once(job, limit) == fits
 
 
 def test_three_trials_on_four_devices_are_resumed_on_one(tmp_path, monkeypatch):
     """Their checkpoint has three, though four were trained: the mesh may differ after a stop."""
-    stop = train.Stop()
+    stop = Stop()
     settings = config("digits,method=linear", seeds=(0, 1, 2), num_devices=4, checkpoint_seconds=0.0)
     train_epoch = train.train_epoch
 
@@ -366,7 +380,7 @@ def test_three_trials_on_four_devices_are_resumed_on_one(tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(train, "train_epoch", then_stop)
-    with pytest.raises(train.Stopped):
+    with pytest.raises(Stopped):
         suite.run(settings, tmp_path, stop)
     monkeypatch.undo()
     settings.num_devices = 1
@@ -380,15 +394,15 @@ def test_three_trials_on_four_devices_are_resumed_on_one(tmp_path, monkeypatch):
 def test_goes_on_elsewhere_with_a_note(tmp_path, monkeypatch, capsys):
     """Bits are promised for the same devices and cores alone."""
     settings = config("digits,method=linear", checkpoint_seconds=0.0, epochs=3)
-    stop, evaluate = train.Stop(), train.evaluate
+    stop, evaluate_epoch = Stop(), train.evaluate_epoch
 
-    def then_stop(job, state, epoch, check):
-        stop.asked = epoch == 1
-        check()
-        return evaluate(job, state, epoch, check)
+    def then_stop(job, progress, saver):
+        stop.asked = progress.epoch == 1
+        saver.stop_if_asked()
+        return evaluate_epoch(job, progress, saver)
 
-    monkeypatch.setattr(train, "evaluate", then_stop)
-    with pytest.raises(train.Stopped):
+    monkeypatch.setattr(train, "evaluate_epoch", then_stop)
+    with pytest.raises(Stopped):
         suite.run(settings, tmp_path, stop)
     monkeypatch.undo()
     cores = len(os.sched_getaffinity(0))

@@ -57,19 +57,26 @@ class Split(NamedTuple):
     where: Callable
 
 
-def find(name, data_dir=None, kind=None):
-    """The source of a task: of the kind asked for, else the one that is there.
+def find(task, data_dir=None, kind=None):
+    """Where a task's examples are: of the kind asked for, else the one that is there.
 
     Args:
-      name: of the task.
+      task: a `Task`, or its name.
       data_dir: folder of tfds datasets, or of (or above) a `vtab-1k` folder; None is tfds's default.
       kind: "tfds", "folder" or None.
 
     Raises UserError if there is none, or if both are there and `kind` is None.
     """
-    name, task = tasks.canonical(name), tasks.get(name)
-    if task.group == "bundled":
-        return Found("bundled", BUNDLED / f"{name}.npz", name)
+    task = tasks.get(task)
+    return SOURCES[task.source].find(task, data_dir, kind)
+
+
+def _find_bundled(task, data_dir, kind):
+    return Found("bundled", BUNDLED / f"{task.name}.npz", task.name)
+
+
+def _find_vtab(task, data_dir, kind):
+    name = task.name
     root = epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
     try:
         root.exists()
@@ -111,33 +118,30 @@ def _versions(folder, task):
     return sorted(right, key=lambda n: (n == task.version, numbers[n]), reverse=True)
 
 
-def open_split(name, split, found):
+def open_split(task, split, found):
     """The examples of a `Split`, in the order of the source.
 
     Args:
-      name: of the task.
+      task: a `Task`, or its name.
       split: one of the task's, such as "train800" or "test".
       found: see `find`.
 
     Raises UserError if the dataset is damaged or has another number of examples.
     """
-    name = tasks.canonical(name)
-    task = tasks.get(name)
-    opened = {"bundled": _bundled, "tfds": _tfds, "folder": _folder}[found.kind](
-        name, task, split, found
-    )
+    task = tasks.get(task)
+    opened = SOURCES[task.source].open(task, split, found)
     number = task.number(split)
     if opened.number != number:
         raise UserError(
-            f"{name} has {opened.number} {split} images instead of {number} in {found.path}: "
+            f"{task.name} has {opened.number} {split} images instead of {number} in {found.path}: "
             + ("correct its list" if found.kind == "folder" else "prepare the dataset again")
         )
     return opened
 
 
-def class_names(name, found):
+def class_names(task, found):
     """Names of a task's classes: its own, those that tfds keeps beside the dataset, or numbers."""
-    task = tasks.get(name)
+    task = tasks.get(task)
     names = task.names
     if not names and found.kind == "tfds" and len(task.fields) == 1:
         path = epath.Path(found.path) / f"{task.fields[0]}.labels.txt"
@@ -145,11 +149,11 @@ def class_names(name, found):
     return list(names) if len(names) == task.classes else [str(i) for i in range(task.classes)]
 
 
-def pixels(name, found):
+def pixels(task, found):
     """What a source's pixels are: "original", "jpeg75" (as Pillow saves by default) or "stored"."""
     if found.kind != "folder":
         return "original"
-    split = open_split(name, "test", found)
+    split = open_split(task, "test", found)
     if not split.number:
         return "stored"
     (image, _), *_ = split.read(0, 1)
@@ -169,23 +173,27 @@ def jpeg75(image):
     return out.getvalue()
 
 
-def _bundled(name, task, split, found):
+def _open_bundled(task, split, found):
     with np.load(found.path, allow_pickle=False) as file:
         parts = task.splits[split].split("+")
         images = np.concatenate([file[f"{part}/images"] for part in parts])
         labels = np.concatenate([file[f"{part}/labels"] for part in parts])
     read = lambda start, stop: [(i, (k,)) for i, k in zip(images[start:stop], labels[start:stop])]
-    return Split(len(labels), (name,), read, {}, lambda i: f"image {i} of {name} {split}")
+    return Split(len(labels), (task.name,), read, {}, lambda i: f"image {i} of {task.name} {split}")
+
+
+def _open_vtab(task, split, found):
+    return (_tfds if found.kind == "tfds" else _folder)(task, split, found)
 
 
 # tfds -----------------------------------------------------------------------------------------
 
 
-def _tfds(name, task, split, found):
+def _tfds(task, split, found):
     part = task.splits[split]
-    names = tasks.sharing(name, split)
-    labels_of = [tasks.get(n).label for n in names]
-    fields = {task.image, *(field for n in names for field in tasks.get(n).fields)}
+    sharing = tasks.sharing(task, split)
+    labels_of = [t.label for t in sharing]
+    fields = {task.image, *(field for t in sharing for field in t.fields)}
     builder, fetch = open_tfds(found, part, fields)
     info = builder.info.splits[part]
 
@@ -198,8 +206,8 @@ def _tfds(name, task, split, found):
         stats = [_stamp(found.path / file) for file, *_ in instructions]
     key = {"dataset": found.dataset, "path": _absolute(found.path), "image": task.image}
     key |= {"files": instructions, "stamps": stats}
-    where = lambda i: f"image {i} of {name} {split} ({found.path})"
-    return Split(info.num_examples, tuple(names), read, key, where)
+    where = lambda i: f"image {i} of {task.name} {split} ({found.path})"
+    return Split(info.num_examples, tuple(t.name for t in sharing), read, key, where)
 
 
 def _absolute(path):
@@ -289,7 +297,7 @@ def _tfrecord(builder, part, fields):
 # VTAB-1k folders ------------------------------------------------------------------------------
 
 
-def _folder(name, task, split, found):
+def _folder(task, split, found):
     """A folder as NOAH's get_vtab1k.py writes it: list files of `images/<split>/000000.jpg 3`."""
     path = found.path / f"{split}.txt"
     if not path.exists():
@@ -319,7 +327,7 @@ def _folder(name, task, split, found):
     key = {"folder": _absolute(found.path), "list": hashlib.sha256(text.encode()).hexdigest()}
     key |= {"stamps": _stamps(found.path, entries)}
     where = lambda i: f"{path}:{entries[i][0]}: {entries[i][1]}"
-    return Split(len(entries), (name,), read, key, where)
+    return Split(len(entries), (task.name,), read, key, where)
 
 
 def _stamps(folder, entries):
@@ -348,3 +356,22 @@ def _parse(path, number, line, classes):
             f"correct that line"
         )
     return number, image, label
+
+
+class Source(NamedTuple):
+    """Where images of a kind of task come from; a module with these two functions is one, too.
+
+    Attributes:
+      find: function `(task, data_dir, kind) -> Found`.
+      open: function `(task, split, found) -> Split`.
+    """
+
+    find: Callable
+    open: Callable
+
+
+# By `Task.source`. To add one, write a module with `find` and `open`, and put it in here.
+SOURCES = {
+    "bundled": Source(_find_bundled, _open_bundled),
+    "vtab": Source(_find_vtab, _open_vtab),
+}

@@ -129,11 +129,11 @@ def rgb(image, pixels, scale=1):
     return image
 
 
-def load_split(name, split, pixels, found=None, cache_dir=None):
+def load_split(task, split, pixels, found=None, cache_dir=None):
     """Images and labels of a split, in the source's order.
 
     Args:
-      name: the task.
+      task: a `Task`, or its name.
       split: one of the task's, such as "train800" or "test".
       pixels: a `Pixels`, or just the size. Small images of one size are kept as they are, and are to
         be resized on the device (`resize.bicubic`, bit-equal to Pillow).
@@ -146,55 +146,60 @@ def load_split(name, split, pixels, found=None, cache_dir=None):
     Raises:
       UserError: if an image is damaged, a label is impossible or the disk is too small.
     """
-    name, pixels = tasks.canonical(name), _pixels(pixels)
-    found = found or sources.find(name)
+    task, pixels = tasks.get(task), _pixels(pixels)
+    found = found or sources.find(task)
     if found.kind == "bundled":
-        source = sources.open_split(name, split, found)
-        small = not pixels.shorter and tasks.get(name).side <= pixels.size
-        pixels = pixels._replace(size=tasks.get(name).side) if small else pixels
+        source = sources.open_split(task, split, found)
+        small = not pixels.shorter and task.side <= pixels.size
+        pixels = pixels._replace(size=task.side) if small else pixels
         images = [decode(i, pixels) for i, _ in source.read(0, None)]
         labels = np.array([label for _, (label,) in source.read(0, None)], np.int32)
         return np.stack(images), labels
-    entry = locate(name, split, pixels, found, cache_dir)
+    entry = locate(task, split, pixels, found, cache_dir)
     if not intact(entry):  # one that is whole may lie on a read-only disk
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
         with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True) as held:
             if not intact(entry):  # nobody made it while we waited
-                build(entry, name, split, held)
-    labels = np.load(entry.folder / f"labels-{name}.npy", allow_pickle=False)
-    _check_rule(entry, name, labels)
+                build(entry, task, split, held)
+    labels = np.load(entry.folder / f"labels-{task.name}.npy", allow_pickle=False)
+    _check_rule(entry, task, labels)
     return Images(entry.folder / "images.npy"), labels
 
 
-def _check_rule(entry, name, labels):
+def _named(name, task):
+    """The task of a name that has the images of `task`."""
+    return task if name == task.name else tasks.get(name)
+
+
+def _check_rule(entry, task, labels):
     """UserError if a label function changed without the version in its rule."""
     number = min(64, len(labels))
-    mine = entry.split.tasks.index(name)
+    mine = entry.split.tasks.index(task.name)
     now = [values[mine] for _, values in entry.split.read(0, number)]
     if now != labels[:number].tolist():
         raise UserError(
-            f"the stored labels of {name} are not what its label function gives now: raise the version "
-            f"in its rule ({tasks.get(name).rule!r}, data/tasks.py), and they are made anew"
+            f"the stored labels of {task.name} are not what its label function gives now: raise the "
+            f"version in its rule ({task.rule!r}), and they are made anew"
         )
 
 
-def load_crops(name, split, pixels, crop, found=None):
+def load_crops(task, split, pixels, crop, found=None):
     """The `crops.Crops` of a training split, decoded anew in each epoch, and its labels [N] int32.
 
     Args:
       crop: `(kind, seed)` of `crops.Crops`; the others as in `load_split`.
     """
-    name = tasks.canonical(name)
-    found = found or sources.find(name)
-    source = sources.open_split(name, split, found)
-    scale = tasks.get(name).scale if found.kind == "tfds" else 1
-    mine = source.tasks.index(name)
+    task = tasks.get(task)
+    found = found or sources.find(task)
+    source = sources.open_split(task, split, found)
+    scale = task.scale if found.kind == "tfds" else 1
+    mine = source.tasks.index(task.name)
     labels = []
     for start in range(0, source.number, _BLOCK):
         examples = source.read(start, min(start + _BLOCK, source.number))
         labels += [values[mine] for _, values in examples]
     labels = np.array(labels, np.int32)
-    _check_labels(name, split, labels)
+    _check_labels(task, split, labels)
 
     def read(i):
         ((image, _),) = source.read(i, i + 1)
@@ -205,19 +210,19 @@ def load_crops(name, split, pixels, crop, found=None):
     return crops.Crops(read, source.number, kind, pixels, seed), labels
 
 
-def locate(name, split, pixels, found=None, cache_dir=None):
+def locate(task, split, pixels, found=None, cache_dir=None):
     """The `Entry` of a split. Tasks that have the same images share it."""
-    task = tasks.get(name)
-    found = found or sources.find(name)
-    source = sources.open_split(name, split, found)
+    task = tasks.get(task)
+    found = found or sources.find(task)
+    source = sources.open_split(task, split, found)
     native = not pixels.shorter and 0 < task.side <= pixels.size and _side(source) == task.side
     side = task.side if native else pixels.size
     key = {
         **source.key,
         **dict(side=side, native=native, scale=task.scale if found.kind == "tfds" else 1),
-        **dict(variant=pixels.variant if found.kind == "tfds" else "stored"),
+        **dict(variant="stored" if found.kind == "folder" else pixels.variant),
         **dict(format=_FORMAT, pillow=_PILLOW, split=split),
-        **dict(tasks=list(source.tasks), labels=[tasks.get(n).rule for n in source.tasks]),
+        **dict(tasks=list(source.tasks), labels=[_named(n, task).rule for n in source.tasks]),
         **(dict(shorter=pixels.shorter) if pixels.shorter else {}),
         **(dict(upright=True) if pixels.upright else {}),
     }
@@ -244,6 +249,18 @@ def images_folder(cache_dir=None):
             f"config.data.cache_dir={cache_dir} is no local folder: images are mapped from it"
         )
     return files.cache(cache_dir) / "images"
+
+
+def described(cache_dir=None):
+    """What lies in the cache already, in words that follow a sentence; empty if nothing does."""
+    there = entries(cache_dir)
+    if not there:
+        return ""
+    unused = [size for _, size, why in there if why]
+    text = f"; {images_folder(cache_dir)} holds {sum(e[1] for e in there) / 1e9:.2f} GB"
+    if unused:
+        text += f", {sum(unused) / 1e9:.2f} GB of no use any more (python -m rlrr_jax.prepare --prune)"
+    return text
 
 
 def entries(cache_dir=None, thorough=False):
@@ -350,7 +367,7 @@ def intact(entry):
         return False
 
 
-def build(entry, name, split, alone=True):
+def build(entry, task, split, alone=True):
     """Decodes a split into its entry; the folder appears when it is complete.
 
     Args:
@@ -367,13 +384,15 @@ def build(entry, name, split, alone=True):
     with (
         (part / "images.npy").open("wb") as f,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=number, desc=f"decoding {name} {split}", unit="img", disable=number < 5000) as bar,
+        tqdm(
+            total=number, desc=f"decoding {task.name} {split}", unit="img", disable=number < 5000
+        ) as bar,
     ):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(f, header)
         for start in range(0, number, _BLOCK):
             examples = entry.split.read(start, min(start + _BLOCK, number))
-            put = functools.partial(_decode, entry, tasks.get(name))
+            put = functools.partial(_decode, entry, task)
             block = np.stack(list(pool.map(put, enumerate(examples, start))))
             labels[:, start : start + len(block)] = np.array([k for _, k in examples], np.int32).T
             sums.append(zlib.crc32(block))
@@ -381,9 +400,9 @@ def build(entry, name, split, alone=True):
             bar.update(len(block))
         f.flush()
         os.fsync(f.fileno())
-    for task, values in zip(entry.split.tasks, labels):
-        _check_labels(task, split, values)
-        np.save(part / f"labels-{task}.npy", values)
+    for name, values in zip(entry.split.tasks, labels):
+        _check_labels(_named(name, task), split, values)
+        np.save(part / f"labels-{name}.npy", values)
     label_sums = [zlib.crc32((part / f"labels-{t}.npy").read_bytes()) for t in entry.split.tasks]
     files.write_json(
         part / "entry.json", {"key": entry.key, "crc32": {"images": sums, "labels": label_sums}}
@@ -414,10 +433,10 @@ def readable(split, i):
         raise UserError(f"{split.where(i)} is damaged ({why}): prepare it again") from e
 
 
-def _check_labels(name, split, labels):
-    classes = tasks.get(name).classes
+def _check_labels(task, split, labels):
+    classes = task.classes
     if not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(
-            f"labels of {name} {split} go from {labels.min()} to {labels.max()}, but the task has "
+            f"labels of {task.name} {split} go from {labels.min()} to {labels.max()}, but the task has "
             f"{classes} classes: the dataset is not the expected one, prepare it again"
         )

@@ -1,195 +1,10 @@
-"""What each task is: VTAB-1k's 19, two bundled ones, and four whole datasets.
+"""All tasks by name: VTAB-1k's, two bundled ones, and four whole datasets."""
 
-Sources: VTAB (Zhai et al., 2019; github.com/google-research/task_adaptation) for splits and labels,
-the authors' VTABConfig.py for the recipes. Split positions are VTAB's percentages of the known sizes.
-"""
+from collections.abc import Iterable
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
-
-import numpy as np
-
+from rlrr_jax.data.task import Task, splits
+from rlrr_jax.data.vtab import GROUPS, VTAB
 from rlrr_jax.errors import unknown
-
-SPLITS = {"train800": 800, "val200": 200, "train800val200": 1000}  # of VTAB-1k, and "test"
-
-
-def field(name):
-    """The label function that takes a field as it is."""
-    return lambda example: example[name]
-
-
-def count_objects(example):
-    """clevr_count: 3 to 10 objects are classes 0 to 7."""
-    return len(example["objects"]["size"]) - 3
-
-
-def nearest_object(example):
-    """clevr_dist: the smallest pixel depth, in 6 bins (0, 8], (8, 8.5], ... (10, 100]."""
-    depths = np.asarray(example["objects"]["pixel_coords"], np.float32).reshape(-1, 3)[:, 2]
-    return _bin(depths.min(initial=np.inf), (0, 8, 8.5, 9, 9.5, 10, 100))
-
-
-def nearest_vehicle(example):
-    """kitti: the nearest car, van or truck up to 8 m, 20 m, farther, or none at all: 0 to 3."""
-    objects = example["objects"]
-    vehicle = np.asarray(objects["type"], int) < 3
-    depths = np.asarray(objects["location"], np.float32).reshape(-1, 3)[:, 2]
-    return _bin(depths[vehicle].min(initial=1000), (-100, 8, 20, 999))
-
-
-def _bin(value, edges):
-    """The last edge strictly below the value."""
-    return int(np.sum(np.asarray(edges) < value)) - 1
-
-
-def position_bin(example):
-    """dsprites_loc: 32 x positions in 16 classes."""
-    return example["label_x_position"] // 2
-
-
-def orientation_bin(example):
-    """dsprites_ori: 40 orientations in 16 classes of three and two values in turn."""
-    return 2 * example["label_orientation"] // 5
-
-
-class Task(NamedTuple):
-    """One classification task.
-
-    Attributes:
-      group: "natural", "specialized", "structured", "bundled" or "full".
-      splits: our split names -> tfds's instructions (bundled: parts of the file).
-      classes: number of classes.
-      num_test: number of test images.
-      tfds: tfds's name of the dataset, with its configuration.
-      version: the one that can still be prepared; another of `majors` is read if it is there.
-      majors: major versions with the same images.
-      image: field of the image.
-      label: pure function from an example to the class.
-      rule: name and version of what `label` computes. Raise the version when you change it: labels
-        are stored with the decoded images.
-      fields: of the example that `label` reads.
-      side: of the square images if all have the same small size, else 0.
-      scale: what stored pixel values are multiplied by.
-      flip: whether the recipe flips training images.
-      epochs: the recipe's.
-      schedule: see `optim.learning_rates`.
-      recipes: by method, what replaces the method's DEFAULTS (and the task's epochs).
-      sizes: number of images in each split but "test"; None is `SPLITS`.
-      parts: names of the splits to train on, to choose on, and to train on before the test.
-      names: of the classes, where the dataset does not name them.
-    """
-
-    group: str
-    splits: Mapping
-    classes: int
-    num_test: int
-    tfds: str = ""
-    version: str = ""
-    majors: tuple = ()
-    image: str = "image"
-    label: Callable = field("label")
-    rule: str = "label, 1"
-    fields: tuple = ("label",)
-    side: int = 0
-    scale: int = 1
-    flip: bool = False
-    epochs: int = 110
-    schedule: str = "official"
-    recipes: Mapping = MappingProxyType({})
-    sizes: Mapping | None = None
-    parts: tuple = tuple(SPLITS)
-    names: tuple = ()
-
-    def number(self, split):
-        """Number of images in a split."""
-        return self.num_test if split == "test" else (self.sizes or SPLITS)[split]
-
-
-def _splits(train, val, test):
-    return {"train800": train, "val200": val, "train800val200": f"{train}+{val}", "test": test}
-
-
-def _vtab(group, dataset, val, classes, num_test, recipe, *, test="test", majors=(), **kwargs):
-    """A VTAB task; `recipe` is the authors' learning rate, weight decay and drop path for RLRR."""
-    name, version = dataset.split(":")
-    return Task(
-        group=group,
-        splits=_splits("train[:800]", val, test),
-        classes=classes,
-        num_test=num_test,
-        tfds=name,
-        version=version,
-        majors=(int(version[0]), *majors),
-        recipes={"rlrr": dict(zip(("lr", "weight_decay", "drop_path"), recipe))},
-        **kwargs,
-    )
-
-
-_N, _P, _S = "natural", "specialized", "structured"
-_VAL = "validation[:200]"
-_CLEVR = (_S, "clevr:3.1.0", "train[63000:63200]")
-_DSPRITES = (_S, "dsprites:2.0.0", "train[589824:590024]")
-_NORB = (_S, "smallnorb:2.0.0", "test[:200]")
-_DSPRITES_KW = dict(test="train[663552:]", side=64, scale=255)  # stored as 0 and 1
-_NORB_KW = dict(test="test[50%:]", side=96)
-
-# fmt: off
-VTAB = {
-    "cifar": _vtab(_N, "cifar100:3.0.2", "train[45000:45200]", 100, 10000, (3e-3, 5e-5, 0.1), side=32),
-    "caltech101": _vtab(_N, "caltech101:3.0.2", "train[2754:2954]", 102, 6084, (1e-3, 5e-5, 0.1)),
-    "dtd": _vtab(_N, "dtd:3.0.1", _VAL, 47, 1880, (2e-3, 5e-5, 0.1), flip=True),
-    "oxford_flowers102": _vtab(
-        _N, "oxford_flowers102:2.1.1", _VAL, 102, 6149, (3e-3, 5e-2, 0.3)),
-    "oxford_iiit_pet": _vtab(
-        _N, "oxford_iiit_pet:4.0.0", "train[2944:3144]", 37, 3669, (1e-3, 5e-5, 0.1), majors=(3,),
-        flip=True),
-    "svhn": _vtab(
-        _N, "svhn_cropped:3.1.0", "train[65931:66131]", 10, 26032, (5e-3, 5e-5, 0.3), side=32),
-    "sun397": _vtab(_N, "sun397/tfds:4.0.0", _VAL, 397, 21750, (1e-3, 5e-5, 0.1)),
-    "patch_camelyon": _vtab(
-        _P, "patch_camelyon:2.0.0", _VAL, 2, 32768, (3e-3, 5e-2, 0.3), side=96, flip=True),
-    "eurosat": _vtab(
-        _P, "eurosat/rgb:2.0.0", "train[16200:16400]", 10, 5400, (1e-3, 5e-5, 0.1),
-        test="train[21600:]", side=64, flip=True),
-    "resisc45": _vtab(
-        _P, "resisc45:3.0.0", "train[18900:19100]", 45, 6300, (3e-3, 5e-5, 0.0), test="train[25200:]"),
-    "diabetic_retinopathy": _vtab(
-        _P, "diabetic_retinopathy_detection/btgraham-300:3.0.0", _VAL, 5, 42670, (5e-3, 5e-5, 0.1),
-        flip=True),
-    "clevr_count": _vtab(
-        *_CLEVR, 8, 15000, (5e-3, 5e-5, 0.5), test="validation", label=count_objects,
-        rule="number of objects, 1",
-        fields=("objects",), flip=True, names=tuple(f"{n} objects" for n in range(3, 11))),
-    "clevr_dist": _vtab(
-        *_CLEVR, 6, 15000, (1e-2, 5e-5, 0.2), test="validation", label=nearest_object,
-        rule="nearest object, 1",
-        fields=("objects",), flip=True,
-        names=("to 8", "to 8.5", "to 9", "to 9.5", "to 10", "beyond 10")),
-    "dmlab": _vtab(_S, "dmlab:2.0.1", _VAL, 6, 22735, (5e-3, 5e-5, 0.3), flip=True),
-    "kitti": _vtab(
-        _S, "kitti:3.3.0", _VAL, 4, 711, (3e-3, 5e-2, 0.3), label=nearest_vehicle,
-        rule="nearest vehicle, 1", fields=("objects",),
-        flip=True, names=("to 8 m", "to 20 m", "beyond 20 m", "no vehicle")),
-    "dsprites_loc": _vtab(
-        *_DSPRITES, 16, 73728, (1e-2, 5e-5, 0.1), label=position_bin,
-        rule="position, 1", fields=("label_x_position",),
-        **_DSPRITES_KW),
-    "dsprites_ori": _vtab(
-        *_DSPRITES, 16, 73728, (5e-3, 5e-5, 0.1), label=orientation_bin,
-        rule="orientation, 1", fields=("label_orientation",),
-        **_DSPRITES_KW),
-    "smallnorb_azi": _vtab(
-        *_NORB, 18, 12150, (5e-3, 5e-2, 0.3), label=field("label_azimuth"),
-        rule="azimuth, 1", fields=("label_azimuth",),
-        **_NORB_KW),
-    "smallnorb_ele": _vtab(
-        *_NORB, 9, 12150, (1e-3, 5e-5, 0.3), label=field("label_elevation"),
-        rule="elevation, 1",
-        fields=("label_elevation",), flip=True, **_NORB_KW),
-}
-# fmt: on
 
 
 # Chosen on val200, mean of three seeds (--config.protocol=tune --config.seeds="(0,1,2)").
@@ -197,9 +12,11 @@ def _tuned(lr, weight_decay=1e-4, **kwargs):
     return dict(lr=lr, weight_decay=weight_decay, drop_path=0.0, **kwargs)
 
 
-_BUNDLED = dict(group="bundled", splits=_splits("train800", "val200", "test"), schedule="cosine")
+_BUNDLED = dict(group="bundled", source="bundled", schedule="cosine")
+_BUNDLED["splits"] = splits("train800", "val200", "test")
 BUNDLED = {
     "hearts": Task(
+        name="hearts",
         **_BUNDLED,
         classes=16,
         names=tuple(f"{22.5 * i:g}°" for i in range(16)),
@@ -213,6 +30,7 @@ BUNDLED = {
         },
     ),
     "digits": Task(
+        name="digits",
         **_BUNDLED,
         classes=10,
         names=tuple("0123456789"),
@@ -224,11 +42,12 @@ BUNDLED = {
 }
 
 
-def _full(dataset, number, percent, classes, num_test, **kwargs):
+def _full(task_name, dataset, number, percent, classes, num_test, **kwargs):
     """A whole dataset as big_vision's configs/transfer.py splits it."""
     name, version = dataset.split(":")
     train = round(number * percent / 100)
     return Task(
+        name=task_name,
         group="full",
         splits={"train": f"train[:{train}]", "val": f"train[{train}:]", "test": "test"},
         classes=classes,
@@ -244,15 +63,12 @@ def _full(dataset, number, percent, classes, num_test, **kwargs):
 
 
 FULL = {
-    "cifar10_full": _full("cifar10:3.0.2", 50000, 98, 10, 10000, side=32),
-    "cifar100_full": _full("cifar100:3.0.2", 50000, 98, 100, 10000, side=32),
-    "pets_full": _full("oxford_iiit_pet:4.0.0", 3680, 90, 37, 3669, majors=(3,)),
-    "flowers_full": _full("oxford_flowers102:2.1.1", 1020, 90, 102, 6149),
+    "cifar10_full": _full("cifar10_full", "cifar10:3.0.2", 50000, 98, 10, 10000, side=32),
+    "cifar100_full": _full("cifar100_full", "cifar100:3.0.2", 50000, 98, 100, 10000, side=32),
+    "pets_full": _full("pets_full", "oxford_iiit_pet:4.0.0", 3680, 90, 37, 3669, majors=(3,)),
+    "flowers_full": _full("flowers_full", "oxford_flowers102:2.1.1", 1020, 90, 102, 6149),
 }
 TASKS = {**VTAB, **BUNDLED, **FULL}
-GROUPS = {
-    group: tuple(name for name, task in VTAB.items() if task.group == group) for group in (_N, _P, _S)
-}
 # Other names in use: tfds's, VTAB's and those of papers' code.
 ALIASES = {
     "cifar100": "cifar",
@@ -277,28 +93,26 @@ ALIASES = {
 }
 
 
-def get(name):
-    """The task of that name; UserError with the nearest name if there is none."""
-    return TASKS[canonical(name)]
+def get(task: str | Task) -> Task:
+    """The task of a name, or a task itself; UserError with the nearest name if there is none."""
+    return task if isinstance(task, Task) else TASKS[canonical(task)]
 
 
-def canonical(name):
+def canonical(name: str) -> str:
     """Our name of a task; UserError with the nearest name if there is none."""
     if name not in TASKS and name not in ALIASES:
         raise unknown("task", name, [*TASKS, *GROUPS, *ALIASES, "all"])
     return ALIASES.get(name, name)
 
 
-def expand(names):
+def expand(names: Iterable[str]) -> list[str]:
     """Names of tasks for names, aliases, groups and "all", each once."""
     groups = {**GROUPS, "all": tuple(VTAB), "bundled": tuple(BUNDLED), "full": tuple(FULL)}
     every = [task for name in names for task in groups.get(name) or (canonical(name),)]
     return list(dict.fromkeys(every))
 
 
-def sharing(name, split):
+def sharing(task: Task, split: str) -> list[Task]:
     """The tasks that have the same images in a split, in the same order."""
-    like = lambda task: (task.group, task.tfds or name, task.image, task.scale, task.splits.get(split))
-    return [other for other, task in TASKS.items() if task.tfds and like(task) == like(get(name))] or [
-        name
-    ]
+    like = lambda t: (t.group, t.tfds or t.name, t.image, t.scale, t.splits.get(split))
+    return [t for t in TASKS.values() if t.tfds and like(t) == like(task)] or [task]

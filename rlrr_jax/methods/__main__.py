@@ -2,9 +2,8 @@
 
 import jax
 
-from rlrr_jax import config, methods
+from rlrr_jax import methods, models
 from rlrr_jax.errors import Parser, one_sentence
-from rlrr_jax.models import vit
 
 
 def main():
@@ -12,11 +11,8 @@ def main():
     parser = Parser(description="Lists the methods.")
     parser.add_argument("--variant", default="B/16", help="of a ViT for 224 pixels; or bundled")
     args = parser.parse_args()
-    sizes = config.model_sizes(args.variant)
-    model = vit.ViT(**sizes, num_classes=2)
     size = 32 if args.variant == "bundled" else 224
-    image = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
-    frozen = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    frozen = models.shapes(models.build(args.variant, 2), size)
     for name, module in methods.METHODS.items():
         number = count(methods.get(name), frozen)
         print(f"{name}: {module.__doc__.splitlines()[0].partition(': ')[2]}")

@@ -35,7 +35,8 @@ def method(columns=None, column_seed=0):
 
     def init(key, frozen):
         del key
-        node, shape = base.subtree(frozen, base.DENSE["out"]), base.sizes(frozen, ("out",))["out"]
+        site = base.dense(frozen, ("out",))["out"]
+        node, shape = base.subtree(frozen, site.path), (site.depth, site.inputs, site.outputs)
         kernel, index = node["kernel"].reshape(shape), chosen(frozen)
         return {
             "out": {

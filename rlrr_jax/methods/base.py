@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,17 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError, nearest
+from rlrr_jax.methods.sites import BLOCK, DENSE, Site, dense, replaced, sites, subtree
 
-BLOCK = ("Transformer", "encoderblock")  # all blocks, stacked: the leading axis is the depth L
-_ATTENTION = (*BLOCK, "MultiHeadDotProductAttention_0")
-DENSE = {
-    "query": (*_ATTENTION, "query"),
-    "key": (*_ATTENTION, "key"),
-    "value": (*_ATTENTION, "value"),
-    "out": (*_ATTENTION, "out"),
-    "Dense_0": (*BLOCK, "MlpBlock_0", "Dense_0"),
-    "Dense_1": (*BLOCK, "MlpBlock_0", "Dense_1"),
-}
+__all__ = ["BLOCK", "DENSE", "Site", "dense", "replaced", "sites", "subtree"]  # for methods
+
 # What gets its input straight from a LayerNorm of a block.
 AFTER_NORM = {"attention": ("query", "key", "value"), "mlp": ("Dense_0",)}
 
@@ -162,26 +154,9 @@ def _same_leaves(what, found, wanted):
 # Trees ----------------------------------------------------------------------------------------
 
 
-def subtree(tree, path):
-    """What lies at a path of keys."""
-    return functools.reduce(operator.getitem, path, tree)
-
-
-def replaced(tree, path, value):
-    """A copy of a tree with another value at a path of keys."""
-    if not path:
-        return value
-    return {**tree, path[0]: replaced(tree[path[0]], path[1:], value)}
-
-
 def sizes(frozen, names=DENSE):
     """`{name: (L, in, out)}` of Dense layers, heads flattened."""
-    out = {}
-    for name in names:
-        node = subtree(frozen, DENSE[name])
-        depth = len(node["bias"])
-        out[name] = depth, node["kernel"].size // node["bias"].size, node["bias"].size // depth
-    return out
+    return {k: (s.depth, s.inputs, s.outputs) for k, s in dense(frozen, names).items()}
 
 
 def change_dense(frozen, names, change):
@@ -189,17 +164,14 @@ def change_dense(frozen, names, change):
 
     Args:
       frozen: a ViT tree.
-      names: keys of `DENSE`.
+      names: names of Dense layers, see `sites.DENSE`.
       change: `(name, kernel [L, in, out], bias [L, out]) -> kernel, bias`.
     """
-    for name, shape in sizes(frozen, names).items():
-        node = subtree(frozen, DENSE[name])
-        kernel, bias = change(name, node["kernel"].reshape(shape), node["bias"].reshape(shape[0], -1))
-        new = {
-            "kernel": kernel.reshape(node["kernel"].shape),
-            "bias": bias.reshape(node["bias"].shape),
-        }
-        frozen = replaced(frozen, DENSE[name], new)
+    for name, site in dense(frozen, names).items():
+        node, shape = subtree(frozen, site.path), (site.depth, site.inputs, site.outputs)
+        kernel, bias = change(name, node["kernel"].reshape(shape), node["bias"].reshape(shape[::2]))
+        kernel, bias = kernel.reshape(node["kernel"].shape), bias.reshape(node["bias"].shape)
+        frozen = replaced(frozen, site.path, {"kernel": kernel, "bias": bias})
     return frozen
 
 

@@ -21,8 +21,9 @@ def method(rank=8, alpha=None, targets="query+value"):
 
     def init(key, frozen):
         tree = lora.factors(key, frozen, targets, rank)
-        for name, shape in base.sizes(frozen, targets).items():
-            kernel = base.subtree(frozen, base.DENSE[name])["kernel"].reshape(shape)
+        for name, site in base.dense(frozen, targets).items():
+            shape = (site.depth, site.inputs, site.outputs)
+            kernel = base.subtree(frozen, site.path)["kernel"].reshape(shape)
             tree[name]["magnitude"] = jnp.linalg.norm(kernel, axis=1)  # [L, out]
         return tree
 

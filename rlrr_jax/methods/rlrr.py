@@ -4,12 +4,12 @@ Every Dense of every block gets `kernel + kernel * scale_in * scale_out` and `bi
 LayerNorm and the patch embedding get their output scaled and shifted, which folds into their weights.
 """
 
-import itertools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods.base import (
@@ -20,6 +20,7 @@ from rlrr_jax.methods.base import (
     names_in,
     positive,
     replaced,
+    sites,
     subtree,
     uniform,
 )
@@ -29,7 +30,11 @@ FORMULA = "W' = W + W * (s_in s_out), b' = b + f; LayerNorms and patch embedding
 DEFAULTS = dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1)
 STARTS = ("paper", "damped", "identity", "normal", "zero", "constant", "uniform")
 SIDES = {"both": ("scale_in", "scale_out"), "left": ("scale_in",), "right": ("scale_out",)}
-PLACES = ("mha", "ffn", "norm", "patch")
+PLACES = {  # role of a layer -> where it is
+    **dict.fromkeys(("query", "key", "value", "out"), "mha"),
+    **dict.fromkeys(("mlp_in", "mlp_out"), "ffn"),
+    **{"norm": "norm", "embedding": "patch"},
+}
 
 
 class Variant(NamedTuple):
@@ -90,7 +95,7 @@ def method(
         raise UserError("with_weight=False needs both sides and the residual")
     if rank > 1 and sides != "both":
         raise UserError(f"rank={rank} needs both sides")
-    where = names_in(where, PLACES, "place of method 'rlrr'")
+    where = names_in(where, dict.fromkeys(PLACES.values()), "place of method 'rlrr'")
     v = Variant(init, rank, with_weight, sides, residual, shift, where, layers)
     return Method(
         lambda key, frozen: _init(key, frozen, v),
@@ -101,25 +106,12 @@ def method(
 
 
 def _init(key, frozen, v):
-    counter = itertools.count()
-
-    def walk(node, path):
-        if path == ("head",):
-            return {}
-        if "bias" in node:
-            each = jax.random.fold_in(key, next(counter))
-            if "kernel" in node and path[0] == "Transformer":
-                there = ("mha" if "MultiHead" in path[-2] else "ffn") in v.where
-                return _dense(each, node, v) if there else {}
-            return _affine(each, node, v) if _place(path) in v.where else {}
-        children = {k: walk(x, (*path, k)) for k, x in sorted(node.items()) if isinstance(x, dict)}
-        return {k: x for k, x in children.items() if x}
-
-    return walk(_first(frozen, v.layers), ())
-
-
-def _place(path):
-    return "patch" if path == ("embedding",) else "norm"
+    frozen, flat = _first(frozen, v.layers), {}
+    for i, site in enumerate(sites(frozen)):
+        if PLACES[site.role] in v.where:
+            start = _affine if PLACES[site.role] in ("norm", "patch") else _dense
+            flat[site.path] = start(jax.random.fold_in(key, i), subtree(frozen, site.path), v)
+    return unflatten_dict(flat)
 
 
 def _affine(key, node, v):

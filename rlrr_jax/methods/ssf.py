@@ -1,9 +1,9 @@
 """SSF: the output of every operation is scaled and shifted (Lian et al., NeurIPS 2022)."""
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from rlrr_jax.methods.base import Method, affine, decay_of, replaced, subtree
+from rlrr_jax.methods.base import Method, affine, decay_of, replaced, sites, subtree
 
 FORMULA = "W' = W * s_out, b' = b * s_out + f; LayerNorms and patch embedding, too"
 DEFAULTS = dict(lr=5e-3, weight_decay=5e-5, drop_path=0.0)  # of most of its authors' VTAB-1k scripts
@@ -14,15 +14,10 @@ def method():
     return Method(init, merge, decay_of(), DEFAULTS)
 
 
-def _sites(tree, name):
-    """Paths of all Dense, LayerNorm and patch embedding nodes but the head."""
-    return sorted(k[:-1] for k in flatten_dict(tree) if k[-1] == name and k[0] != "head")
-
-
 def init(key, frozen):
     """A scale, N(1, 0.02^2), and a shift, N(0, 0.02^2), beside each bias. Not quite the identity."""
     tree = {}
-    for i, path in enumerate(_sites(frozen, "bias")):
+    for i, path in enumerate(site.path for site in sites(frozen)):
         shape = subtree(frozen, path)["bias"].shape
         scale, shift = 0.02 * jax.random.normal(jax.random.fold_in(key, i), (2, *shape))
         tree |= {(*path, "scale"): 1 + scale, (*path, "shift"): shift}
@@ -32,6 +27,6 @@ def init(key, frozen):
 def merge(frozen, adapter):
     """Folds scales and shifts into kernels (of LayerNorms: scales) and biases."""
     params = frozen
-    for path in _sites(adapter, "shift"):
+    for path in (site.path for site in sites(frozen)):
         params = replaced(params, path, affine(subtree(frozen, path), **subtree(adapter, path)))
     return params

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlrr_jax.data import tasks
+from rlrr_jax.data import tasks, vtab
 from rlrr_jax.errors import UserError
 
 AUTHORS = """
@@ -79,18 +79,18 @@ def clevr(depths):
 @pytest.mark.parametrize("depth", [0.1, 7.99, 8, 8.01, 8.5, 8.6, 9, 9.5, 9.500001, 10, 10.01, 99, 100])
 def test_clevr_distance_is_that_of_the_nearest(depth):
     expected = last_threshold_below(np.float32(depth), [0, 8, 8.5, 9, 9.5, 10, 100])
-    assert tasks.nearest_object(clevr([depth, 100.0, depth + 3])) == expected
-    assert tasks.nearest_object(clevr([100.0, depth])) == expected
+    assert vtab.nearest_object(clevr([depth, 100.0, depth + 3])) == expected
+    assert vtab.nearest_object(clevr([100.0, depth])) == expected
 
 
 def test_clevr_distance_by_hand():
     edges = {8.0: 0, 8.25: 1, 8.5: 1, 9.0: 2, 9.5: 3, 10.0: 4, 10.5: 5, 100.0: 5}
-    assert {d: tasks.nearest_object(clevr([d])) for d in edges} == edges
+    assert {d: vtab.nearest_object(clevr([d])) for d in edges} == edges
 
 
 def test_clevr_count():
     for number in range(3, 11):
-        assert tasks.count_objects({"objects": {"size": [0] * number}}) == number - 3
+        assert vtab.count_objects({"objects": {"size": [0] * number}}) == number - 3
 
 
 def kitti(*objects):
@@ -106,21 +106,21 @@ def kitti(*objects):
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_kitti_distance_is_that_of_the_nearest_vehicle(z, kind):
     expected = last_threshold_below(np.float32(z), [-100, 8, 20, 999])
-    assert tasks.nearest_vehicle(kitti((kind, z))) == expected
-    assert tasks.nearest_vehicle(kitti((3, -50), (kind, z), (7, 1), (0, z + 1))) == expected
+    assert vtab.nearest_vehicle(kitti((kind, z))) == expected
+    assert vtab.nearest_vehicle(kitti((3, -50), (kind, z), (7, 1), (0, z + 1))) == expected
 
 
 def test_kitti_without_vehicles():
-    assert tasks.nearest_vehicle(kitti()) == 3
-    assert tasks.nearest_vehicle(kitti((3, 5.0), (4, 1.0))) == 3  # a pedestrian, a cyclist
+    assert vtab.nearest_vehicle(kitti()) == 3
+    assert vtab.nearest_vehicle(kitti((3, 5.0), (4, 1.0))) == 3  # a pedestrian, a cyclist
     edges = {8.0: 0, 8.5: 1, 20.0: 1, 20.5: 2}
-    assert {z: tasks.nearest_vehicle(kitti((0, z))) for z in edges} == edges
+    assert {z: vtab.nearest_vehicle(kitti((0, z))) for z in edges} == edges
 
 
 def test_dsprites_bins():
     for i in range(32):
-        assert tasks.position_bin({"label_x_position": i}) == math.floor(i / 2.0)
-    bins = [tasks.orientation_bin({"label_orientation": i}) for i in range(40)]
+        assert vtab.position_bin({"label_x_position": i}) == math.floor(i / 2.0)
+    bins = [vtab.orientation_bin({"label_orientation": i}) for i in range(40)]
     assert bins == [math.floor(i / 2.5) for i in range(40)]
     assert bins[:25] == [int(c) for c in "0001122233444556667788899"]
     assert np.bincount(bins).tolist() == [3, 2] * 8
@@ -133,6 +133,7 @@ def test_tasks_with_the_same_images():
         ("smallnorb_azi", "smallnorb_ele"),
     ):
         for split in ("train800", "val200", "train800val200", "test"):
-            assert tasks.sharing(a, split) == tasks.sharing(b, split) == [a, b]
-    assert tasks.sharing("cifar", "test") == ["cifar"]
-    assert tasks.sharing("hearts", "test") == ["hearts"]
+            both = [tasks.get(a), tasks.get(b)]
+            assert all(tasks.sharing(task, split) == both for task in both)
+    for name in ("cifar", "hearts"):
+        assert tasks.sharing(tasks.get(name), "test") == [tasks.get(name)]

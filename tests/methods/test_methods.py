@@ -15,6 +15,7 @@ from models.test_vit import SMALL, apply, images, random_tree
 
 from rlrr_jax import methods, step
 from rlrr_jax.models import vit
+from rlrr_jax.runtime import mesh as mesh_lib
 
 MODEL = vit.ViT(**SMALL)
 LABELS = jnp.array([0, 3, 6, 1, 2])
@@ -242,7 +243,7 @@ TRAINED = [
 def test_trains_in_the_common_step(name, frozen):
     """Two trials at once: eight steps on one batch lower the loss, and each is as if alone."""
     recipe = step.Recipe(MODEL, methods.get(name), batch_size=6, num_images=6, image_size=48)
-    mesh = step.make_mesh(jax.devices()[:1], 2)
+    mesh = mesh_lib.make_mesh(jax.devices()[:1], 2)
     rng = np.random.default_rng(0)
     data = {"images": rng.integers(0, 256, (6, 48, 48, 3), np.uint8), "labels": np.arange(6) % 3}
     data["labels"] = data["labels"].astype(np.int32)

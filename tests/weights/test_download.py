@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlrr_jax import cards, download, pretrained
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
+from rlrr_jax.weights import download, names, preprocessing, reader
 
 BODY = bytes(np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8))
 
@@ -112,10 +112,10 @@ def test_changed_file_is_refused(server, tmp_path):
 
 
 def test_load_through_the_network(server, tmp_path):
-    server.body = pretrained.BUNDLED.read_bytes()
-    path, digest = pretrained.fetch(server.url + ":params", tmp_path)
+    server.body = names.BUNDLED.read_bytes()
+    path, digest = names.fetch(server.url + ":params", tmp_path)
     assert path.endswith("/models/w.npz:params")
-    assert digest == pretrained.fetch("bundled")[1]
+    assert digest == names.fetch("bundled")[1]
 
 
 def test_public_gs_addresses_are_resumed_too(server, tmp_path, monkeypatch):
@@ -191,21 +191,21 @@ def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path, monkeypat
         "/timm/vit/resolve/main/model.safetensors": body,
         "/timm/vit/resolve/main/config.json": json.dumps(config).encode(),
     }
-    path, digest = pretrained.fetch("hf:timm/vit", tmp_path)
+    path, digest = names.fetch("hf:timm/vit", tmp_path)
     assert digest == hashlib.sha256(body).hexdigest() and path.endswith("/model.safetensors")
-    assert cards.read(path)[:4] == ("exact", (0,) * 3, (1,) * 3, "config.json says so")
+    assert preprocessing.read(path)[:4] == ("exact", (0,) * 3, (1,) * 3, "config.json says so")
     model = vit.ViT(width=24, depth=3, mlp_dim=48, num_heads=3, patch_size=4, num_classes=5)
-    tree = pretrained.load("hf:timm/vit", model=model, image_size=12, cache_dir=tmp_path)
+    tree = reader.load("hf:timm/vit", model=model, image_size=12, cache_dir=tmp_path)
     kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0) / 2
     np.testing.assert_allclose(tree["embedding"]["kernel"], kernel, rtol=1e-6)
-    assert pretrained.canonical("hf:timm/vit") == "hf:timm/vit"
+    assert names.canonical("hf:timm/vit") == "hf:timm/vit"
     monkeypatch.setattr(sys.modules["huggingface_hub.constants"], "HF_HUB_OFFLINE", True)
-    assert pretrained.fetch("hf:timm/vit", tmp_path)[0] == path
+    assert names.fetch("hf:timm/vit", tmp_path)[0] == path
 
 
 def test_what_hugging_face_does_not_have_is_one_sentence(hub, tmp_path):
     with pytest.raises(UserError) as e:
-        pretrained.fetch("hf:timm/none", tmp_path)
+        names.fetch("hf:timm/none", tmp_path)
     assert str(e.value).startswith("cannot get model.safetensors of hf:timm/none (")
     assert str(e.value).endswith("or download it by hand and give its path") and "\n" not in str(
         e.value

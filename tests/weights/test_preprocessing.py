@@ -8,13 +8,14 @@ import named_vits
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_layouts import of_transformers
+from weights.test_vit_layouts import of_transformers
 
-from rlrr_jax import cards, layouts, pretrained, suite
 from rlrr_jax import config as config_lib
+from rlrr_jax import suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
+from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
 
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32]}
 
@@ -97,12 +98,12 @@ def test_twelve_heads_are_not_six(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = vit.ViT(48, 2, 96, 12, 4, 5, gelu="exact")
     images = np.random.default_rng(1).random((2, 12, 12, 3), np.float32)
-    tree = pretrained.load(str(path), model=model, image_size=12, head=True)
+    tree = reader.load(str(path), model=model, image_size=12, head=True)
     ours = model.apply({"params": tree}, images)
     np.testing.assert_allclose(ours, named_vits.timm(weights, images, 12), rtol=0, atol=1e-4)
     assert np.abs(ours - named_vits.timm(weights, images, 6)).max() > 0.01
     with pytest.raises(UserError, match=r"has 12 attention heads \(config.json says so\), the model 6"):
-        pretrained.load(str(path), model=model.clone(num_heads=6), image_size=12)
+        reader.load(str(path), model=model.clone(num_heads=6), image_size=12)
 
 
 OTHERS = {
@@ -120,15 +121,15 @@ def test_a_config_of_another_model_is_passed_over_with_a_note(what, tmp_path):
     name, config = OTHERS[what]
     path = tmp_path / f"{name}.safetensors"
     path.write_bytes(b"")
-    imagenet = dict(zip(("mean", "std"), cards.IMAGENET))
+    imagenet = dict(zip(("mean", "std"), preprocessing.IMAGENET))
     if what != "something else":
         config = {**config, "pretrained_cfg": imagenet}
     (tmp_path / "config.json").write_text(json.dumps(config))
     run, notes = follow(path, "Ti/16")
-    assert run.pretrained.mean == cards.HALF  # of the name
+    assert run.pretrained.mean == preprocessing.HALF  # of the name
     assert [n for n in notes if f"{tmp_path}/config.json" in n and n.endswith("is passed over")], notes
     with pytest.raises(UserError, match="nothing says how the pixels of .* is passed over"):
-        cards.read(tmp_path / "x.safetensors", variant="Ti/16")
+        preprocessing.read(tmp_path / "x.safetensors", variant="Ti/16")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.dino", "vit_tiny_patch16_224_ft"])
@@ -138,7 +139,7 @@ def test_the_config_of_the_same_model_is_taken(name, tmp_path):
     config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": HALF}
     (tmp_path / "config.json").write_text(json.dumps(config))
     run, notes = follow(path, "Ti/16")
-    assert run.pretrained.mean == cards.HALF and not [n for n in notes if "passed over" in n]
+    assert run.pretrained.mean == preprocessing.HALF and not [n for n in notes if "passed over" in n]
 
 
 def test_transformers_configs_are_read(tmp_path):
@@ -173,9 +174,9 @@ UNUSED += (
 
 
 def load(path, notes, variant="Ti/16"):
-    how = pretrained.How(mean=cards.HALF, std=cards.HALF)
+    how = reader.How(mean=preprocessing.HALF, std=preprocessing.HALF)
     model = vit.ViT.from_variant(variant, num_classes=5)
-    return pretrained.load(str(path), model=model, image_size=32, how=how, note=notes.append)
+    return reader.load(str(path), model=model, image_size=32, how=how, note=notes.append)
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers", "npz"])
@@ -183,7 +184,7 @@ def test_harmless_arrays_are_passed_over_with_a_note(kind, tmp_path):
     weights, notes = small(), []
     if kind == "npz":
         path = write(tmp_path / "x.safetensors", weights)
-        flat = layouts.to_big_vision(load(path, notes))
+        flat = vit_layouts.to_big_vision(load(path, notes))
         more = {f"params/{name.replace('.', '/')}": np.ones(2, np.float32) for name in UNUSED}
         np.savez(tmp_path / "x.npz", **flat, **more, **{"opt/0/count": np.int32(7)})
         load(tmp_path / "x.npz", notes)
@@ -211,13 +212,13 @@ def test_shards_are_read_as_one_file(tiny, tmp_path):
     for name in (index, tmp_path):  # the folder, too
         tree = load(name, notes)
         assert all(map(np.array_equal, *map(jax.tree.leaves, (tree, whole))))
-    path, digest = pretrained.fetch(str(index))
+    path, digest = names.fetch(str(index))
     assert path == str(index) and re.fullmatch("[0-9a-f]{64}", digest)
     second = tmp_path / "model-00002-of-00002.safetensors"
     data = bytearray(second.read_bytes())
     data[-1] ^= 1
     second.write_bytes(data)
-    assert pretrained.fetch(str(index))[1] != digest
+    assert names.fetch(str(index))[1] != digest
     second.unlink()
     with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors, which model.safe"):
         load(index, notes)
@@ -254,7 +255,7 @@ def test_a_default_is_not_computed_where_the_value_was_given(tiny):
 def test_a_run_says_what_was_guessed_and_keeps_it(tiny, tmp_path, capsys):
     config = vtab.get_config("digits,method=linear")
     config.model.variant, config.pretrained.name, config.image_size = "Ti/16", str(tiny), 48
-    config.pretrained.mean = config.pretrained.std = cards.HALF
+    config.pretrained.mean = config.pretrained.std = preprocessing.HALF
     config.epochs, config.num_devices = 1, 1
     (row,), _ = suite.run(config, tmp_path / "a")
     out = capsys.readouterr().out
@@ -283,4 +284,4 @@ def test_a_folder_is_read_as_the_file_in_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["https://h/model.safetensors?download=true", "gs://b/vit"])
 def test_addresses_without_a_known_ending_are_addresses(name):
-    assert pretrained.address(name) == name
+    assert names.address(name) == name

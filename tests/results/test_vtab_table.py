@@ -9,10 +9,11 @@ import pictures
 import pytest
 from rows import row as make
 
-from rlrr_jax import config as config_lib
-from rlrr_jax import report, summary
+from rlrr_jax import report
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
+from rlrr_jax.results import vtab_table
+from rlrr_jax.runs import identity
 
 
 def accuracy(i, seed):
@@ -36,7 +37,7 @@ def rows(seeds=(0, 1, 2), names=tuple(tasks.VTAB), **changes):
 
 
 def test_means_and_deviations_by_hand():
-    line = summary.lines(rows())[0]
+    line = vtab_table.lines(rows())[0]
     mean, deviation = line.cells["dtd"]
     assert mean == pytest.approx(0.46) and deviation == pytest.approx(0.01)  # 45, 46, 47
     assert line.cells["caltech101"][1] == pytest.approx(0.02)  # 41, 43, 45
@@ -58,30 +59,30 @@ def test_means_and_deviations_by_hand():
 
 
 def test_one_seed_has_no_deviation():
-    line = summary.lines(rows(seeds=(1,)))[0]
+    line = vtab_table.lines(rows(seeds=(1,)))[0]
     assert line.cells["dtd"] == (pytest.approx(0.46), None)
-    assert "±" not in summary.text([line])
+    assert "±" not in vtab_table.text([line])
 
 
 def test_no_mean_without_all_its_tasks():
     names = [n for n in tasks.VTAB if n != "kitti"]
-    line = summary.lines(rows(names=names))[0]
+    line = vtab_table.lines(rows(names=names))[0]
     assert {"natural", "specialized"} <= line.cells.keys()
     assert not {"structured", "mean_of_groups", "flat_mean", "kitti"} & line.cells.keys()
-    assert "kitti" not in summary.text(summary.lines(rows(names=names))).splitlines()[0]
+    assert "kitti" not in vtab_table.text(vtab_table.lines(rows(names=names))).splitlines()[0]
 
 
 def test_a_missing_seed_of_one_task_leaves_the_mean_without_deviation():
     some = [r for r in rows() if (r["task"], r["seed"]) != ("kitti", 2)]
-    line = summary.lines(some)[0]
+    line = vtab_table.lines(some)[0]
     assert line.cells["flat_mean"][1] is None and line.cells["structured"][1] is None
     assert line.cells["natural"][1] is not None
-    assert "± over 2 to 3 seeds" in summary.text([line])
+    assert "± over 2 to 3 seeds" in vtab_table.text([line])
 
 
 def test_published_means_are_those_of_the_paper():
     """Flat means as the RLRR paper prints them, from the 19 numbers; and the other kind of mean."""
-    lines = {line.label: line.cells for line in summary.published()}
+    lines = {line.label: line.cells for line in vtab_table.published()}
     for label, flat in (
         ("RLRR (ViT-B/16)", 74.5),
         ("RLRR* (ViT-B/16 AugReg)", 75.1),
@@ -93,49 +94,57 @@ def test_published_means_are_those_of_the_paper():
     groups = [round(100 * cells[g][0], 1) for g in tasks.GROUPS]
     assert groups == [82.6, 85.8, 61.8] or groups == [82.7, 85.8, 61.8]
     assert 100 * cells["mean_of_groups"][0] == pytest.approx(76.8, abs=0.06)
-    assert len(lines) == 29 and all(line.source for line in summary.published())
+    assert len(lines) == 29 and all(line.source for line in vtab_table.published())
 
 
 def test_text_has_19_columns_means_and_published_rows():
-    lines = summary.text(summary.lines(rows())).splitlines()
+    lines = vtab_table.text(vtab_table.lines(rows())).splitlines()
     header = lines[0].split()
     assert header == [
-        *("protocol", "pixels", *summary.SHORT.values(), *summary.MEANS.values(), "params", "head")
+        *(
+            "protocol",
+            "pixels",
+            *vtab_table.SHORT.values(),
+            *vtab_table.MEANS.values(),
+            "params",
+            "head",
+        )
     ]
     assert lines[1].split()[:5] == ["rlrr", "fast", "tfds", "original", "40.00"]
     assert lines[2].split()[:6] == ["±", "over", "3", "seeds", "1.00", "2.00"]
     (ours,) = [line for line in lines if line.startswith("RLRR (ViT-B/16)")]
     assert "75.6" in ours and "74.5" in ours and "0.33M" in ours
     assert not [line for line in lines if line.startswith("RLRR*")]
-    augreg = summary.text(summary.lines(rows(backbone="augreg/B_16-i21k")))
+    augreg = vtab_table.text(vtab_table.lines(rows(backbone="augreg/B_16-i21k")))
     assert "RLRR* (ViT-B/16 AugReg)" in augreg
 
 
 def test_markdown_and_csv_say_the_same():
-    lines = summary.lines(rows())
+    lines = vtab_table.lines(rows())
     table = [
-        [c.strip() for c in line.strip("|").split("|")] for line in summary.markdown(lines).splitlines()
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in vtab_table.markdown(lines).splitlines()
     ]
     assert table[0][4:23] == [n.replace("_", " ") for n in tasks.VTAB]
     assert table[2][:5] == ["rlrr", "fast", "tfds original", "0, 1, 2", "40.00 ± 1.00"]
     assert len({len(row) for row in table}) == 1
-    (ours, *published) = csv.DictReader(io.StringIO(summary.csv(lines)))
+    (ours, *published) = csv.DictReader(io.StringIO(vtab_table.csv(lines)))
     assert float(ours["dtd"]) == pytest.approx(0.46) and float(ours["dtd_sd"]) == pytest.approx(0.01)
     assert ours["seeds"] == "0 1 2" and ours["pixels"] == "tfds original"
     assert len(published) == 29 and float(published[-1]["cifar"]) == pytest.approx(0.79)
-    assert json.loads(json.dumps(summary.plain(lines)))[0]["cells"]["dtd"][0] == pytest.approx(0.46)
+    assert json.loads(json.dumps(vtab_table.plain(lines)))[0]["cells"]["dtd"][0] == pytest.approx(0.46)
 
 
 def test_official_runs_have_a_line_for_the_best_epoch():
     best, *_ = rows(seeds=(0,), names=("kitti",), protocol="official", test_acc_best=0.9)
-    first, second, *_ = summary.lines([best])
+    first, second, *_ = vtab_table.lines([best])
     assert (first.label, second.label) == ("rlrr", "rlrr, best epoch")
     assert second.cells["kitti"][0] == 0.9 and first.cells["kitti"][0] != 0.9
 
 
 def test_what_is_not_comparable_is_on_its_own_line():
     other = rows(variant="jpeg75") + rows(protocol="vtab") + rows(method_kwargs={"init": "damped"})
-    labels = [(x.label, x.protocol, x.pixels) for x in summary.lines(rows() + other) if not x.source]
+    labels = [(x.label, x.protocol, x.pixels) for x in vtab_table.lines(rows() + other) if not x.source]
     assert labels == [
         ("rlrr", "fast", "tfds original"),
         ("rlrr", "fast", "tfds jpeg75"),
@@ -151,26 +160,26 @@ def test_what_is_not_comparable_is_on_its_own_line():
 def test_seeds_of_other_settings_are_on_their_own_line(key, value, said):
     more = {"std": (0.5,) * 3} if key == "mean" else {}
     other = rows(seeds=(5,), **{key: value}, **more)
-    lines = [line for line in summary.lines(rows() + other) if not line.source]
+    lines = [line for line in vtab_table.lines(rows() + other) if not line.source]
     assert [line.seeds for line in lines] == [(0, 1, 2), (5,)]
     assert said in lines[1].label and said not in lines[0].label
     if key == "lr":  # "vtab" chooses it by itself
         both = rows(protocol="vtab") + rows(seeds=(5,), protocol="vtab", lr=1.0)
-        assert summary.lines(both)[0].counts == "4"
+        assert vtab_table.lines(both)[0].counts == "4"
 
 
 def test_versions_of_a_dataset_are_not_averaged():
     other = rows(seeds=(5,), names=("cifar",))
     for row in other:
         row["config"]["dataset"] = "another"
-        row |= config_lib.digests(row["config"])
+        row |= identity.digests(row["config"])
     with pytest.raises(UserError, match="cifar rlrr .* differ in dataset=d .now another.: .* apart"):
-        summary.lines(rows() + other)
+        vtab_table.lines(rows() + other)
 
 
 def test_lines_say_what_tells_them_apart():
     other = rows(backbone="howto-i21k-B/16", backbone_sha256="cd" * 32, gelu="exact")
-    labels = [line.label for line in summary.lines(rows() + other) if not line.source]
+    labels = [line.label for line in vtab_table.lines(rows() + other) if not line.source]
     assert labels == [
         "rlrr, gelu=tanh, name=.com/vit_models/imagenet21k/ViT-B_16.npz",
         "rlrr, gelu=exact, name=001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz",
@@ -179,20 +188,20 @@ def test_lines_say_what_tells_them_apart():
 
 def test_two_runs_for_one_place_are_refused():
     with pytest.raises(UserError, match="two different runs of cifar rlrr seed 0 .* apart"):
-        summary.lines(rows() + rows())
+        vtab_table.lines(rows() + rows())
 
 
 def test_bundled_and_tuned_rows_are_no_part_of_it():
-    assert summary.lines(rows(test_acc_final=None)) == []
-    assert summary.lines([{**rows()[0], "task": "hearts"}]) == []
+    assert vtab_table.lines(rows(test_acc_final=None)) == []
+    assert vtab_table.lines([{**rows()[0], "task": "hearts"}]) == []
 
 
 def test_the_picture_shows_the_numbers():
-    one = pictures.look(summary.picture(summary.lines(rows())), colours=5)
-    other = pictures.look(summary.picture(summary.lines(rows(test_acc_final=0.9))))
+    one = pictures.look(vtab_table.picture(vtab_table.lines(rows())), colours=5)
+    other = pictures.look(vtab_table.picture(vtab_table.lines(rows(test_acc_final=0.9))))
     assert one.shape == other.shape and (one != other).any()
 
 
 def test_the_screen_shows_the_suite_or_the_runs():
-    assert report.show(rows()).startswith(summary.text(summary.lines(rows())))
+    assert report.show(rows()).startswith(vtab_table.text(vtab_table.lines(rows())))
     assert report.show(rows(names=("kitti",))).startswith("| task ")

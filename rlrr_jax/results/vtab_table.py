@@ -7,11 +7,12 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
-from rlrr_jax import config as config_lib
-from rlrr_jax import plots
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
+from rlrr_jax.results import plots, tables
+from rlrr_jax.runs import identity
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.csv"
 SHORT = dict(
@@ -35,7 +36,7 @@ CAPTION = """\
 Test accuracy in percent, mean and standard deviation (n - 1) over seeds. groups: the mean of the
 three group means, as most papers report it; flat: the mean of the 19 tasks, as the RLRR paper does.
 A mean is left out where a task is missing. params: trained values without the head; head: its mean
-over tasks. Published rows are copied from their sources (rlrr_jax/published.csv); RLRR's are the best
+over tasks. Published rows are copied from their sources (results/published.csv); RLRR's are the best
 epoch's test accuracy on images saved again as JPEG, and their parameters include heads."""
 _SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
 _MORE = {
@@ -138,7 +139,7 @@ def _line(rows, key, suffix):
         seeds=tuple(sorted({row["seed"] for row in rows})),
         counts=" to ".join(map(str, sorted({min(counts), max(counts)}))),
         source="",
-        settings=_flat(config_lib.across_tasks(first["config"])),
+        settings=_flat(identity.across_tasks(first["config"])),
     )
 
 
@@ -148,10 +149,10 @@ def _check_alike(rows):
     for row in rows:
         other = first.setdefault(row["task"], row)
         if row["setting"] != other["setting"]:
-            both = (config_lib.setting(r["config"]) for r in (other, row))
+            both = (identity.setting(r["config"]) for r in (other, row))
             raise UserError(
                 f"runs of {row['task']} {row['method']} are to be averaged over seeds but differ in "
-                f"{', '.join(config_lib.differences(*both))}: report their workdirs apart"
+                f"{', '.join(identity.differences(*both))}: report their workdirs apart"
             )
 
 
@@ -222,9 +223,8 @@ def text(every):
             out.append([f"  ± over {line.counts} seeds", "", ""])
             out[-1] += [_percent(line.cells.get(n, (None, None))[1], 2) for n in names]
             out[-1] += ["", ""]
-    widths = [max(map(len, column)) for column in zip(*out)]
-    pad = lambda i, cell: cell.ljust(widths[i]) if i < 3 else cell.rjust(widths[i])
-    return "\n".join(" ".join(pad(i, c) for i, c in enumerate(row)).rstrip() for row in out)
+    aligned = ["left"] * 3 + ["right"] * (len(out[0]) - 3)
+    return tabulate(out, tablefmt="plain", disable_numparse=True, colalign=aligned)
 
 
 def markdown(every):
@@ -232,7 +232,7 @@ def markdown(every):
     every = chosen(every)
     names = columns(every)
     header = ["method", "protocol", "pixels", "seeds", *(n.replace("_", " ") for n in names)]
-    out = [[*header, "params", "head"], ["---"] * 4 + ["---:"] * (len(names) + 2)]
+    out = []
     for line in every:
         cells = []
         for name in names:
@@ -241,7 +241,7 @@ def markdown(every):
             cells.append(_percent(mean, digits) + (f" ± {_percent(sd, 2)}" if sd is not None else ""))
         about = [line.label, line.protocol or "published", line.pixels, ", ".join(map(str, line.seeds))]
         out.append([*about, *cells, line.params, line.head])
-    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+    return tables.markdown([*header, "params", "head"], out, left=4)
 
 
 def _percent(fraction, digits):

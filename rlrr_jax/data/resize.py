@@ -45,6 +45,11 @@ def bicubic(images, size):
     return _pass("oh,bhwc->bowc", weights(images.shape[1], size), wide)
 
 
+def normalize(images: jax.Array, size: int) -> jax.Array:
+    """Images uint8 [B, h, w, 3] to float32 [B, size, size, 3] in [-1, 1]."""
+    return bicubic(images, size).astype(jnp.float32) / 127.5 - 1.0
+
+
 def _pass(spec, w, images):
     dot = functools.partial(jnp.einsum, spec, precision=jax.lax.Precision.HIGHEST)
     high, low = (

@@ -14,12 +14,13 @@ import kill_runs
 import pytest
 from flags import xla_flags
 
-from rlrr_jax import files, suite, train
+from rlrr_jax import files, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.main import STOPPED
+from rlrr_jax.runtime.stop import Stop, Stopped
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def config(**changes):
@@ -71,7 +72,7 @@ def test_the_last_good_checkpoint_is_kept(tmp_path, capsys):
 
 
 def test_one_trial_that_diverges_does_not_stop_the_others(tmp_path):
-    rows, problems = suite.run(config(trials=({"lr": (1e30, 0.01)},)), tmp_path)
+    rows, problems = suite.run(config(runs=({"lr": (1e30, 0.01)},)), tmp_path)
     assert not problems
     bad, good = rows
     assert bad["train_loss"] is None and good["train_loss"] < 1
@@ -113,13 +114,13 @@ def test_sigterm_before_there_is_anything_to_save_ends_at_once(tmp_path):
 
 
 def test_a_stop_is_raised_at_once_but_not_where_one_trains():
-    stop = train.Stop()
+    stop = Stop()
     with stop.training():
         stop.ask()
         assert stop()
-    with pytest.raises(train.Stopped):
-        train.Stop().ask()
-    assert not issubclass(train.Stopped, Exception)  # nothing that expects errors catches it
+    with pytest.raises(Stopped):
+        Stop().ask()
+    assert not issubclass(Stopped, Exception)  # nothing that expects errors catches it
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(10, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""Makes the bundled files again from nothing: `python -m rlrr_jax.bundled.make [folder]`.
+"""Makes the bundled files again from nothing: `python tools/make_bundled.py [folder]`.
 
 `vit.npz`     a ViT pre-trained here on Scribble-100 (some ten minutes on two CPU cores)
 `hearts.npz`  rendered: which of 16 directions does a heart point to
@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scribble
 from tqdm import tqdm
 
-from rlrr_jax import pretrained
-from rlrr_jax.bundled import scribble
-from rlrr_jax.config import BUNDLED_MODEL as MODEL
-from rlrr_jax.models import vit
+from rlrr_jax import models
+from rlrr_jax.weights import reader
 
 STEPS, CHUNK, BATCH = 4750, 25, 128
 
@@ -39,11 +38,11 @@ def _upstream(model, params, mask_head, images):
 
 def pretrain(steps=STEPS, seed=0):
     """Trains the bundled ViT on Scribble-100; returns its tree and its held-out accuracy at h = 1."""
-    model = vit.ViT(num_classes=scribble.CLASSES, **MODEL)
+    model = models.build("bundled", scribble.CLASSES)
     key = jax.random.key(seed)
     params = model.init(key, jnp.zeros((1, scribble.SIZE, scribble.SIZE, 3)))["params"]
-    pixels = MODEL["patch_size"] ** 2
-    mask_head = {"kernel": jnp.zeros((MODEL["width"], pixels)), "bias": jnp.zeros(pixels)}
+    pixels = models.BUNDLED["patch_size"] ** 2
+    mask_head = {"kernel": jnp.zeros((models.BUNDLED["width"], pixels)), "bias": jnp.zeros(pixels)}
     flat = steps * 3 // 10
     schedule = optax.join_schedules(
         [
@@ -67,7 +66,7 @@ def pretrain(steps=STEPS, seed=0):
         logits, mask_logits = _upstream(model, *trainable, images)
         target = optax.smooth_labels(jax.nn.one_hot(labels, scribble.CLASSES), 0.05)
         loss = optax.softmax_cross_entropy(logits, target).mean()
-        target = _mask_patches(masks, MODEL["patch_size"])
+        target = _mask_patches(masks, models.BUNDLED["patch_size"])
         loss += optax.sigmoid_binary_cross_entropy(mask_logits, target).mean()
         return loss, (logits.argmax(-1) == labels).mean()
 
@@ -177,7 +176,7 @@ def main():
     if "vit" in only:
         params, accuracy = pretrain()
         print(f"Scribble-100 accuracy at h = 1 on 5,000 held-out images: {100 * accuracy:.1f} %")
-        pretrained.save(folder / "vit.npz", params, dtype=np.float16)
+        reader.save(folder / "vit.npz", params, dtype=np.float16)
     for name in only:
         print(f"{folder / name}.npz: {(folder / f'{name}.npz').stat().st_size:,} bytes")
 

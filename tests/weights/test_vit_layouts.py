@@ -11,11 +11,11 @@ import safetensors.numpy
 import scipy.ndimage
 from PIL import Image
 
-from rlrr_jax import cards, layouts, pretrained
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
+from rlrr_jax.weights import preprocessing, reader, vit_layouts
 
 # What torch gives for the ramp below, by number of values.
 PYTORCH = {
@@ -24,8 +24,8 @@ PYTORCH = {
 }
 SIZES = dict(width=24, depth=3, mlp_dim=48, num_heads=3, patch_size=4)
 MODEL = vit.ViT(**SIZES, num_classes=5, gelu="exact")
-IMAGENET = pretrained.How(mean=cards.IMAGENET[0], std=cards.IMAGENET[1])
-HALF = pretrained.How(mean=cards.HALF, std=cards.HALF)
+IMAGENET = reader.How(mean=preprocessing.IMAGENET[0], std=preprocessing.IMAGENET[1])
+HALF = reader.How(mean=preprocessing.HALF, std=preprocessing.HALF)
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def close(a, b, tolerance=1e-5):
 def test_fused_qkv_layer_scale_and_other_pixels_come_in_right(scale, pixels, tmp_path):
     weights = named_vits.timm_weights(np.random.default_rng(0), scale=scale)
     path = write(tmp_path / "vit.safetensors", weights)
-    tree = pretrained.load(path, model=MODEL, image_size=12, head=True, how=IMAGENET)
-    mean, std = map(np.float32, cards.IMAGENET)
+    tree = reader.load(path, model=MODEL, image_size=12, head=True, how=IMAGENET)
+    mean, std = map(np.float32, preprocessing.IMAGENET)
     wanted = named_vits.timm(weights, (pixels - mean) / std, SIZES["num_heads"])
     close(logits(tree, 2 * pixels - 1), wanted)
     assert not np.allclose(wanted, named_vits.timm(weights, 2 * pixels - 1, 3), atol=0.01)
@@ -71,7 +71,7 @@ def test_fused_qkv_layer_scale_and_other_pixels_come_in_right(scale, pixels, tmp
 
 def test_the_head_is_zero_unless_asked_for(weights, tmp_path):
     path = write(tmp_path / "augreg.safetensors", weights)
-    tree = pretrained.load(path, model=MODEL.clone(num_classes=7), image_size=12)
+    tree = reader.load(path, model=MODEL.clone(num_classes=7), image_size=12)
     assert tree["head"]["kernel"].shape == (24, 7) and not tree["head"]["kernel"].any()
 
 
@@ -79,7 +79,7 @@ def test_weights_without_biases_and_in_half_precision(weights, pixels, tmp_path)
     for name in [key for key in weights if key.endswith("qkv.bias")]:
         del weights[name]
     half = {k: v.astype(np.float16) for k, v in weights.items()}
-    tree = pretrained.load(
+    tree = reader.load(
         write(tmp_path / "augreg.safetensors", half), model=MODEL, image_size=12, head=True
     )
     whole = {k: v.astype(np.float32) for k, v in half.items()}
@@ -99,9 +99,9 @@ def test_moco_v3_takes_the_base_encoder_and_mae_only_the_encoder(weights, pixels
         "decoder_blocks.0.norm1.weight": weights["norm.weight"],
         "decoder_pred.bias": weights["norm.bias"],
     }
-    mean, std = map(np.float32, cards.IMAGENET)
+    mean, std = map(np.float32, preprocessing.IMAGENET)
     trees = [
-        pretrained.load(write(tmp_path / f"{name}.safetensors", w), model=MODEL, image_size=12)
+        reader.load(write(tmp_path / f"{name}.safetensors", w), model=MODEL, image_size=12)
         for name, w in {"mocov3": moco, "mae": mae}.items()
     ]
     del weights["head.weight"], weights["head.bias"]
@@ -122,14 +122,14 @@ def test_each_world_resizes_the_position_embedding_by_its_own_rule(size, weights
     position = weights["pos_embed"][0, 1:].reshape(3, 3, 24)
     write(tmp_path / "augreg.safetensors", weights)
     write(tmp_path / "hugging.safetensors", of_transformers(weights))
-    np.savez(tmp_path / "jax.npz", **layouts.to_big_vision(pretrained.load(
+    np.savez(tmp_path / "jax.npz", **vit_layouts.to_big_vision(reader.load(
         str(tmp_path / "augreg.safetensors"), model=MODEL, image_size=12)))  # fmt: skip
     side, notes = size // 4, []
 
     def load(name, rule=None):
         how = HALF._replace(resize=rule)
         options = dict(model=MODEL, image_size=size, how=how, note=notes.append)
-        tree = pretrained.load(str(tmp_path / name), **options)
+        tree = reader.load(str(tmp_path / name), **options)
         return tree["pos_embedding"].reshape(side, side, 24)
 
     linear = scipy.ndimage.zoom(position, (side / 3, side / 3, 1), order=1)
@@ -149,7 +149,7 @@ def test_plain_bicubic_is_pytorchs():
     """Values that torch 2.14.1 gives: F.interpolate(mode="bicubic", align_corners=False) of a ramp."""
     ramp = np.array([0.0, 1.0, 4.0, 9.0, 16.0]).reshape(5, 1, 1)
     for new, values in PYTORCH.items():
-        ours = pretrained.resize_position(ramp, (new, 1), "bicubic_plain")
+        ours = reader.resize_position(ramp, (new, 1), "bicubic_plain")
         np.testing.assert_allclose(ours[:, 0, 0], values, rtol=0, atol=2e-5)
 
 
@@ -162,7 +162,7 @@ def test_both_bicubics_are_pytorchs_where_it_is_installed(new):
         theirs = torch.nn.functional.interpolate(
             image, size=(new, new), mode="bicubic", align_corners=False, antialias=antialias
         )
-        ours = pretrained.resize_position(position, (new, new), rule)
+        ours = reader.resize_position(position, (new, new), rule)
         np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).numpy(), rtol=0, atol=5e-6)
 
 
@@ -184,7 +184,7 @@ def test_features_are_timms_where_it_is_installed(size, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     model = vit.ViT.from_variant("Ti/16", num_classes=192, gelu="exact")
-    tree = pretrained.load(path, model=model, image_size=size)
+    tree = reader.load(path, model=model, image_size=size)
     tree["head"]["kernel"] = np.eye(192, dtype=np.float32)
     ours = np.asarray(logits(tree, images, model))
     assert np.linalg.norm(ours - wanted) < 2e-5 * np.linalg.norm(wanted)
@@ -230,7 +230,7 @@ def of_transformers(weights, prefix="vit.", new=False):
 @pytest.mark.parametrize("new", [False, True])
 def test_transformers_names_are_read(new, weights, pixels, tmp_path):
     path = write(tmp_path / "x.safetensors", of_transformers(weights, new=new))
-    tree = pretrained.load(path, model=MODEL, image_size=12, how=HALF, head=True)
+    tree = reader.load(path, model=MODEL, image_size=12, how=HALF, head=True)
     close(logits(tree, 2 * pixels - 1), named_vits.timm(weights, 2 * pixels - 1, 3))
 
 
@@ -250,13 +250,13 @@ def test_models_of_transformers_are_read_where_it_is_installed(kind, pixels, tmp
         torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(tmp_path)
     path = str(tmp_path / "model.safetensors")
-    card = cards.read(path, needed=False)
+    card = preprocessing.read(path, needed=False)
     assert (card.num_heads, card.resize, card.gelu) == (3, "bicubic_plain", "exact")
     assert card.norm_eps == config.layer_norm_eps
     ours = MODEL.clone(norm_eps=card.norm_eps, num_classes=24)
     for size in (12, 20):
         images = np.random.default_rng(2).random((2, size, size, 3), np.float32) * 2 - 1
-        tree = pretrained.load(path, model=ours, image_size=size, how=HALF)
+        tree = reader.load(path, model=ours, image_size=size, how=HALF)
         tree["head"]["kernel"] = np.eye(24, dtype=np.float32)
         with torch.no_grad():
             options = {} if kind == "Dinov2" else {"interpolate_pos_encoding": True}
@@ -292,17 +292,15 @@ def test_what_our_vit_does_not_have_is_refused(what, weights, tmp_path):
     changes, message = REFUSED[what]
     weights |= {k: np.ones(shape, np.float32) for k, shape in changes.items()}
     with pytest.raises(UserError, match=re.escape(message)):
-        pretrained.load(write(tmp_path / "augreg.safetensors", weights), model=MODEL, image_size=12)
+        reader.load(write(tmp_path / "augreg.safetensors", weights), model=MODEL, image_size=12)
 
 
 def test_weights_without_class_token_or_of_no_vit_are_refused(weights, tmp_path):
     del weights["cls_token"]
     with pytest.raises(UserError, match="has no class token"):
-        pretrained.load(
-            write(tmp_path / "a.safetensors", weights), model=MODEL, image_size=12, how=HALF
-        )
+        reader.load(write(tmp_path / "a.safetensors", weights), model=MODEL, image_size=12, how=HALF)
     with pytest.raises(UserError, match="it is no Vision Transformer of timm's"):
-        pretrained.load(
+        reader.load(
             write(tmp_path / "b.safetensors", {"conv1.weight": np.ones(3)}),
             **dict(model=MODEL, image_size=12, how=HALF),
         )
@@ -315,11 +313,11 @@ def test_damaged_safetensors_are_one_sentence(weights, tmp_path):
     for bad in (data[:1000], b"", b"\xff" * 100, data[:8] + b"x" + data[9:]):
         path.write_bytes(bad)
         with pytest.raises(UserError, match="is no readable .safetensors file"):
-            pretrained.load(str(path), model=MODEL, image_size=12)
+            reader.load(str(path), model=MODEL, image_size=12)
     weights["norm.bias"][3] = np.nan
     write(path, weights)
     with pytest.raises(UserError, match="encoder_norm/bias in .* is not made of finite"):
-        pretrained.load(str(path), model=MODEL, image_size=12)
+        reader.load(str(path), model=MODEL, image_size=12)
 
 
 # Pixels ---------------------------------------------------------------------------------------
@@ -332,24 +330,34 @@ def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
     path = tmp_path / "x.safetensors"
     write(path, weights)
     with pytest.raises(UserError, match="nothing says how the pixels of .*set config.pretrained.mean"):
-        cards.read(path)
-    assert cards.read(path, "hf:timm/vit_base_patch16_224.mae")[:3] == ("exact", *cards.IMAGENET)
-    assert cards.read(path, "vit.augreg_in21k")[:3] == ("exact", cards.HALF, cards.HALF)
-    assert cards.read(path, "/home/maeve/augreg/x.safetensors", needed=False).mean is None
-    assert cards.read(path, "/augreg/dinov2.safetensors")[:3] == ("exact", *cards.IMAGENET)
+        preprocessing.read(path)
+    assert preprocessing.read(path, "hf:timm/vit_base_patch16_224.mae")[:3] == (
+        "exact",
+        *preprocessing.IMAGENET,
+    )
+    assert preprocessing.read(path, "vit.augreg_in21k")[:3] == (
+        "exact",
+        preprocessing.HALF,
+        preprocessing.HALF,
+    )
+    assert preprocessing.read(path, "/home/maeve/augreg/x.safetensors", needed=False).mean is None
+    assert preprocessing.read(path, "/augreg/dinov2.safetensors")[:3] == (
+        "exact",
+        *preprocessing.IMAGENET,
+    )
     (tmp_path / "config.json").write_text(json.dumps(TIMM))
-    found = cards.read(path, "dinov2")
+    found = preprocessing.read(path, "dinov2")
     said = ("exact", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "config.json says so", 224, "token")
     assert found[:6] == said and found.resize == "bicubic"
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "gelu_tanh"}}))
-    assert cards.read(path).gelu == "tanh"
+    assert preprocessing.read(path).gelu == "tanh"
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "quick_gelu"}}))
     with pytest.raises(UserError, match="the activation quick_gelu is none of gelu"):
-        cards.read(path)
+        preprocessing.read(path)
     for bad in ("{", "[]", '{"pretrained_cfg": 1}', '{"model_args": [1]}', "[" * 100_000):
         (tmp_path / "x.json").write_text(bad)
         with pytest.raises(UserError, match="x.json is (no config.json of timm|damaged)"):
-            cards.read(path)
+            preprocessing.read(path)
     for mean, std in (
         ([0, 0], [1, 1]),
         (3, [1] * 3),
@@ -358,14 +366,24 @@ def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
     ):
         (tmp_path / "x.json").write_text(json.dumps({"mean": mean, "std": std}))
         with pytest.raises(UserError, match=r"is damaged \((mean|std) .* is not three numbers\)"):
-            cards.read(path)
+            preprocessing.read(path)
     said = {"gelu": "tanh", "mean": [0.5] * 3, "std": [0.25] * 3}
     write(path, weights, {"rlrr_jax": json.dumps(said)})
-    assert cards.read(path)[:4] == ("tanh", cards.HALF, (0.25,) * 3, "its header says so")
-    assert cards.read("x.npz")[:4] == ("tanh", cards.HALF, cards.HALF, "its layout says so")
+    assert preprocessing.read(path)[:4] == (
+        "tanh",
+        preprocessing.HALF,
+        (0.25,) * 3,
+        "its header says so",
+    )
+    assert preprocessing.read("x.npz")[:4] == (
+        "tanh",
+        preprocessing.HALF,
+        preprocessing.HALF,
+        "its layout says so",
+    )
     write(path, weights, {"rlrr_jax": json.dumps({**said, "gelu": "foo"})})
     with pytest.raises(UserError, match="what its header says of .* is damaged .unknown GELU 'foo'"):
-        cards.read(path)
+        preprocessing.read(path)
 
 
 def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
@@ -385,7 +403,7 @@ def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
     ]
     config.update(image_size=32)
     config.model.gelu = "tanh"
-    config.pretrained.update(mean=cards.HALF, std=cards.HALF)
+    config.pretrained.update(mean=preprocessing.HALF, std=preprocessing.HALF)
     (run,) = config_lib.resolve(config)
     said = "\n".join(config_lib.follow(run, path))
     assert f"note: {path} has exact (config.json says so), config.model.gelu is tanh" in said
@@ -393,22 +411,22 @@ def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
         "has (0.1, 0.2, 0.3) (config.json says so), config.pretrained.mean is (0.5, 0.5, 0.5)" in said
     )
     assert "has 224 (config.json says so), config.image_size is 32" in said
-    assert run.pretrained.mean == cards.HALF
+    assert run.pretrained.mean == preprocessing.HALF
 
 
 def test_several_models_in_one_file_are_not_guessed(weights, tmp_path):
     both = {f"{who}.{k}": v for who in ("student", "teacher") for k, v in weights.items()}
     with pytest.raises(UserError, match=r"holds several models \(student., teacher.\)"):
-        pretrained.load(write(tmp_path / "dino.safetensors", both), model=MODEL, image_size=12)
+        reader.load(write(tmp_path / "dino.safetensors", both), model=MODEL, image_size=12)
 
 
 def test_folding_half_changes_no_bit(weights, tmp_path):
     path = write(tmp_path / "x.safetensors", weights)
-    tree = pretrained.load(path, model=MODEL, image_size=12, how=HALF)
+    tree = reader.load(path, model=MODEL, image_size=12, how=HALF)
     kernel = weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(tree["embedding"]["kernel"], kernel)
     flat = {"embedding/kernel": kernel, "embedding/bias": weights["patch_embed.proj.bias"]}
-    again = layouts.fold_pixels(flat, cards.HALF, cards.HALF)
+    again = vit_layouts.fold_pixels(flat, preprocessing.HALF, preprocessing.HALF)
     for key in flat:
         np.testing.assert_array_equal(again[key], flat[key])
 
@@ -425,12 +443,12 @@ def tree():
 
 
 def test_big_vision_names_load_into_a_plain_vit_with_these_names(tree, pixels):
-    named = layouts.to_big_vision(tree)
+    named = vit_layouts.to_big_vision(tree)
     close(named_vits.big_vision(named, 2 * pixels - 1, "exact"), logits(tree, 2 * pixels - 1))
 
 
 def test_timm_names_load_into_a_plain_vit_with_these_names(tree, pixels):
-    named = layouts.to_timm(tree)
+    named = vit_layouts.to_timm(tree)
     close(named_vits.timm(named, 2 * pixels - 1, 3), logits(tree, 2 * pixels - 1))
 
 
@@ -441,7 +459,7 @@ def test_timm_names_load_into_pytorch_modules(tree, pixels):
 
     model = torch_timm.ViT(24, 3, 48, 3, 4, 10, 5)
     model.load_state_dict(
-        {k: torch.from_numpy(v) for k, v in layouts.to_timm(tree).items()}, strict=True
+        {k: torch.from_numpy(v) for k, v in vit_layouts.to_timm(tree).items()}, strict=True
     )
     with torch.no_grad():
         theirs = model(torch.from_numpy(2 * pixels - 1).permute(0, 3, 1, 2)).numpy()
@@ -455,28 +473,28 @@ def test_timm_names_load_into_timm(tree, pixels):
     )
     model = timm.models.vision_transformer.VisionTransformer(**sizes).eval()  # as export advises
     model.load_state_dict(
-        {k: torch.from_numpy(v) for k, v in layouts.to_timm(tree).items()}, strict=True
+        {k: torch.from_numpy(v) for k, v in vit_layouts.to_timm(tree).items()}, strict=True
     )
     with torch.no_grad():
         theirs = model(torch.from_numpy(2 * pixels - 1).permute(0, 3, 1, 2)).numpy()
     close(logits(tree, 2 * pixels - 1), theirs)
 
 
-@pytest.mark.parametrize("layout", [layouts.to_big_vision, layouts.to_vit_jax])
+@pytest.mark.parametrize("layout", [vit_layouts.to_big_vision, vit_layouts.to_vit_jax])
 def test_npz_layouts_come_back_as_they_went(layout, tree, tmp_path):
     np.savez(tmp_path / "x.npz", **layout(tree))
-    again = pretrained.load(str(tmp_path / "x.npz"), model=MODEL, image_size=12, head=True)
+    again = reader.load(str(tmp_path / "x.npz"), model=MODEL, image_size=12, head=True)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
 def test_the_timm_layout_comes_back_as_it_went(tree, tmp_path):
-    path = write(tmp_path / "augreg.safetensors", layouts.to_timm(tree))
-    again = pretrained.load(path, model=MODEL, image_size=12, head=True)
+    path = write(tmp_path / "augreg.safetensors", vit_layouts.to_timm(tree))
+    again = reader.load(path, model=MODEL, image_size=12, head=True)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
 def test_names_of_the_layout_of_2020(tree):
-    named = layouts.to_vit_jax(tree)
+    named = vit_layouts.to_vit_jax(tree)
     assert named["Transformer/posembed_input/pos_embedding"].shape == (1, 10, 24)
     assert not named["Transformer/posembed_input/pos_embedding"][0, 0].any()
     block = "Transformer/encoderblock_2"

@@ -12,9 +12,9 @@ import scipy.ndimage
 from flax.traverse_util import flatten_dict
 from models.test_vit import SMALL, random_tree
 
-from rlrr_jax import pretrained
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
+from rlrr_jax.weights import names, reader
 
 MODEL = vit.ViT(**SMALL)
 SIZE = 48  # 6 x 6 patches
@@ -67,7 +67,7 @@ LAYOUTS = {
 
 
 def load(path, size=SIZE, **kwargs):
-    return pretrained.load(str(path), model=MODEL, image_size=size, **kwargs)
+    return reader.load(str(path), model=MODEL, image_size=size, **kwargs)
 
 
 def assert_is(loaded, tree, atol=1e-6):
@@ -103,7 +103,7 @@ def test_subtree(tree, tmp_path):
 
 
 def test_save_and_load(tree, tmp_path):
-    pretrained.save(tmp_path / "w.npz", tree)
+    reader.save(tmp_path / "w.npz", tree)
     assert_is(load(tmp_path / "w.npz"), tree, atol=0)
 
 
@@ -143,7 +143,7 @@ def test_position_that_fits_is_taken_as_it_is(tree, tmp_path):
 def test_grid_says_what_an_oblong_position_is(tree, tmp_path):
     flat, position = with_position(tree, 4 * 9 + 1)
     np.savez(tmp_path / "w.npz", **flat)
-    loaded = load(tmp_path / "w.npz", how=pretrained.How(grid=(4, 9)))
+    loaded = load(tmp_path / "w.npz", how=reader.How(grid=(4, 9)))
     zoom = scipy.ndimage.zoom(position[0, 1:].reshape(4, 9, -1), (6 / 4, 6 / 9, 1), order=1)
     np.testing.assert_allclose(loaded["pos_embedding"], zoom.reshape(1, 36, -1), rtol=0, atol=1e-6)
 
@@ -153,7 +153,7 @@ def test_position_that_does_not_fit_names_its_rows(rows, grid, tree, tmp_path):
     flat, _ = with_position(tree, rows)
     np.savez(tmp_path / "w.npz", **flat)
     with pytest.raises(UserError, match=f"has {rows} rows.*config.pretrained.grid"):
-        load(tmp_path / "w.npz", how=pretrained.How(grid=grid))
+        load(tmp_path / "w.npz", how=reader.How(grid=grid))
 
 
 # What is refused.
@@ -262,23 +262,23 @@ def test_size_that_the_patch_does_not_divide(tree, tmp_path):
 
 def test_names_resolve_to_public_addresses():
     base = "https://storage.googleapis.com/vit_models/"
-    assert pretrained.address("ViT-B_16") == base + "imagenet21k/ViT-B_16.npz"
-    assert pretrained.address("imagenet21k/ViT-H_14.npz") == base + "imagenet21k/ViT-H_14.npz"
-    assert pretrained.address("howto-i21k-Ti/16") == (
+    assert names.address("ViT-B_16") == base + "imagenet21k/ViT-B_16.npz"
+    assert names.address("imagenet21k/ViT-H_14.npz") == base + "imagenet21k/ViT-H_14.npz"
+    assert names.address("howto-i21k-Ti/16") == (
         base + "augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz"
     )
-    assert pretrained.address("gs://bucket/x.npz") == "gs://bucket/x.npz"
-    assert pretrained.default_name("L/16") == "imagenet21k/ViT-L_16"
-    assert pretrained.default_name("S/16").startswith("augreg/S_16-i21k-300ep-lr_0.001-aug_light1")
-    assert pretrained.default_name("B/4") is None
+    assert names.address("gs://bucket/x.npz") == "gs://bucket/x.npz"
+    assert names.default_name("L/16") == "imagenet21k/ViT-L_16"
+    assert names.default_name("S/16").startswith("augreg/S_16-i21k-300ep-lr_0.001-aug_light1")
+    assert names.default_name("B/4") is None
 
 
 def test_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="did you mean 'ViT-B_16'"):
-        pretrained.address("ViT-B16")
+        names.address("ViT-B16")
 
 
 def test_bundled_weights_and_their_digest():
-    path, digest = pretrained.fetch("bundled")
+    path, digest = names.fetch("bundled")
     assert digest == hashlib.sha256(open(path, "rb").read()).hexdigest()
-    assert pretrained.BUNDLED.stat().st_size < 1_500_000
+    assert names.BUNDLED.stat().st_size < 1_500_000

@@ -17,7 +17,7 @@ from float64 import near
 from rlrr_jax import files
 from rlrr_jax.main import STOPPED
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RUN = "digits/rlrr/seed0"
 
 

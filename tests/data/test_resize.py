@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlrr_jax import resize
+from rlrr_jax.data import resize
 
 
 def pictures(height, width):

@@ -93,18 +93,18 @@ def several():
     return _client() is not None and jax.process_count() > 1
 
 
-def lead():
+def is_process_zero():
     """Whether this process is the one that writes and shows."""
     return not several() or jax.process_index() == 0
 
 
-def agree(value):
+def broadcast(value):
     """Process 0's value, any JSON, in every process."""
     if not several():
         return value
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    data = data if lead() else np.zeros(size, np.uint8)
+    data = data if is_process_zero() else np.zeros(size, np.uint8)
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)))
 
 
@@ -185,7 +185,7 @@ def _leave(text, code, seconds):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the code is decided
     print(text, file=sys.stderr, flush=True)
-    time.sleep(seconds + 6 * lead())
+    time.sleep(seconds + 6 * is_process_zero())
     os._exit(code)
 
 

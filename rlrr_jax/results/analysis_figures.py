@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 
-from rlrr_jax import plots
 from rlrr_jax.methods import base
-from rlrr_jax.plots import COLOURS, MARKS
+from rlrr_jax.results import plots
+from rlrr_jax.results.plots import COLOURS, MARKS
 
 _png = functools.partial(plots.png, dpi=150)
 

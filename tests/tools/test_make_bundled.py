@@ -1,11 +1,12 @@
 """The bundled files are what their script makes."""
 
 import jax
+import make_bundled as make
 import numpy as np
 import pytest
+import scribble
 
-from rlrr_jax import pretrained
-from rlrr_jax.bundled import make, scribble
+from rlrr_jax.weights import names
 
 
 @pytest.mark.slow
@@ -16,7 +17,7 @@ def test_tasks_are_made_again_bit_for_bit(name, tmp_path):
     make.save_task(tmp_path / "task.npz", *made)
     with (
         np.load(tmp_path / "task.npz") as new,
-        np.load(pretrained.BUNDLED.parent / f"{name}.npz") as old,
+        np.load(names.BUNDLED.parent / f"{name}.npz") as old,
     ):
         assert set(new.files) == set(old.files)
         for key in new.files:

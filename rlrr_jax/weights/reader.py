@@ -1,11 +1,8 @@
-"""Pretrained ViT weights by name, file or address, read into our tree: `.npz` and `.safetensors`."""
+"""Weight files read into a model's tree: `.npz` and `.safetensors`."""
 
 import functools
-import hashlib
-import json
 import math
 import pathlib
-import re
 import zipfile
 from typing import NamedTuple
 
@@ -17,13 +14,10 @@ import safetensors
 import scipy.ndimage
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlrr_jax import cards, download, files, layouts
-from rlrr_jax.errors import UserError, first_line, unknown
+from rlrr_jax import models
+from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.weights import names, preprocessing, vit_layouts
 
-ADDRESS = "https://storage.googleapis.com/vit_models/"
-FOLDERS = ("imagenet21k/", "imagenet21k+imagenet2012/", "augreg/", "sam/", "gsam/")
-HUB = "hf:"  # of Hugging Face, such as hf:timm/vit_base_patch16_224.augreg_in21k
-BUNDLED = pathlib.Path(__file__).parent / "bundled" / "vit.npz"
 # How a position embedding is brought to another grid: "linear" is SciPy's zoom, as in the public JAX
 # code; "bicubic" is PyTorch's with antialiasing, as in timm; "bicubic_plain" is PyTorch's without, as
 # in transformers.
@@ -31,7 +25,7 @@ RESIZES = ("linear", "bicubic", "bicubic_plain")
 
 
 class How(NamedTuple):
-    """How a weight file is read; None is what its `cards.Card` says.
+    """How a weight file is read; None is what its `preprocessing.Card` says.
 
     Attributes:
       grid: (rows, columns) of the file's position embedding, where it is not square.
@@ -46,86 +40,6 @@ class How(NamedTuple):
     resize: str | None = None
 
 
-def _augreg(model, setting):
-    return f"augreg/{model}-i21k-300ep-lr_0.001-{setting}-do_0.0-sd_0.0"
-
-
-# Short names; howto-i21k-* are big_vision's (models/vit.py): the models that Steiner et al.,
-# "How to train your ViT?" (2021), recommend.
-ALIASES = {
-    "ViT-B_16": "imagenet21k/ViT-B_16",
-    "ViT-B_32": "imagenet21k/ViT-B_32",
-    "ViT-L_16": "imagenet21k/ViT-L_16",
-    "ViT-L_32": "imagenet21k/ViT-L_32",
-    "ViT-H_14": "imagenet21k/ViT-H_14",
-    "howto-i21k-Ti/16": _augreg("Ti_16", "aug_none-wd_0.03"),
-    "howto-i21k-S/32": _augreg("S_32", "aug_none-wd_0.1"),
-    "howto-i21k-S/16": _augreg("S_16", "aug_light1-wd_0.03"),
-    "howto-i21k-B/32": _augreg("B_32", "aug_light1-wd_0.1"),
-    "howto-i21k-B/16": _augreg("B_16", "aug_medium1-wd_0.1"),
-    "howto-i21k-B/8": _augreg("B_8", "aug_medium2-wd_0.1"),
-    "howto-i21k-L/16": _augreg("L_16", "aug_strong1-wd_0.1"),
-}
-
-
-def default_name(variant):
-    """Name of the weights for a variant: the original ImageNet-21k ones where they exist, else AugReg.
-
-    Returns None for a variant without public weights.
-    """
-    for name in (f"ViT-{variant.replace('/', '_')}", f"howto-i21k-{variant}"):
-        if name in ALIASES:
-            return ALIASES[name]
-    return None
-
-
-def split_subtree(name):
-    """`"x.npz:params"` -> `("x.npz", "params")`; the subtree is "" where none is named."""
-    match = re.fullmatch(r"(.*\.npz):(.*)", str(name))
-    return match.groups() if match else (str(name), "")
-
-
-def address(name):
-    """Where a name, path or address (without subtree) is: a local path or an address, as a string.
-
-    Raises UserError, with the nearest known name, for what is none of them.
-    """
-    name = str(name)
-    if name == "bundled":
-        return str(BUNDLED)
-    name = ALIASES.get(name, name)
-    if name.startswith(FOLDERS):
-        return ADDRESS + name.removesuffix(".npz") + ".npz"
-    if "://" in name or name.startswith(HUB):
-        return name
-    if name.endswith((".npz", ".safetensors", cards.INDEX)) or files.local(name).exists():
-        return name
-    what = "weights (neither a name nor a .npz or .safetensors file)"
-    raise unknown(what, name, ["bundled", *ALIASES])
-
-
-def canonical(name):
-    """One spelling for all names of the same weights; of a local file, without its folder."""
-    file, subtree = split_subtree(name)
-    where = address(file)
-    if "://" not in where and not where.startswith(HUB):
-        where = pathlib.Path(where).name
-    return f"{where}:{subtree}" if subtree else where
-
-
-def fetch(name, cache_dir=None):
-    """Local path (with its `:subtree`, if any) and SHA-256 of weights, downloaded if need be."""
-    file, subtree = split_subtree(name)
-    where = address(file)
-    if "://" in where:
-        path, digest = download.cached(where, cache_dir)
-    else:
-        hub = where.startswith(HUB)
-        path = download.from_hub(where.removeprefix(HUB), cache_dir) if hub else _local(where)
-        digest = _sha256(path)
-    return f"{path}:{subtree}" if subtree else str(path), digest
-
-
 def check_size(image_size, patch):
     """Raises UserError if patches do not fill an image."""
     if image_size % patch or image_size < patch:
@@ -135,41 +49,11 @@ def check_size(image_size, patch):
         )
 
 
-def _sha256(path):
-    """Hex SHA-256 of a file; of an index of shards that of their names and digests."""
-    if not str(path).endswith(cards.INDEX):
-        return download.sha256(path)
-    text = "".join(f"{shard.name} {download.sha256(shard)}\n" for shard in _shards(path))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _shards(path):
-    """Paths of the `.safetensors` files that an index lists, beside it; UserError for a bad index."""
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        shards = [path.parent / pathlib.PurePath(name).name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise UserError(f"{path} is no index of .safetensors files ({e!r}): download it again") from e
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise UserError(f"{path.parent} lacks {', '.join(missing)}, which {path.name} lists: copy them")
-    return shards
-
-
-def _local(where):
-    path = files.local(where)
-    for name in ("model.safetensors", f"model{cards.INDEX}"):
-        if path.is_dir() and (path / name).is_file():
-            return path / name
-    if not path.is_file():
-        raise UserError(f"there is no weight file {path}: check config.pretrained.name")
-    return path
-
-
 def load(name_or_path, *, model, image_size, how=None, cache_dir=None, head=False, note=None):
     """Reads pretrained weights into the tree of `model`.
 
     Args:
-      name_or_path: a known name (`ALIASES`, or a path below `ADDRESS` such as
+      name_or_path: a known name (see `names`, such as
         "imagenet21k/ViT-B_16"), "bundled", a local `.npz` (which may be followed by `:subtree`),
         `.safetensors` or index of several, a gs:// or https:// address, or `hf:timm/<name>`.
       model: the `vit.ViT` to fill.
@@ -187,13 +71,12 @@ def load(name_or_path, *, model, image_size, how=None, cache_dir=None, head=Fals
         model's; all of them are listed.
     """
     check_size(image_size, model.patch_size)
-    path, subtree = split_subtree(_path(name_or_path, cache_dir))
+    path, subtree = names.split_subtree(names.local_path(name_or_path, cache_dir))
     how = _filled(how or How(), model, path, str(name_or_path))
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    shapes = models.shapes(model, image_size)
     limit = 8 * sum(4 * x.size for x in jax.tree.leaves(shapes)) + 2**30
     flat, outside = _read(path, subtree, model.num_heads, limit)
-    shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
+    shapes = vit_layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     side = image_size // model.patch_size
     before = _place_position(flat, (side, side), how, path)
     if note and before not in (None, (side, side)):
@@ -204,7 +87,7 @@ def load(name_or_path, *, model, image_size, how=None, cache_dir=None, head=Fals
     if not head:
         flat = {k: v for k, v in flat.items() if k not in ("head/kernel", "head/bias")}
     wanted = {k: v.shape for k, v in shapes.items() if head or not k.startswith("head/")}
-    flat, unused = layouts.passed_over(flat, wanted)
+    flat, unused = vit_layouts.passed_over(flat, wanted)
     if note and (unused or outside):
         note(f"note: {path} has arrays that this model does not use: {_some([*outside, *unused])}")
     if problems := differences({k: v.shape for k, v in flat.items()}, wanted):
@@ -212,17 +95,17 @@ def load(name_or_path, *, model, image_size, how=None, cache_dir=None, head=Fals
     for name, value in flat.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(f"{name} in {path} is not made of finite floating-point numbers")
-    if (tuple(how.mean), tuple(how.std)) != (cards.HALF, cards.HALF):
-        flat = layouts.fold_pixels(flat, how.mean, how.std)
+    if (tuple(how.mean), tuple(how.std)) != (preprocessing.HALF, preprocessing.HALF):
+        flat = vit_layouts.fold_pixels(flat, how.mean, how.std)
     zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
-    return unflatten_dict(layouts.stacked({**zeros, **flat}), sep="/")
+    return unflatten_dict(vit_layouts.stacked({**zeros, **flat}), sep="/")
 
 
 def _filled(how, model, path, name):
     """A `How` without None; UserError if the file's card tells of another number of heads."""
     if how.mean is not None and how.resize is not None:
         return how
-    card = cards.read(path, name, needed=how.mean is None)
+    card = preprocessing.read(path, name, needed=how.mean is None)
     if card.num_heads not in (None, model.num_heads):
         raise UserError(
             f"{path} has {card.num_heads} attention heads ({card.source}), the model "
@@ -234,14 +117,14 @@ def _filled(how, model, path, name):
 
 def _read(path, subtree, num_heads, limit):
     """The arrays of a file by our names, and the names of those that lie elsewhere in it."""
-    if not path.endswith((".safetensors", cards.INDEX)):
-        return layouts.from_jax(_read_npz(path, limit), subtree, path)
-    index = path.endswith(cards.INDEX)
+    if not path.endswith((".safetensors", preprocessing.INDEX)):
+        return vit_layouts.from_jax(_read_npz(path, limit), subtree, path)
+    index = path.endswith(preprocessing.INDEX)
     flat = {}
-    for shard in _shards(pathlib.Path(path)) if index else [pathlib.Path(path)]:
+    for shard in names.shards(pathlib.Path(path)) if index else [pathlib.Path(path)]:
         flat |= _read_safetensors(shard, limit)
-    hugging = layouts.of_transformers(flat)
-    return (layouts.from_transformers if hugging else layouts.from_timm)(flat, num_heads, path)
+    hugging = vit_layouts.of_transformers(flat)
+    return (vit_layouts.from_transformers if hugging else vit_layouts.from_timm)(flat, num_heads, path)
 
 
 def _some(names, most=5):
@@ -249,15 +132,6 @@ def _some(names, most=5):
     names = sorted(names)
     more = f" (and {len(names) - most} more)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _path(name, cache_dir):
-    """Where a file is, with its `:subtree`; one that is local is not read for its SHA-256."""
-    file, _ = split_subtree(name)
-    where = address(file)
-    if "://" in where or where.startswith(HUB):
-        return fetch(name, cache_dir)[0]
-    return str(name).replace(file, str(_local(where)), 1)
 
 
 def save(path, params, dtype=np.float32):

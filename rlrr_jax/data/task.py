@@ -1,0 +1,74 @@
+"""What a task is, as a value that travels from the configuration to the images."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+SPLITS = {"train800": 800, "val200": 200, "train800val200": 1000}  # of VTAB-1k, and "test"
+
+
+def field(name: str) -> Callable[[dict], Any]:
+    """The label function that takes a field as it is."""
+    return lambda example: example[name]
+
+
+class Task(NamedTuple):
+    """One classification task.
+
+    Attributes:
+      name: how it is called in configurations and results.
+      group: "natural", "specialized", "structured", "bundled" or "full".
+      splits: our split names -> tfds's instructions (bundled: parts of the file).
+      classes: number of classes.
+      num_test: number of test images.
+      tfds: tfds's name of the dataset, with its configuration.
+      version: the one that can still be prepared; another of `majors` is read if it is there.
+      majors: major versions with the same images.
+      image: field of the image.
+      label: pure function from an example to the class.
+      rule: name and version of what `label` computes. Raise the version when you change it: labels
+        are stored with the decoded images.
+      fields: of the example that `label` reads.
+      side: of the square images if all have the same small size, else 0.
+      scale: what stored pixel values are multiplied by.
+      flip: whether the recipe flips training images.
+      epochs: the recipe's.
+      schedule: see `optim.learning_rates`.
+      recipes: by method, what replaces the method's DEFAULTS (and the task's epochs).
+      sizes: number of images in each split but "test"; None is `SPLITS`.
+      parts: names of the splits to train on, to choose on, and to train on before the test.
+      names: names of the classes, where the dataset does not name them.
+      source: where its images are found, a name of `sources.SOURCES`.
+    """
+
+    name: str
+    group: str
+    splits: Mapping
+    classes: int
+    num_test: int
+    tfds: str = ""
+    version: str = ""
+    majors: tuple = ()
+    image: str = "image"
+    label: Callable = field("label")
+    rule: str = "label, 1"
+    fields: tuple = ("label",)
+    side: int = 0
+    scale: int = 1
+    flip: bool = False
+    epochs: int = 110
+    schedule: str = "official"
+    recipes: Mapping = MappingProxyType({})
+    sizes: Mapping | None = None
+    parts: tuple = tuple(SPLITS)
+    names: tuple = ()
+    source: str = "vtab"
+
+    def number(self, split: str) -> int:
+        """Number of images in a split."""
+        return self.num_test if split == "test" else (self.sizes or SPLITS)[split]
+
+
+def splits(train: str, val: str, test: str) -> dict[str, str]:
+    """VTAB-1k's splits from tfds's instructions for training, validation and test images."""
+    return {"train800": train, "val200": val, "train800val200": f"{train}+{val}", "test": test}

@@ -1,0 +1,182 @@
+"""Evaluation on held-out images: padded batches of one shape, each image counted once."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from rlrr_jax import losses
+from rlrr_jax.data.resize import normalize
+from rlrr_jax.runtime import distributed, memory
+from rlrr_jax.runtime import mesh as mesh_lib
+
+CHECK_SECONDS = 3  # between two looks of several processes at whether to stop
+
+
+def eval_step(
+    model: Any,
+    image_size: int,
+    precision: str,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+) -> dict[str, jax.Array]:
+    """Sums over the global batch: cross-entropy and number of right answers, padding left out."""
+    with jax.default_matmul_precision(precision):
+        logits = model.apply({"params": params}, normalize(images, image_size))
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    right = losses.correct(logits, labels, each)
+    return jax.lax.psum({"loss": (each * mask).sum(), "correct": (right * mask).sum()}, "data")
+
+
+@functools.lru_cache(8)
+def map_eval_step(model: Any, image_size: int, precision: str, mesh: Mesh) -> Callable:
+    """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
+    one = functools.partial(eval_step, model, image_size, precision)
+
+    @functools.wraps(eval_step)
+    def trials(params: Any, *batch: jax.Array) -> Any:
+        if len(jax.tree.leaves(params)[0]) == 1:
+            return mesh_lib.over_trials(one, (0, None, None, None))(params, *batch)
+        # One after another: a batch of one fills the device.
+        return jax.lax.map(lambda params: one(params, *batch), params)
+
+    mapped = jax.shard_map(
+        trials,
+        mesh=mesh,
+        in_specs=(P("trial"), P("data"), P("data"), P("data")),
+        out_specs=P("trial"),
+        check_vma=False,
+    )
+    return jax.jit(mapped)
+
+
+def pad(array: np.ndarray, number: int) -> np.ndarray:
+    """An array [n, ...] with zeros behind it, so that it has `number` rows."""
+    padding = np.zeros((number - len(array), *array.shape[1:]), array.dtype)
+    return np.concatenate([array, padding]) if len(padding) else array
+
+
+def batches(images: Any, labels: Any, size: int, mesh: Mesh) -> Iterator[tuple]:
+    """Batches of a split on the mesh as (images, labels, mask), all of one shape.
+
+    The last is padded, and so is each to a multiple of the devices; padding has mask 0. Each process
+    reads what its devices need.
+    """
+    size = min(size, len(labels))
+    slots = math.ceil(size / mesh.shape["data"]) * mesh.shape["data"]
+    sharding = NamedSharding(mesh, P("data"))
+    columns = (images, images.dtype), (labels, np.int32), (np.ones(len(labels)), np.float32)
+    for start in range(0, len(labels), size):
+        count = min(size, len(labels) - start)
+
+        def shard(array, dtype, index, start=start, count=count):
+            low, high, _ = index[0].indices(slots)
+            real = array[start + low : start + max(low, min(high, count))]
+            return pad(np.asarray(real, dtype), high - low)
+
+        yield tuple(
+            jax.make_array_from_callback(
+                (slots, *array.shape[1:]), sharding, functools.partial(shard, array, dtype)
+            )
+            for array, dtype in columns
+        )
+
+
+def evaluate(
+    step: Callable,
+    params: Any,
+    images: Any,
+    labels: Any,
+    size: int,
+    mesh: Mesh,
+    done: Callable[[int], None] = lambda number: None,
+) -> dict[str, np.ndarray]:
+    """Mean loss and accuracy [T] each of a split, streamed in batches.
+
+    Args:
+      step: function made by `map_eval_step`.
+      params: trees of the trials [T, ...], on the mesh.
+      images: uint8 [N, h, w, 3].
+      labels: classes [N].
+      size: number of images in a batch.
+      done: function called after each batch with its number of images; may raise to end this.
+    """
+    sums = []
+    for i, batch in enumerate(batches(images, labels, size, mesh)):
+        sums.append(step(params, *batch))
+        jax.block_until_ready(sums[-3:-2])  # so that few batches are on the device
+        done(min(size, len(labels) - i * size))
+    sums = distributed.fetch(sums)
+    return {
+        "loss": np.sum([s["loss"] for s in sums], 0, np.float64) / len(labels),
+        "accuracy": np.sum([s["correct"] for s in sums], 0, np.float64) / len(labels),
+    }
+
+
+def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> list[dict[str, float]]:
+    """Held-out accuracy and loss of each trial, with a progress bar.
+
+    Args:
+      job: the `job.Job`.
+      trainable: the trained trees [T, ...], on the mesh.
+      title: text before the bar.
+      check: function called every now and then, in all processes after the same batch.
+    """
+    recipe, mesh, number = job.recipe, job.mesh, len(job.held_out[1])
+    eval_step = map_eval_step(recipe.model, recipe.image_size, recipe.precision, mesh)
+    out: list[Any] = [None] * len(job.init_keys)
+    together = at_once(job, memory.limit())
+    total = number * -(-len(out) // (together * mesh.shape["trial"]))
+    shown = distributed.is_process_zero()
+    with tqdm(total=total, unit="img", desc=title, leave=False, delay=2, disable=not shown) as bar:
+        for which, part in mesh_lib.turns(trainable, mesh, together):
+            params, done = job.merge(job.frozen, part), pace(check, bar)
+            size = job.runs[0].eval_batch_size
+            found = evaluate(eval_step, params, *job.held_out, size, mesh, done)
+            for i, accuracy, loss in zip(which, found["accuracy"], found["loss"]):
+                out[i] = {"acc": float(accuracy), "loss": float(loss)}
+    return out[: len(job.runs)]
+
+
+def at_once(job: Any, limit: int) -> int:
+    """How many trials each device evaluates at once: all, or as many as merged trees fit.
+
+    Args:
+      limit: bytes of a device; a fifth of what is left beside weights and data is for activations.
+    """
+    here = len(job.init_keys) // job.mesh.shape["trial"]
+    fit = int(0.8 * (limit - memory.size((job.frozen, job.data))) // memory.size(job.frozen))
+    fit = distributed.broadcast(max(1, min(here, fit)))
+    return max(n for n in range(1, fit + 1) if here % n == 0)  # of one size, compiled once
+
+
+def pace(check: Callable[[], None], bar: tqdm) -> Callable[[int], None]:
+    """A function for each evaluated batch: it moves the bar, and checks.
+
+    Among several processes a check is a collective that all wait for, so it comes about every
+    `CHECK_SECONDS`, counted in batches that process 0 has timed.
+    """
+    batches, every, begun = 0, 1, time.monotonic()
+
+    def done(number: int) -> None:
+        nonlocal batches, every, begun
+        bar.update(number)
+        batches += 1
+        if batches == 2 and distributed.several():  # the first compiles
+            seconds = max(time.monotonic() - begun, 1e-6)
+            every = distributed.broadcast(max(1, int(CHECK_SECONDS / seconds)))
+        begun = time.monotonic()
+        if batches % every == 0:
+            check()
+
+    return done

@@ -1,0 +1,211 @@
+"""What a group of trials needs and does not change: weights and data on the devices, built once."""
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlrr_jax import config as config_lib
+from rlrr_jax import losses, methods, optim, step
+from rlrr_jax.runtime import distributed, memory
+from rlrr_jax.runtime import mesh as mesh_lib
+
+
+class Job(NamedTuple):
+    """All that a group of trials needs and does not change. Arrays are on the mesh.
+
+    Where the trials do not fill the mesh, the last one is trained several times; T counts these, too.
+
+    Attributes:
+      runs: fully specified configurations that differ in seed, lr, weight_decay and drop_path.
+      recipe: what is fixed while the step is traced.
+      mesh: devices with axes ("trial", "data").
+      frozen: the backbone's weights.
+      data: `images` and `labels` of the training set; of images that are cropped, only the shape.
+      crops: the `crops.Crops` that make the images anew in each epoch, or None.
+      held_out: images and labels of the evaluation, on the host.
+      lrs: learning rates of each trial and step.
+      hyper: hyper-parameters and keys of the trials [T], see `step.train_steps`.
+      init_keys: keys of the trials [T] for the first values.
+      merge: function `(frozen, trained [T, ...]) -> params [T, ...]`, jitted.
+    """
+
+    runs: list
+    recipe: step.Recipe
+    mesh: Mesh
+    frozen: Any
+    data: dict
+    crops: Any
+    held_out: tuple
+    lrs: list
+    hyper: dict
+    init_keys: Any
+    merge: Callable
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs."""
+        return self.runs[0].epochs
+
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch; `config.total_steps` may end the last one early."""
+        before, run = epoch * self.recipe.steps, self.runs[0]
+        return int(min(self.recipe.steps, (run.total_steps or math.inf) - before))
+
+    def start(self) -> tuple[Any, Any]:
+        """State and metrics before training."""
+        return step.map_start(self.recipe, self.mesh)(self.init_keys, self.frozen)
+
+    def shapes(self) -> tuple[Any, Any]:
+        """Shapes and shardings of what `start` returns."""
+        start = step.map_start(self.recipe, self.mesh)
+        return mesh_lib.abstract(start, self.mesh, self.init_keys, self.frozen)
+
+    def compile(self, state: Any, metrics: Any) -> Callable:
+        """The program of a whole run, compiled once: `(data, state, metrics, epoch, start, stop)`.
+
+        Raises memory.TooLarge if it needs more memory than there is and something can be done.
+        """
+        scalars = lambda *values: tuple(mesh_lib.put(self.mesh, P(), jnp.int32(i)) for i in values)
+        mapped = step.map_train_steps(self.recipe, self.mesh)
+        lowered = mapped.lower(self.frozen, self.data, state, metrics, self.hyper, scalars(0, 0, 0))
+        compiled = lowered.compile()
+        check_memory(self, compiled.memory_analysis(), memory.limit())
+
+        def train_steps(data: Any, state: Any, metrics: Any, *chunk: int) -> tuple[Any, Any]:
+            return compiled(self.frozen, data, state, metrics, self.hyper, scalars(*chunk))
+
+        return train_steps
+
+    @contextlib.contextmanager
+    def images(self, first: int) -> Iterator[Iterator[tuple[int, dict]]]:
+        """An iterator over the epochs from `first` and the data of each.
+
+        Random crops of an epoch are made while the one before it trains.
+        """
+        epochs = range(first, self.epochs)
+        if self.crops is None or not epochs:
+            yield ((epoch, self.data) for epoch in epochs)
+            return
+        cancelled = threading.Event()  # of this training: others use the same crops
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                yield self._cropped(epochs, pool, cancelled)
+            finally:
+                cancelled.set()
+
+    def _cropped(
+        self, epochs: range, pool: ThreadPoolExecutor, cancelled: threading.Event
+    ) -> Iterator[tuple[int, dict]]:
+        crops = pool.submit(self.crops.epoch, epochs.start, cancelled)
+        for epoch in epochs:
+            images = crops.result()
+            if epoch + 1 < epochs.stop:
+                crops = pool.submit(self.crops.epoch, epoch + 1, cancelled)
+            yield epoch, {**self.data, "images": mesh_lib.put(self.mesh, P(), images)}
+
+
+def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
+    """Reads weights and data and puts everything on the devices.
+
+    Args:
+      runs: configurations of the trials, see `Job`.
+      load_weights: function `(run, model) -> frozen`.
+      load_data: function `(split, crop=None) -> images, labels`, see `store.load_split` and
+        `load_crops`.
+    """
+    run = runs[0]
+    part, held_out = config_lib.splits(run)
+    images, labels = load_data(part, crop=(run.crop, run.seed) if run.crop else None)
+    held_out = load_data(held_out)
+    recipe = _recipe(runs, len(labels))
+    frozen = load_weights(run, recipe.model)
+    mesh = mesh_lib.make_mesh(jax.devices()[: run.num_devices], len(runs), run.batch_size)
+    lrs = [_learning_rates(r, recipe.steps) for r in runs]
+    keys = [jax.random.split(jax.random.key(r.seed), 3) for r in runs]  # init, noise, order
+    hyper = [_hyper(r, lr, key) for r, lr, key in zip(runs, lrs, keys)]
+    spare = -len(runs) % mesh.shape["trial"]
+    keys, hyper = keys + keys[-1:] * spare, hyper + hyper[-1:] * spare
+    everywhere = NamedSharding(mesh, P())
+    if run.crop:  # the images come with each epoch
+        shape = (len(labels), run.image_size, run.image_size, 3)
+        crops, images = images, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=everywhere)
+    else:
+        crops, images = None, mesh_lib.put(mesh, P(), images[:])
+    return Job(
+        runs=runs,
+        recipe=recipe,
+        mesh=mesh,
+        frozen=mesh_lib.put(mesh, P(), frozen),
+        data={"images": images, "labels": mesh_lib.put(mesh, P(), labels)},
+        crops=crops,
+        held_out=held_out,
+        lrs=lrs,
+        hyper=mesh_lib.put_trials(mesh, hyper),
+        init_keys=mesh_lib.put_trials(mesh, [key[0] for key in keys]),
+        merge=step.map_merge(recipe.method, mesh),
+    )
+
+
+def _recipe(runs: list, num_images: int) -> step.Recipe:
+    run = runs[0]
+    return step.Recipe(
+        model=config_lib.build_model(run),
+        method=methods.get(run.method, **run.method_kwargs),
+        batch_size=run.batch_size,
+        num_images=num_images,
+        image_size=run.image_size,
+        flip=run.flip,
+        drop_path=any(r.drop_path > 0 for r in runs),
+        precision=run.precision,
+        optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
+        loss=losses.get(run.loss),
+    )
+
+
+def _learning_rates(run: Any, steps: int) -> list[float]:
+    return optim.learning_rates(
+        run.schedule, run.lr, run.epochs, steps, run.total_steps, run.warmup_steps or 0
+    )
+
+
+def _hyper(run: Any, lrs: list[float], keys: jax.Array) -> dict[str, jax.Array]:
+    return {
+        "lr": jnp.array(lrs),
+        "weight_decay": jnp.array(run.weight_decay),
+        "drop_path": jnp.array(run.drop_path),
+        "noise_key": keys[1],
+        "order_key": keys[2],
+    }
+
+
+def check_memory(job: Job, needs: Any, limit: int) -> None:
+    """Raises memory.TooLarge if the trials on a device need more bytes than the limit.
+
+    One trial passes if `config.model.remat` has been decided.
+
+    Args:
+      needs: what `memory_analysis()` of the compiled program says of one device.
+      limit: bytes of a device.
+    """
+    groups = job.mesh.shape["trial"]
+    here = -(-len(job.runs) // groups)
+    whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
+    shared = memory.size((job.frozen, job.data))
+    if job.crops:  # the next epoch's images come before the last one's go
+        whole, shared = (n + job.data["images"].size for n in (whole, shared))
+    whole, shared, limit = distributed.broadcast([whole, shared, limit])
+    if whole <= limit:
+        return
+    fits = min(max(0, int((limit - shared) / ((whole - shared) / here))), here - 1)
+    if not fits and job.runs[0].model.remat is None:
+        raise memory.TooLarge(0)
+    if here > 1:
+        raise memory.TooLarge(groups * max(1, fits))

@@ -1,0 +1,1 @@
+"""What finished runs say: rows, tables, pictures and one page."""

@@ -1,0 +1,121 @@
+"""Matplotlib figures as PNG bytes, drawn with our own settings whatever the user's are."""
+
+import io
+import os
+import statistics
+import sys
+from typing import Any
+
+from rlrr_jax import files
+from rlrr_jax.errors import first_line
+from rlrr_jax.results import rows as rows_lib
+from rlrr_jax.results import tables
+
+# The colours of Okabe and Ito, which colour-blind people tell apart, too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKS = "osD^vPX*"
+
+
+def settings() -> Any:
+    """A context with Matplotlib's own defaults, whatever a matplotlibrc or MPLBACKEND says."""
+    backend = os.environ.pop("MPLBACKEND", None)  # one that is not installed ends the import
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg"})
+
+
+def subplots(rows: int = 1, columns: int = 1, size: tuple = (6.4, 4.8), **options: Any) -> tuple:
+    """A figure of its own canvas, not pyplot's, and its axes [rows, columns]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def png(figure: Any, dpi: int = 120) -> bytes:
+    """A figure as PNG bytes."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi, format="png")
+    return picture.getvalue()
+
+
+def save(path: Any, draw: Any, *args: Any) -> bool:
+    """Writes the picture that `draw(*args)` returns, if any; one that fails costs no result.
+
+    Returns whether it was written; if not, a warning is printed.
+    """
+    try:
+        with settings():
+            picture = draw(*args)
+        if picture:
+            files.write(path, picture)
+        return bool(picture)
+    except Exception as e:  # whatever a drawing library can raise
+        print(f"warning: {path} was not drawn ({first_line(e)})", file=sys.stderr, flush=True)
+        return False
+
+
+def curves(histories: dict[str, list[dict]]) -> bytes:
+    """A PNG with training loss and accuracy of several runs by epoch.
+
+    Args:
+      histories: name -> rows of its `metrics.jsonl`.
+    """
+    figure, ((left, right),) = subplots(1, 2, (9, 3.5))
+    for name, rows in histories.items():
+        epochs = [row["epoch"] + 1 for row in rows]
+        (line,) = left.plot(epochs, [row["train_loss"] for row in rows], label=name)
+        right.plot(epochs, [row["train_acc"] for row in rows], ":", color=line.get_color())
+        for key in ("val_acc", "test_acc"):
+            points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                right.plot(*zip(*points), "-o", ms=3, color=line.get_color())
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    right.set(xlabel="epoch", ylabel="accuracy", title="dotted: training, solid: held out")
+    left.legend()
+    return png(figure)
+
+
+def histories(workdir: Any, rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of `metrics.jsonl` of all runs of a workdir, by the names of the runs."""
+    name = lambda row: " ".join([row["task"], row["method"], *tables.which(row)])
+    read = lambda row: files.read_rows(rows_lib.folder(workdir, row) / "metrics.jsonl")
+    return {name(row): read(row) for row in rows}
+
+
+def comparison(groups: list[list[dict]]) -> bytes:
+    """A PNG with test accuracy against the number of trained values, for each task.
+
+    Args:
+      groups: lists of rows, see `rows.fold`.
+    """
+    names = list(dict.fromkeys(group[0]["task"] for group in groups))
+    figure, axes = subplots(1, len(names), (2.5 + 4.5 * len(names), 4.5))
+    order = lambda group: group[0]["trainable_params"]
+    labels = [tables.label(group) for group in sorted(groups, key=order)]
+    styles = {
+        label: (COLOURS[i % 7], MARKS[i // 7 % 8]) for i, label in enumerate(dict.fromkeys(labels))
+    }
+    drawn = {}
+    for group in sorted(groups, key=order):
+        axis = axes[0][names.index(group[0]["task"])]
+        values = [100 * row["test_acc_final"] for row in group]
+        error = statistics.stdev(values) if len(values) > 1 else None
+        colour, mark = styles[tables.label(group)]
+        style = dict(color=colour, fmt=mark, ms=6, capsize=2)
+        drawn[tables.label(group)] = axis.errorbar(
+            order(group), statistics.mean(values), error, **style
+        )
+    for axis, name in zip(axes[0], names):
+        axis.set_xscale("symlog", linthresh=1000, linscale=0.5)
+        axis.set_xticks([0, *(10**k for k in range(3, 9) if 10**k <= 3 * max(map(order, groups)))])
+        axis.margins(x=0.1)
+        axis.set(title=name, xlabel="trained values without the head", ylabel="test accuracy [%]")
+        axis.grid(alpha=0.3)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=9)
+    return png(figure)

@@ -1,0 +1,182 @@
+"""Rows: what one run's `result.json` holds, and rows of the same setting put together."""
+
+import importlib.metadata
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlrr_jax import files, methods
+from rlrr_jax.data import tasks
+from rlrr_jax.errors import UserError
+from rlrr_jax.runs import identity
+from rlrr_jax.runs import workdir as workdir_lib
+from rlrr_jax.runtime import memory
+
+COMPARED = ("test_acc_final", "test_acc_best", "val_acc", "train_loss")  # of two results of a run
+
+
+def number(x: Any) -> float | None:
+    """A float, None if it is not finite: JSON has no such numbers."""
+    return float(x) if math.isfinite(x) else None
+
+
+def means(recipe: Any, metrics: dict, trial: int, steps: int | None = None) -> dict[str, Any]:
+    """A trial's mean loss and other metrics over the images of an epoch's first steps.
+
+    Args:
+      recipe: the `step.Recipe`.
+      metrics: values of each trial and step [T, S]: means of the loss, sums of everything else.
+      trial: index of the trial.
+      steps: number of steps; None is all.
+
+    Returns:
+      `{"train_loss", "train_acc", ...}`; None for a value that is not finite.
+    """
+    steps = steps or recipe.steps
+    sizes = np.diff([recipe.images_before(0, i) for i in range(steps + 1)])
+    values = {name: np.asarray(x, np.float64)[trial, :steps] for name, x in metrics.items()}
+    sums = {name: (x * sizes).sum() if name == "loss" else x.sum() for name, x in values.items()}
+    return {f"train_{name}": number(x / sizes.sum()) for name, x in sums.items()}
+
+
+def history(folder: Any, epochs: int) -> list[dict]:
+    """The rows of a trial's `metrics.jsonl` up to a number of epochs, which a checkpoint has.
+
+    Raises UserError if some are missing.
+    """
+    rows = [r for r in files.read_rows(folder / "metrics.jsonl") if r["epoch"] < epochs]
+    if len(rows) != epochs:
+        raise UserError(
+            f"{folder}/metrics.jsonl lacks some of the {epochs} epochs of the checkpoint beside it: "
+            f"delete {folder} to start this run again"
+        )
+    return rows
+
+
+def result(
+    job: Any, run: ConfigDict, trainable: Any, history: list[dict], provenance: dict, clock: Any
+) -> dict:
+    """The row of a finished run.
+
+    Args:
+      job: the `job.Job` of its group.
+      run: its configuration.
+      trainable: its trained tree.
+      history: rows of its `metrics.jsonl`.
+      provenance: `backbone_sha256` and `dataset`.
+      clock: the `clock.Clock` of its group.
+    """
+    tested = [row for row in history if "test_acc" in row]
+    best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
+    values = identity.described(run, provenance)
+    plain = {key: value for key, value in run.to_dict().items() if not isinstance(value, dict)}
+    where = (*identity.PLACES, "recipe")
+    return {
+        "identity": identity.fingerprint([run], provenance),
+        **identity.digests(values),
+        **{key: value for key, value in plain.items() if key not in where or key == "trial"},
+        "method_kwargs": run.method_kwargs.to_dict(),
+        "options": run.options,
+        "grid": run.grid.to_dict() if "grid" in run else None,  # that "vtab" chose from
+        "init": {**methods.options(run.method), **run.method_kwargs}.get("init"),
+        "source": run.data.source,
+        "variant": run.data.variant,
+        "backbone": run.pretrained.name,
+        **provenance,
+        "model": run.model.variant,
+        "gelu": run.model.gelu,
+        "resize": run.pretrained.resize,
+        "attention": run.model.attention,
+        "trainable_params": methods.trainable_count(trainable),
+        "head_params": methods.head_count(trainable),
+        "train_loss": history[-1]["train_loss"],
+        "val_acc": history[-1].get("val_acc", run.get("val_acc")),  # "vtab": of the chosen trial
+        "test_acc_final": history[-1].get("test_acc"),
+        "test_acc_best": best and best["test_acc"],
+        "best_epoch": best and best["epoch"],
+        "num_test": len(job.held_out[1]) if tested else None,
+        **_effort(job, clock),
+        "config": values,
+    }
+
+
+def _effort(job: Any, clock: Any) -> dict:
+    """How long a run of a group took, and on what."""
+    return {
+        "wall_seconds": clock.elapsed() / len(job.runs),  # its share of the time
+        "images_per_second": clock.images / clock.seconds,  # of all trials trained together
+        "trained_together": len(job.runs),
+        "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
+        "cores": memory.machine(job.mesh.size)["cores"],
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    }
+
+
+def find(workdirs: list) -> list[dict]:
+    """Rows of all finished runs below workdirs, each once, in the order of tasks.
+
+    Raises UserError if two workdirs disagree about one.
+    """
+    found: dict[str, tuple[dict, Any]] = {}
+    for workdir in workdirs:
+        for path in sorted(workdir.glob("*/*/seed*/result.json")):
+            row = read(path)
+            if missing := {"identity", *COMPARED} - row.keys():
+                raise UserError(
+                    f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete "
+                    f"{path.parent} to start that run again"
+                )
+            other, where = found.setdefault(row["identity"], (row, path))
+            if any(other[key] != row[key] for key in COMPARED):
+                raise UserError(
+                    f"{where} and {path} are results of the same run that differ: leave one out"
+                )
+    order = {name: i for i, name in enumerate(tasks.TASKS)}
+    rank = lambda row: order.get(row["task"], len(order))
+    key = lambda row: (rank(row), row["method"], row["seed"], row["identity"])
+    return sorted((row for row, _ in found.values()), key=key)
+
+
+def read(path: Any) -> dict:
+    """The row in a `result.json`; the `config`, `setting` and `line` of an older one are filled in.
+
+    They come from the `config.json` beside it; UserError if that has gone.
+    """
+    row = files.read_json(path)
+    if {"config", "setting", "line"} <= row.keys():
+        return row
+    saved = path.parent / "config.json"
+    if not saved.exists():
+        raise UserError(
+            f"{path} was written by an older version, and its config.json is gone: restore that, or "
+            f"delete {path.parent}"
+        )
+    values = identity.described(ConfigDict(files.read_json(saved)))
+    return {**row, "config": values, **identity.digests(values)}
+
+
+def unfinished(workdir: Any) -> list[str]:
+    """A line for each run that failed (and was not finished by another process)."""
+    errors = sorted(workdir.glob("*/*/seed*/error.txt"))
+    paths = [path for path in errors if not (path.parent / "result.json").exists()]
+    last = lambda path: path.read_text().strip().splitlines()[-1]
+    return [f"not finished: {' '.join(p.parts[-4:-1])}: {last(p)}" for p in paths]
+
+
+def fold(rows: list[dict]) -> list[list[dict]]:
+    """Rows of the same setting, which differ in their seeds, put together: lists of rows."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        key = row["setting"]
+        while any(other["seed"] == row["seed"] for other in groups.get(key, ())):
+            key += " again"  # two runs of one seed are not two seeds
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def folder(workdir: Any, row: dict) -> Any:
+    """The folder of a row's run."""
+    return workdir / row["task"] / workdir_lib.method_folder(row) / workdir_lib.run_folder(row)

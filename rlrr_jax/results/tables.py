@@ -1,0 +1,121 @@
+"""The table of runs, and what its numbers are."""
+
+import statistics
+
+from tabulate import tabulate
+
+from rlrr_jax.data import tasks
+from rlrr_jax.results import rows as rows_lib
+
+COLUMNS = (
+    *("task", "method", "protocol", "test acc", "best epoch's", "params", "of full", "head", "lr"),
+    *("lr chosen from", "seeds", "epochs", "images/s", "time"),
+)
+
+
+def markdown(head: list[str], lines: list[list], left: int = 1) -> str:
+    """A Markdown table, its columns aligned.
+
+    Args:
+      head: names of the columns.
+      lines: cells, as text.
+      left: number of columns, from the first, that are aligned to the left; others to the right.
+    """
+    align = ["left"] * left + ["right"] * (len(head) - left)
+    return tabulate(lines, head, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of `results.json`, seeds folded, as a Markdown table."""
+    return grouped(rows_lib.fold(rows))
+
+
+def grouped(groups: list[list[dict]]) -> str:
+    """The table of lists of rows, a line for each list."""
+    head, *lines = cells(groups)
+    return markdown(head, lines, left=3)
+
+
+def cells(groups: list[list[dict]]) -> list[list[str]]:
+    """Head and lines of the table of lists of rows (see `rows.fold`), without empty columns."""
+    full = {g[0]["task"]: g[0]["trainable_params"] for g in groups if g[0]["method"] == "full"}
+    lines = [_line(group, full.get(group[0]["task"])) for group in groups]
+    used = [i for i in range(len(COLUMNS)) if any(line[i] for line in lines)]
+    return [[COLUMNS[i] for i in used], *([line[i] for i in used] for line in lines)]
+
+
+def _line(rows: list[dict], full: int | None) -> list[str]:
+    """The cells of runs that differ in their seeds.
+
+    Args:
+      full: number of values that full fine-tuning trains on the same task, if it is there.
+    """
+    row = rows[0]
+    values = lambda key: [r[key] for r in rows]
+    speeds = [speed for speed in values("images_per_second") if speed]
+    return [
+        row["task"],
+        " ".join([row["method"], *which(row, seed=len(rows) == 1)]),
+        row["protocol"],
+        spread(values("val_acc")) + " (val)"
+        if row["test_acc_final"] is None
+        else spread(values("test_acc_final")),
+        spread(values("test_acc_best")),
+        f"{row['trainable_params']:,}",
+        percent(row["trainable_params"] / full) if full else "",
+        f"{row['head_params']:,}",
+        ", ".join(dict.fromkeys(f"{lr:g}" for lr in values("lr"))),
+        " ".join(f"{lr:g}" for lr in row["grid"]["lr"]) if row.get("grid") else "",
+        f"{len(rows)}" if len(rows) > 1 else "",
+        f"{row['epochs']}",
+        f"{sum(speeds) / len(speeds):,.0f}" if speeds else "",
+        f"{sum(values('wall_seconds')):.0f} s",
+    ]
+
+
+def which(row: dict, seed: bool = True) -> list[str]:
+    """What tells runs of a task and method apart, in words: `["rank=2", "seed 1"]`."""
+    options = [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()]
+    seed = [f"seed {row['seed']}"] if row["seed"] and seed else []
+    return options + seed + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
+
+
+def percent(fraction: float | None) -> str:
+    """`"64.20 %"`; empty for None."""
+    return "" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def spread(fractions: list) -> str:
+    """`"64.20 %"`, of several `"64.20 ± 0.31 %"` (standard deviation, n - 1); empty for None."""
+    if None in fractions:
+        return ""
+    if len(fractions) == 1:
+        return percent(fractions[0])
+    mean, deviation = statistics.mean(fractions), statistics.stdev(fractions)
+    return f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
+
+
+def label(group: list[dict]) -> str:
+    """What a line of the table is called in a picture."""
+    return " ".join([group[0]["method"], *which(group[0], seed=len(group) == 1)])
+
+
+def caption(rows: list[dict]) -> str:
+    """What the table's numbers are: one line for each setting of a task, and the columns."""
+    lines = []
+    for row in rows:
+        task = tasks.get(row["task"])
+        held_out = f"{task.number(task.parts[1])} validation images"
+        tested = f"{row['num_test']:,} test images" if row["num_test"] else held_out
+        lines.append(
+            f"{row['task']}: {tested}, source {row['source']} ({row['dataset']}, {row['variant']} "
+            f"pixels), backbone {row['backbone']} "
+            f"(SHA-256 {row['backbone_sha256'][:12]}), {row['dtype']}, {row['device']}"
+        )
+    several = any(len(group) > 1 for group in rows_lib.fold(rows))
+    lines.append(
+        "test acc: after the last epoch"
+        + ", mean and standard deviation (n - 1) over seeds, time their sum" * several
+        + ". params: trained values outside the head."
+    )
+    return "\n".join(dict.fromkeys(lines))

@@ -1,0 +1,137 @@
+"""Devices as a mesh with axes ("trial", "data"), and how trees lie on it."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+TRIAL_COST = 8  # what each step of a trial costs a device besides its images, in images
+
+
+def trial_axis(devices: int, trials: int, batch_size: int) -> int:
+    """Number of groups into which the devices are divided, each for its share of the trials.
+
+    It is the number with the least work for the busiest device: ceil(trials / groups) trials, each with
+    its share of the batch and `TRIAL_COST` for merging and for small matmuls.
+
+    Args:
+      devices: number of devices.
+      trials: number of trials.
+      batch_size: number of images in a batch.
+    """
+
+    def work(groups: int) -> int:
+        return -(-trials // groups) * (-(-batch_size * groups // devices) + TRIAL_COST)
+
+    return min((n for n in range(1, devices + 1) if devices % n == 0), key=work)
+
+
+def make_mesh(devices: Sequence[jax.Device], trials: int = 1, batch_size: int = 32) -> Mesh:
+    """A mesh with axes ("trial", "data") for trials of a batch size, see `trial_axis`."""
+    n = trial_axis(len(devices), trials, batch_size)
+    return jax.make_mesh(
+        (n, len(devices) // n), ("trial", "data"), (AxisType.Auto, AxisType.Auto), devices=devices
+    )
+
+
+def put(mesh: Mesh, spec: P, tree: Any) -> Any:
+    """Puts a tree, the same in every process, on the mesh.
+
+    Every argument gets its final sharding before the first call, or the second call compiles again.
+    """
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x)))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def put_trials(mesh: Mesh, trees: Sequence[Any]) -> Any:
+    """Stacks one tree of each trial along a leading trial axis, and puts it on the mesh."""
+    return put(mesh, P("trial"), jax.tree.map(lambda *x: jnp.stack(x), *trees))
+
+
+def over_trials(function: Callable, in_axes: Sequence[int | None]) -> Callable:
+    """`jax.vmap`, but a single trial runs as it is: batched matmuls of one are slower on CPUs."""
+    many = jax.vmap(function, in_axes=in_axes)
+
+    @functools.wraps(function)
+    def mapped(*args):
+        owned = [x for x, axis in zip(args, in_axes) if axis == 0]
+        if len(jax.tree.leaves(owned)[0]) > 1:
+            return many(*args)
+        first = lambda x, axis: x if axis is None else jax.tree.map(lambda leaf: leaf[0], x)
+        out = function(*map(first, args, in_axes))
+        return jax.tree.map(lambda x: x[None], out)
+
+    return mapped
+
+
+def abstract(function: Callable, mesh: Mesh, *args: Any) -> Any:
+    """Shapes of what a function mapped over trials would return, with their shardings."""
+    add = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("trial")))
+    return jax.tree.map(add, jax.eval_shape(function, *args))
+
+
+def without_spares(tree: Any, mesh: Mesh, number: int) -> Any:
+    """A tree [T, ...] of arrays or of shapes without the trials that only fill the mesh.
+
+    Args:
+      number: number of trials that are real.
+    """
+    leaf = jax.tree.leaves(tree)[0]
+    if len(leaf.shape) and leaf.shape[0] == number:
+        return tree
+    everywhere = NamedSharding(mesh, P())  # so many may not divide the devices
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        cut = lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype, sharding=everywhere)
+        return jax.tree.map(cut, tree)
+    return _rows(everywhere, number)(tree)
+
+
+def with_spares(tree: Any, mesh: Mesh, number: int) -> Any:
+    """Undoes `without_spares`: the last trial is repeated until `number` of them fill the mesh."""
+    if len(jax.tree.leaves(tree)[0]) == number:
+        return tree
+    return _rows(NamedSharding(mesh, P("trial")), number)(tree)
+
+
+@functools.lru_cache(8)
+def _rows(sharding, number):
+    """A jitted function that takes `number` trials of a tree, the last again where it has fewer."""
+    which = lambda x: jnp.minimum(jnp.arange(number), len(x) - 1)
+    return jax.jit(lambda tree: jax.tree.map(lambda x: x[which(x)], tree), out_shardings=sharding)
+
+
+def turns(tree: Any, mesh: Mesh, number: int) -> Iterator[tuple[list[int], Any]]:
+    """Parts of a tree of trials [T, ...], one after another.
+
+    Args:
+      number: number of trials that each device takes at once.
+
+    Yields:
+      The indices of a part's trials, and their tree.
+    """
+    groups = mesh.shape["trial"]
+    here = len(jax.tree.leaves(tree)[0]) // groups  # on each device, in order
+    for start in range(0, here, number):
+        which = [g * here + i for g in range(groups) for i in range(start, min(start + number, here))]
+        if len(which) == groups * here:
+            yield which, tree
+        else:
+            pick = jax.jit(
+                lambda tree, which: jax.tree.map(lambda x: x[which], tree),
+                out_shardings=NamedSharding(mesh, P("trial")),
+            )
+            yield which, pick(tree, np.array(which))

@@ -1,0 +1,135 @@
+"""Names of pretrained weights, and the files they stand for."""
+
+import hashlib
+import json
+import pathlib
+import re
+
+from rlrr_jax import files
+from rlrr_jax.errors import UserError, unknown
+from rlrr_jax.weights import download
+from rlrr_jax.weights.preprocessing import INDEX
+
+ADDRESS = "https://storage.googleapis.com/vit_models/"
+FOLDERS = ("imagenet21k/", "imagenet21k+imagenet2012/", "augreg/", "sam/", "gsam/")
+HUB = "hf:"  # of Hugging Face, such as hf:timm/vit_base_patch16_224.augreg_in21k
+BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "vit.npz"
+
+
+def _augreg(model, setting):
+    return f"augreg/{model}-i21k-300ep-lr_0.001-{setting}-do_0.0-sd_0.0"
+
+
+# Short names; howto-i21k-* are big_vision's (models/vit.py): the models that Steiner et al.,
+# "How to train your ViT?" (2021), recommend.
+ALIASES = {
+    "ViT-B_16": "imagenet21k/ViT-B_16",
+    "ViT-B_32": "imagenet21k/ViT-B_32",
+    "ViT-L_16": "imagenet21k/ViT-L_16",
+    "ViT-L_32": "imagenet21k/ViT-L_32",
+    "ViT-H_14": "imagenet21k/ViT-H_14",
+    "howto-i21k-Ti/16": _augreg("Ti_16", "aug_none-wd_0.03"),
+    "howto-i21k-S/32": _augreg("S_32", "aug_none-wd_0.1"),
+    "howto-i21k-S/16": _augreg("S_16", "aug_light1-wd_0.03"),
+    "howto-i21k-B/32": _augreg("B_32", "aug_light1-wd_0.1"),
+    "howto-i21k-B/16": _augreg("B_16", "aug_medium1-wd_0.1"),
+    "howto-i21k-B/8": _augreg("B_8", "aug_medium2-wd_0.1"),
+    "howto-i21k-L/16": _augreg("L_16", "aug_strong1-wd_0.1"),
+}
+
+
+def default_name(variant):
+    """Name of the weights for a variant: the original ImageNet-21k ones where they exist, else AugReg.
+
+    Returns None for a variant without public weights.
+    """
+    for name in (f"ViT-{variant.replace('/', '_')}", f"howto-i21k-{variant}"):
+        if name in ALIASES:
+            return ALIASES[name]
+    return None
+
+
+def split_subtree(name):
+    """`"x.npz:params"` -> `("x.npz", "params")`; the subtree is "" where none is named."""
+    match = re.fullmatch(r"(.*\.npz):(.*)", str(name))
+    return match.groups() if match else (str(name), "")
+
+
+def address(name):
+    """Where a name, path or address (without subtree) is: a local path or an address, as a string.
+
+    Raises UserError, with the nearest known name, for what is none of them.
+    """
+    name = str(name)
+    if name == "bundled":
+        return str(BUNDLED)
+    name = ALIASES.get(name, name)
+    if name.startswith(FOLDERS):
+        return ADDRESS + name.removesuffix(".npz") + ".npz"
+    if "://" in name or name.startswith(HUB):
+        return name
+    if name.endswith((".npz", ".safetensors", INDEX)) or files.local(name).exists():
+        return name
+    what = "weights (neither a name nor a .npz or .safetensors file)"
+    raise unknown(what, name, ["bundled", *ALIASES])
+
+
+def canonical(name):
+    """One spelling for all names of the same weights; of a local file, without its folder."""
+    file, subtree = split_subtree(name)
+    where = address(file)
+    if "://" not in where and not where.startswith(HUB):
+        where = pathlib.Path(where).name
+    return f"{where}:{subtree}" if subtree else where
+
+
+def fetch(name, cache_dir=None):
+    """Local path (with its `:subtree`, if any) and SHA-256 of weights, downloaded if need be."""
+    file, subtree = split_subtree(name)
+    where = address(file)
+    if "://" in where:
+        path, digest = download.cached(where, cache_dir)
+    else:
+        hub = where.startswith(HUB)
+        path = download.from_hub(where.removeprefix(HUB), cache_dir) if hub else _local(where)
+        digest = _sha256(path)
+    return f"{path}:{subtree}" if subtree else str(path), digest
+
+
+def _sha256(path):
+    """Hex SHA-256 of a file; of an index of shards that of their names and digests."""
+    if not str(path).endswith(INDEX):
+        return download.sha256(path)
+    text = "".join(f"{shard.name} {download.sha256(shard)}\n" for shard in shards(path))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shards(path):
+    """Paths of the `.safetensors` files that an index lists, beside it; UserError for a bad index."""
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        shards = [path.parent / pathlib.PurePath(name).name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is no index of .safetensors files ({e!r}): download it again") from e
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise UserError(f"{path.parent} lacks {', '.join(missing)}, which {path.name} lists: copy them")
+    return shards
+
+
+def _local(where):
+    path = files.local(where)
+    for name in ("model.safetensors", f"model{INDEX}"):
+        if path.is_dir() and (path / name).is_file():
+            return path / name
+    if not path.is_file():
+        raise UserError(f"there is no weight file {path}: check config.pretrained.name")
+    return path
+
+
+def local_path(name, cache_dir):
+    """Where a file is, with its `:subtree`; one that is local is not read for its SHA-256."""
+    file, _ = split_subtree(name)
+    where = address(file)
+    if "://" in where or where.startswith(HUB):
+        return fetch(name, cache_dir)[0]
+    return str(name).replace(file, str(_local(where)), 1)
