@@ -33,6 +33,8 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=13,<14",
+        "pooch>=1.9,<1.10",
+        "requests>=2.32,<3",
         "safetensors>=0.8,<0.9",
         "scipy>=1.17,<1.19",
         "tabulate>=0.10,<0.11",

@@ -17,7 +17,7 @@ CHOICES = {
     "protocol": PROTOCOLS,
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
-    "loss": tuple(losses.LOSSES),
+    "loss": losses.LOSSES,
     "crop": crops.KINDS,
     "data.source": sources.KINDS,
     "data.variant": store.VARIANTS,

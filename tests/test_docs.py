@@ -19,7 +19,6 @@ import vtab_data
 from flags import xla_flags
 from squeeze import squeeze
 
-from rlrr_jax import models
 from rlrr_jax.data import tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -227,20 +226,20 @@ def test_two_processes_as_the_page_starts_them(tmp_path):
 
 
 def test_every_python_block_is_one_of_these():
-    known = ("def method(targets", "pretrained.load(", "torch.load(")
+    known = ("def method(targets", "reader.load(", "torch.load(", "def smooth(", "TASK = Task(")
     for page, text in blocks("python"):
         assert any(word in text for word in known), f"{page.name}: {text}"
 
 
 def test_the_python_example(monkeypatch):
-    """The README's lines, with the bundled model for B/16."""
-    ((_, text),) = [b for b in blocks("python") if "pretrained.load(" in b[1]]
-    text = text.replace('ViT.from_variant("B/16", num_classes=100)', "ViT(**SIZES, num_classes=100)")
+    """The lines of docs/backbones.md, with the bundled model for B/16."""
+    ((_, text),) = [b for b in blocks("python") if "reader.load(" in b[1]]
+    text = text.replace('models.build("B/16"', 'models.build("bundled"')
     text = text.replace('"imagenet21k/ViT-B_16"', '"bundled"').replace(
         "image_size=224", "image_size=32"
     )
 
-    names = {"SIZES": models.BUNDLED, "images": np.zeros((2, 32, 32, 3), np.float32)}
+    names = {"images": np.zeros((2, 32, 32, 3), np.float32)}
     exec(compile(text, "README.md", "exec"), names)
     assert names["logits"].shape == (2, 100) and names["frozen"].keys() == names["params"].keys()
 
@@ -281,12 +280,36 @@ def test_commands_in_running_text_name_what_exists():
             assert (ROOT / script).exists(), f"{page.name}: {text}"
 
 
-def test_the_map_names_every_file_of_the_package():
-    """Of the README; by folder below that."""
+def test_the_map_names_every_folder_and_every_file_at_the_top():
+    """Of the README, for what git lists."""
     text = (ROOT / "README.md").read_text().partition("## Folders")[2]
-    for path in sorted(RUN.glob("*.py")):
-        if path.name != "__init__.py":
-            assert path.name in text, f"{path.name} is not in the README's map"
-    for path in sorted(RUN.iterdir()):
-        if path.is_dir() and path.name not in ("__pycache__", "configs"):
-            assert f"{path.name}/" in text, f"{path.name}/ is not in the README's map"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = [pathlib.PurePath(line) for line in listed.stdout.splitlines()]
+    folders = {p.parts[0] for p in paths if len(p.parts) > 1 and not p.parts[0].startswith(".")}
+    inner = {p.parts[1] for p in paths if len(p.parts) > 2 and p.parts[0] == "rlrr_jax"}
+    top = {
+        p.name
+        for p in paths
+        if p.parts[:1] == ("rlrr_jax",) and p.suffix == ".py" and len(p.parts) == 2
+    }
+    assert {"rlrr_jax", "docs", "tests"} <= folders and {"runtime", "weights"} <= inner
+    for name in sorted(folders | inner - {"configs"}):
+        assert re.search(rf"^ *{name}/", text, re.M), f"{name}/ is not in the README's map"
+    for name in sorted(top - {"__init__.py"}):
+        assert name in text, f"{name} is not in the README's map"
+    for name in re.findall(r"\b(\w+\.py)\b", text):
+        assert any(p.name == name for p in paths), f"{name} of the README's map is gone"
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            found = page.parent / path if path else page
+            assert found.exists(), f"{page.name}: {target}"
+            heads = re.findall(r"^#+ (.*)$", found.read_text(), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert not anchor or anchor in slugs, f"{page.name}: {target}"

@@ -9,52 +9,18 @@ import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from rlrr_jax.data import tasks, tfrecord
+from rlrr_jax.data.task import Found, Source, Split
 from rlrr_jax.errors import UserError, first_line
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled"
 KINDS = ("tfds", "folder")
 FORMATS = ("array_record", "tfrecord")
-
-
-class Found(NamedTuple):
-    """Where the examples of a task are.
-
-    Attributes:
-      kind: "bundled", "tfds" or "folder".
-      path: of the dataset, with its version.
-      dataset: what it is, for tables: "cifar100:3.0.2".
-    """
-
-    kind: str
-    path: Any
-    dataset: str
-
-
-class Split(NamedTuple):
-    """The examples of a split.
-
-    Attributes:
-      number: of examples.
-      tasks: names of the tasks whose labels are known.
-      read: `(start, stop) -> [(image, labels)]`; an image is encoded bytes or an array [H, W] or
-        [H, W, 3] of uint8, labels go with `tasks`.
-      key: plain values that tell these images from all others.
-      where: `i -> text` that names an example to the user.
-    """
-
-    number: int
-    tasks: tuple
-    read: Callable
-    key: dict
-    where: Callable
 
 
 def find(task, data_dir=None, kind=None):
@@ -68,7 +34,7 @@ def find(task, data_dir=None, kind=None):
     Raises UserError if there is none, or if both are there and `kind` is None.
     """
     task = tasks.get(task)
-    return SOURCES[task.source].find(task, data_dir, kind)
+    return _source(task).find(task, data_dir, kind)
 
 
 def _find_bundled(task, data_dir, kind):
@@ -129,7 +95,7 @@ def open_split(task, split, found):
     Raises UserError if the dataset is damaged or has another number of examples.
     """
     task = tasks.get(task)
-    opened = SOURCES[task.source].open(task, split, found)
+    opened = _source(task).open(task, split, found)
     number = task.number(split)
     if opened.number != number:
         raise UserError(
@@ -358,20 +324,8 @@ def _parse(path, number, line, classes):
     return number, image, label
 
 
-class Source(NamedTuple):
-    """Where images of a kind of task come from; a module with these two functions is one, too.
-
-    Attributes:
-      find: function `(task, data_dir, kind) -> Found`.
-      open: function `(task, split, found) -> Split`.
-    """
-
-    find: Callable
-    open: Callable
+_BUNDLED, _VTAB = Source(_find_bundled, _open_bundled), Source(_find_vtab, _open_vtab)
 
 
-# By `Task.source`. To add one, write a module with `find` and `open`, and put it in here.
-SOURCES = {
-    "bundled": Source(_find_bundled, _open_bundled),
-    "vtab": Source(_find_vtab, _open_vtab),
-}
+def _source(task):
+    return task.source or (_BUNDLED if task.group == "bundled" else _VTAB)

@@ -12,6 +12,51 @@ def field(name: str) -> Callable[[dict], Any]:
     return lambda example: example[name]
 
 
+class Found(NamedTuple):
+    """Where the examples of a task are.
+
+    Attributes:
+      kind: "bundled", "tfds", "folder", or a name of a fork's own source.
+      path: where the dataset is, with its version.
+      dataset: what it is, for tables: "cifar100:3.0.2".
+    """
+
+    kind: str
+    path: Any
+    dataset: str
+
+
+class Split(NamedTuple):
+    """The examples of a split.
+
+    Attributes:
+      number: number of examples.
+      tasks: names of the tasks whose labels are known.
+      read: function `(start, stop) -> [(image, labels)]`; an image is encoded bytes or an array
+        [H, W] or [H, W, 3] of uint8, labels go with `tasks`.
+      key: plain values that tell these images from all others.
+      where: function `i -> text` that names an example to the user.
+    """
+
+    number: int
+    tasks: tuple
+    read: Callable
+    key: dict
+    where: Callable
+
+
+class Source(NamedTuple):
+    """Where the images of a task come from.
+
+    Attributes:
+      find: function `(task, data_dir, kind) -> Found`; UserError if they are not there.
+      open: function `(task, split, found) -> Split`.
+    """
+
+    find: Callable
+    open: Callable
+
+
 class Task(NamedTuple):
     """One classification task.
 
@@ -38,7 +83,7 @@ class Task(NamedTuple):
       sizes: number of images in each split but "test"; None is `SPLITS`.
       parts: names of the splits to train on, to choose on, and to train on before the test.
       names: names of the classes, where the dataset does not name them.
-      source: where its images are found, a name of `sources.SOURCES`.
+      source: where its images come from; None is a tfds dataset or a VTAB-1k folder, or bundled.
     """
 
     name: str
@@ -62,7 +107,7 @@ class Task(NamedTuple):
     sizes: Mapping | None = None
     parts: tuple = tuple(SPLITS)
     names: tuple = ()
-    source: str = "vtab"
+    source: Source | None = None
 
     def number(self, split: str) -> int:
         """Number of images in a split."""

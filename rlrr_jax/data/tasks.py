@@ -12,7 +12,7 @@ def _tuned(lr, weight_decay=1e-4, **kwargs):
     return dict(lr=lr, weight_decay=weight_decay, drop_path=0.0, **kwargs)
 
 
-_BUNDLED = dict(group="bundled", source="bundled", schedule="cosine")
+_BUNDLED = dict(group="bundled", schedule="cosine")
 _BUNDLED["splits"] = splits("train800", "val200", "test")
 BUNDLED = {
     "hearts": Task(

@@ -1,20 +1,17 @@
 """Files from https:// and gs:// addresses, cached on disk."""
 
-import errno
 import hashlib
-import http.client
 import json
 import os
 import pathlib
 import secrets
 import shutil
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 
+import pooch
+import requests
 from etils import epath
-from tqdm import tqdm
 
 from rlrr_jax import files
 from rlrr_jax.errors import UserError, first_line
@@ -22,7 +19,6 @@ from rlrr_jax.errors import UserError, first_line
 ATTEMPTS = 5
 PUBLIC_GS = "https://storage.googleapis.com/"
 _BLOCK = 1 << 20
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def sha256(path):
@@ -35,22 +31,18 @@ def cached(url, folder=None):
     """Downloads `url` once; returns its local path and its SHA-256.
 
     The SHA-256 is computed at download, kept beside the file as `<file>.sha256` and checked at each
-    call. A download goes on where an interrupted one stopped, and appears under its final name only
-    when it is whole. Raises UserError if the address cannot be read or the cached file has changed.
+    call. A file appears under its final name only when it is whole. Raises UserError if the address
+    cannot be read or the cached file has changed.
     """
     parts = urllib.parse.urlsplit(url)
     path = files.cache(folder) / parts.netloc / parts.path.lstrip("/")
     record = path.with_name(path.name + ".sha256")
     if not (path.exists() and record.exists()):  # a cache that is complete may be read-only
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.lock(path.parent, f"{path.name}.lock", wait=True) as held:
+        with files.lock(path.parent, f"{path.name}.lock", wait=True):
             if not path.exists():
-                own = "" if held else f".{secrets.token_hex(4)}"  # two writers share no name
-                part = path.with_name(f"{path.name}{own}.part")
-                (_fetch_gs if parts.scheme == "gs" else _download)(url, part)
-                record.write_text(sha256(part) + "\n")
-                os.replace(part, path)
-            if not record.exists():  # a file somebody put there by hand
+                _fetch(url, path)
+            if not record.exists():  # it is new, or somebody put it there by hand
                 record.write_text(sha256(path) + "\n")
     found = sha256(path)
     if found != record.read_text().strip():
@@ -106,67 +98,45 @@ def from_hub(name, folder=None):
         ) from e
 
 
-def _fetch_gs(url, part):
-    """A gs:// file: over https:// if it is public, else with the user's own rights."""
+def _fetch(url, path):
+    """Brings a file to a path: over https:// where it is public, else with the user's own rights."""
+    if not url.startswith("gs://"):
+        return _download(url, path)
     try:
-        return _download(PUBLIC_GS + url.removeprefix("gs://"), part)
+        return _download(PUBLIC_GS + url.removeprefix("gs://"), path)
     except UserError as e:
-        if not isinstance(e.__cause__, urllib.error.HTTPError):
+        if not isinstance(e.__cause__, requests.HTTPError):
             raise
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with epath.Path(url).open("rb") as source, open(part, "wb") as target:
             shutil.copyfileobj(source, target, _BLOCK)
+        os.replace(part, path)
     except ImportError as e:
         raise UserError(f"{url} is not public and needs a package for gs://: pip install gcsfs") from e
     except Exception as e:  # each storage library has its own exceptions
         raise UserError(f"cannot read {url}: {type(e).__name__}: {e}") from e
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _download(url, part):
-    """Downloads an http(s) file into `part`, appending to what is there."""
+def _download(url, path):
+    """Downloads an http(s) file, whole or not at all; asks again after a fault of server or network."""
+    pooch.get_logger().setLevel("WARNING")
+    get = pooch.HTTPDownloader(progressbar=True, timeout=60)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _download_once(url, part)
-        except urllib.error.HTTPError as e:
-            if e.code == 416:  # what we have is longer than the file: start again
-                part.unlink(missing_ok=True)
-            if (e.code < 500 and e.code != 416) or attempt == ATTEMPTS:
-                raise UserError(f"cannot download {url}: {e.code} {e.reason}") from e
-        except (OSError, http.client.HTTPException) as e:
-            if getattr(e, "filename", None) or getattr(e, "errno", None) in _DISK:
-                raise  # ours, not the network's
+            pooch.retrieve(url, None, fname=path.name, path=path.parent, downloader=get)
+            return
+        except requests.HTTPError as e:
+            answer = e.response
+            if answer.status_code < 500 or attempt == ATTEMPTS:
+                text = f"cannot download {url}: {answer.status_code} {answer.reason}"
+                raise UserError(text) from e
+        except requests.RequestException as e:
             if attempt == ATTEMPTS:
                 raise UserError(
-                    f"cannot download {url} ({getattr(e, 'reason', e)}): check the network, or put "
-                    f"the file at {part.with_suffix('')} and start again"
+                    f"cannot download {url} ({first_line(e)}): check the network, or put the file at "
+                    f"{path} and start again"
                 ) from e
         time.sleep(min(2**attempt, 30) / 4)
-
-
-def _download_once(url, part):
-    tag = part.with_name(part.name + ".etag")  # tells whether the rest belongs to what we have
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
-    request = urllib.request.Request(url)
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", tag.read_text())
-    with urllib.request.urlopen(request, timeout=60) as response:
-        if response.status != 206:  # the server sends the whole file
-            have = 0
-            part.unlink(missing_ok=True)  # before the new tag is written
-            tag.unlink(missing_ok=True)
-            if response.headers.get("ETag"):
-                tag.write_text(response.headers["ETag"])
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        name = url.rsplit("/", 1)[-1]
-        with (
-            open(part, "ab" if have else "wb") as f,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name) as bar,
-        ):
-            while block := response.read(_BLOCK):
-                f.write(block)
-                bar.update(len(block))
-        if total is not None and part.stat().st_size != total:
-            raise ConnectionError(f"connection closed after {part.stat().st_size} of {total} bytes")
-    tag.unlink(missing_ok=True)
