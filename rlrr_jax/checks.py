@@ -1,6 +1,7 @@
 """What the values of a configuration may be: checked before any work."""
 
 import math
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -34,7 +35,7 @@ POSITIVE = (
 )
 
 
-def check(config):
+def check(config: ConfigDict) -> None:
     """Checks every value that does not depend on task or method; UserError for the first wrong one."""
     for key in ("model", "pretrained", "data", "grid", "method_kwargs"):
         if not isinstance(config[key], ConfigDict):
@@ -81,7 +82,7 @@ def check(config):
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
-        wanted = jax.config.jax_platforms
+        wanted = jax.config.read("jax_platforms")
         raise UserError(
             f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install cuda13 or tpu"
         ) from e
@@ -110,7 +111,7 @@ def _check_pixels(mean, std):
             raise UserError(f"config.pretrained: {e} (of red, green and blue): set them so") from e
 
 
-def hyper(where, values):
+def hyper(where: str, values: dict[str, Any]) -> None:
     """UserError unless a seed, learning rate, weight decay or drop-path rate is possible."""
     for key, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -138,7 +139,7 @@ def _at(config, key):
     return node[last]
 
 
-def group(config, key):
+def group(config: Any, key: str) -> tuple[Any, str]:
     """The group of a dotted key, and its name there: `"model.gelu"` -> `(config.model, "gelu")`."""
     *groups, last = key.split(".")
     for name in groups:
@@ -146,7 +147,7 @@ def group(config, key):
     return config, last
 
 
-def has(config, key):
+def has(config: Any, key: str) -> bool:
     """Whether a dotted key is one of the configuration, and no group of keys."""
     *groups, last = key.split(".")
     for name in groups:
@@ -156,7 +157,7 @@ def has(config, key):
     return last in config and not isinstance(config[last], ConfigDict)
 
 
-def heads(width, number):
+def heads(width: int, number: int | None) -> None:
     """UserError unless so many attention heads share a width; None passes."""
     if number and width % number:
         raise UserError(

@@ -46,7 +46,7 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
     chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
     seeds = config.seeds or ((0, 1, 2) if suite else (0,))
     settings = _settings(config, _overrides(config, chosen), seeds, suite)
-    runs = [_resolve_one(changed, task, *rest) for task in task_names for changed, *rest in settings]
+    runs = [_resolve_one(task, *setting) for task in task_names for setting in settings]
     order = list(dict.fromkeys(map(together, runs)))
     return sorted(runs, key=lambda run: order.index(together(run)))
 
@@ -189,7 +189,7 @@ def trials(run: ConfigDict) -> list[ConfigDict]:
 
 
 def _resolve_one(
-    config: ConfigDict, task_name: str, method_name: str, options: dict, seed: int
+    task_name: str, config: ConfigDict, method_name: str, options: dict, seed: int
 ) -> ConfigDict:
     run = ConfigDict(config.to_dict())
     del run.seeds, run.runs

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from rlrr_jax import screen
 
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; an unknown flag is reported before what is missing for want of it."""
         flags = list(self._option_string_actions)
         for text in sys.argv[1:] if args is None else args:
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
                 raise unknown("flag", flag, [known for known in flags if known.startswith("--")])
         return super().parse_args(args, namespace)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Called by argparse."""
         raise UserError(f"{message}: {self.prog} --help lists what there is")
 

@@ -117,10 +117,8 @@ def evaluate(
         jax.block_until_ready(sums[-3:-2])  # so that few batches are on the device
         done(min(size, len(labels) - i * size))
     sums = distributed.fetch(sums)
-    return {
-        "loss": np.sum([s["loss"] for s in sums], 0, np.float64) / len(labels),
-        "accuracy": np.sum([s["correct"] for s in sums], 0, np.float64) / len(labels),
-    }
+    total = lambda key: np.asarray(np.sum([s[key] for s in sums], 0, np.float64)) / len(labels)
+    return {"loss": total("loss"), "accuracy": total("correct")}
 
 
 def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> list[dict[str, float]]:
@@ -142,7 +140,8 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
         for which, part in mesh_lib.turns(trainable, mesh, together):
             params, done = job.merge(job.frozen, part), pace(check, bar)
             size = job.runs[0].eval_batch_size
-            found = evaluate(eval_step, params, *job.held_out, size, mesh, done)
+            images, labels = job.held_out
+            found = evaluate(eval_step, params, images, labels, size, mesh, done)
             for i, accuracy, loss in zip(which, found["accuracy"], found["loss"]):
                 out[i] = {"acc": float(accuracy), "loss": float(loss)}
     return out[: len(job.runs)]

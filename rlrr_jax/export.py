@@ -10,6 +10,7 @@ import io
 import json
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ FORMATS = {
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
 
 
-def find_adapter(path):
+def find_adapter(path: Any) -> Any:
     """The adapter of a file, of a run's folder, or of a workdir with one finished run.
 
     Raises UserError, naming the choices, if there are several or none.
@@ -49,7 +50,9 @@ def find_adapter(path):
     raise UserError(f"{path} holds {len(found)} runs: add one of {', '.join(names[:30])} to the path")
 
 
-def export(adapter, to, out, weights=None, cache_dir=None):
+def export(
+    adapter: Any, to: str, out: Any, weights: str | None = None, cache_dir: str | None = None
+) -> float:
     """Writes an adapter, or the ViT it makes, to a file and reads it back.
 
     Args:
@@ -98,14 +101,14 @@ def export(adapter, to, out, weights=None, cache_dir=None):
     return difference
 
 
-def card(adapter):
+def card(adapter: Any) -> dict:
     """What goes into the header of a timm file: the adapter's card, its pixels and its heads."""
     shape = config.architecture(adapter.run)
     said = {"num_heads": shape["num_heads"], "norm_eps": shape.get("norm_eps", 1e-6)}
     return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3, **said}
 
 
-def write(path, flat, card):
+def write(path: Any, flat: dict, card: dict) -> None:
     """Writes arrays by name, as `.npz` or, with the card in its header, as `.safetensors`."""
     if path.suffix == ".npz":
         data = io.BytesIO()
@@ -116,12 +119,12 @@ def write(path, flat, card):
         files.write(path, safetensors.numpy.save(flat, metadata=metadata))
 
 
-def read(path, tuned):
+def read(path: Any, tuned: Any) -> dict:
     """The tree in a file, head included."""
     return reader.load(path, model=tuned.model, image_size=tuned.card["image_size"], head=True)
 
 
-def compare(one, other, number=8):
+def compare(one: Any, other: Any, number: int = 8) -> float:
     """The largest difference of the float32 logits of two `Tuned` models, on noise of several sizes."""
     size = one.card["image_size"]
     keys = jax.random.split(jax.random.key(0))
@@ -138,7 +141,7 @@ def compare(one, other, number=8):
     return float(jnp.abs(logits(one.params) - logits(other.params)).max())
 
 
-def advice(to, adapter, out):
+def advice(to: str, adapter: Any, out: Any) -> str:
     """How the file is used elsewhere."""
     card, classes = adapter.card, len(adapter.card["classes"])
     sizes = config.architecture(adapter.run)
@@ -164,7 +167,7 @@ def advice(to, adapter, out):
     return text
 
 
-def main():
+def main() -> None:
     """The command."""
     parser = Parser(description=__doc__)
     parser.add_argument("run", help="workdir with one run, a run's folder, or an adapter.safetensors")

@@ -21,7 +21,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _told = set()  # that there are no locks
 
 
-def local(path) -> pathlib.Path:
+def local(path: Any) -> pathlib.Path:
     """A path on this machine, `~` expanded; UserError for gs:// and the like, or an unknown user."""
     if "://" in str(path):
         raise UserError(f"{path} is not on this machine: copy it into a local folder first")
@@ -31,7 +31,7 @@ def local(path) -> pathlib.Path:
         raise UserError(f"{path} names no home directory: write the whole path") from e
 
 
-def cache(folder=None) -> pathlib.Path:
+def cache(folder: Any = None) -> pathlib.Path:
     """Folder of caches: the one given, else $RLRR_JAX_CACHE, else ~/.cache/rlrr_jax.
 
     Raises UserError if this user has no home directory and nothing else is said.
@@ -47,7 +47,7 @@ def cache(folder=None) -> pathlib.Path:
         ) from e
 
 
-def walk(folder) -> Iterator[pathlib.Path]:
+def walk(folder: Any) -> Iterator[pathlib.Path]:
     """All files below a local folder, linked folders followed once each, in order of their paths."""
     seen = set()
     for root, names, found in os.walk(folder, followlinks=True):
@@ -60,7 +60,7 @@ def walk(folder) -> Iterator[pathlib.Path]:
         yield from (pathlib.Path(root, name) for name in sorted(found))
 
 
-def write(path, data: str | bytes) -> None:
+def write(path: Any, data: str | bytes) -> None:
     """Replaces a file by text or bytes; it is on the disk when this returns.
 
     A link stays, and what it leads to is replaced; pipes and devices are written to.
@@ -84,12 +84,12 @@ def write(path, data: str | bytes) -> None:
         raise
 
 
-def through(path):
+def through(path: Any) -> Any:
     """Where a file is written: what a link leads to."""
     return epath.Path(path if "://" in str(path) else os.path.realpath(path))
 
 
-def is_special(path) -> bool:
+def is_special(path: Any) -> bool:
     """Whether a path is a pipe, a device or a socket, which cannot be replaced."""
     if "://" in str(path):
         return False
@@ -100,23 +100,23 @@ def is_special(path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def temporary(path):
+def temporary(path: Any) -> Any:
     """A name beside a path that no other writer has."""
     path = epath.Path(path)
     return path.parent / f".{secrets.token_hex(6)}.part{path.suffix[:20]}"
 
 
-def write_json(path, value: Any) -> None:
+def write_json(path: Any, value: Any) -> None:
     """Replaces a file by indented JSON."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_rows(path, rows: list) -> None:
+def write_rows(path: Any, rows: list) -> None:
     """Replaces a `.jsonl` file."""
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_json(path) -> dict:
+def read_json(path: Any) -> dict:
     """The JSON object in a file; UserError if it is none."""
     with _explained(path):
         value = json.loads(epath.Path(path).read_text())
@@ -125,7 +125,7 @@ def read_json(path) -> dict:
         return value
 
 
-def read_rows(path) -> list:
+def read_rows(path: Any) -> list:
     """The lines of a `.jsonl` file, [] if there is none; UserError if one is no JSON."""
     path = epath.Path(path)
     with _explained(path):
@@ -143,7 +143,7 @@ def _explained(path):
 
 
 @contextlib.contextmanager
-def lock(folder, name=".lock", wait=False) -> Iterator[bool]:
+def lock(folder: Any, name: str = ".lock", wait: bool = False) -> Iterator[bool]:
     """Holds a local folder for one process; if another has it, waits or raises UserError.
 
     Yields whether it is held: behind gs:// it is not, nor, with a warning, where locks are unknown.

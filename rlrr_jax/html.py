@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import string
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,9 @@ class Answers(NamedTuple):
     pictures: Any
 
 
-def answer(folder, progress=True, weights=None, cache_dir=None):
+def answer(
+    folder: Any, progress: bool = True, weights: str | None = None, cache_dir: str | None = None
+) -> Answers:
     """The `Answers` of a finished run, from its adapter, backbone (see `adapters.backbone`) and data.
 
     Raises UserError if one of these is not there any more.
@@ -68,7 +71,7 @@ def answer(folder, progress=True, weights=None, cache_dir=None):
     return Answers(np.asarray(labels), np.concatenate(answers), lambda i: images[i : i + 1][0])
 
 
-def page(workdirs, **options):
+def page(workdirs: list, **options: Any) -> str:
     """The page of all finished runs below workdirs, as text; `options` are those of `answer`."""
     workdirs = list(map(files.local, workdirs))
     rows = rows_lib.find(workdirs)
@@ -96,7 +99,7 @@ def _folder(workdirs, row):
     )
 
 
-def section(group, folder, **options):
+def section(group: list[dict], folder: Any, **options: Any) -> str:
     """All about one setting: curves, classes, confusions of its first seed; configuration."""
     row = group[0]
     seed = f", seed {row['seed']}" if len(group) > 1 else ""
@@ -120,7 +123,7 @@ def section(group, folder, **options):
     return "\n".join(parts)
 
 
-def classes(answers, names):
+def classes(answers: Any, names: Iterable[str]) -> str:
     """The accuracy of each class."""
     lines = []
     for i, name in enumerate(names):
@@ -134,7 +137,7 @@ def classes(answers, names):
     return f"<h3>Classes</h3><p>{total} of {len(answers.labels):,} images.</p>{table}"
 
 
-def pairs(answers, names):
+def pairs(answers: Any, names: Iterable[str]) -> str:
     """The pairs of classes that are confused most, with pictures."""
     wrong = np.flatnonzero(answers.labels != answers.answers)
     if not len(wrong):
@@ -201,7 +204,7 @@ def _lines(text):
     return "<br>".join(html.escape(text).splitlines())
 
 
-def main():
+def main() -> None:
     """The command."""
     parser = Parser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")

@@ -74,7 +74,7 @@ class Job(NamedTuple):
         Raises memory.TooLarge if it needs more memory than there is and something can be done.
         """
         scalars = lambda *values: tuple(mesh_lib.put(self.mesh, P(), jnp.int32(i)) for i in values)
-        mapped = step.map_train_steps(self.recipe, self.mesh)
+        mapped: Any = step.map_train_steps(self.recipe, self.mesh)
         lowered = mapped.lower(self.frozen, self.data, state, metrics, self.hyper, scalars(0, 0, 0))
         compiled = lowered.compile()
         check_memory(self, compiled.memory_analysis(), memory.limit())

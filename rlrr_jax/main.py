@@ -58,7 +58,7 @@ All 19 tasks: python -m rlrr_jax.main --config configs/vtab.py:all
 """
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Runs the configuration and prints the table of results."""
     if argv[1:]:
         raise UserError(
@@ -107,7 +107,7 @@ def _cache_programs():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def run():
+def run() -> None:
     """The command."""
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         one_sentence(lambda: print(HELP, end=""))
@@ -115,7 +115,7 @@ def run():
     one_sentence(lambda: app.run(main, flags_parser=_parse_flags), INTERRUPTED)
 
 
-def find_config(text):
+def find_config(text: str) -> str:
     """A configuration file with its argument; one of ours is found from any folder.
 
     Raises UserError, with the nearest of ours, if there is no such file.

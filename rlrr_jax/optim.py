@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -11,7 +11,9 @@ from rlrr_jax.errors import UserError
 WARMUP_LR, MIN_LR = 1e-7, 1e-8  # the authors'
 
 
-def adamw(method, trainable, lr, weight_decay):
+def adamw(
+    method: methods.Method, trainable: Any, lr: Any, weight_decay: Any
+) -> optax.GradientTransformation:
     """AdamW as the authors use it; `lr` and `weight_decay` may be traced."""
     return optax.adamw(
         lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=methods.decay(method, trainable)
@@ -32,7 +34,9 @@ class Optimizer(NamedTuple):
     grad_clip: float | None = None
 
 
-def build(optimizer, method, trainable, lr, weight_decay):
+def build(
+    optimizer: "Optimizer", method: methods.Method, trainable: Any, lr: Any, weight_decay: Any
+) -> optax.GradientTransformation:
     """The optax transformation; `lr` and `weight_decay` may be traced."""
     if optimizer.name == "adamw":
         tx = adamw(method, trainable, lr, weight_decay)
@@ -46,7 +50,14 @@ def build(optimizer, method, trainable, lr, weight_decay):
     return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
 
 
-def learning_rates(schedule, lr, epochs, steps=1, total_steps=None, warmup_steps=0):
+def learning_rates(
+    schedule: str,
+    lr: Any,
+    epochs: int,
+    steps: int = 1,
+    total_steps: int | None = None,
+    warmup_steps: int = 0,
+) -> list[float]:
     """Learning rate of each step of `epochs` epochs of so many steps, a list of floats.
 
     Args:

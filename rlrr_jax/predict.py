@@ -13,7 +13,9 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +31,7 @@ ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
 FORMATS = ("table", "csv", "jsonl")
 
 
-def find(names, note=lambda text: None):
+def find(names: Iterable[str], note: Callable[[str], None] = lambda text: None) -> list:
     """Paths of images, in order, each once; UserError if there is none.
 
     In a folder these are the files with one of `ENDINGS`, in linked folders, too. Hidden files and
@@ -76,7 +78,7 @@ def _below(folder, note):
     return found
 
 
-def read(path, pixels):
+def read(path: Any, pixels: Any) -> np.ndarray:
     """An image file as the model takes it, [size, size, 3] uint8; ValueError if it is none.
 
     Args:
@@ -94,7 +96,9 @@ def read(path, pixels):
         raise ValueError(first_line(e)) from e
 
 
-def predict(tuned, paths, batch_size=64, progress=False):
+def predict(
+    tuned: adapters.Tuned, paths: list, batch_size: int = 64, progress: bool = False
+) -> Iterator[tuple]:
     """Probabilities of classes for image files.
 
     Args:
@@ -134,13 +138,13 @@ def _one(path, pixels):
         return None, str(e)
 
 
-def top(probabilities, classes, k):
+def top(probabilities: Any, classes: Any, k: int) -> list:
     """The k likeliest classes: `[(name, probability), ...]`."""
     order = np.argsort(-probabilities, kind="stable")[:k]
     return [(classes[i], float(probabilities[i])) for i in order]
 
 
-def show(rows, kind):
+def show(rows: list, kind: str) -> str:
     """Rows `(path, [(name, probability), ...])` as text in one of `FORMATS`."""
     rows = [(str(p).encode("utf-8", "backslashreplace").decode(), best) for p, best in rows]
     if kind == "jsonl":
@@ -159,7 +163,7 @@ def show(rows, kind):
     return "".join(f"{p:<{width}}   {cells(best)}\n" for p, best in rows)
 
 
-def main():
+def main() -> None:
     """The command."""
     parser = Parser(description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGES")

@@ -6,6 +6,7 @@ python -m rlrr_jax.prepare --prune              (removes decoded images that no 
 """
 
 import importlib.util
+from typing import Any
 
 from etils import epath
 
@@ -30,7 +31,7 @@ NOTES = {
 }
 
 
-def main():
+def main() -> None:
     """The command."""
     parser = Parser(description=__doc__)
     parser.add_argument("--tasks", default="all", help="names or groups, joined by commas; default all")
@@ -66,7 +67,7 @@ def main():
         raise UserError(f"{len(problems)} of {len(names)} tasks are not ready: {', '.join(problems)}")
 
 
-def summary(names, problems, manual):
+def summary(names: list[str], problems: dict, manual: Any) -> str:
     """The table of what is ready, what is missing and what to do about it."""
     lines = []
     for name in names:
@@ -77,7 +78,7 @@ def summary(names, problems, manual):
     return "\n" + tables.markdown(["task", "state", "what to do"], lines, left=3)
 
 
-def prune(cache_dir=None):
+def prune(cache_dir: str | None = None) -> str:
     """Removes decoded images that no task uses; what was removed and what is left, in words."""
     removed = store.prune(cache_dir)
     lines = [f"removed {folder.name}, {size / 1e9:.2f} GB: {why}" for folder, size, why in removed]
@@ -96,7 +97,7 @@ def _is_there(name, data_dir, kind):
 # Preparing ------------------------------------------------------------------------------------
 
 
-def prepare(names, data_dir, manual):
+def prepare(names: list[str], data_dir: Any, manual: Any) -> None:
     """Downloads and prepares the datasets of tasks that are not there yet; goes on after a failure.
 
     Raises UserError if the packages it needs are not installed.

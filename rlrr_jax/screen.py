@@ -13,7 +13,7 @@ class Tolerant:
     def __init__(self, stream):
         self._stream = stream
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         """As a stream's; the number of characters, written or not."""
         try:
             return self._stream.write(text)
@@ -21,7 +21,7 @@ class Tolerant:
             self._discard()
             return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         """As a stream's."""
         try:
             self._stream.flush()
@@ -36,7 +36,7 @@ class Tolerant:
         return getattr(self._stream, name)
 
 
-def prepare():
+def prepare() -> None:
     """Makes both streams usable: closed ones (`2>&-`), pipes that break, encodings without `±`."""
     for descriptor in (0, 1, 2):  # a free one would be given to the next file that is opened
         try:

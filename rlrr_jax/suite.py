@@ -73,8 +73,8 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
     print(f"workdir: {folder}", flush=True)
     forecast = Forecast(works)
     rows = []
-    for _, group in itertools.groupby(works, lambda work: identity.together(work.run)):
-        group = list(group)
+    for _, several in itertools.groupby(works, lambda work: identity.together(work.run)):
+        group = list(several)
         with survive(*group), workdir.locked(group):
             train_all = functools.partial(finish, load=load, forecast=forecast, stop=stop)
             rows += train_all(search.choose(group, train_all))

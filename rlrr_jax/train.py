@@ -78,8 +78,9 @@ def train(
         if progress.epoch or progress.step:
             print_resumed(outputs, progress, before, job.mesh.size)
         saver = Saver(progress, keeper, stop)
-        todo = progress.epoch < job.epochs
-        train_steps = job.compile(progress.state, progress.metrics) if todo else None
+        train_steps: Any = None
+        if progress.epoch < job.epochs:
+            train_steps = job.compile(progress.state, progress.metrics)
         with (
             progress_bar(job, progress, outputs.title) as bar,
             stop.training(),
@@ -121,7 +122,7 @@ def start_or_resume(job: Job, outputs: Outputs, keeper: checkpoint.Keeper, clock
         return Progress(*job.start(), 0, 0, clock, [[] for _ in job.runs])
     *tree, numbers = found
     state, metrics = mesh_lib.with_spares(tuple(tree), job.mesh, len(job.init_keys))
-    epoch, step = clock.resume(numbers)
+    epoch, step = clock.resume(list(numbers))
     histories = [rows.history(folder, epoch) for folder in outputs.folders]
     return Progress(state, metrics, epoch, step, clock, histories)
 
@@ -157,8 +158,8 @@ def train_epoch(
             saver.save_if_due()
         means = rows.means(recipe, metrics, 0, stop)  # of the first trial
         shown = {name: means[f"train_{name}"] or math.nan for name in ("loss", "acc")}
-        epoch = f"{progress.epoch + 1}/{job.epochs}"
-        bar.set_postfix(epoch=epoch, **{k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+        text = {"epoch": f"{progress.epoch + 1}/{job.epochs}"}
+        bar.set_postfix(text | {k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
         bar.update(images)
 
 

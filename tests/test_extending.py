@@ -54,7 +54,7 @@ def test_a_fork_adds_one_file_and_one_line_each(tmp_path):
         package / "data/tasks.py",
         "from rlrr_jax.data import stripes\n",
         ("TASKS", '"stripes": stripes.TASK,'),
-        before="_BUNDLED",
+        before="# Chosen on",
     )
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:stripes,method=gain"]
     command += ["--config.loss=smooth", "--config.model.variant=bundled", "--workdir=w"]

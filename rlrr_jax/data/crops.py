@@ -6,13 +6,14 @@ big_vision does, since Pillow's filters are others.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 KINDS = ("resmall", "inception")
 
 
-def area(start, stop, source, target):
+def area(start: Any, stop: Any, source: Any, target: Any) -> np.ndarray:
     """Rows [start, stop) of the matrix [target, source] that averages over equal parts of a side."""
     edges = np.arange(start, stop + 1) * (source / target)
     low, high = edges[:-1, None], edges[1:, None]
@@ -21,7 +22,7 @@ def area(start, stop, source, target):
     return (np.maximum(overlap, 0) * (target / source)).astype(np.float32)
 
 
-def bilinear(source, target):
+def bilinear(source: Any, target: Any) -> np.ndarray:
     """The matrix [target, source] that interpolates between the two nearest pixels of a side."""
     place = np.clip((np.arange(target) + 0.5) * (source / target) - 0.5, 0, source - 1)
     low = np.floor(place).astype(int)
@@ -31,7 +32,7 @@ def bilinear(source, target):
     return matrix
 
 
-def resample(image, rows, columns):
+def resample(image: Any, rows: Any, columns: Any) -> np.ndarray:
     """An image [h, w, 3] uint8 through matrices [H, h] and [W, w]: [H, W, 3] uint8."""
     height, width, channels = image.shape
     out = rows @ image.reshape(height, -1).astype(np.float32)
@@ -40,39 +41,46 @@ def resample(image, rows, columns):
     return np.clip(out + 1e-3, 0, 255).astype(np.uint8)
 
 
-def small(height, width, shorter):
+def small(height: int, width: int, shorter: int) -> tuple:
     """Size of an image whose shorter side becomes `shorter`, as `resize_small` rounds it."""
     return tuple(round(side * shorter / min(height, width)) for side in (height, width))
 
 
-def window(image, size, shorter, top, left):
+def window(image: Any, size: int, shorter: int, top: Any, left: Any) -> np.ndarray:
     """A square of `size` pixels of the image with its shorter side resized to `shorter`."""
     height, width = small(*image.shape[:2], shorter)
     rows = area(top, top + size, image.shape[0], height)
     return resample(image, rows, area(left, left + size, image.shape[1], width))
 
 
-def central(image, size, shorter):
+def central(image: np.ndarray, size: int, shorter: int) -> np.ndarray:
     """`resize_small` and the middle: what big_vision evaluates."""
     height, width = small(*image.shape[:2], shorter)
     return window(image, size, shorter, (height - size) // 2, (width - size) // 2)
 
 
-def random_crop(rng, image, size, shorter):
+def random_crop(rng: np.random.Generator, image: Any, size: int, shorter: int) -> np.ndarray:
     """`resize_small` and `random_crop`."""
     height, width = small(*image.shape[:2], shorter)
     top, left = (int(rng.integers(side - size + 1)) for side in (height, width))
     return window(image, size, shorter, top, left)
 
 
-def inception_crop(rng, image, size):
+def inception_crop(rng: np.random.Generator, image: Any, size: int) -> np.ndarray:
     """`inception_crop`: a random part of 5 to 100 percent of the area, resized to a square."""
     top, left, height, width = inception_box(rng, *image.shape[:2])
     part = image[top : top + height, left : left + width]
     return resample(part, bilinear(height, size), bilinear(width, size))
 
 
-def inception_box(rng, height, width, least=0.05, aspects=(0.75, 1.33), attempts=100):
+def inception_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    least: Any = 0.05,
+    aspects: tuple = (0.75, 1.33),
+    attempts: int = 100,
+) -> tuple:
     """(top, left, height, width) as TensorFlow's `sample_distorted_bounding_box` draws it.
 
     The aspect ratio is uniform, and so is the height among those that fit, not the area. The whole
@@ -111,7 +119,7 @@ class Crops:
         self.read, self.number, self.kind, self.seed = read, number, kind, seed
         self.size, self.shorter = pixels.size, pixels.shorter
 
-    def epoch(self, epoch, cancelled=None):
+    def epoch(self, epoch: int, cancelled: Any = None) -> np.ndarray:
         """All crops of an epoch, [N, size, size, 3] uint8; another seed or epoch has others.
 
         Args:

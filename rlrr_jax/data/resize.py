@@ -11,7 +11,7 @@ _HALF = 11
 
 
 @functools.cache
-def weights(old, new):
+def weights(old: int, new: int) -> np.ndarray:
     """Pillow's integer weights [new, old] for bicubic interpolation of 8-bit images.
 
     Source: precompute_coeffs and normalize_coeffs_8bpc of Pillow's src/libImaging/Resample.c.
@@ -30,7 +30,7 @@ def weights(old, new):
     return np.trunc(w + np.copysign(0.5, w)).astype(np.int32)
 
 
-def bicubic(images, size):
+def bicubic(images: jax.Array, size: int) -> jax.Array:
     """Images [B, H, W, 3] uint8 to [B, size, size, 3] uint8, enlarged, as Pillow does it.
 
     Rows and then columns, each a product with a matrix that is rounded to 8 bits. The integer weights

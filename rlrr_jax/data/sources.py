@@ -9,13 +9,15 @@ import hashlib
 import io
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from rlrr_jax.data import tasks, tfrecord
-from rlrr_jax.data.task import Found, Source, Split
+from rlrr_jax.data.task import Found, Source, Split, Task
 from rlrr_jax.errors import UserError, first_line
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled"
@@ -23,7 +25,7 @@ KINDS = ("tfds", "folder")
 FORMATS = ("array_record", "tfrecord")
 
 
-def find(task, data_dir=None, kind=None):
+def find(task: str | Task, data_dir: Any = None, kind: str | None = None) -> Found:
     """Where a task's examples are: of the kind asked for, else the one that is there.
 
     Args:
@@ -84,7 +86,7 @@ def _versions(folder, task):
     return sorted(right, key=lambda n: (n == task.version, numbers[n]), reverse=True)
 
 
-def open_split(task, split, found):
+def open_split(task: str | Task, split: str, found: Found) -> Split:
     """The examples of a `Split`, in the order of the source.
 
     Args:
@@ -105,7 +107,7 @@ def open_split(task, split, found):
     return opened
 
 
-def class_names(task, found):
+def class_names(task: str | Task, found: Found) -> list[str]:
     """Names of a task's classes: its own, those that tfds keeps beside the dataset, or numbers."""
     task = tasks.get(task)
     names = task.names
@@ -115,7 +117,7 @@ def class_names(task, found):
     return list(names) if len(names) == task.classes else [str(i) for i in range(task.classes)]
 
 
-def pixels(task, found):
+def pixels(task: str | Task, found: Found) -> str:
     """What a source's pixels are: "original", "jpeg75" (as Pillow saves by default) or "stored"."""
     if found.kind != "folder":
         return "original"
@@ -132,7 +134,7 @@ def pixels(task, found):
     return "jpeg75" if same else "stored"
 
 
-def jpeg75(image):
+def jpeg75(image: Any) -> bytes:
     """An RGB Pillow image saved as the published VTAB-1k folders were: JPEG, quality 75, 4:2:0."""
     out = io.BytesIO()
     image.save(out, "JPEG", quality=75, subsampling="4:2:0")
@@ -189,7 +191,7 @@ def _stamp(path):
     return [stat.st_size, int(stat.st_mtime)]
 
 
-def open_tfds(found, part, fields):
+def open_tfds(found: Found, part: str, fields: Iterable[str]) -> tuple:
     """A prepared dataset's builder, and `(start, stop) -> examples` of a part, images undecoded.
 
     Args:

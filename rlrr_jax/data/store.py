@@ -6,10 +6,12 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import re
 import secrets
 import shutil
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from rlrr_jax import files
 from rlrr_jax.data import crops, sources, tasks
+from rlrr_jax.data.task import Found, Split, Task
 from rlrr_jax.errors import UserError
 
 _BLOCK = 256  # images that are decoded, written and checked together
@@ -65,7 +68,7 @@ class Entry(NamedTuple):
     key: dict
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """Size of the images."""
         return self.split.number * self.side**2 * 3
 
@@ -91,7 +94,7 @@ def _pixels(pixels):
     return pixels if isinstance(pixels, Pixels) else Pixels(pixels)
 
 
-def decode(image, pixels, scale=1):
+def decode(image: Any, pixels: Any, scale: int = 1) -> np.ndarray:
     """An RGB image [size, size, 3] uint8 from encoded bytes or an array.
 
     The authors' preprocessing: Pillow's bicubic resize (antialiased), the aspect ratio ignored.
@@ -110,7 +113,7 @@ def decode(image, pixels, scale=1):
     return np.asarray(image)
 
 
-def rgb(image, pixels, scale=1):
+def rgb(image: Any, pixels: Pixels, scale: int = 1) -> Image.Image:
     """An RGB Pillow image of its own size; arguments are those of `decode`."""
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
     if pixels.upright:
@@ -129,7 +132,9 @@ def rgb(image, pixels, scale=1):
     return image
 
 
-def load_split(task, split, pixels, found=None, cache_dir=None):
+def load_split(
+    task: str | Task, split: str, pixels: Any, found: Found | None = None, cache_dir: str | None = None
+) -> tuple:
     """Images and labels of a split, in the source's order.
 
     Args:
@@ -183,7 +188,9 @@ def _check_rule(entry, task, labels):
         )
 
 
-def load_crops(task, split, pixels, crop, found=None):
+def load_crops(
+    task: str | Task, split: str, pixels: Pixels, crop: tuple, found: Found | None = None
+) -> tuple:
     """The `crops.Crops` of a training split, decoded anew in each epoch, and its labels [N] int32.
 
     Args:
@@ -210,7 +217,13 @@ def load_crops(task, split, pixels, crop, found=None):
     return crops.Crops(read, source.number, kind, pixels, seed), labels
 
 
-def locate(task, split, pixels, found=None, cache_dir=None):
+def locate(
+    task: str | Task,
+    split: str,
+    pixels: Pixels,
+    found: Found | None = None,
+    cache_dir: str | None = None,
+) -> Entry:
     """The `Entry` of a split. Tasks that have the same images share it."""
     task = tasks.get(task)
     found = found or sources.find(task)
@@ -242,7 +255,7 @@ def _side(source):
     return width if width == height else None
 
 
-def images_folder(cache_dir=None):
+def images_folder(cache_dir: str | None = None) -> pathlib.Path:
     """Where decoded images lie."""
     if "://" in str(cache_dir):
         raise UserError(
@@ -251,7 +264,7 @@ def images_folder(cache_dir=None):
     return files.cache(cache_dir) / "images"
 
 
-def described(cache_dir=None):
+def described(cache_dir: str | None = None) -> str:
     """What lies in the cache already, in words that follow a sentence; empty if nothing does."""
     there = entries(cache_dir)
     if not there:
@@ -263,7 +276,7 @@ def described(cache_dir=None):
     return text
 
 
-def entries(cache_dir=None, thorough=False):
+def entries(cache_dir: str | None = None, thorough: bool = False) -> list:
     """What lies in the cache: `[(folder, bytes, why no task uses it or None), ...]`.
 
     Args:
@@ -308,7 +321,7 @@ def _unused(folder, thorough):
     return None
 
 
-def prune(cache_dir=None):
+def prune(cache_dir: str | None = None) -> list:
     """Removes what no task uses, and returns it as `entries` does.
 
     What is being decoded stays, and so does what belongs to a dataset that is not there.
@@ -330,13 +343,13 @@ def prune(cache_dir=None):
     return removed
 
 
-def missing_bytes(entries):
+def missing_bytes(entries: list) -> int:
     """Bytes that entries will take that are not in the cache, each counted once."""
     new = {e.folder: e.bytes for e in entries if not (e.folder / "entry.json").exists()}
     return sum(new.values())
 
 
-def check_space(wanted, cache_dir=None):
+def check_space(wanted: int, cache_dir: str | None = None) -> None:
     """UserError if so many bytes do not fit into the cache folder's disk."""
     folder = root = images_folder(cache_dir)
     while not folder.exists():
@@ -349,7 +362,7 @@ def check_space(wanted, cache_dir=None):
         )
 
 
-def intact(entry):
+def intact(entry: Any) -> bool:
     """Whether an entry is there and every byte of it is what was written."""
     try:
         saved = files.read_json(entry.folder / "entry.json")
@@ -367,7 +380,7 @@ def intact(entry):
         return False
 
 
-def build(entry, task, split, alone=True):
+def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
     """Decodes a split into its entry; the folder appears when it is complete.
 
     Args:
@@ -422,7 +435,7 @@ def _decode(entry, task, item):
 
 
 @contextlib.contextmanager
-def readable(split, i):
+def readable(split: Split, i: int) -> Iterator[None]:
     """Explains whatever Pillow raises for the image `i` of a `sources.Split`."""
     try:
         yield

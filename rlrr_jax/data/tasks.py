@@ -12,12 +12,13 @@ def _tuned(lr, weight_decay=1e-4, **kwargs):
     return dict(lr=lr, weight_decay=weight_decay, drop_path=0.0, **kwargs)
 
 
-_BUNDLED = dict(group="bundled", schedule="cosine")
-_BUNDLED["splits"] = splits("train800", "val200", "test")
+_PARTS = splits("train800", "val200", "test")
 BUNDLED = {
     "hearts": Task(
         name="hearts",
-        **_BUNDLED,
+        group="bundled",
+        splits=_PARTS,
+        schedule="cosine",
         classes=16,
         names=tuple(f"{22.5 * i:g}°" for i in range(16)),
         num_test=2000,
@@ -31,7 +32,9 @@ BUNDLED = {
     ),
     "digits": Task(
         name="digits",
-        **_BUNDLED,
+        group="bundled",
+        splits=_PARTS,
+        schedule="cosine",
         classes=10,
         names=tuple("0123456789"),
         num_test=797,

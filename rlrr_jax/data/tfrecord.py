@@ -8,6 +8,7 @@ fails to decode, but a flipped bit in a label goes unnoticed. array_record check
 
 import os
 import struct
+from typing import Any
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = 4
@@ -26,7 +27,7 @@ def _table():
 _TABLE = _table()
 
 
-def masked_crc(data):
+def masked_crc(data: bytes) -> int:
     """The masked CRC-32C that frames carry."""
     crc = 0xFFFFFFFF
     for byte in data:
@@ -35,7 +36,7 @@ def masked_crc(data):
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def index(path, skip, take):
+def index(path: Any, skip: int, take: int) -> list:
     """`(path, offset, length)` of records `skip` to `skip + take - 1` of a file.
 
     Raises ValueError if the file is damaged or has too few.
@@ -59,7 +60,7 @@ def index(path, skip, take):
     return out
 
 
-def read(records):
+def read(records: Any) -> list:
     """The data of records of an `index`; consecutive ones of a file share an open file."""
     out, f, at = [], None, None
     try:

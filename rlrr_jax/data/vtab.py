@@ -4,23 +4,25 @@ Sources: VTAB (Zhai et al., 2019; github.com/google-research/task_adaptation) fo
 the authors' VTABConfig.py for the recipes. Split positions are VTAB's percentages of the known sizes.
 """
 
+from typing import Any
+
 import numpy as np
 
 from rlrr_jax.data.task import Task, field, splits
 
 
-def count_objects(example):
+def count_objects(example: dict) -> int:
     """clevr_count: 3 to 10 objects are classes 0 to 7."""
     return len(example["objects"]["size"]) - 3
 
 
-def nearest_object(example):
+def nearest_object(example: dict) -> int:
     """clevr_dist: the smallest pixel depth, in 6 bins (0, 8], (8, 8.5], ... (10, 100]."""
     depths = np.asarray(example["objects"]["pixel_coords"], np.float32).reshape(-1, 3)[:, 2]
     return _bin(depths.min(initial=np.inf), (0, 8, 8.5, 9, 9.5, 10, 100))
 
 
-def nearest_vehicle(example):
+def nearest_vehicle(example: dict) -> int:
     """kitti: the nearest car, van or truck up to 8 m, 20 m, farther, or none at all: 0 to 3."""
     objects = example["objects"]
     vehicle = np.asarray(objects["type"], int) < 3
@@ -33,12 +35,12 @@ def _bin(value, edges):
     return int(np.sum(np.asarray(edges) < value)) - 1
 
 
-def position_bin(example):
+def position_bin(example: dict) -> Any:
     """dsprites_loc: 32 x positions in 16 classes."""
     return example["label_x_position"] // 2
 
 
-def orientation_bin(example):
+def orientation_bin(example: dict) -> Any:
     """dsprites_ori: 40 orientations in 16 classes of three and two values in turn."""
     return 2 * example["label_orientation"] // 5
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from rlrr_jax import files
 from rlrr_jax.data import sources, tasks, vtab
+from rlrr_jax.data.task import Found
 from rlrr_jax.errors import UserError, first_line
 
 FINGERPRINTS = "rlrr_jax_fingerprints.json"  # in the data folder
@@ -60,7 +62,7 @@ KEYS = {
 }
 
 
-def look(name, data_dir, kind=None):
+def look(name: str, data_dir: Any, kind: str | None = None) -> str:
     """What there is of a task, by its sizes; records its fingerprint. Raises UserError if unusable."""
     found = sources.find(name, data_dir, kind)
     if found.kind == "tfds":
@@ -75,7 +77,7 @@ def look(name, data_dir, kind=None):
 # Checking -------------------------------------------------------------------------------------
 
 
-def check(name, data_dir, kind=None):
+def check(name: str, data_dir: Any, kind: str | None = None) -> str:
     """Says how a task was checked; raises UserError if it is not what VTAB-1k is.
 
     Always: sizes of the splits and range of the labels. Then one of: labels computed from the
@@ -139,7 +141,7 @@ def _check_sizes(name, found):
             )
 
 
-def key_hash(split, key):
+def key_hash(split: str, key: Any) -> bytes:
     """What tfds sorts the examples of a split by: md5 of the split's name and the key."""
     key = key if isinstance(key, bytes) else str(key).encode()
     return hashlib.md5(split.encode() + key).digest()
@@ -167,7 +169,7 @@ def _check_keys(name, found):
                 last = now
 
 
-def dsprites_labels(name, split):
+def dsprites_labels(name: str, split: str) -> np.ndarray:
     """The labels of a dSprites task, computed from the order of factors in its file.
 
     Image i has orientation i // 1024 % 40 and x position i // 32 % 32.
@@ -191,7 +193,7 @@ def _check_factors(name, split, labels, found):
         )
 
 
-def fingerprint(name, found):
+def fingerprint(name: str, found: Found) -> str:
     """SHA-256 of the encoded images and labels to train and choose on, and of all test labels."""
     digest = hashlib.sha256()
     for split in tasks.get(name).parts[:2]:
@@ -203,7 +205,7 @@ def fingerprint(name, found):
     return digest.hexdigest()
 
 
-def compare_fingerprint(name, data_dir, found):
+def compare_fingerprint(name: str, data_dir: Any, found: Found) -> str:
     """Compares a fingerprint with the recorded one, or records it; says which."""
     path = epath.Path(data_dir) / FINGERPRINTS
     try:

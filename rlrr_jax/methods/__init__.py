@@ -5,6 +5,7 @@ Method`, and put the module into `METHODS`. `python -m rlrr_jax.methods` lists t
 """
 
 import inspect
+from typing import Any
 
 from rlrr_jax.errors import unknown
 from rlrr_jax.methods import (
@@ -48,7 +49,7 @@ __all__ = ["METHODS", "Method", "check", "decay", "get", "head_count", "merge", 
 __all__ += ["trainable_count"]
 
 
-def get(name, **kwargs):
+def get(name: str, **kwargs: Any) -> Method:
     """The `Method` of that name with its options.
 
     Raises UserError for an unknown name, option or value, with the nearest known one.
@@ -61,6 +62,6 @@ def get(name, **kwargs):
     return METHODS[name].method(**kwargs)
 
 
-def options(name):
+def options(name: str) -> dict[str, Any]:
     """A method's options and their defaults."""
     return {k: p.default for k, p in inspect.signature(METHODS[name].method).parameters.items()}

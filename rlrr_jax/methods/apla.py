@@ -10,7 +10,7 @@ FORMULA = "W_out' = anything, or anything in some random columns"
 DEFAULTS = dict(lr=1e-4, weight_decay=1e-5, drop_path=0.0)  # of its authors' scripts; not tuned here
 
 
-def method(columns=None, column_seed=0):
+def method(columns: int | None = None, column_seed: int = 0) -> base.Method:
     """APLA as a `Method`.
 
     Args:

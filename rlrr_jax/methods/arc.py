@@ -14,7 +14,7 @@ FORMULA = "W' = (I + A diag(s) A^T) W, b' = b + c W; A shared by all blocks"
 DEFAULTS = dict(lr=1e-2, weight_decay=0.0, drop_path=0.1)  # its authors' VTAB-1k script; not tuned here
 
 
-def method(bottleneck=50, where="attention+mlp"):
+def method(bottleneck: int = 50, where: str = "attention+mlp") -> base.Method:
     """ARC as a `Method`; without the dropout of its authors' code, which could not be folded.
 
     Args:
@@ -24,7 +24,7 @@ def method(bottleneck=50, where="attention+mlp"):
     Raises UserError for other values.
     """
     base.positive("option bottleneck", bottleneck)
-    where = base.names_in(where, base.AFTER_NORM, "place of method 'arc'")
+    names = base.names_in(where, base.AFTER_NORM, "place of method 'arc'")
 
     def init(key, frozen):
         depth, width = base.sizes(frozen)["query"][:2]
@@ -35,12 +35,12 @@ def method(bottleneck=50, where="attention+mlp"):
                 "scale": jnp.zeros((depth, bottleneck)),
                 "shift": jnp.zeros((depth, width)),
             }
-            for i, place in enumerate(where)
+            for i, place in enumerate(names)
         }
         return tree
 
     def merge(frozen, adapter):
-        for place in where:
+        for place in names:
             node = adapter[place]
             down = node["down"][None] * node["scale"][:, None]  # [L, D, bottleneck]
             frozen = base.prepend(frozen, place, down, node["down"].T[None], node["shift"])

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,40 +42,40 @@ class Method(NamedTuple):
 # The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------
 
 
-def start(method, key, frozen):
+def start(method: "Method", key: jax.Array, frozen: Any) -> dict:
     """The trained tree before training; every head is zero."""
     head = jax.tree.map(lambda x: jnp.zeros(x.shape), frozen["head"])
     return {"adapter": method.init(key, frozen), "head": head}
 
 
-def merge(method, frozen, trained):
+def merge(method: "Method", frozen: Any, trained: Any) -> dict:
     """The plain ViT tree that a trained tree makes of a frozen one."""
     return {**method.merge(frozen, trained["adapter"]), "head": trained["head"]}
 
 
-def decay(method, trained):
+def decay(method: "Method", trained: Any) -> dict:
     """Which leaves of a trained tree get weight decay: of the head the kernel alone."""
     head = decay_of("kernel")(trained["head"])
     return {"adapter": method.decay(trained["adapter"]), "head": head}
 
 
-def trainable_count(trained):
+def trainable_count(trained: Any) -> int:
     """Number of trained values outside the head."""
     return sum(x.size for x in jax.tree.leaves(trained["adapter"]))
 
 
-def head_count(trained):
+def head_count(trained: Any) -> int:
     """Number of trained values in the head."""
     return sum(x.size for x in jax.tree.leaves(trained["head"]))
 
 
-def decay_of(*names):
+def decay_of(*names: str) -> Callable[[Any], Any]:
     """The decay rule "leaves of these names", such as `decay_of("kernel")`."""
     rule = lambda path, _: path[-1].key in names
     return functools.partial(jax.tree_util.tree_map_with_path, rule)
 
 
-def names_in(text, known, what):
+def names_in(text: Any, known: Any, what: str) -> tuple[str, ...]:
     """`"query+value"` -> `("query", "value")`; UserError, with the nearest, for an unknown name."""
     names = tuple(dict.fromkeys(str(text).split("+")))
     for name in names:
@@ -85,19 +85,19 @@ def names_in(text, known, what):
     return names
 
 
-def positive(what, value):
+def positive(what: str, value: Any) -> None:
     """UserError unless an option is a whole number above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{what}={value} must be a whole number greater than 0")
 
 
-def number(what, value):
+def number(what: str, value: Any) -> None:
     """UserError unless an option is a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise UserError(f"{what}={value} must be a number")
 
 
-def seed(what, value):
+def seed(what: str, value: Any) -> None:
     """UserError unless an option can seed a key: JAX's keys take 32 bits."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
         raise UserError(f"{what}={value} must be a whole number from 0 to 2^32 - 1")
@@ -106,7 +106,7 @@ def seed(what, value):
 # The contract ---------------------------------------------------------------------------------
 
 
-def check(name, method, frozen):
+def check(name: str, method: Method, frozen: Any) -> Any:
     """Checks what a method promises, without computing anything.
 
     Args:
@@ -127,13 +127,15 @@ def check(name, method, frozen):
     params = jax.eval_shape(method.merge, frozen, adapter)
     _same_leaves(f"{told}merge returns ", leaves(params), leaves(frozen))
     decay = method.decay(adapter)
-    same = jax.tree.structure(decay) == jax.tree.structure(adapter)
-    if not same or not all(isinstance(x, bool) for x in jax.tree.leaves(decay)):
+    structure: Any = jax.tree.structure(decay)
+    if structure != jax.tree.structure(adapter) or not all(
+        isinstance(x, bool) for x in jax.tree.leaves(decay)
+    ):
         raise UserError(f"{told}decay must return True or False for each leaf that init makes")
     return adapter
 
 
-def leaves(tree):
+def leaves(tree: Any) -> dict[str, tuple]:
     """`{"a/b": (shape, dtype)}` of a tree."""
     key = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -154,12 +156,12 @@ def _same_leaves(what, found, wanted):
 # Trees ----------------------------------------------------------------------------------------
 
 
-def sizes(frozen, names=DENSE):
+def sizes(frozen: Any, names: Iterable[str] = DENSE) -> dict[str, tuple]:
     """`{name: (L, in, out)}` of Dense layers, heads flattened."""
     return {k: (s.depth, s.inputs, s.outputs) for k, s in dense(frozen, names).items()}
 
 
-def change_dense(frozen, names, change):
+def change_dense(frozen: Any, names: Iterable[str], change: Callable) -> Any:
     """A tree with other weights in these Dense layers of every block.
 
     Args:
@@ -175,12 +177,12 @@ def change_dense(frozen, names, change):
     return frozen
 
 
-def uniform(key, shape, bound):
+def uniform(key: jax.Array, shape: tuple, bound: float) -> jax.Array:
     """Values between -bound and bound."""
     return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * bound
 
 
-def affine(node, scale, shift):
+def affine(node: Any, scale: jax.Array, shift: jax.Array) -> dict:
     """Folds `y * scale + shift` of the output of a Dense, LayerNorm or patch embedding into it."""
     name = "kernel" if "kernel" in node else "scale"
     weight = node[name]
@@ -193,14 +195,14 @@ def affine(node, scale, shift):
     return {name: scaled, "bias": node["bias"] * scale + shift}
 
 
-def columns(kernel, scale):
+def columns(kernel: jax.Array, scale: jax.Array) -> jax.Array:
     """Every column of kernels [L, in, out] times its own factor [L, out]."""
     # An einsum, because its gradients are matrix-vector products: under `vmap` XLA's CPU code for the
     # sums of a broadcast product is ten times slower.
     return jnp.einsum("lio,lo->lio", kernel, scale, precision="highest")
 
 
-def prepend(frozen, place, down, up, shift):
+def prepend(frozen: Any, place: str, down: Any, up: Any, shift: Any) -> Any:
     """Folds `x + x down up + shift` into what follows a LayerNorm of every block.
 
     Args:

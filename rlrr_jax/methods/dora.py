@@ -9,19 +9,19 @@ FORMULA = "W' = m * V / |V|, V = W + (alpha / r) A B, |V| the norm of each outpu
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
 
 
-def method(rank=8, alpha=None, targets="query+value"):
+def method(rank: int = 8, alpha: float | None = None, targets: str = "query+value") -> base.Method:
     """DoRA as a `Method`. As its authors advise, the norm |V| gets no gradient (section 4.3).
 
     Args and errors: see `lora.method`.
     """
     base.positive("option rank", rank)
-    targets = base.names_in(targets, base.DENSE, "target of method 'dora'")
+    names = base.names_in(targets, base.DENSE, "target of method 'dora'")
     base.number("option alpha", 0 if alpha is None else alpha)
     scale = 1.0 if alpha is None else alpha / rank
 
     def init(key, frozen):
-        tree = lora.factors(key, frozen, targets, rank)
-        for name, site in base.dense(frozen, targets).items():
+        tree = lora.factors(key, frozen, names, rank)
+        for name, site in base.dense(frozen, names).items():
             shape = (site.depth, site.inputs, site.outputs)
             kernel = base.subtree(frozen, site.path)["kernel"].reshape(shape)
             tree[name]["magnitude"] = jnp.linalg.norm(kernel, axis=1)  # [L, out]
@@ -33,6 +33,6 @@ def method(rank=8, alpha=None, targets="query+value"):
             norm = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=1))
             return base.columns(direction, adapter[name]["magnitude"] / norm), bias
 
-        return base.change_dense(frozen, targets, change)
+        return base.change_dense(frozen, names, change)
 
     return base.Method(init, merge, base.decay_of("down", "up"), DEFAULTS)

@@ -16,7 +16,7 @@ FORMULA = "W'[j] = W[j] + s U C[j] V for each D x D slice j; TK: C[j] = sum_t P[
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.1)  # its authors'; not tuned here
 
 
-def method(kind="tt", rank=16, scale=1.0):
+def method(kind: str = "tt", rank: int = 16, scale: float = 1.0) -> base.Method:
     """FacT as a `Method`; without the dropout of its authors' code, which could not be folded.
 
     Args:

@@ -11,7 +11,7 @@ FORMULA = "W' = W + A B + (I - u u^T) diag(d) (I - v v^T)"
 DEFAULTS = dict(lr=5e-3, weight_decay=1e-3, drop_path=0.1)  # from its authors' grid; not tuned here
 
 
-def method(rank=1, targets="query+key+value+out"):
+def method(rank: int = 1, targets: str = "query+key+value+out") -> base.Method:
     """HTA as a `Method`, beside square kernels.
 
     The paper does not say how it starts. Here A is U(+-1 / sqrt(in)), B and d are 0, so that merging
@@ -26,11 +26,11 @@ def method(rank=1, targets="query+key+value+out"):
     """
     if rank != 0:
         base.positive("option rank", rank)
-    targets = base.names_in(targets, ("query", "key", "value", "out"), "target of method 'hta'")
+    names = base.names_in(targets, ("query", "key", "value", "out"), "target of method 'hta'")
 
     def init(key, frozen):
         tree = {}
-        for i, (name, (depth, width, _)) in enumerate(base.sizes(frozen, targets).items()):
+        for i, (name, (depth, width, _)) in enumerate(base.sizes(frozen, names).items()):
             keys = jax.random.split(jax.random.fold_in(key, i), 3)
             down = base.uniform(keys[0], (depth, width, rank), 1 / math.sqrt(width))
             tree[name] = {
@@ -47,7 +47,7 @@ def method(rank=1, targets="query+key+value+out"):
             new = kernel + jax.vmap(_reflected)(node["u"], node["d"], node["v"])
             return new + (base.dot(node["down"], node["up"]) if rank else 0), bias
 
-        return base.change_dense(frozen, targets, change)
+        return base.change_dense(frozen, names, change)
 
     return base.Method(init, merge, base.decay_of("u", "v", "d", "down", "up"), DEFAULTS)
 

@@ -11,7 +11,7 @@ DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-
 _NORM = ("Transformer", "encoder_norm")
 
 
-def method(blocks=1):
+def method(blocks: int = 1) -> Method:
     """The last `blocks` blocks and, as in VPT's code, the final LayerNorm, as a `Method`."""
     positive("option blocks", blocks)
     return Method(

@@ -1,6 +1,8 @@
 """LoRA: a product of low rank is added to some kernels (Hu et al., ICLR 2022)."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ FORMULA = "W' = W + (alpha / r) A B"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
 
 
-def method(rank=8, alpha=None, targets="query+value"):
+def method(rank: int = 8, alpha: float | None = None, targets: str = "query+value") -> base.Method:
     """LoRA as a `Method`; no dropout of its input, which could not be folded.
 
     Args:
@@ -22,7 +24,7 @@ def method(rank=8, alpha=None, targets="query+value"):
     Raises UserError for other values.
     """
     base.positive("option rank", rank)
-    targets = base.names_in(targets, base.DENSE, "target of method 'lora'")
+    names = base.names_in(targets, base.DENSE, "target of method 'lora'")
     base.number("option alpha", 0 if alpha is None else alpha)
     scale = 1.0 if alpha is None else alpha / rank
 
@@ -30,14 +32,14 @@ def method(rank=8, alpha=None, targets="query+value"):
         return lambda name, kernel, bias: (kernel + scale * product(adapter[name]), bias)
 
     return base.Method(
-        lambda key, frozen: factors(key, frozen, targets, rank),
-        lambda frozen, adapter: base.change_dense(frozen, targets, change(adapter)),
+        lambda key, frozen: factors(key, frozen, names, rank),
+        lambda frozen, adapter: base.change_dense(frozen, names, change(adapter)),
         base.decay_of("down", "up"),
         DEFAULTS,
     )
 
 
-def factors(key, frozen, targets, rank):
+def factors(key: jax.Array, frozen: Any, targets: Iterable[str], rank: int) -> dict:
     """`{name: {"down" [L, in, r], "up" [L, r, out]}}`: A is U(+-1 / sqrt(in)), B is zero."""
     tree = {}
     for i, (name, (depth, inputs, outputs)) in enumerate(base.sizes(frozen, targets).items()):
@@ -47,6 +49,6 @@ def factors(key, frozen, targets, rank):
     return tree
 
 
-def product(node):
+def product(node: Any) -> jax.Array:
     """A B of every block, [L, in, out]."""
     return base.dot(node["down"], node["up"])

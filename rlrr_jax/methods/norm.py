@@ -1,5 +1,8 @@
 """LayerNorm tuning: only scale and bias of every LayerNorm are trained (Zhao et al., ICLR 2024)."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -9,12 +12,12 @@ FORMULA = "W' = W, b' = b; scale and bias of each LayerNorm anything"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
 
 
-def method():
+def method() -> Method:
     """LayerNorm tuning as a `Method`."""
     return Method(init, merge, decay_of(), DEFAULTS)
 
 
-def init(key, frozen):
+def init(key: jax.Array, frozen: Any) -> dict:
     """A copy of every LayerNorm."""
     del key
     is_norm = lambda path: any("norm" in part.lower() for part in path)
@@ -22,6 +25,6 @@ def init(key, frozen):
     return unflatten_dict(norms)
 
 
-def merge(frozen, adapter):
+def merge(frozen: Any, adapter: Any) -> Any:
     """The frozen tree with the trained LayerNorms."""
     return unflatten_dict({**flatten_dict(frozen), **flatten_dict(adapter)})

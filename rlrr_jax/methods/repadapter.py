@@ -16,7 +16,9 @@ FORMULA = "W' = (I + s A B) W, b' = b + s (a B + c) W; B in groups: block-diagon
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.1)  # its authors'; not tuned here
 
 
-def method(hidden=8, groups=2, scale=1.0, where="attention+mlp"):
+def method(
+    hidden: int = 8, groups: int = 2, scale: float = 1.0, where: str = "attention+mlp"
+) -> base.Method:
     """RepAdapter as a `Method`; without the dropout of its authors' code, which could not be folded.
 
     Args:
@@ -31,7 +33,7 @@ def method(hidden=8, groups=2, scale=1.0, where="attention+mlp"):
     base.positive("option groups", groups)
     if hidden % groups:
         raise UserError(f"hidden={hidden} is not divisible by groups={groups}")
-    where = base.names_in(where, base.AFTER_NORM, "place of method 'repadapter'")
+    chosen = base.names_in(where, base.AFTER_NORM, "place of method 'repadapter'")
     base.number("option scale", scale)
 
     def init(key, frozen):
@@ -46,12 +48,12 @@ def method(hidden=8, groups=2, scale=1.0, where="attention+mlp"):
                 "up": jnp.zeros((depth, groups, hidden // groups, width // groups)),
                 "up_bias": jnp.zeros((depth, width)),
             }
-            for i, place in enumerate(where)
+            for i, place in enumerate(chosen)
         }
         return tree
 
     def merge(frozen, adapter):
-        for place in where:
+        for place in chosen:
             node = adapter[place]
             up = jax.vmap(lambda up: jax.scipy.linalg.block_diag(*up))(node["up"])  # [L, hidden, D]
             shift = base.dot(node["down_bias"][:, None], up)[:, 0] + node["up_bias"]

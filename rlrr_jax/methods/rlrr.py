@@ -51,15 +51,15 @@ class Variant(NamedTuple):
 
 
 def method(
-    init="paper",
-    rank=1,
-    with_weight=True,
-    sides="both",
-    residual=True,
-    shift=True,
-    where="mha+ffn+norm+patch",
-    layers=None,
-):
+    init: str = "paper",
+    rank: int = 1,
+    with_weight: bool = True,
+    sides: str = "both",
+    residual: bool = True,
+    shift: bool = True,
+    where: str = "mha+ffn+norm+patch",
+    layers: int | None = None,
+) -> Method:
     """RLRR as a `Method`.
 
     Args:
@@ -95,8 +95,8 @@ def method(
         raise UserError("with_weight=False needs both sides and the residual")
     if rank > 1 and sides != "both":
         raise UserError(f"rank={rank} needs both sides")
-    where = names_in(where, dict.fromkeys(PLACES.values()), "place of method 'rlrr'")
-    v = Variant(init, rank, with_weight, sides, residual, shift, where, layers)
+    places = names_in(where, dict.fromkeys(PLACES.values()), "place of method 'rlrr'")
+    v = Variant(init, rank, with_weight, sides, residual, shift, places, layers)
     return Method(
         lambda key, frozen: _init(key, frozen, v),
         lambda frozen, adapter: merge(frozen, adapter, v),
@@ -171,7 +171,7 @@ def _first(frozen, layers):
     return replaced(frozen, BLOCK, jax.tree.map(lambda x: x[:layers], subtree(frozen, BLOCK)))
 
 
-def merge(frozen, adapter, v):
+def merge(frozen: Any, adapter: Any, v: Variant) -> Any:
     """Folds the scales and shifts into the frozen weights: a plain ViT tree."""
     params = _merge(_first(frozen, v.layers), adapter, v)
     if v.layers is None:
@@ -201,7 +201,7 @@ def _merge(frozen, adapter, v):
     }
 
 
-def decay(adapter):
+def decay(adapter: Any) -> Any:
     """The authors' rule: their names with neither `bias` nor `norm` in them.
 
     That is `scale_in`, `scale_out`, and the patch scale and shift.

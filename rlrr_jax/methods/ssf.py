@@ -1,5 +1,7 @@
 """SSF: the output of every operation is scaled and shifted (Lian et al., NeurIPS 2022)."""
 
+from typing import Any
+
 import jax
 from flax.traverse_util import unflatten_dict
 
@@ -9,14 +11,14 @@ FORMULA = "W' = W * s_out, b' = b * s_out + f; LayerNorms and patch embedding, t
 DEFAULTS = dict(lr=5e-3, weight_decay=5e-5, drop_path=0.0)  # of most of its authors' VTAB-1k scripts
 
 
-def method():
+def method() -> Method:
     """SSF as a `Method`. As in its authors' code nothing of it decays."""
     return Method(init, merge, decay_of(), DEFAULTS)
 
 
-def init(key, frozen):
+def init(key: jax.Array, frozen: Any) -> dict:
     """A scale, N(1, 0.02^2), and a shift, N(0, 0.02^2), beside each bias. Not quite the identity."""
-    tree = {}
+    tree: dict = {}
     for i, path in enumerate(site.path for site in sites(frozen)):
         shape = subtree(frozen, path)["bias"].shape
         scale, shift = 0.02 * jax.random.normal(jax.random.fold_in(key, i), (2, *shape))
@@ -24,7 +26,7 @@ def init(key, frozen):
     return unflatten_dict(tree)
 
 
-def merge(frozen, adapter):
+def merge(frozen: Any, adapter: Any) -> Any:
     """Folds scales and shifts into kernels (of LayerNorms: scales) and biases."""
     params = frozen
     for path in (site.path for site in sites(frozen)):

@@ -1,12 +1,13 @@
 """Random masks for dropout, cheap enough for every value of every layer."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def threefry2x32(key, counter):
+def threefry2x32(key: Any, counter: Any) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), the cipher of `jax.random`.
 
     Written out, so that XLA fuses it: on CPUs JAX loops over its rounds instead, which made drop path
@@ -27,7 +28,7 @@ def threefry2x32(key, counter):
     return x, y
 
 
-def keep(key, rate, shape):
+def keep(key: jax.Array, rate: Any, shape: tuple) -> jax.Array:
     """Bools of a shape [..., n], False with a probability of `rate`, to the nearest 2^-16.
 
     Each block of the cipher gives four values. `rate` may be traced.

@@ -25,7 +25,7 @@ VARIANTS = {
 }
 
 
-def parse_variant(variant):
+def parse_variant(variant: str) -> dict[str, int]:
     """`"B/16"` -> `dict(width=768, ..., patch_size=16)`.
 
     Raises UserError for anything that is not `<Ti|S|B|L|H>/<patch size>`.
@@ -42,7 +42,7 @@ def parse_variant(variant):
     return dict(VARIANTS[size], patch_size=int(patch))
 
 
-def drop_path_masks(keys, rates, shape, mode):
+def drop_path_masks(keys: jax.Array, rates: jax.Array, shape: tuple, mode: str) -> jax.Array:
     """Which values of the residual branches are kept, [L, 2, B, T, D] or [L, 2, B, 1, 1], bool.
 
     Args:
@@ -62,7 +62,7 @@ def drop_path_masks(keys, rates, shape, mode):
     return keep(jnp.arange(len(rates)), rates, jnp.arange(2), keys)
 
 
-def drop_path(x, rate, keep):
+def drop_path(x: jax.Array, rate: Any, keep: jax.Array) -> jax.Array:
     """Drops parts of a residual branch `x` [B, T, D] and rescales the rest by `1 / (1 - rate)`."""
     return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
 
@@ -190,9 +190,9 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_variant(cls, variant, **kwargs):
+    def from_variant(cls, variant: str, **kwargs: Any) -> "ViT":
         """`ViT.from_variant("B/16", num_classes=100)`; raises UserError for an unknown variant."""
-        return cls(**parse_variant(variant), **kwargs)
+        return cls(**{**parse_variant(variant), **kwargs})
 
     @nn.compact
     def __call__(self, images, drop_path=0.0, keys=None):

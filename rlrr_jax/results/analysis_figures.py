@@ -36,7 +36,7 @@ def _legend(figure, axes):
     figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 4), fontsize=9)
 
 
-def change(found):
+def change(found: dict) -> bytes:
     """Heat maps: relative change of each kernel of each block, a panel for each run, one scale."""
     names = list(base.DENSE)
     tables = {
@@ -64,7 +64,7 @@ def change(found):
     return _png(figure)
 
 
-def rank(found):
+def rank(found: dict) -> bytes:
     """Effective rank of the change by depth."""
 
     def draw(axis, numbers, kernel, label, colour, mark):
@@ -83,7 +83,7 @@ def rank(found):
     return _png(figure)
 
 
-def turn(found):
+def turn(found: dict) -> bytes:
     """Angles of the leading left and right singular subspaces by depth."""
 
     def draw(axis, numbers, kernel, label, colour, mark):
@@ -99,7 +99,7 @@ def turn(found):
     return _png(figure)
 
 
-def spectra(found):
+def spectra(found: dict) -> bytes:
     """Singular values of the middle block, of W (black) and every W', and their ratio below."""
     tall = dict(height_ratios=(2, 1.2, 2, 1.2))
     figure, axes = plots.subplots(4, 3, (9, 8), gridspec_kw=tall)
@@ -129,7 +129,7 @@ def spectra(found):
     return _png(figure)
 
 
-def scales(found):
+def scales(found: dict) -> bytes | None:
     """Mean and standard deviation of the learnt scales by depth; None if no run has any."""
     kinds = ("scale_in", "scale_out", "scale")
     panels = []

@@ -76,8 +76,8 @@ def _line(rows: list[dict], full: int | None) -> list[str]:
 def which(row: dict, seed: bool = True) -> list[str]:
     """What tells runs of a task and method apart, in words: `["rank=2", "seed 1"]`."""
     options = [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()]
-    seed = [f"seed {row['seed']}"] if row["seed"] and seed else []
-    return options + seed + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
+    seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
+    return options + seeds + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
 
 
 def percent(fraction: float | None) -> str:

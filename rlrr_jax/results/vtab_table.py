@@ -72,12 +72,12 @@ class Line(NamedTuple):
     settings: dict
 
 
-def lines(rows):
+def lines(rows: list[dict]) -> list[Line]:
     """The lines for the VTAB rows of `results.json`, then all published ones; [] without such rows.
 
     Raises UserError if two rows have task, seed and settings in common but not the rest.
     """
-    groups = {}
+    groups: dict[str, list[dict]] = {}
     for row in rows:
         if row["task"] in tasks.VTAB and row["test_acc_final"] is not None:
             groups.setdefault(row["line"], []).append(row)
@@ -183,7 +183,7 @@ def _spread(values, mean, name):
 
 
 @functools.cache
-def published():
+def published() -> list[Line]:
     """The published lines; their means are computed from their 19 numbers."""
     out = []
     with PUBLISHED.open(newline="") as f:
@@ -193,7 +193,7 @@ def published():
     return out
 
 
-def chosen(every):
+def chosen(every: list[Line]) -> list[Line]:
     """Our lines, and the published ones that belong beside them."""
     backbones = " ".join(line.settings.get("pretrained.name", "") for line in every).replace(
         "howto", "augreg"
@@ -202,13 +202,13 @@ def chosen(every):
     return [line for line in every if not line.source or line.label in names]
 
 
-def columns(every):
+def columns(every: list[Line]) -> list[str]:
     """Tasks that we ran, then the means that we have."""
     have = {name for line in every if not line.source for name in line.cells}
     return [name for name in (*tasks.VTAB, *MEANS) if name in have]
 
 
-def text(every):
+def text(every: list[Line]) -> str:
     """The table for the screen: a line of means, below it one of deviations."""
     every = chosen(every)
     names = columns(every)
@@ -227,7 +227,7 @@ def text(every):
     return tabulate(out, tablefmt="plain", disable_numparse=True, colalign=aligned)
 
 
-def markdown(every):
+def markdown(every: list[Line]) -> str:
     """The same table in Markdown, `mean ± deviation` in a cell."""
     every = chosen(every)
     names = columns(every)
@@ -248,7 +248,7 @@ def _percent(fraction, digits):
     return "" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
-def csv(every):
+def csv(every: list[Line]) -> str:
     """All lines, published ones too, as CSV; fractions with full precision."""
     out = io.StringIO()
     names = [*tasks.VTAB, *MEANS]
@@ -274,12 +274,12 @@ def csv(every):
     return out.getvalue()
 
 
-def plain(every):
+def plain(every: list[Line]) -> list[dict]:
     """All lines as JSON values."""
     return [line._asdict() for line in every]
 
 
-def picture(every):
+def picture(every: list[Line]) -> bytes:
     """A PNG: accuracy of each task, ours with deviations, the published rows as open marks."""
     every = chosen(every)
     names = columns(every)

@@ -92,7 +92,7 @@ class Keeper:
         """
         tree = {"state": like[0], "metrics": like[1], "numbers": np.zeros(length)}
         tree["crc32"] = np.zeros(len(jax.tree.leaves(tree)), np.uint32)
-        problems = []
+        problems: list[str] = []
         for number in distributed.broadcast(sorted(self.manager.all_steps(), reverse=True)):
             found, problem = self._read(number, tree)
             if problem is None:
@@ -110,7 +110,8 @@ class Keeper:
 
     def _read(self, number: int, like: Any) -> tuple[Any, str | None]:
         """A checkpoint, and what is wrong with it, the same in every process."""
-        found, problem = None, None
+        found: Any = None
+        problem = None
         try:
             problem = _other(_shapes(self.manager.item_metadata(number)), _shapes(like))
             if problem is None:
@@ -128,8 +129,8 @@ class Keeper:
 def _checksums(tree: Any) -> np.ndarray:
     """CRC-32 of each array of a tree [leaves], in the order of its names."""
     leaves = jax.tree.leaves(distributed.fetch(tree))
-    raw = lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    return np.array([zlib.crc32(raw(np.asarray(x))) for x in leaves], np.uint32)
+    raw = lambda x: np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+    return np.array([zlib.crc32(raw(x)) for x in leaves], np.uint32)
 
 
 def _other(saved: dict, wanted: dict) -> str | None:
@@ -146,7 +147,8 @@ def _other(saved: dict, wanted: dict) -> str | None:
 def _silent_threads() -> Iterator[None]:
     """Keeps threads of Orbax and TensorStore from printing what the main thread raises anyway."""
     hooks = threading.excepthook, sys.excepthook
-    threading.excepthook = sys.excepthook = lambda *_: None
+    threading.excepthook = lambda args: None
+    sys.excepthook = lambda *args: None
     try:
         yield
     except Exception:

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +26,7 @@ _FAILED, _STOPPED = "rlrr_jax/failed", "rlrr_jax/stopped"
 STOPPED_TEXT = "stopped and saved: the same command goes on"
 
 
-def start(mode="auto", timeout=300):
+def start(mode: str = "auto", timeout: int = 300) -> None:
     """Joins the other processes; to be called before anything asks for a device.
 
     SLURM, TPU pods, GKE and Open MPI are recognised by JAX; elsewhere JAX_COORDINATOR_ADDRESS
@@ -45,8 +47,8 @@ def start(mode="auto", timeout=300):
     timer.start()
     try:
         jax.distributed.initialize(
-            num_processes=number and int(number),
-            process_id=mine and int(mine),
+            num_processes=int(number) if number else None,
+            process_id=int(mine) if mine else None,
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=30,
         )
@@ -88,17 +90,17 @@ def _give_up(timeout, number, mine):
     os._exit(1)
 
 
-def several():
+def several() -> bool:
     """Whether there are other processes; asks for no device, which may be missing."""
     return _client() is not None and jax.process_count() > 1
 
 
-def is_process_zero():
+def is_process_zero() -> bool:
     """Whether this process is the one that writes and shows."""
     return not several() or jax.process_index() == 0
 
 
-def broadcast(value):
+def broadcast(value: Any) -> Any:
     """Process 0's value, any JSON, in every process."""
     if not several():
         return value
@@ -108,20 +110,20 @@ def broadcast(value):
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)))
 
 
-def any_of(flag):
+def any_of(flag: Any) -> bool:
     """Whether a flag is set in some process."""
     if not several():
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def wait(name):
+def wait(name: str) -> None:
     """Returns when every process is here: what process 0 wrote before can be read after."""
     if several():
         multihost_utils.sync_global_devices(name)
 
 
-def fetch(tree):
+def fetch(tree: Any) -> Any:
     """A tree of arrays as NumPy, whole in every process."""
     if not several():
         return jax.device_get(tree)
@@ -135,7 +137,7 @@ def fetch(tree):
 
 
 @contextlib.contextmanager
-def together(stopped, code):
+def together(stopped: type[BaseException], code: int) -> Iterator[None]:
     """Whatever ends one process ends all of them, each with its message.
 
     Args:

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 import urllib.parse
+from typing import Any
 
 import pooch
 import requests
@@ -21,13 +22,13 @@ PUBLIC_GS = "https://storage.googleapis.com/"
 _BLOCK = 1 << 20
 
 
-def sha256(path):
+def sha256(path: Any) -> str:
     """Hex SHA-256 of a local file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def cached(url, folder=None):
+def cached(url: str, folder: Any = None) -> tuple:
     """Downloads `url` once; returns its local path and its SHA-256.
 
     The SHA-256 is computed at download, kept beside the file as `<file>.sha256` and checked at each
@@ -53,7 +54,7 @@ def cached(url, folder=None):
     return path, found
 
 
-def from_hub(name, folder=None):
+def from_hub(name: str, folder: Any = None) -> pathlib.Path:
     """Local path of a model's `model.safetensors` (or the index of its shards) on Hugging Face.
 
     Its `config.json` and `preprocessor_config.json` lie beside it.

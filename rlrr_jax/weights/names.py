@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import re
+from typing import Any
 
 from rlrr_jax import files
 from rlrr_jax.errors import UserError, unknown
@@ -38,7 +39,7 @@ ALIASES = {
 }
 
 
-def default_name(variant):
+def default_name(variant: str) -> str | None:
     """Name of the weights for a variant: the original ImageNet-21k ones where they exist, else AugReg.
 
     Returns None for a variant without public weights.
@@ -49,13 +50,13 @@ def default_name(variant):
     return None
 
 
-def split_subtree(name):
+def split_subtree(name: Any) -> tuple[str, str]:
     """`"x.npz:params"` -> `("x.npz", "params")`; the subtree is "" where none is named."""
     match = re.fullmatch(r"(.*\.npz):(.*)", str(name))
     return match.groups() if match else (str(name), "")
 
 
-def address(name):
+def address(name: Any) -> str:
     """Where a name, path or address (without subtree) is: a local path or an address, as a string.
 
     Raises UserError, with the nearest known name, for what is none of them.
@@ -74,7 +75,7 @@ def address(name):
     raise unknown(what, name, ["bundled", *ALIASES])
 
 
-def canonical(name):
+def canonical(name: Any) -> str:
     """One spelling for all names of the same weights; of a local file, without its folder."""
     file, subtree = split_subtree(name)
     where = address(file)
@@ -83,7 +84,7 @@ def canonical(name):
     return f"{where}:{subtree}" if subtree else where
 
 
-def fetch(name, cache_dir=None):
+def fetch(name: Any, cache_dir: str | None = None) -> tuple[str, str]:
     """Local path (with its `:subtree`, if any) and SHA-256 of weights, downloaded if need be."""
     file, subtree = split_subtree(name)
     where = address(file)
@@ -104,7 +105,7 @@ def _sha256(path):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def shards(path):
+def shards(path: Any) -> list:
     """Paths of the `.safetensors` files that an index lists, beside it; UserError for a bad index."""
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
@@ -126,7 +127,7 @@ def _local(where):
     return path
 
 
-def local_path(name, cache_dir):
+def local_path(name: Any, cache_dir: str | None) -> str:
     """Where a file is, with its `:subtree`; one that is local is not read for its SHA-256."""
     file, _ = split_subtree(name)
     where = address(file)

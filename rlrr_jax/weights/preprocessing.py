@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 
@@ -56,14 +56,14 @@ class Card(NamedTuple):
 JAX = Card("tanh", HALF, HALF, "its layout says so", norm_eps=1e-6, resize="linear")
 
 
-def of_jax(name):
+def of_jax(name: Any) -> bool:
     """Whether a name, path or address is of the public JAX weights' layouts: all have one card."""
     name = str(name)
     other = name.startswith("hf:") or name.endswith((".safetensors", ".json"))
     return not (other or ("://" not in name and pathlib.Path(name).is_dir()))
 
 
-def read(path, name="", needed=True, variant=None):
+def read(path: Any, name: str = "", needed: bool = True, variant: str | None = None) -> Card:
     """The `Card` of a weight file.
 
     The public JAX weights (`.npz`) have tanh and [-1, 1]. A `.safetensors` has the exact GELU, and what
@@ -116,7 +116,7 @@ def _heads_by_name(names, heads):
     return heads if public else None
 
 
-def check(gelu, mean, std):
+def check(gelu: str, mean: Any, std: Any) -> None:
     """ValueError unless these can be a GELU, and three means and standard deviations."""
     if gelu not in ("tanh", "exact"):
         raise ValueError(f"unknown GELU {gelu!r}")

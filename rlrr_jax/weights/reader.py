@@ -4,7 +4,8 @@ import functools
 import math
 import pathlib
 import zipfile
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class How(NamedTuple):
     resize: str | None = None
 
 
-def check_size(image_size, patch):
+def check_size(image_size: int, patch: int) -> None:
     """Raises UserError if patches do not fill an image."""
     if image_size % patch or image_size < patch:
         raise UserError(
@@ -49,7 +50,16 @@ def check_size(image_size, patch):
         )
 
 
-def load(name_or_path, *, model, image_size, how=None, cache_dir=None, head=False, note=None):
+def load(
+    name_or_path: Any,
+    *,
+    model: Any,
+    image_size: int,
+    how: How | None = None,
+    cache_dir: str | None = None,
+    head: Any = False,
+    note: Callable | None = None,
+) -> dict:
     """Reads pretrained weights into the tree of `model`.
 
     Args:
@@ -134,7 +144,7 @@ def _some(names, most=5):
     return ", ".join(names[:most]) + more
 
 
-def save(path, params, dtype=np.float32):
+def save(path: Any, params: Any, dtype: Any = np.float32) -> None:
     """Writes a tree as a compressed `.npz` in big_vision's scanned layout."""
     flat = {f"params/{k}": np.asarray(v, dtype) for k, v in flatten_dict(params, sep="/").items()}
     np.savez_compressed(path, **flat)
@@ -236,7 +246,7 @@ def _place_position(flat, target, how, path):
     return tuple(grid)
 
 
-def resize_position(position, target, rule):
+def resize_position(position: Any, target: Any, rule: str) -> np.ndarray:
     """A position embedding [h, w, D] on the grid `target` (rows, columns), by one of `RESIZES`."""
     if rule == "linear":
         zoom = (target[0] / position.shape[0], target[1] / position.shape[1], 1)
@@ -269,7 +279,7 @@ def _bicubic(old, new):
     return weights
 
 
-def differences(found, wanted):
+def differences(found: dict, wanted: dict) -> list[str]:
     """What differs between two dicts of shapes: `["missing: a, b", "unknown: c"]`."""
     shapes = [
         f"{k} is {found[k]} instead of {wanted[k]}"

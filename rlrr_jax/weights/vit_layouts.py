@@ -4,6 +4,8 @@ In between, an array has our name with numbered blocks: `Transformer/encoderbloc
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -56,7 +58,7 @@ _TIMM_REFUSED = {
 }
 
 
-def numbered(params):
+def numbered(params: Any) -> dict:
     """A flat dict with numbered blocks: `encoderblock/x` [L, ...] becomes `encoderblock_0/x`, ..."""
     out = {}
     for key, value in flatten_dict(params, sep="/").items():
@@ -68,7 +70,7 @@ def numbered(params):
     return out
 
 
-def stacked(flat):
+def stacked(flat: dict) -> dict:
     """A flat dict with the blocks on top of each other: what `numbered` undoes."""
     out, blocks = {}, {}
     for key, value in flat.items():
@@ -85,7 +87,7 @@ def stacked(flat):
 # From -----------------------------------------------------------------------------------------
 
 
-def passed_over(flat, wanted):
+def passed_over(flat: dict, wanted: Any) -> tuple:
     """Arrays by our names without those that are known to be of no use here, and what these are.
 
     Args:
@@ -95,7 +97,7 @@ def passed_over(flat, wanted):
     return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
-def from_jax(flat, subtree, path):
+def from_jax(flat: dict, subtree: str, path: Any) -> tuple:
     """The arrays of an `.npz` under the subtree by our names, and the names of those elsewhere.
 
     Layouts read: the original one of 2020 and AugReg
@@ -128,7 +130,7 @@ def from_jax(flat, subtree, path):
     return numbered(names), outside
 
 
-def from_timm(flat, num_heads, path):
+def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
     """The arrays of a timm ViT (or of DINOv2's, MAE's or MoCo v3's code) by our names, and other names.
 
     `qkv` is taken apart, LayerScale (`ls1.gamma`) folded into the Dense before it.
@@ -174,12 +176,12 @@ def from_timm(flat, num_heads, path):
     return out, outside
 
 
-def of_transformers(names):
+def of_transformers(names: Iterable[str]) -> bool:
     """Whether these are names of transformers' ViT or Dinov2."""
     return any(name.endswith(f"{_HF_STEM}.weight") for name in names)
 
 
-def from_transformers(flat, num_heads, path):
+def from_transformers(flat: dict, num_heads: int, path: Any) -> tuple:
     """The arrays of a ViT or Dinov2 of transformers (both its generations of names) as `from_timm`'s.
 
     Raises UserError as `from_timm` does.
@@ -255,12 +257,12 @@ def _timm_leaf(name, value, known):
 # To -------------------------------------------------------------------------------------------
 
 
-def to_big_vision(params):
+def to_big_vision(params: Any) -> dict:
     """A tree as big_vision saves it, with numbered blocks: `params/Transformer/encoderblock_0/...`."""
     return {f"params/{k}": np.asarray(v, np.float32) for k, v in numbered(params).items()}
 
 
-def to_vit_jax(params):
+def to_vit_jax(params: Any) -> dict:
     """A tree in the layout of 2020, `github.com/google-research/vision_transformer`.
 
     Its position embedding has a row for the class token; ours is in `cls`, so that row is zero.
@@ -275,7 +277,7 @@ def to_vit_jax(params):
     return out
 
 
-def to_timm(params):
+def to_timm(params: Any) -> dict:
     """A tree as the state dict of timm's `VisionTransformer`, query, key and value in one."""
     flat = numbered(params)
     out = {"cls_token": flat["cls"], "pos_embed": _with_class_row(flat["pos_embedding"])}
@@ -314,7 +316,7 @@ def _with_class_row(position):
 # Pixels ---------------------------------------------------------------------------------------
 
 
-def fold_pixels(flat, mean, std):
+def fold_pixels(flat: dict, mean: Any, std: Any) -> dict:
     """Changes a patch embedding for pixels `(x - mean) / std`, x in [0, 1], to one for [-1, 1].
 
     With y in [-1, 1], `(x - mean) / std = (0.5 / std) y + (0.5 - mean) / std` in each colour, which

@@ -1,0 +1,113 @@
+"""What runs cost before they start, and how long they take once an epoch is measured."""
+
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+from rlrr_jax import config as config_lib
+from rlrr_jax.data import tasks
+from rlrr_jax.runs import search, workdir
+from rlrr_jax.runs.workdir import Work
+from rlrr_jax.runtime.clock import Clock
+
+TOLD_SECONDS = 600  # between two estimates on the screen
+
+
+class Cost(NamedTuple):
+    """Work of runs: steps, training images, evaluations, evaluated images."""
+
+    steps: int = 0
+    images: int = 0
+    evaluations: int = 0
+    evaluated: int = 0
+
+    def plus(self, other: "Cost") -> "Cost":
+        """The sum of two costs."""
+        return Cost(*(a + b for a, b in zip(self, other)))
+
+    @property
+    def passes(self) -> float:
+        """The work in units of one training image, of which evaluating one is about a third."""
+        return self.images + self.evaluated / 3
+
+
+def cost(run: Any, epochs: int | None = None) -> Cost:
+    """The `Cost` of a run, or of its first epochs."""
+    images, held_out = map(tasks.get(run.task).number, config_lib.splits(run))
+    epochs = run.epochs if epochs is None else epochs
+    if run.protocol in ("official", "tune"):
+        times = max(epochs - 1, int(run.epochs == 1 == epochs))
+    else:
+        times = int(epochs == run.epochs)
+    steps = epochs * math.ceil(images / run.batch_size)
+    if run.total_steps and steps > run.total_steps:
+        steps, images = run.total_steps, images * run.total_steps / steps
+    return Cost(steps, round(epochs * images), times, times * held_out)
+
+
+class Forecast:
+    """Prints what runs cost, and how long they take. Runs keep their number in the whole."""
+
+    def __init__(self, works: list[Work]) -> None:
+        self.left: dict[str, tuple[str, Cost]] = {}
+        self.number: dict[str, int] = {}
+        self.before: set[str] = set()
+        for i, work in enumerate(works, 1):
+            searched = work.run.protocol == "vtab" and work.folder.parent not in {
+                w.folder.parent for w in works[: i - 1]
+            }
+            for w in [*(search.trials(work) if searched else ()), work]:
+                if w.finished:
+                    self.before.add(w.label)
+                else:
+                    self.left[w.label] = w.run.method, cost(w.run)
+                self.number[w.label] = len(self.number) + 1
+        self.told = 0.0
+        self.speed: dict[str, float] = {}  # training images a second, by method
+        total = functools.reduce(Cost.plus, (c for _, c in self.left.values()), Cost())
+        before = len(self.before)
+        print(
+            f"{len(self.left)} run(s): {total.steps:,} steps on {total.images:,} training images, "
+            f"{total.evaluations:,} evaluation(s) of {total.evaluated:,} images in all"
+            + f"; {before} finished before"
+            * bool(before),
+            flush=True,
+        )
+
+    def title(self, *works: Work) -> str:
+        """`"[3/57] cifar rlrr seed 0"`, `"[4-6/57] dtd rlrr, 3 trials"`."""
+        first, last = (self.number[work.label] for work in (works[0], works[-1]))
+        method = workdir.method_folder(works[0].run)
+        many = f"{works[0].run.task} {method}, {len(works)} trials"
+        text, span = (works[0].label, first) if len(works) == 1 else (many, f"{first}-{last}")
+        return f"[{span}/{len(self.number)}] {text}"
+
+    def on_epoch(self, works: list[Work], clock: Clock, epochs: int) -> None:
+        """Prints the time left, after the first epoch of each method and then every ten minutes.
+
+        A method that has not run yet is taken to be as fast as this one.
+        """
+        method, now = works[0].run.method, clock.images / clock.seconds
+        known, self.speed[method] = method in self.speed, now
+        if known and time.monotonic() - self.told < TOLD_SECONDS:
+            return
+        self.told = time.monotonic()
+        left = {label: c.passes for label, (_, c) in self.left.items()}
+        for work in works:
+            if work.label in left:  # else it finished before, and is trained again with its group
+                left[work.label] -= cost(work.run, epochs).passes
+        seconds = sum(left[k] / self.speed.get(m, now) for k, (m, _) in self.left.items())
+        print(f"\nabout {duration(seconds)} left, {method} trains {now:,.0f} images/s", flush=True)
+
+    def finished(self, work: Work) -> None:
+        """Takes a run off what is left."""
+        self.left.pop(work.label, None)
+
+
+def duration(seconds: float) -> str:
+    """`"3 h 12 min"`, `"2 min"`, `"40 s"`."""
+    minutes = round(seconds / 60)
+    if seconds < 99:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes > 90 else f"{minutes} min"

@@ -1,0 +1,141 @@
+"""What makes two runs the same work, and what rows of results are grouped by."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rlrr_jax import methods, models
+from rlrr_jax.checks import GRID
+from rlrr_jax.data import tasks
+from rlrr_jax.weights import names, preprocessing
+
+# What may differ between two starts of the same run: where and how, not what. All other keys, those
+# that a fork adds, too, are part of a run's identity.
+PLACES = (
+    "num_devices",
+    "checkpoint_seconds",
+    "eval_batch_size",
+    "model.unroll",
+    "model.remat",
+    "trial",
+    "options",
+    "data.dir",
+    "data.cache_dir",
+    "pretrained.cache_dir",
+    "machine",  # where it was last started, see `train`
+    "val_acc",  # of the setting that "vtab" chose: a result
+)
+
+
+def recipe(task_name: str, method_name: str) -> dict[str, Any]:
+    """What a task and a method bring where the configuration says nothing."""
+    task, own = tasks.get(task_name), methods.METHODS[method_name].DEFAULTS
+    recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
+    return {**recipe, **own, **task.recipes.get(method_name, {})}
+
+
+def together(run: Any) -> str:
+    """What runs that are trained together have in common: all but seed and hyper-parameters.
+
+    With random crops, which all trials share, the seed, too.
+    """
+    plain = run.to_dict()
+    for key in ("trial", "recipe", "val_acc", *GRID, *(() if run.crop else ("seed",))):
+        plain.pop(key, None)
+    return json.dumps(plain, sort_keys=True)
+
+
+def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
+    """A run's configuration without `PLACES`, and the provenance of weights and data, plain values.
+
+    What is as it was before a key existed is left out, so that older runs stay the same work.
+    """
+    plain = {**run.to_dict(), **(provenance or {})}
+    for place in PLACES:
+        *parents, last = place.split(".")
+        node = plain
+        for parent in parents:
+            node = node.get(parent) or {}
+        node.pop(last, None)
+    model, given, data = (plain.get(key) or {} for key in ("model", "pretrained", "data"))
+    heads = models.sizes(model["variant"])["num_heads"] if model.get("variant") else None
+    for node, key, before in (
+        (given, "mean", preprocessing.HALF),
+        (given, "std", preprocessing.HALF),
+        (given, "resize", "linear"),
+        (model, "num_heads", heads),
+        (model, "norm_eps", 1e-6),
+        (data, "upright", False),
+        (plain.get("grid") or {}, "times_own_lr", False),
+        (plain, "loss", "cross_entropy"),
+    ):
+        value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)
+        if value is None or value == before:
+            node.pop(key, None)
+    if name := given.get("name"):
+        given["name"] = names.canonical(name)
+    if plain.get("crop"):
+        plain["crops"] = "by seed"  # in the first version they were the same for all seeds
+    return json.loads(json.dumps(plain))
+
+
+def identity(run: Any) -> dict[str, Any]:
+    """A run's configuration without paths and devices, as plain values; equal for the same work."""
+    plain = described(run)
+    plain.get("grid", {}).pop("times_own_lr", None)  # its lr has the products
+    plain.pop("recipe", None)  # its values are there
+    return plain
+
+
+def fingerprint(runs: Iterable[Any], provenance: dict | None = None) -> str:
+    """Eight hex digits that name the work of these runs, and of the weights and dataset they used."""
+    return _digest([[identity(run) for run in runs], provenance or {}])
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def setting(values: dict) -> dict[str, Any]:
+    """What the seeds of one line share: `described` without the seed and what was searched."""
+    leave = ("seed", "recipe", *(GRID if values.get("grid") else ()))  # chosen from it
+    return {key: value for key, value in values.items() if key not in leave}
+
+
+def across_tasks(values: dict) -> dict[str, Any]:
+    """What the tasks of one line of a suite's table share: a `setting` without the task.
+
+    Values that came from the recipe of a task and method are left out, since every task has its own.
+    """
+    keys = values.get("recipe")
+    if keys is None:  # of an older run: what is equal
+        own = recipe(values["task"], values["method"])
+        keys = [key for key in own if values.get(key) == own[key]]
+        keys += [f"grid.{key}" for key in own if (values.get("grid") or {}).get(key) == [own[key]]]
+    values = json.loads(json.dumps(setting(values)))
+    grid = values.get("grid") or {}
+    keys = [*keys, "task", "dataset"]
+    keys += ["epochs"] if values.get("total_steps") else []  # which make them
+    keys += ["grid.lr"] if grid.get("times_own_lr") else []
+    for key in keys:
+        node = grid if key.startswith("grid.") else values
+        node.pop(key.removeprefix("grid."), None)
+    return values
+
+
+def digests(values: dict) -> dict[str, str]:
+    """`{"setting", "line"}`: what rows of results are grouped by, for one task and across tasks."""
+    return {"setting": _digest(setting(values)), "line": _digest(across_tasks(values))}
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`["lr=0.01 (now 0.02)", ...]` for two nested dicts."""
+    out = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key}={a} (now {b})")
+    return out

@@ -1,0 +1,52 @@
+"""The protocol "vtab": hyper-parameters are chosen from a grid on val200, then trained on 1000."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from rlrr_jax import checks
+from rlrr_jax import config as config_lib
+from rlrr_jax.errors import UserError
+from rlrr_jax.runs import workdir
+from rlrr_jax.runs.workdir import Work
+
+
+def trials(work: Work) -> list[Work]:
+    """The runs on 800 and 200 images that a run of the protocol "vtab" chooses from; all of seed 0."""
+    out = []
+    for run in config_lib.trials(work.run):
+        folder = work.folder.parent / "search" / workdir.run_folder(run)
+        label = f"{run.task} {workdir.method_folder(run)} {workdir.run_folder(run)}"
+        out.append(Work(run, folder, work.found, label))
+    return out
+
+
+def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> list[Work]:
+    """Runs of the protocol "vtab" with their hyper-parameters, the best of the grid on val200.
+
+    Ties go to the smaller learning rate, then weight decay, then drop path. Others are returned as
+    they are.
+
+    Args:
+      works: runs of one setting, which differ in their seeds.
+      train_all: function that trains runs together and returns their rows.
+    """
+    if works[0].run.protocol != "vtab":
+        return works
+    search = trials(next((work for work in works if not work.finished), works[0]))
+    with workdir.locked(search):
+        rows = train_all(search)
+    rows = [row for row in rows if row["train_loss"] is not None]  # those that did not diverge
+    if not rows:
+        raise UserError(
+            f"the loss of {works[0].run.task} {works[0].run.method} is finite at no setting of "
+            f"config.grid: put smaller learning rates into it and choose another --workdir"
+        )
+    best = min(rows, key=lambda row: (-row["val_acc"], *(row[key] for key in checks.GRID)))
+    out = []
+    for work in works:
+        run = ConfigDict(work.run.to_dict())
+        run.update({key: best[key] for key in checks.GRID})
+        run.val_acc = best["val_acc"]
+        out.append(work._replace(run=run))
+    return out

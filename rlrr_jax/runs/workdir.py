@@ -1,0 +1,99 @@
+"""The folders of a workdir: `<workdir>/<task>/<method>/<run>`, whose they are, and who may write."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from rlrr_jax.runs import identity
+from rlrr_jax import checks
+from rlrr_jax import files
+from rlrr_jax.data import sources
+from rlrr_jax.errors import UserError
+from rlrr_jax.runtime import distributed
+
+
+class Work(NamedTuple):
+    """A run, its folder, where its images are read, and how it is called on the screen."""
+
+    run: Any
+    folder: Any
+    found: sources.Found | None
+    label: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its result."""
+        return (self.folder / "result.json").exists()
+
+
+def method_folder(run: Mapping) -> str:
+    """Name of the folder above, or of a method with its options: `"rlrr"`, `"rlrr-rank2"`."""
+    return run["method"] + (f"-{run['options']}" if run.get("options") else "")
+
+
+def run_folder(run: Mapping) -> str:
+    """Name of the folder of a run, or of a row: `"seed0"`, `"seed0-lr0.01"`."""
+    return f"seed{run['seed']}" + (f"-{run['trial']}" if run.get("trial") else "")
+
+
+def provenance(work: Work, sha256: str) -> dict[str, str]:
+    """What besides its configuration decides a run's result: weights and dataset."""
+    assert work.found
+    return {"backbone_sha256": sha256, "dataset": work.found.dataset}
+
+
+def finished_source(run: Any, folder: Any) -> sources.Found | None:
+    """Where the images of a finished run came from, which is filled in; None if it is not finished."""
+    if not (folder / "result.json").exists() or not (folder / "config.json").exists():
+        return None
+    saved = files.read_json(folder / "config.json")
+    for key in ("source", "variant"):
+        if run.data[key] is None or run.data[key] == saved["data"][key]:
+            run.data[key] = saved["data"][key]
+    return sources.Found(saved["data"]["source"], None, saved["dataset"])
+
+
+@contextlib.contextmanager
+def locked(works: Iterable[Work]) -> Iterator[None]:
+    """Holds the folders of runs for this process."""
+    with contextlib.ExitStack() as stack:
+        for work in works if distributed.is_process_zero() else ():
+            work.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.lock(work.folder))
+        distributed.wait("locked")
+        yield
+
+
+def check_folder(work: Work, sha256: str) -> None:
+    """UserError if another run is in a folder.
+
+    Args:
+      work: the run that is to be there.
+      sha256: digest of its weights.
+    """
+    path = work.folder / "config.json"
+    if not path.exists():
+        return
+    old, new = (
+        identity.identity(ConfigDict(c))
+        for c in (files.read_json(path), {**work.run.to_dict(), **provenance(work, sha256)})
+    )
+    if any(new[key] is None for key in checks.GRID):  # "vtab" has not chosen yet
+        for values in (old, new):
+            for key in (*checks.GRID, "val_acc"):
+                values.pop(key, None)
+    if changed := identity.differences(old, new):
+        raise UserError(
+            f"{work.folder} holds a run with {', '.join(changed)}: choose another --workdir, or "
+            f"delete that folder" + _as_before(old, new)
+        )
+
+
+def _as_before(old: dict, new: dict) -> str:
+    """How a run of an older version goes on, which resized every position embedding linearly."""
+    resize = [values["pretrained"].get("resize") for values in (old, new)]
+    if resize[0] is None and resize[1] is not None:
+        return ", or go on as it was begun by --config.pretrained.resize=linear"
+    return ""

@@ -1,0 +1,71 @@
+"""Which part of the package may know which: read from the import statements."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "rlrr_jax"
+# What a folder or file may import of ours, besides itself. What is not here may import all.
+ALLOWED = {
+    "errors.py": {"screen"},
+    "screen.py": set(),
+    "files.py": {"errors"},
+    "models": {"errors"},
+    "methods": {"errors"},
+    "losses.py": {"errors"},
+    "optim.py": {"errors", "methods"},
+    "runtime": {"errors"},
+    "data": {"errors", "files"},
+    "weights": {"errors", "files", "models"},
+    "checks.py": {"data", "errors", "losses", "models", "optim", "weights"},
+    "step.py": {"data", "losses", "methods", "optim", "runtime"},
+    "evaluate.py": {"data", "losses", "runtime"},
+}
+EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models
+
+
+def imported(path):
+    """Names of our modules that a file imports, as `"data"` or `"errors"`."""
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlrr_jax"):
+            inner = node.module.removeprefix("rlrr_jax").lstrip(".")
+            out |= {inner.split(".")[0]} if inner else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            out |= {a.name.split(".")[1] for a in node.names if a.name.startswith("rlrr_jax.")}
+    return out
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_knows_only_what_lies_below_it(part):
+    files = [ROOT / part] if part.endswith(".py") else sorted((ROOT / part).glob("*.py"))
+    assert files
+    for path in files:
+        name = str(path.relative_to(ROOT))
+        others = imported(path) - {part.removesuffix(".py")}
+        assert name in EXCEPTIONS or others <= ALLOWED[part], f"{name} imports {others - ALLOWED[part]}"
+
+
+def test_no_circle_of_imports():
+    """Every file can be imported first."""
+    names = [
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+        for path in sorted(ROOT.glob("**/*.py"))
+        if path.name not in ("__init__.py", "__main__.py") and "configs" not in path.parts
+    ]
+    code = """
+import sys
+for name in sys.argv[1:]:
+    for loaded in [m for m in sys.modules if m.split(".")[0] == "rlrr_jax"]:
+        del sys.modules[loaded]
+    __import__(name)
+assert "tensorflow" not in sys.modules and "tensorflow_datasets" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=ROOT.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(names) > 60
