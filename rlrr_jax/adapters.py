@@ -204,7 +204,7 @@ def _wanted(path, card):
 
 
 def _check_run(card):
-    """ValueError (or whatever a strange card gives) unless images can be brought to the model."""
+    """ValueError (or whatever a strange card raises) unless images can be brought to the model."""
     run = ConfigDict(card["config"])
     preprocessing.check(run.model.gelu, run.pretrained.mean, run.pretrained.std)
     if not isinstance(run.pretrained.name, str) or not isinstance(card["accuracy"], dict):
@@ -249,7 +249,7 @@ def _how(card):
 
 
 def _plain(kwargs):
-    """Options as JSON gives them back: lists were tuples."""
+    """Options read from JSON, where tuples became lists."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
 
 
@@ -325,9 +325,9 @@ def combine(
     """One adapter from several of RLRR on the same backbone (Dong et al., 2024, supplement H).
 
     Args:
-      adapters: of method `rlrr`, with the same options.
-      weights: of each; None shares 1 equally. LayerNorms and the patch embedding, which have no
-        product, get `1 + sum_i w_i (scale_i - 1)`, and every shift `sum_i w_i shift_i`.
+      adapters: `Adapter`s of method `rlrr`, with the same options.
+      weights: a weight of each; None shares 1 equally. LayerNorms and the patch embedding, which have
+        no product, get `1 + sum_i w_i (scale_i - 1)`, and every shift `sum_i w_i shift_i`.
       way: "scales" multiplies the sums, `(sum_i w_i in_i) (sum_i w_i out_i)`; "products" sums the
         products, `sum_i w_i in_i out_i`, an adapter of as many times the rank. The paper prints the
         second without weights, which is `weights=[1, 1, ...]` but for shifts.
@@ -339,24 +339,8 @@ def combine(
     Raises UserError if they do not fit together.
     """
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-    if way not in ("scales", "products"):
-        raise UserError(f"adapters are combined by way='scales' or 'products', not {way!r}")
-    if len(weights) != len(adapters):
-        raise UserError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
+    options = _check_combine(adapters, weights, way)
     first = adapters[0].card
-    same = lambda card: {k: card[k] for k in ("backbone_sha256", "method_kwargs", "gelu")} | _how(card)
-    for other in (a.card for a in adapters):
-        if other["method"] != "rlrr":
-            raise UserError(f"only adapters of rlrr are combined, not of {other['method']}")
-        for key, value in same(first).items():
-            if same(other)[key] != value:
-                text = f"({value}, {same(other)[key]})"
-                raise UserError(f"adapters with another {key} {text} do not combine")
-    options = {**methods.options("rlrr"), **_plain(first["method_kwargs"])}
-    if options["sides"] != "both":
-        raise UserError(
-            f"adapters of rlrr with sides={options['sides']} do not combine: they have no product"
-        )
     rank = options["rank"] * (len(adapters) if way == "products" else 1)
     trees = [_flat(a.trainable) for a in adapters]
     out = {}
@@ -378,6 +362,29 @@ def combine(
     card |= {"combined": {"way": way, "of": made}, "accuracy": {}}
     out = {key: np.asarray(value, np.float32) for key, value in out.items()}
     return Adapter(_tree(out), card)
+
+
+def _check_combine(adapters, weights, way):
+    """UserError unless adapters combine; returns the options that they share."""
+    if way not in ("scales", "products"):
+        raise UserError(f"adapters are combined by way='scales' or 'products', not {way!r}")
+    if len(weights) != len(adapters):
+        raise UserError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
+    first = adapters[0].card
+    same = lambda card: {k: card[k] for k in ("backbone_sha256", "method_kwargs", "gelu")} | _how(card)
+    for other in (a.card for a in adapters):
+        if other["method"] != "rlrr":
+            raise UserError(f"only adapters of rlrr are combined, not of {other['method']}")
+        for key, value in same(first).items():
+            if same(other)[key] != value:
+                text = f"({value}, {same(other)[key]})"
+                raise UserError(f"adapters with another {key} {text} do not combine")
+    options = {**methods.options("rlrr"), **_plain(first["method_kwargs"])}
+    if options["sides"] != "both":
+        raise UserError(
+            f"adapters of rlrr with sides={options['sides']} do not combine: they have no product"
+        )
+    return options
 
 
 def _beside(name, parts, rank):

@@ -35,25 +35,20 @@ POSITIVE = (
 )
 
 
+GROUPS = ("model", "pretrained", "data", "grid", "method_kwargs")
+NEEDED = (
+    *("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "loss", "drop_path_mode"),
+)
+
+
 def check(config: ConfigDict) -> None:
     """Checks every value that does not depend on task or method; UserError for the first wrong one."""
-    for key in ("model", "pretrained", "data", "grid", "method_kwargs"):
+    for key in GROUPS:
         if not isinstance(config[key], ConfigDict):
             raise UserError(f"config.{key}={config[key]} must be a group of values: leave it as it is")
-    for key in (
-        "batch_size",
-        "eval_batch_size",
-        "checkpoint_seconds",
-        "optimizer",
-        "loss",
-        "drop_path_mode",
-    ):
+    for key in NEEDED:
         if config[key] is None:
             raise UserError(f"config.{key} must have a value: leave it as it is, or set one")
-    if config.model.variant not in (None, "bundled"):
-        models.sizes(config.model.variant)
-    if config.schedule is not None:
-        optim.learning_rates(config.schedule, 1.0, 1)
     for key, allowed in CHOICES.items():
         value = _at(config, key)
         if value is not None and value not in allowed:
@@ -63,6 +58,21 @@ def check(config: ConfigDict) -> None:
         if value is not None and value <= 0:
             raise UserError(f"config.{key}={value} must be greater than 0")
     hyper("config", {key: config[key] for key in GRID if config[key] is not None})
+    for key in GRID:
+        for value in config.grid[key]:
+            hyper("config.grid", {key: value})
+    _check_numbers(config)
+    _check_pixels(config.pretrained.mean, config.pretrained.std)
+    if config.model.variant is not None:
+        models.sizes(config.model.variant)
+    if config.schedule is not None:
+        optim.learning_rates(config.schedule, 1.0, 1)
+    if config.pretrained.name is not None:
+        names.address(names.split_subtree(config.pretrained.name)[0])
+    _check_machine(config)
+
+
+def _check_numbers(config):
     if not 0 <= config.checkpoint_seconds < math.inf:
         raise UserError(
             f"config.checkpoint_seconds={config.checkpoint_seconds} must be finite and not negative"
@@ -72,13 +82,13 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.seeds={seeds} must be different whole numbers below 2^32, such as (0,1,2)"
         )
-    for key in GRID:
-        for value in config.grid[key]:
-            hyper("config.grid", {key: value})
     grid = config.pretrained.grid
     if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
         raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
-    _check_pixels(config.pretrained.mean, config.pretrained.std)
+
+
+def _check_machine(config):
+    """UserError unless the devices asked for are there, and can do what is asked."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
@@ -97,8 +107,6 @@ def check(config: ConfigDict) -> None:
             f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "
             f"{jax.default_backend()} device(s)"
         )
-    if config.pretrained.name is not None:
-        names.address(names.split_subtree(config.pretrained.name)[0])
 
 
 def _check_pixels(mean, std):

@@ -363,7 +363,7 @@ def pixels(run: ConfigDict) -> store.Pixels:
 
 
 def architecture(run: ConfigDict) -> dict[str, Any]:
-    """What a run changes in its variant's model: what its weights said (see `follow`)."""
+    """Attributes in which a run's model differs from its variant, see `follow`."""
     said = {key: run.model.get(key) for key in ("num_heads", "norm_eps")}  # None in older runs
     return {key: value for key, value in said.items() if value}
 

@@ -57,8 +57,8 @@ def export(
 
     Args:
       adapter: an `adapters.Adapter`.
-      to: of `FORMATS`.
-      out: path; its ending must be the format's.
+      to: name of a format, see `FORMATS`.
+      out: path of the file; its ending must be the format's.
       weights, cache_dir: see `adapters.backbone`.
 
     Returns:
@@ -86,18 +86,24 @@ def export(
         else:
             write(part, layout(tuned.params), card(adapter))
             again = tuned._replace(params=read(part, tuned))
-        difference = compare(tuned, again)
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"the logits of {out} would differ by {difference:.1g} from the model's: it was not "
-                f"kept; please report this"
-            )
+        difference = _same_logits(tuned, again, out)
         if special:
             files.write(out, part.read_bytes())
         else:
             part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+    return difference
+
+
+def _same_logits(tuned, again, out):
+    """The largest difference between logits; UserError if it is too large."""
+    difference = compare(tuned, again)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the logits of {out} would differ by {difference:.1g} from the model's: it was not "
+            f"kept; please report this"
+        )
     return difference
 
 

@@ -34,7 +34,7 @@ def local(path: Any) -> pathlib.Path:
 def cache(folder: Any = None) -> pathlib.Path:
     """Folder of caches: the one given, else $RLRR_JAX_CACHE, else ~/.cache/rlrr_jax.
 
-    Raises UserError if this user has no home directory and nothing else is said.
+    Raises UserError if this user has no home directory and no other folder is set.
     """
     folder = folder or os.environ.get(CACHE)
     if folder:

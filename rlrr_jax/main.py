@@ -166,7 +166,7 @@ def _parse_flags(argv):
 
 
 def _unset(config, key):
-    """Sets a key, such as "model.gelu", to None: what it is if nothing was said."""
+    """Sets a key, such as "model.gelu", to None, its value where nothing was set."""
     *groups, last = key.split(".")
     for group in groups:
         config = config[group]

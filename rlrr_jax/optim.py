@@ -25,7 +25,7 @@ class Optimizer(NamedTuple):
 
     Attributes:
       name: "adamw", or "momentum" as big_vision fine-tunes (SGD, momentum 0.9).
-      momentum_dtype: in which "momentum" keeps its state.
+      momentum_dtype: dtype in which "momentum" keeps its state.
       grad_clip: largest norm of the whole gradient; None: any.
     """
 

@@ -103,7 +103,7 @@ def predict(
 
     Args:
       tuned: an `adapters.Tuned` model.
-      paths: of the files.
+      paths: image files.
       batch_size: images at once; all batches have one shape.
       progress: whether to show a bar.
 

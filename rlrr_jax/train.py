@@ -26,7 +26,7 @@ from rlrr_jax.results.outputs import (
 from rlrr_jax.runtime import checkpoint, distributed
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.runtime.clock import Clock
-from rlrr_jax.runtime.stop import Stop, Stopped
+from rlrr_jax.runtime.stop import Stop
 
 
 @dataclasses.dataclass
@@ -77,7 +77,7 @@ def train(
         progress = start_or_resume(job, outputs, keeper, clock)
         if progress.epoch or progress.step:
             print_resumed(outputs, progress, before, job.mesh.size)
-        saver = Saver(progress, keeper, stop)
+        saver = checkpoint.Saver(progress, keeper, stop)
         train_steps: Any = None
         if progress.epoch < job.epochs:
             train_steps = job.compile(progress.state, progress.metrics)
@@ -93,25 +93,6 @@ def train(
                 saver.save_if_due(last=epoch + 1 == job.epochs)
                 on_epoch(clock, epoch + 1)
     write_results(job, outputs, progress)
-
-
-class Saver:
-    """Saves the progress of a group of trials, and stops it if that was asked for."""
-
-    def __init__(self, progress: Progress, keeper: checkpoint.Keeper, stop: Stop) -> None:
-        self.progress, self.keeper, self.stop = progress, keeper, stop
-
-    def save_if_due(self, last: bool = False) -> None:
-        """Saves if enough time has passed, or if this is the last call."""
-        now = self.progress
-        numbers = now.clock.numbers(now.epoch, now.step)
-        self.keeper.save_if_due(now.state, now.metrics, numbers, last)
-
-    def stop_if_asked(self) -> None:
-        """Saves and raises Stopped if a process was asked to stop."""
-        if distributed.any_of(self.stop()):
-            self.save_if_due(last=True)
-            raise Stopped
 
 
 def start_or_resume(job: Job, outputs: Outputs, keeper: checkpoint.Keeper, clock: Clock) -> Progress:
@@ -137,7 +118,7 @@ def progress_bar(job: Job, progress: Progress, title: str) -> tqdm:
 
 
 def train_epoch(
-    job: Job, train_steps: Callable, data: dict, progress: Progress, saver: Saver, bar: tqdm
+    job: Job, train_steps: Callable, data: dict, progress: Progress, saver: checkpoint.Saver, bar: tqdm
 ) -> None:
     """The rest of an epoch, in one dispatch where the machine is fast enough."""
     recipe, many, steps, clock = job.recipe, len(job.runs), job.steps(progress.epoch), progress.clock
@@ -186,7 +167,7 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
     )
 
 
-def evaluate_epoch(job: Job, progress: Progress, saver: Saver) -> list[dict]:
+def evaluate_epoch(job: Job, progress: Progress, saver: checkpoint.Saver) -> list[dict]:
     """Held-out accuracy and loss of each trial after an epoch; empty where the protocol has none."""
     run, epoch = job.runs[0], progress.epoch
     last = epoch + 1 == job.epochs

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from rlrr_jax import adapters, files
+from rlrr_jax import adapters, files, models
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
@@ -204,9 +204,14 @@ def two(paths):
     return [adapters.read(paths["digits rlrr"]), adapters.read(paths["hearts rlrr"])]
 
 
+def path(name):
+    """Where a Dense of the bundled model is in its tree."""
+    return base.dense(models.shapes(models.build("bundled", 2), 32))[name].path
+
+
 def dense(adapter, name="query"):
     """Scales [L, in], [L, out] and shift [L, out] of a Dense."""
-    node = base.subtree(adapter.trainable["adapter"], base.DENSE[name])
+    node = base.subtree(adapter.trainable["adapter"], path(name))
     return [np.asarray(node[k]).reshape(len(node[k]), -1) for k in ("scale_in", "scale_out", "shift")]
 
 
@@ -225,9 +230,9 @@ def test_combined_kernels_are_the_papers(way, two):
         else:
             pairs = (in0, out0), (in1, out1)
             product = sum(w * i[:, :, None] * o[:, None] for w, (i, o) in zip(weights, pairs))
-        node = base.subtree(backbone.frozen, base.DENSE[name])
+        node = base.subtree(backbone.frozen, path(name))
         kernel = np.asarray(node["kernel"]).reshape(product.shape)
-        found = base.subtree(params, base.DENSE[name])
+        found = base.subtree(params, path(name))
         np.testing.assert_allclose(
             np.asarray(found["kernel"]).reshape(product.shape),
             kernel * (1 + product),

@@ -109,7 +109,7 @@ class Crops:
 
     Args:
       read: `i -> image [h, w, 3] uint8`.
-      number: of images.
+      number: number of images.
       kind: "resmall" or "inception".
       pixels: `store.Pixels` with the size of the crops and, for "resmall", the shorter side.
       seed: seed of the run.

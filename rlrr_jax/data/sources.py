@@ -197,7 +197,7 @@ def open_tfds(found: Found, part: str, fields: Iterable[str]) -> tuple:
     Args:
       found: see `find`.
       part: tfds's instruction, such as "train[:800]".
-      fields: of the examples that are needed.
+      fields: names of the fields that are needed.
 
     Raises UserError if the dataset is damaged, or in a format that needs TensorFlow.
     """

@@ -56,9 +56,9 @@ class Entry(NamedTuple):
     """Where a split is, or is to be, in the cache.
 
     Attributes:
-      folder: of the entry.
+      folder: where the entry is.
       split: the `sources.Split` it is made of.
-      side: of the stored images.
+      side: side of the stored images in pixels.
       key: plain values; everything that shapes the images.
     """
 
@@ -250,7 +250,7 @@ def _side(source):
     """Side of the first image if it is a square, else None."""
     try:
         width, height = Image.open(io.BytesIO(source.read(0, 1)[0][0])).size
-    except (OSError, ValueError, IndexError):  # said when it is decoded
+    except (OSError, ValueError, IndexError):  # reported when it is decoded
         return None
     return width if width == height else None
 

@@ -73,13 +73,13 @@ class Task(NamedTuple):
       label: pure function from an example to the class.
       rule: name and version of what `label` computes. Raise the version when you change it: labels
         are stored with the decoded images.
-      fields: of the example that `label` reads.
-      side: of the square images if all have the same small size, else 0.
+      fields: names of the example's fields that `label` reads.
+      side: side of the square images in pixels, if all have the same small size, else 0.
       scale: what stored pixel values are multiplied by.
       flip: whether the recipe flips training images.
       epochs: the recipe's.
       schedule: see `optim.learning_rates`.
-      recipes: by method, what replaces the method's DEFAULTS (and the task's epochs).
+      recipes: dict by method of what replaces the method's DEFAULTS (and the task's epochs).
       sizes: number of images in each split but "test"; None is `SPLITS`.
       parts: names of the splits to train on, to choose on, and to train on before the test.
       names: names of the classes, where the dataset does not name them.

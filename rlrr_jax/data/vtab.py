@@ -45,18 +45,18 @@ def orientation_bin(example: dict) -> Any:
     return 2 * example["label_orientation"] // 5
 
 
-def _vtab(group, dataset, val, classes, num_test, recipe, *, test="test", majors=(), **kwargs):
+def _vtab(group, dataset, val, classes, num_test, recipe, **kwargs):
     """A VTAB task; `recipe` is the authors' learning rate, weight decay and drop path for RLRR."""
     name, version = dataset.split(":")
     return Task(
         name="",  # filled in below
         group=group,
-        splits=splits("train[:800]", val, test),
+        splits=splits("train[:800]", val, kwargs.pop("test", "test")),
         classes=classes,
         num_test=num_test,
         tfds=name,
         version=version,
-        majors=(int(version[0]), *majors),
+        majors=(int(version[0]), *kwargs.pop("majors", ())),
         recipes={"rlrr": dict(zip(("lr", "weight_decay", "drop_path"), recipe))},
         **kwargs,
     )

@@ -148,7 +148,7 @@ def key_hash(split: str, key: Any) -> bytes:
 
 
 def _check_keys(name, found):
-    """UserError if examples are not in the order that tfds gives them by their keys."""
+    """UserError if examples are not in the order into which tfds brings them by their keys."""
     task = tasks.get(name)
     field, key_of = KEYS[task.tfds]
     for split in (*task.parts[:2], "test"):

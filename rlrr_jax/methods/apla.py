@@ -15,7 +15,7 @@ def method(columns: int | None = None, column_seed: int = 0) -> base.Method:
 
     Args:
       columns: how many outputs are trained, with their biases, drawn anew in each block; None: all.
-      column_seed: of that draw, which is made anew from it instead of being stored.
+      column_seed: seed of that draw, which is made anew from it instead of being stored.
 
     Raises UserError for other values.
     """
@@ -38,12 +38,8 @@ def method(columns: int | None = None, column_seed: int = 0) -> base.Method:
         site = base.dense(frozen, ("out",))["out"]
         node, shape = base.subtree(frozen, site.path), (site.depth, site.inputs, site.outputs)
         kernel, index = node["kernel"].reshape(shape), chosen(frozen)
-        return {
-            "out": {
-                "kernel": jnp.take_along_axis(kernel, index[:, None], 2),
-                "bias": jnp.take_along_axis(node["bias"], index, 1),
-            },
-        }
+        bias = jnp.take_along_axis(node["bias"], index, 1)
+        return {"out": {"kernel": jnp.take_along_axis(kernel, index[:, None], 2), "bias": bias}}
 
     def merge(frozen, adapter):
         def change(name, kernel, bias):

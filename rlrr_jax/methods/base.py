@@ -206,7 +206,7 @@ def prepend(frozen: Any, place: str, down: Any, up: Any, shift: Any) -> Any:
     """Folds `x + x down up + shift` into what follows a LayerNorm of every block.
 
     Args:
-      place: of `AFTER_NORM`.
+      place: a name of `AFTER_NORM`.
       down, up: [L, D, r] and [r, D] or [L, r, D].
       shift: [L, D].
     """

@@ -32,21 +32,6 @@ def method(kind: str = "tt", rank: int = 16, scale: float = 1.0) -> base.Method:
         raise UserError(f"unknown kind {kind!r} of method 'fact': use tt or tk")
     base.number("option scale", scale)
 
-    def init(key, frozen):
-        keys = jax.random.split(key, 3)
-        slices = _slices(frozen)
-        depth, width = base.sizes(frozen)["query"][:2]
-        number = sum(slices.values())
-        tree = {"u": base.uniform(keys[0], (width, rank), 1 / math.sqrt(width))}
-        tree["v"] = jnp.zeros((rank, width))
-        if kind == "tt":
-            tree["c"] = base.uniform(keys[1], (depth, number, rank, rank), 1 / math.sqrt(rank))
-        else:  # Xavier-uniform
-            tree["g"] = base.uniform(keys[1], (rank,) * 3, math.sqrt(6 / (2 * rank**2)))
-            bound = math.sqrt(6 / (rank + depth * number))
-            tree["p"] = base.uniform(keys[2], (depth, number, rank), bound)
-        return {"fact": tree}
-
     def merge(frozen, adapter):
         tree, slices = adapter["fact"], _slices(frozen)
         cores = (
@@ -62,7 +47,23 @@ def method(kind: str = "tt", rank: int = 16, scale: float = 1.0) -> base.Method:
 
         return base.change_dense(frozen, base.DENSE, change)
 
+    init = lambda key, frozen: {"fact": _init(key, frozen, kind, rank)}
     return base.Method(init, merge, base.decay_of("u", "v", "c", "g", "p"), DEFAULTS)
+
+
+def _init(key, frozen, kind, rank):
+    keys = jax.random.split(key, 3)
+    depth, width = base.sizes(frozen)["query"][:2]
+    number = sum(_slices(frozen).values())
+    tree = {"u": base.uniform(keys[0], (width, rank), 1 / math.sqrt(width))}
+    tree["v"] = jnp.zeros((rank, width))
+    if kind == "tt":
+        tree["c"] = base.uniform(keys[1], (depth, number, rank, rank), 1 / math.sqrt(rank))
+    else:  # Xavier-uniform
+        tree["g"] = base.uniform(keys[1], (rank,) * 3, math.sqrt(6 / (2 * rank**2)))
+        bound = math.sqrt(6 / (rank + depth * number))
+        tree["p"] = base.uniform(keys[2], (depth, number, rank), bound)
+    return tree
 
 
 def _slices(frozen):

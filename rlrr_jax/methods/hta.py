@@ -19,8 +19,8 @@ def method(rank: int = 1, targets: str = "query+key+value+out") -> base.Method:
     free to leave.
 
     Args:
-      rank: of A B; 0 leaves it out.
-      targets: of query, key, value and out, joined by "+".
+      rank: rank of A B; 0 leaves it out.
+      targets: layers, of query, key, value and out, joined by "+".
 
     Raises UserError for other values.
     """

@@ -41,7 +41,7 @@ def method(
         if width % groups:
             raise UserError(f"groups={groups} does not divide the model's width {width}")
         bound = math.sqrt(6 / (width + hidden))  # Xavier-uniform
-        tree = {
+        return {
             place: {
                 "down": base.uniform(jax.random.fold_in(key, i), (depth, width, hidden), bound),
                 "down_bias": jnp.zeros((depth, hidden)),
@@ -50,7 +50,6 @@ def method(
             }
             for i, place in enumerate(chosen)
         }
-        return tree
 
     def merge(frozen, adapter):
         for place in chosen:

@@ -69,40 +69,44 @@ def method(
         The others are rows of the paper's table 10, which names them without their values: "zero"
         (`scale_in` is 0), "normal", "constant" and "uniform" (both scales alike, their product as
         large as that of "paper"). Without `residual` both start at N(1, 0.02^2), whatever `init`.
-      rank: of the scales' product, `S_in [in, rank] S_out [rank, out]` (table 11).
+      rank: rank of the scales' product, `S_in [in, rank] S_out [rank, out]` (table 11).
       with_weight: False adds the product itself, not times the kernel: LoRA with a shift.
       sides: "both", or only "left" (inputs) or "right" (outputs) of the kernel is rescaled; a single
         side starts at U(+-sqrt(6 / in)).
       residual: False multiplies the kernel by the product instead of adding that.
       shift: whether biases of Dense layers are shifted.
-      where: of "mha", "ffn", "norm" and "patch", joined by "+".
+      where: places, of "mha", "ffn", "norm" and "patch", joined by "+".
       layers: only the first so many blocks have adapters; None: all.
 
     Raises UserError for other values, and for those that exclude each other.
     """
-    if init not in STARTS:
-        raise UserError(f"unknown init {init!r} of method 'rlrr': use {', '.join(STARTS)}")
-    if sides not in SIDES:
-        raise UserError(f"unknown sides {sides!r} of method 'rlrr': use {', '.join(SIDES)}")
-    positive("option rank", rank)
-    flags = dict(with_weight=with_weight, residual=residual, shift=shift)
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise UserError(f"option {name}={value} must be True or False")
-    if layers is not None:
-        positive("option layers", layers)
-    if not with_weight and (sides != "both" or not residual):
-        raise UserError("with_weight=False needs both sides and the residual")
-    if rank > 1 and sides != "both":
-        raise UserError(f"rank={rank} needs both sides")
     places = names_in(where, dict.fromkeys(PLACES.values()), "place of method 'rlrr'")
     v = Variant(init, rank, with_weight, sides, residual, shift, places, layers)
+    _check(v)
     return Method(
         lambda key, frozen: _init(key, frozen, v),
         lambda frozen, adapter: merge(frozen, adapter, v),
         decay,
         DEFAULTS,
     )
+
+
+def _check(v):
+    """UserError for options that cannot be, or exclude each other."""
+    if v.init not in STARTS:
+        raise UserError(f"unknown init {v.init!r} of method 'rlrr': use {', '.join(STARTS)}")
+    if v.sides not in SIDES:
+        raise UserError(f"unknown sides {v.sides!r} of method 'rlrr': use {', '.join(SIDES)}")
+    positive("option rank", v.rank)
+    for name in ("with_weight", "residual", "shift"):
+        if not isinstance(getattr(v, name), bool):
+            raise UserError(f"option {name}={getattr(v, name)} must be True or False")
+    if v.layers is not None:
+        positive("option layers", v.layers)
+    if not v.with_weight and (v.sides != "both" or not v.residual):
+        raise UserError("with_weight=False needs both sides and the residual")
+    if v.rank > 1 and v.sides != "both":
+        raise UserError(f"rank={v.rank} needs both sides")
 
 
 def _init(key, frozen, v):

@@ -20,7 +20,7 @@ def method(rank: int = 256, targets: str = "query+value", projection_seed: int =
     Args:
       rank: r of A [in, r] and B [r, out], Kaiming-uniform.
       targets: see `lora.method`.
-      projection_seed: of A and B, which are made anew from it instead of being stored.
+      projection_seed: seed of A and B, which are made anew from it instead of being stored.
 
     Raises UserError for other values.
     """

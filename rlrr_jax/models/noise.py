@@ -31,7 +31,7 @@ def threefry2x32(key: Any, counter: Any) -> tuple[jax.Array, jax.Array]:
 def keep(key: jax.Array, rate: Any, shape: tuple) -> jax.Array:
     """Bools of a shape [..., n], False with a probability of `rate`, to the nearest 2^-16.
 
-    Each block of the cipher gives four values. `rate` may be traced.
+    Each block of the cipher makes four values. `rate` may be traced.
     """
     quarter = (*shape[:-1], -(-shape[-1] // 4))
     size = math.prod(quarter)

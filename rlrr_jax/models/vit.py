@@ -172,7 +172,7 @@ class ViT(nn.Module):
       unroll: how many blocks each step of the scan over depth contains.
       remat: whether training computes again what it can instead of keeping it, to save memory.
       norm_eps: epsilon of every LayerNorm.
-      dtype: of activations and matmuls; parameters are always float32.
+      dtype: dtype of activations and matmuls; parameters are always float32.
     """
 
     width: int

@@ -50,13 +50,13 @@ class Line(NamedTuple):
     """A line of the table.
 
     Attributes:
-      label: of the method.
+      label: name of the method and its options.
       protocol, pixels: as in the rows; empty for published lines.
       cells: task or mean -> (mean, standard deviation or None), fractions.
-      params, head: of the model, as text.
-      seeds: that were run.
+      params, head: numbers of trained values, as text.
+      seeds: seeds that were run.
       counts: how many of them each task has: "3", or "2 to 3".
-      source: of a published line, else "".
+      source: where a published line was printed, else "".
       settings: the values that the runs share.
     """
 

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlrr_jax.runs import identity
-from rlrr_jax import checks
-from rlrr_jax import files
+from rlrr_jax import checks, files
 from rlrr_jax.data import sources
 from rlrr_jax.errors import UserError
+from rlrr_jax.runs import identity
 from rlrr_jax.runtime import distributed
 
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.runtime import distributed
+from rlrr_jax.runtime.stop import Stop, Stopped
 
 
 def open_manager(folder: Any) -> ocp.CheckpointManager:
@@ -124,6 +125,31 @@ class Keeper:
         if (wrong := _checksums(found) != saved).any():
             return None, f"is damaged (its array {list(_shapes(found))[int(wrong.argmax())]})"
         return found, None
+
+
+class Saver:
+    """Saves the progress of a group of trials, and stops it if that was asked for.
+
+    Args:
+      progress: the `train.Progress`, which changes as training goes on.
+      keeper: what saves.
+      stop: whether to stop.
+    """
+
+    def __init__(self, progress: Any, keeper: Keeper, stop: Stop) -> None:
+        self.progress, self.keeper, self.stop = progress, keeper, stop
+
+    def save_if_due(self, last: bool = False) -> None:
+        """Saves if enough time has passed, or if this is the last call."""
+        now = self.progress
+        numbers = now.clock.numbers(now.epoch, now.step)
+        self.keeper.save_if_due(now.state, now.metrics, numbers, last)
+
+    def stop_if_asked(self) -> None:
+        """Saves and raises Stopped if a process was asked to stop."""
+        if distributed.any_of(self.stop()):
+            self.save_if_due(last=True)
+            raise Stopped
 
 
 def _checksums(tree: Any) -> np.ndarray:

@@ -198,7 +198,7 @@ def _tell(key, text):
 
 
 def _said(key):
-    """What some process said under a key, None if none did."""
+    """The text that a process left under a key, None if there is none."""
     try:
         return _client().key_value_try_get(key)
     except Exception:  # not set

@@ -31,9 +31,9 @@ class Card(NamedTuple):
 
     Attributes:
       gelu: "tanh" or "exact".
-      mean, std: of each colour, for pixels in [0, 1]; all 0.5 is [-1, 1].
-      source: where this is said.
-      image_size: in pixels.
+      mean, std: mean and standard deviation of each colour, for pixels in [0, 1]; all 0.5 is [-1, 1].
+      source: words that name where this comes from.
+      image_size: side of the images in pixels.
       pooling: timm's name; "token" is the class token.
       num_heads: number of attention heads.
       norm_eps: epsilon of its LayerNorms.

@@ -30,8 +30,8 @@ class How(NamedTuple):
 
     Attributes:
       grid: (rows, columns) of the file's position embedding, where it is not square.
-      mean, std: of each colour, for pixels in [0, 1]. They are folded into the patch embedding, so that
-        every model takes images in [-1, 1].
+      mean, std: mean and standard deviation of each colour, for pixels in [0, 1]. They are folded
+        into the patch embedding, so that every model takes images in [-1, 1].
       resize: one of `RESIZES`.
     """
 
@@ -57,28 +57,25 @@ def load(
     image_size: int,
     how: How | None = None,
     cache_dir: str | None = None,
-    head: Any = False,
+    head: bool = False,
     note: Callable | None = None,
 ) -> dict:
     """Reads pretrained weights into the tree of `model`.
 
     Args:
-      name_or_path: a known name (see `names`, such as
-        "imagenet21k/ViT-B_16"), "bundled", a local `.npz` (which may be followed by `:subtree`),
-        `.safetensors` or index of several, a gs:// or https:// address, or `hf:timm/<name>`.
+      name_or_path: a name, path or address of weights, see `names`.
       model: the `vit.ViT` to fill.
       image_size: side of the images in pixels; the position embedding is resized to its grid.
       how: a `How`; None leaves all to the file's card.
       cache_dir: folder of downloaded files.
       head: whether to read the file's head, too.
-      note: called with a sentence about arrays that were passed over, if there are any.
+      note: function called with a sentence about arrays that were passed over, if there are any.
 
     Returns:
       A plain nested dict of float32 arrays; the head is zero unless it was asked for.
 
-    Raises:
-      UserError: if the file is missing or damaged, or if any name or shape differs from the
-        model's; all of them are listed.
+    Raises UserError if the file is missing or damaged, or if any name or shape differs from the
+    model's; all of them are listed.
     """
     check_size(image_size, model.patch_size)
     path, subtree = names.split_subtree(names.local_path(name_or_path, cache_dir))
@@ -87,28 +84,27 @@ def load(
     limit = 8 * sum(4 * x.size for x in jax.tree.leaves(shapes)) + 2**30
     flat, outside = _read(path, subtree, model.num_heads, limit)
     shapes = vit_layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
-    side = image_size // model.patch_size
-    before = _place_position(flat, (side, side), how, path)
-    if note and before not in (None, (side, side)):
-        note(
-            f"note: the position embedding of {path} was resized from {before[0]} x {before[1]} to "
-            f"{side} x {side} (pretrained.resize={how.resize})"
-        )
-    if not head:
-        flat = {k: v for k, v in flat.items() if k not in ("head/kernel", "head/bias")}
-    wanted = {k: v.shape for k, v in shapes.items() if head or not k.startswith("head/")}
+    _place_position(flat, (image_size // model.patch_size,) * 2, how, path, note)
+    ours = lambda key: head or not key.startswith("head/")
+    flat = {k: v for k, v in flat.items() if ours(k) or k not in shapes}
+    wanted = {k: v.shape for k, v in shapes.items() if ours(k)}
     flat, unused = vit_layouts.passed_over(flat, wanted)
     if note and (unused or outside):
         note(f"note: {path} has arrays that this model does not use: {_some([*outside, *unused])}")
+    _check_arrays(path, flat, wanted)
+    if (tuple(how.mean), tuple(how.std)) != (preprocessing.HALF, preprocessing.HALF):
+        flat = vit_layouts.fold_pixels(flat, how.mean, how.std)
+    zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
+    return unflatten_dict(vit_layouts.stacked({**zeros, **flat}), sep="/")
+
+
+def _check_arrays(path, flat, wanted):
+    """UserError unless names and shapes are the model's, and all values finite."""
     if problems := differences({k: v.shape for k, v in flat.items()}, wanted):
         raise UserError(f"{path} does not fit the model (check config.model): {'; '.join(problems)}")
     for name, value in flat.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(f"{name} in {path} is not made of finite floating-point numbers")
-    if (tuple(how.mean), tuple(how.std)) != (preprocessing.HALF, preprocessing.HALF):
-        flat = vit_layouts.fold_pixels(flat, how.mean, how.std)
-    zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
-    return unflatten_dict(vit_layouts.stacked({**zeros, **flat}), sep="/")
 
 
 def _filled(how, model, path, name):
@@ -212,14 +208,11 @@ def _float32(array):
     return array.astype(np.float32) if floating else array  # a step counter, say
 
 
-def _place_position(flat, target, how, path):
-    """Brings the position embedding to `target` (rows, columns); a class-token row goes into `cls`.
-
-    Returns the grid that it had, None if there is no position embedding.
-    """
+def _place_position(flat, target, how, path, note):
+    """Brings the position embedding to `target` (rows, columns); a class-token row goes into `cls`."""
     position = flat.get("pos_embedding")
     if position is None or position.ndim != 3:
-        return None  # reported with the other missing and mis-shaped names
+        return  # reported with the other missing and mis-shaped names
     n, width = position.shape[1:]
     grid = how.grid
     square = lambda x: x > 0 and math.isqrt(x) ** 2 == x
@@ -241,9 +234,13 @@ def _place_position(flat, target, how, path):
             flat["cls"] = flat["cls"] + position[:, :1]
         position = position[:, 1:]
     if tuple(grid) != tuple(target):
+        if note:
+            note(
+                f"note: the position embedding of {path} was resized from {grid[0]} x {grid[1]} to "
+                f"{target[0]} x {target[1]} (pretrained.resize={how.resize})"
+            )
         position = resize_position(position.reshape(*grid, width), tuple(target), how.resize)
     flat["pos_embedding"] = np.ascontiguousarray(position.reshape(1, -1, width), np.float32)
-    return tuple(grid)
 
 
 def resize_position(position: Any, target: Any, rule: str) -> np.ndarray:

@@ -267,7 +267,7 @@ def test_trains_in_the_common_step(name, frozen):
         owned = jax.tree.map(lambda *x: jnp.stack(x), *[hyper[i] for i in trials])
         losses.append([])
         for epoch in range(9):
-            state, metrics = train(frozen, data, state, metrics, owned, epoch, 0, 1)
+            state, metrics = train(frozen, data, state, metrics, owned, (epoch, 0, 1))
             losses[-1].append(np.asarray(metrics["loss"])[:, 0])
     both, *alone = (np.array(x) for x in losses)
     np.testing.assert_allclose(both, np.concatenate(alone, 1), rtol=0, atol=1e-3)

@@ -19,7 +19,7 @@ def frozen():
 
 def matrices(tree, name):
     """[L, in, out], float64."""
-    node = base.subtree(tree, base.DENSE[name])
+    node = base.subtree(tree, base.dense(tree)[name].path)
     return np.asarray(node["kernel"], np.float64).reshape(base.sizes(tree)[name])
 
 
@@ -109,7 +109,7 @@ def test_lora_with_a_shift_is_rlrr_without_the_weight(frozen):
     rlrr = methods.get("rlrr", with_weight=False, where="mha", rank=2)
     lora = methods.get("lora", targets="query+key+value+out", rank=2)
     tree = moved(rlrr.init(jax.random.key(0), frozen))
-    nodes = base.subtree(tree, base.DENSE["query"][:-1])
+    nodes = base.subtree(tree, base.dense(frozen)["query"].path[:-1])
     same = {}
     for name, node in nodes.items():
         depth = len(node["shift"])
