@@ -80,6 +80,10 @@ def get_config(arg=None):
     config.data.upright = False  # turns images as their EXIF says; VTAB's numbers are without
     config.data.cache_dir = placeholder(str)  # of decoded images; None is ~/.cache/rlrr_jax
 
+    # Your own images instead of a task, see own.py: a folder, a list of files, or tfds:NAME. Where they
+    # have no split of their own, fractions of each class are tested and chosen on.
+    config.own = ConfigDict({"path": None, "test": 0.2, "val": 0.1, "shots": None, "seed": 0})
+
     config.dtype = placeholder(str)  # of activations: None is float32 on CPUs, else bfloat16
     config.precision = placeholder(str)  # of matmuls; None is "highest" with float32
     config.eval_batch_size = 256

@@ -258,6 +258,11 @@ def method(adapter: Adapter) -> methods.Method:
     return methods.get(adapter.card["method"], **_plain(adapter.card["method_kwargs"]))
 
 
+def model(adapter: Adapter) -> Any:
+    """The flax model that an adapter's card describes."""
+    return _model(adapter.card)
+
+
 def backbone(adapter: Any, weights: str | None = None, cache_dir: str | None = None) -> Backbone:
     """The `Backbone` of an adapter (or of its file), by the name in its card or from a file.
 

@@ -31,11 +31,11 @@ CHOICES = {
 }
 POSITIVE = (
     *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "model.unroll"),
-    *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from"),
+    *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
 )
 
 
-GROUPS = ("model", "pretrained", "data", "grid", "method_kwargs")
+GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs")
 NEEDED = (
     *("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "loss", "drop_path_mode"),
 )
@@ -82,6 +82,11 @@ def _check_numbers(config):
         raise UserError(
             f"config.seeds={seeds} must be different whole numbers below 2^32, such as (0,1,2)"
         )
+    hyper("config.own", {"seed": config.own.seed})
+    for key in ("val", "test"):
+        value = config.own[key]
+        if value is None or not 0 <= value <= 0.9:
+            raise UserError(f"config.own.{key}={value} must be a fraction from 0 to 0.9")
     grid = config.pretrained.grid
     if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
         raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
@@ -92,7 +97,7 @@ def _check_machine(config):
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
-        wanted = jax.config.read("jax_platforms")
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
         raise UserError(
             f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install cuda13 or tpu"
         ) from e

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from rlrr_jax import checks, methods, models
 from rlrr_jax.checks import GRID
-from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.data import own, sources, store, tasks
+from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.runs.identity import PLACES, recipe, together
 from rlrr_jax.weights import names, preprocessing, reader
@@ -40,7 +41,10 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
     if "trials" in config or "variants" in config:
         raise UserError(RETIRED)
     checks.check(config)
-    task_names = tasks.expand(_names(config.task)) or list(tasks.BUNDLED)
+    if config.own.path is None:
+        task_names = tasks.expand(_names(config.task)) or list(tasks.BUNDLED)
+    else:
+        task_names = [config.task or own.name(config.own.path)]
     bundled = all(name in tasks.BUNDLED for name in task_names)
     suite = len([name for name in task_names if name in tasks.VTAB]) > 1
     chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
@@ -79,12 +83,13 @@ def _overrides(config: ConfigDict, chosen: list[str]) -> list[tuple[str, dict, d
             change = dict(zip(entry, values))
             method = change.pop("method", None)
             for name in [method] if method else chosen:
-                own = {k: v for k, v in change.items() if not _is_key(config, k)}
-                for key, value in own.items():
+                mine = {k: v for k, v in change.items() if not _is_key(config, k)}
+                for key, value in mine.items():
                     _option(config, [name], key, value)
                 known = {k: v for k, v in shared.items() if k in methods.options(name)}
-                out.append((name, known, own, {k: v for k, v in change.items() if k not in own}))
-    return [(name, known | own, {"own": own, **change}) for name, known, own, change in out]
+                rest = {k: v for k, v in change.items() if k not in mine}
+                out.append((name, known | mine, {"own": mine, **rest}))
+    return out
 
 
 def _values(config: ConfigDict, key: str, value: Any) -> tuple:
@@ -101,7 +106,8 @@ def _is_key(config: ConfigDict, key: str) -> bool:
     """Whether a key of `config.runs` is one of the configuration; UserError if it makes no run."""
     if key in ("seed", "method"):
         return True
-    if key.partition(".")[0] in ("task", "seeds", "runs", "grid", "method_kwargs") or key in PLACES:
+    fixed = ("task", "own", "seeds", "runs", "grid", "method_kwargs")
+    if key.partition(".")[0] in fixed or key in PLACES:
         raise UserError(f"config.runs cannot change {key}: set config.{key} for all runs")
     return checks.has(config, key)
 
@@ -125,11 +131,11 @@ def _settings(
     """A configuration, method, its options and a seed for each run of a task."""
     out, seen = [], set()
     for method, options, change in overrides:
-        own = change.pop("own")
+        given = change.pop("own")
         changed = _changed(config, {k: v for k, v in change.items() if k != "seed"})
         if changed.protocol is None and suite:
             changed.protocol = "fast"
-        changed.options = "-".join(f"{k}{_plain(v)}" for k, v in own.items()) or None
+        changed.options = "-".join(f"{k}{_plain(v)}" for k, v in given.items()) or None
         changed.trial = trial_name({k: v for k, v in change.items() if k != "seed"})
         methods.get(method, **options)
         for seed in (change["seed"],) if "seed" in change else seeds:
@@ -193,11 +199,11 @@ def _resolve_one(
 ) -> ConfigDict:
     run = ConfigDict(config.to_dict())
     del run.seeds, run.runs
-    task, method = tasks.get(task_name), methods.get(method_name, **options)
+    method = methods.get(method_name, **options)
     run.update(task=task_name, method=method_name, seed=seed)
     run.method_kwargs = ConfigDict(options)
-    bundled = task.group == "bundled"
-    _fill(run, "protocol", "fast" if bundled else "official")
+    bundled = task_of(run).group == "bundled"
+    _fill(run, "protocol", "fast" if bundled or run.own.path else "official")
     _fill_recipe(run)
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
@@ -225,16 +231,16 @@ def _fill(node: ConfigDict, key: str, value: Any) -> None:
 
 def _fill_recipe(run: ConfigDict) -> None:
     """Fills in what the task and the method bring; the keys that come from them are `run.recipe`."""
-    own = recipe(run.task, run.method)
+    mine = recipe(task_of(run), run.method)
     run.recipe = ()
     if run.protocol == "vtab":
-        _fill_grid(run, {key: own.pop(key) for key in GRID})  # which are chosen later
+        _fill_grid(run, {key: mine.pop(key) for key in GRID})  # which are chosen later
     elif run.grid.to_dict() != DEFAULT_GRID and run.lr is None:
         raise UserError("config.grid is only searched by config.protocol=vtab: add that")
     else:
         del run.grid
     _set_epochs(run)
-    for key, value in own.items():
+    for key, value in mine.items():
         if run[key] is None:
             run[key], run.recipe = value, (*run.recipe, key)
     if run.schedule == "bigvision" and not run.total_steps:
@@ -248,26 +254,26 @@ def _set_epochs(run: ConfigDict) -> None:
     if run.total_steps:
         if run.epochs is not None and run.protocol != "tune":
             raise UserError("config.epochs and config.total_steps exclude each other: set one")
-        task = tasks.get(run.task)
+        task = task_of(run)
         number = task.number(task.parts[0 if run.protocol == "tune" else 2])
         run.epochs = math.ceil(run.total_steps / math.ceil(number / run.batch_size))
 
 
-def _fill_grid(run: ConfigDict, own: dict[str, float]) -> None:
+def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
     """Makes the values to choose from those of this method and task.
 
     Args:
-      own: the method's own values for the task.
+      mine: the method's own values for the task.
     """
     grid = run.grid.to_dict()
     if grid["times_own_lr"]:
         grid["times_own_lr"] = grid["lr"]
-        grid["lr"] = tuple(float(f"{own['lr'] * times:.3g}") for times in grid["lr"])
+        grid["lr"] = tuple(float(f"{mine['lr'] * times:.3g}") for times in grid["lr"])
     for key in GRID:
         if run[key] is not None:
             grid[key] = (run[key],)
         elif not grid[key]:
-            grid[key], run.recipe = (own[key],), (*run.recipe, f"grid.{key}")
+            grid[key], run.recipe = (mine[key],), (*run.recipe, f"grid.{key}")
     run.grid = ConfigDict(grid)
 
 
@@ -298,8 +304,8 @@ def locate(run: ConfigDict) -> sources.Found:
 
     Raises UserError if the data is not there, or its pixels are not those asked for.
     """
-    found = sources.find(run.task, run.data.dir, run.data.source)
-    kind = sources.pixels(run.task, found)
+    found = sources.find(task_of(run), run.data.dir, run.data.source)
+    kind = sources.pixels(task_of(run), found)
     if found.kind == "folder" and run.data.variant not in (None, kind):
         raise UserError(
             f"the images in {found.path} are not {run.data.variant} but {kind}: leave out "
@@ -346,9 +352,24 @@ def follow(run: ConfigDict, path: str) -> list[str]:
     return notes
 
 
+def task_of(run: ConfigDict) -> Task:
+    """The task of a run: one of ours by its name, or the user's own images.
+
+    Raises UserError for images that cannot be used.
+    """
+    given = run.get("own")  # older runs have none
+    if given is None or given.path is None:
+        return tasks.get(run.task)
+    options = own.Options(given.val, given.test, given.shots, given.seed)
+    return _own_task(run.task, given.path, options, run.data.dir)
+
+
+_own_task = functools.lru_cache(8)(own.task)  # which looks at every image
+
+
 def splits(run: ConfigDict) -> tuple[str, str]:
     """Which split a run trains on, and which it is evaluated on."""
-    train, val, both = tasks.get(run.task).parts
+    train, val, both = task_of(run).parts
     return (train, val) if run.protocol == "tune" else (both, "test")
 
 
@@ -372,7 +393,7 @@ def build_model(run: ConfigDict) -> Any:
     """The flax model of a run."""
     return models.build(
         run.model.variant,
-        tasks.get(run.task).classes,
+        task_of(run).classes,
         **architecture(run),
         gelu=run.model.gelu or "tanh",  # None until `follow`, where only shapes matter
         attention=run.model.attention,

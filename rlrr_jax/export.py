@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, config, files
+from rlrr_jax import adapters, config, files, models
 from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
 from rlrr_jax.results import tables
 from rlrr_jax.weights import reader, vit_layouts
@@ -109,9 +109,9 @@ def _same_logits(tuned, again, out):
 
 def card(adapter: Any) -> dict:
     """What goes into the header of a timm file: the adapter's card, its pixels and its heads."""
-    shape = config.architecture(adapter.run)
-    said = {"num_heads": shape["num_heads"], "norm_eps": shape.get("norm_eps", 1e-6)}
-    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3, **said}
+    model = adapters.model(adapter)
+    heads = {"num_heads": model.num_heads, "norm_eps": model.norm_eps}
+    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3, **heads}
 
 
 def write(path: Any, flat: dict, card: dict) -> None:
@@ -150,7 +150,7 @@ def compare(one: Any, other: Any, number: int = 8) -> float:
 def advice(to: str, adapter: Any, out: Any) -> str:
     """How the file is used elsewhere."""
     card, classes = adapter.card, len(adapter.card["classes"])
-    sizes = config.architecture(adapter.run)
+    sizes = {**models.sizes(card["model"]), **config.architecture(adapter.run)}
     eps = sizes.pop("norm_eps", 1e-6)
     if to == "timm":
         ratio = sizes["mlp_dim"] / sizes["width"]

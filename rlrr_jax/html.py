@@ -55,12 +55,11 @@ def answer(
     adapter = adapters.read(folder / "adapter.safetensors")
     run = adapter.run
     tuned = adapters.load(adapter, None, weights, cache_dir or run.pretrained.cache_dir)
-    found = sources.find(
-        run.task, run.data.dir, run.data.source if run.data.source in sources.KINDS else None
-    )
-    images, labels = store.load_split(
-        run.task, config_lib.splits(run)[1], config_lib.pixels(run), found, run.data.cache_dir
-    )
+    task = config_lib.task_of(run)
+    kind = run.data.source if run.data.source in sources.KINDS else None
+    found = sources.find(task, run.data.dir, kind)
+    split = config_lib.splits(run)[1]
+    images, labels = store.load_split(task, split, config_lib.pixels(run), found, run.data.cache_dir)
     size, answers = min(run.eval_batch_size, len(labels)), []
     with tqdm(total=len(labels), desc=str(folder), unit="img", disable=not progress) as bar:
         for start in range(0, len(labels), size):

@@ -41,6 +41,7 @@ Fine-tunes a Vision Transformer on labelled images, and prints a table of result
   python -m rlrr_jax.main --config configs/vtab.py:cifar           a VTAB-1k task
   python -m rlrr_jax.main --config configs/vtab.py:cifar,method=linear+lora+rlrr
   python -m rlrr_jax.main --config configs/vtab.py:all             all 19 tasks
+  python -m rlrr_jax.main --config configs/own.py:/data/birds      your own images
   python -m rlrr_jax.main --config configs/compare.py:cifar        every method, tuned alike
 
   --config FILE[:ARGUMENT]  a configuration; those of configs/ are found from any folder
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     _cache_programs()
     if not distributed.is_process_zero():
         sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
-    if config.task is None:
+    if config.task is None and config.own.path is None:
         print(BUNDLED, flush=True)
     stop = Stop()
     try:
@@ -143,7 +144,9 @@ def _parse_flags(argv):
     try:
         rest = flags.FLAGS([text for text in argv if text not in unset])
         for text in unset if _CONFIG.value is not None else ():
-            _unset(_CONFIG.value, text.removesuffix("=None").partition(".")[2])
+            flag = text.removesuffix("None").lstrip("-")
+            if [t for t in argv if t.lstrip("-").startswith(flag)][-1] == text:  # the last one wins
+                _unset(_CONFIG.value, flag.removesuffix("=").partition(".")[2])
         return rest
     except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest
         if "ml_collections" not in traceback.extract_tb(e.__traceback__)[-1].filename:

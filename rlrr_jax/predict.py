@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from rlrr_jax import adapters, evaluate, files
 from rlrr_jax.data import store
+from rlrr_jax.data.own import ENDINGS
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
 FORMATS = ("table", "csv", "jsonl")
 
 

@@ -13,7 +13,8 @@ from etils import epath
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, job, report, train
-from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.data import sources, store
+from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results.outputs import Outputs
@@ -121,22 +122,33 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
         label = f"{r.task} {workdir.method_folder(r)} seed {r.seed}" + f" {r.trial}" * bool(r.trial)
         work = Work(r, own, None, label)
         with survive(work):
-            if found := workdir.finished_source(r, own):  # its data may be gone
+            found = None if r.own.path else workdir.finished_source(r, own)
+            if found:  # its data may be gone
                 works.append(work._replace(found=found))
                 continue
             found = config_lib.locate(r)
+            _describe(config_lib.task_of(r), folder)
             where = (config_lib.pixels(r), found, r.data.cache_dir)
             if found.kind != "bundled":
                 pairs = [config_lib.splits(r)]
-                pairs += [tasks.get(r.task).parts[:2]] if r.protocol == "vtab" else []
+                pairs += [config_lib.task_of(r).parts[:2]] if r.protocol == "vtab" else []
                 stored = {part for pair in pairs for part in (pair[1:] if r.crop else pair)}
-                entries += [entry(r.task, part, *where) for part in sorted(stored)]
+                entries += [entry(config_lib.task_of(r), part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):
         there = store.described(runs[0].data.cache_dir)
         print(f"decoded images to write: {wanted / 1e9:.2f} GB{there}", flush=True)
         store.check_space(wanted, runs[0].data.cache_dir)
     return works
+
+
+@functools.cache
+def _describe(task: Task, folder: Any) -> None:
+    """Prints what there is to know of a task's images, and writes their splits beside the runs."""
+    for note in task.notes:
+        _print(f"{task.name}: {note}")
+    if task.listing and distributed.is_process_zero():
+        files.write(folder / task.name / "split.csv", task.listing)
 
 
 def _open_weights(works: list[Work]) -> Loaders:
@@ -182,7 +194,7 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
 
 
 def _load_data(
-    task: str, split: str, pixels: Any, found: Any, cache_dir: str | None, crop: tuple | None
+    task: Task, split: str, pixels: Any, found: Any, cache_dir: str | None, crop: tuple | None
 ) -> tuple:
     """Images and labels of a split, or where `crop` says so the crops of a seed."""
     if crop:
@@ -248,6 +260,8 @@ def _waiting(works: list[Work]) -> list[list[int]]:
                 path.parent.rmtree()
             else:
                 groups.append(group)
+        elif set(begun) & names.keys():
+            print(f"note: {path.parent} was begun with other runs, too: these start again", flush=True)
     rest = []
     for i in names.values():
         if not works[i].finished:
@@ -304,7 +318,8 @@ def _data_of(works: list[Work], load: Loaders) -> Callable:
     """A function `(split, crop=None) -> images, labels` for the runs of a group."""
     run, found = works[0].run, _source(works)
     pixels, cache = config_lib.pixels(run), run.data.cache_dir
-    return lambda split, crop=None: load.load_data(run.task, split, pixels, found, cache, crop)
+    task = config_lib.task_of(run)
+    return lambda split, crop=None: load.load_data(task, split, pixels, found, cache, crop)
 
 
 def _outputs(works: list[Work], folder: Any, load: Loaders, forecast: Forecast) -> Outputs:
@@ -315,7 +330,7 @@ def _outputs(works: list[Work], folder: Any, load: Loaders, forecast: Forecast) 
         title=forecast.title(*works),
         checkpoints=folder / "checkpoints",
         provenance=workdir.provenance(works[0], load.weights[run.pretrained.name][1]),
-        classes=sources.class_names(run.task, _source(works)),
+        classes=sources.class_names(config_lib.task_of(run), _source(works)),
     )
 
 

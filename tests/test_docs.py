@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 import vtab_data
 from flags import xla_flags
+from PIL import Image
 from squeeze import squeeze
 
 from rlrr_jax.data import tasks
@@ -133,6 +134,8 @@ def rule(text):
     """How a command is tested."""
     if text.startswith(("python3 -m venv", "venv/bin/pip")):
         return "install"
+    if "birds" in text:
+        return "own"
     if "launch/" in text:
         return "launch"
     if text.startswith(("export JAX_", "JAX_PROCESS_ID")):
@@ -180,6 +183,32 @@ MAIN = [t for t in COMMANDS if rule(t) == "main"]
 )
 def test_runs_of_the_pages(text, data, dinov2, tmp_path):
     trained(text, tmp_path, data, dinov2)
+
+
+def test_the_page_of_own_images_from_a_folder_to_a_file(tmp_path):
+    """Every command of docs/own_images.md and the README on a folder of 60 pictures, in order."""
+    rng = np.random.default_rng(0)
+    for name, colour in {"robin": 40, "wren": 120, "jay": 200}.items():
+        (tmp_path / "birds" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.uint8(colour + rng.integers(0, 50, (40, 30, 3)))
+            Image.fromarray(pixels).save(tmp_path / f"birds/{name}/{i}.jpg")
+    every = [text for page, text in commands() if rule(text) == "own"]
+    assert len(every) == 6
+    for text in every:
+        small = ["--config.data.cache_dir=cache", *SMALL] if "rlrr_jax.main" in text else []
+        out = run([*program(text), *small], tmp_path)
+        if "rlrr_jax.main" in text:
+            assert "birds: 48 images to train on, 16 to 16 of each of 3 classes; 12 to test on" in out
+            assert "| birds | rlrr | fast |" in squeeze(out)
+        if "predict" in text:
+            assert out.count("robin") >= 60 and "birds/wren/3.jpg" in out
+    for name in ("birds.html", "birds.safetensors", "birds-timm.safetensors"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert (
+        "most confused" in (tmp_path / "birds.html").read_text().lower()
+        or "No image was" in (tmp_path / "birds.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "prepare"])

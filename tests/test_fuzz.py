@@ -256,7 +256,7 @@ def test_list_files(folder, lines):
     (folder / "test.txt").write_bytes(text.encode("utf-8", "surrogatepass"))
     found = sources.Found("folder", folder, "vtab-1k/dtd")
     try:
-        split = sources._folder("dtd", tasks.get("dtd"), "test", found)
+        split = sources._folder(tasks.get("dtd"), "test", found)
         examples = split.read(0, split.number)
     except UserError as e:
         return said(e)

@@ -89,7 +89,7 @@ def test_the_tables_say_what_the_results_say(read, tuned_runs):
 
 def test_the_confused_pairs_are_the_runs_mistakes(read, tuned_runs):
     folder = tuned_runs / "hearts/rlrr/seed0"
-    answers = page_lib.evaluate(folder, progress=False)
+    answers = page_lib.answer(folder, progress=False)
     wrong = answers.labels != answers.answers
     row = files.read_json(folder / "result.json")
     assert 1 - wrong.mean() == pytest.approx(row["test_acc_final"], abs=1.01 / row["num_test"])

@@ -68,6 +68,11 @@ WRONG = {
     "workdir": ([CONFIG, "--workdir=/proc/rlrr"], "cannot use /proc/rlrr"),
     "devices": ([CONFIG, "--config.num_devices=64"], "this machine has 1 cpu device(s)"),
     "drop path": ([CONFIG, "--config.drop_path=1.5"], "config.drop_path=1.5 must be at least 0"),
+    "the last flag": ([CONFIG, "--config.lr=None", "--config.lr=-1"], "config.lr=-1.0 must be greater"),
+    "None at last": (
+        [CONFIG, "--config.lr=-1", "--config.lr=None", "--config.epochs=0"],
+        "config.epochs=0 must be greater",
+    ),
     "weight decay": ([CONFIG, "--config.weight_decay=-1"], "must be finite and not negative"),
     "learning rate": ([CONFIG, "--config.lr=nan"], "config.lr=nan must be greater than 0 and finite"),
     "batch size": ([CONFIG, "--config.batch_size=-3"], "config.batch_size=-3 must be greater than 0"),

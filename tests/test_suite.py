@@ -155,7 +155,9 @@ def test_a_broken_task_is_reported_and_the_others_finish(whole, data_dir, tmp_pa
     assert process.returncode == 1
     assert "Traceback" not in err and err.count("error: ") == 1
     last = err.strip().splitlines()[-1]
-    assert last.startswith("error: 4 of 6 runs did not finish (dtd, eurosat): mend what is said above")
+    assert last.startswith(
+        "error: 4 of 6 runs did not finish (dtd, eurosat): fix what is reported above"
+    )
     above = out.split("not finished:\n")[1]
     assert "dtd linear seed 0, dtd linear seed 1: " in above and "kitti" not in above
     assert "train800val200.txt:124: images/train800val200/000123.jpg is damaged" in above

@@ -184,11 +184,15 @@ def test_killed_between_two_results(tmp_path, monkeypatch):
     }
 
 
-def test_added_seeds_leave_finished_ones_alone(tmp_path):
+def test_added_seeds_leave_finished_ones_alone(tmp_path, capsys):
     (first,) = run(config("digits,method=linear", seeds=(0,)), tmp_path)
+    other = tmp_path / "digits/linear/together-other"
+    other.mkdir()
+    files.write_json(other / "runs.json", {"runs": ["seed2", "seed9"]})  # killed before it was done
     rows = run(config("digits,method=linear", seeds=(0, 1, 2)), tmp_path)
     assert rows[0] == first
     assert [row["trained_together"] for row in rows] == [1, 2, 2]
+    assert f"note: {other} was begun with other runs, too: these start again" in capsys.readouterr().out
 
 
 @pytest.mark.slow

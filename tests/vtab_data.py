@@ -65,15 +65,16 @@ def example(spec, rng):
     return values.astype(spec.np_dtype)
 
 
-def write(root, task, numbers, stored_as, make=example, seed=0, shards=2):
+def write(root, task, numbers, stored_as, make=example, seed=0, shards=2, spec=None):
     """A prepared dataset of a task's builder: `<root>/<name>/<version>/`.
 
     Args:
       numbers: tfds split -> number of examples.
       stored_as: "array_record" or "tfrecord".
       make: `(spec, rng) -> example`.
+      spec: features of the examples; None is those of the real builder.
     """
-    spec, rng = features(task), np.random.default_rng(seed)
+    spec, rng = spec or features(task), np.random.default_rng(seed)
     folder = epath.Path(root) / task.tfds / task.version
     folder.mkdir(parents=True)
     name = task.tfds.split("/")[0]

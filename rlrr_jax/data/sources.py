@@ -7,7 +7,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +16,7 @@ from etils import epath
 from PIL import Image
 
 from rlrr_jax.data import tasks, tfrecord
-from rlrr_jax.data.task import Found, Source, Split, Task
+from rlrr_jax.data.task import Found, Source, Split, Task, stamp
 from rlrr_jax.errors import UserError, first_line
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled"
@@ -150,7 +149,8 @@ def _open_bundled(task, split, found):
     return Split(len(labels), (task.name,), read, {}, lambda i: f"image {i} of {task.name} {split}")
 
 
-def _open_vtab(task, split, found):
+def open_vtab(task: Task, split: str, found: Found) -> Split:
+    """The examples of a split of a tfds dataset or a VTAB-1k folder."""
     return (_tfds if found.kind == "tfds" else _folder)(task, split, found)
 
 
@@ -171,7 +171,7 @@ def _tfds(task, split, found):
 
     instructions = [(pathlib.PurePath(f.filename).name, f.skip, f.take) for f in info.file_instructions]
     with _readable(found, part, "its files"):
-        stats = [_stamp(found.path / file) for file, *_ in instructions]
+        stats = [stamp(found.path / file) for file, *_ in instructions]
     key = {"dataset": found.dataset, "path": _absolute(found.path), "image": task.image}
     key |= {"files": instructions, "stamps": stats}
     where = lambda i: f"image {i} of {task.name} {split} ({found.path})"
@@ -180,15 +180,6 @@ def _tfds(task, split, found):
 
 def _absolute(path):
     return str(path) if "://" in str(path) else str(pathlib.Path(path).absolute())
-
-
-def _stamp(path):
-    """Size and time of a file: another file has another stamp."""
-    if "://" in str(path):
-        stat = path.stat()
-        return [stat.length, stat.mtime]
-    stat = os.stat(path)  # epath's asks for the owner's name, too, which there may be none of
-    return [stat.st_size, int(stat.st_mtime)]
 
 
 def open_tfds(found: Found, part: str, fields: Iterable[str]) -> tuple:
@@ -303,7 +294,7 @@ def _stamps(folder, entries):
     digest = hashlib.sha256()
     for _, image, _ in entries:
         path = folder / image
-        digest.update(repr(_stamp(path) if path.exists() else None).encode())
+        digest.update(repr(stamp(path) if path.exists() else None).encode())
     return digest.hexdigest()
 
 
@@ -326,7 +317,7 @@ def _parse(path, number, line, classes):
     return number, image, label
 
 
-_BUNDLED, _VTAB = Source(_find_bundled, _open_bundled), Source(_find_vtab, _open_vtab)
+_BUNDLED, _VTAB = Source(_find_bundled, _open_bundled), Source(_find_vtab, open_vtab)
 
 
 def _source(task):

@@ -303,6 +303,8 @@ def _unused(folder, thorough):
             return "made by an older version of rlrr_jax"
         if key["pillow"] != _PILLOW:
             return f"decoded by Pillow {key['pillow']}, this is {_PILLOW}"
+        if "own" in key:  # a user's images, of which any list may come again
+            return None if os.path.exists(key["own"]) else f"its images {key['own']}{_NOT_THERE}"
         if key["labels"] != [tasks.get(name).rule for name in key["tasks"]]:
             return "its labels are of an older version"
         kind = "tfds" if "path" in key else "folder"

@@ -1,5 +1,6 @@
 """What a task is, as a value that travels from the configuration to the images."""
 
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -84,6 +85,8 @@ class Task(NamedTuple):
       parts: names of the splits to train on, to choose on, and to train on before the test.
       names: names of the classes, where the dataset does not name them.
       source: where its images come from; None is a tfds dataset or a VTAB-1k folder, or bundled.
+      notes: sentences about its images, which are printed.
+      listing: a table of its images and their splits, which is written beside its runs; "" is none.
     """
 
     name: str
@@ -108,6 +111,11 @@ class Task(NamedTuple):
     parts: tuple = tuple(SPLITS)
     names: tuple = ()
     source: Source | None = None
+    notes: tuple = ()
+    listing: str = ""
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.num_test, self.listing))
 
     def number(self, split: str) -> int:
         """Number of images in a split."""
@@ -117,3 +125,12 @@ class Task(NamedTuple):
 def splits(train: str, val: str, test: str) -> dict[str, str]:
     """VTAB-1k's splits from tfds's instructions for training, validation and test images."""
     return {"train800": train, "val200": val, "train800val200": f"{train}+{val}", "test": test}
+
+
+def stamp(path: Any) -> list:
+    """Size and time of a file: another file has another stamp."""
+    if "://" in str(path):
+        stat = path.stat()
+        return [stat.length, stat.mtime]
+    stat = os.stat(path)  # epath's asks for the owner's name, too, which there may be none of
+    return [stat.st_size, int(stat.st_mtime)]

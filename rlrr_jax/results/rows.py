@@ -98,6 +98,7 @@ def result(
         "test_acc_best": best and best["test_acc"],
         "best_epoch": best and best["epoch"],
         "num_test": len(job.held_out[1]) if tested else None,
+        "num_val": None if tested else len(job.held_out[1]),
         **_effort(job, clock),
         "config": values,
     }

@@ -100,13 +100,19 @@ def label(group: list[dict]) -> str:
     return " ".join([group[0]["method"], *which(group[0], seed=len(group) == 1)])
 
 
+def _held_out(row):
+    number = row.get("num_val")
+    if number is None:  # of an older run
+        task = tasks.get(row["task"])
+        number = task.number(task.parts[1])
+    return f"{number:,} validation images"
+
+
 def caption(rows: list[dict]) -> str:
     """What the table's numbers are: one line for each setting of a task, and the columns."""
     lines = []
     for row in rows:
-        task = tasks.get(row["task"])
-        held_out = f"{task.number(task.parts[1])} validation images"
-        tested = f"{row['num_test']:,} test images" if row["num_test"] else held_out
+        tested = f"{row['num_test']:,} test images" if row["num_test"] else _held_out(row)
         lines.append(
             f"{row['task']}: {tested}, source {row['source']} ({row['dataset']}, {row['variant']} "
             f"pixels), backbone {row['backbone']} "

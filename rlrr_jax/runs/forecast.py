@@ -6,7 +6,6 @@ import time
 from typing import Any, NamedTuple
 
 from rlrr_jax import config as config_lib
-from rlrr_jax.data import tasks
 from rlrr_jax.runs import search, workdir
 from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime.clock import Clock
@@ -34,7 +33,7 @@ class Cost(NamedTuple):
 
 def cost(run: Any, epochs: int | None = None) -> Cost:
     """The `Cost` of a run, or of its first epochs."""
-    images, held_out = map(tasks.get(run.task).number, config_lib.splits(run))
+    images, held_out = map(config_lib.task_of(run).number, config_lib.splits(run))
     epochs = run.epochs if epochs is None else epochs
     if run.protocol in ("official", "tune"):
         times = max(epochs - 1, int(run.epochs == 1 == epochs))

@@ -8,6 +8,7 @@ from typing import Any
 from rlrr_jax import methods, models
 from rlrr_jax.checks import GRID
 from rlrr_jax.data import tasks
+from rlrr_jax.data.task import Task
 from rlrr_jax.weights import names, preprocessing
 
 # What may differ between two starts of the same run: where and how, not what. All other keys, those
@@ -23,14 +24,15 @@ PLACES = (
     "data.dir",
     "data.cache_dir",
     "pretrained.cache_dir",
+    "own.path",  # the images themselves are in the name of the dataset
     "machine",  # where it was last started, see `train`
     "val_acc",  # of the setting that "vtab" chose: a result
 )
 
 
-def recipe(task_name: str, method_name: str) -> dict[str, Any]:
+def recipe(task: Task, method_name: str) -> dict[str, Any]:
     """What a task and a method bring where the configuration says nothing."""
-    task, own = tasks.get(task_name), methods.METHODS[method_name].DEFAULTS
+    own = methods.METHODS[method_name].DEFAULTS
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
     return {**recipe, **own, **task.recipes.get(method_name, {})}
 
@@ -52,6 +54,8 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
     What is as it was before a key existed is left out, so that older runs stay the same work.
     """
     plain = {**run.to_dict(), **(provenance or {})}
+    if not (plain.get("own") or {}).get("path"):
+        plain.pop("own", None)  # a task of ours
     for place in PLACES:
         *parents, last = place.split(".")
         node = plain
@@ -110,7 +114,7 @@ def across_tasks(values: dict) -> dict[str, Any]:
     """
     keys = values.get("recipe")
     if keys is None:  # of an older run: what is equal
-        own = recipe(values["task"], values["method"])
+        own = recipe(tasks.get(values["task"]), values["method"])
         keys = [key for key in own if values.get(key) == own[key]]
         keys += [f"grid.{key}" for key in own if (values.get("grid") or {}).get(key) == [own[key]]]
     values = json.loads(json.dumps(setting(values)))

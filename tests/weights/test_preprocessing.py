@@ -203,11 +203,11 @@ def test_harmless_arrays_are_passed_over_with_a_note(kind, tmp_path):
 
 def test_shards_are_read_as_one_file(tiny, tmp_path):
     weights = safetensors.numpy.load_file(tiny)
-    names = {key: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(weights)}
-    for file in set(names.values()):
-        write(tmp_path / file, {k: v for k, v in weights.items() if names[k] == file})
+    shard = {key: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(weights)}
+    for file in set(shard.values()):
+        write(tmp_path / file, {k: v for k, v in weights.items() if shard[k] == file})
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shard}))
     whole, notes = load(tiny, []), []
     for name in (index, tmp_path):  # the folder, too
         tree = load(name, notes)

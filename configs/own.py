@@ -1,0 +1,26 @@
+"""Your own images: `--config configs/own.py:/data/birds`, `own.py:/data/birds,method=linear+rlrr`.
+
+    /data/birds/train/<class>/*, val/, test/      splits as they are
+    /data/birds/<class>/*                         a fifth of each class is tested on
+    /data/birds.csv                               columns path,label[,split]; or lines "path label"
+    tfds:food101                                  a prepared tfds dataset, its own splits
+
+The rest is as in `vtab.py`. A run is tested once, after the last epoch (protocol "fast"). Photographs
+are turned as their EXIF says. `--config.own.shots=16` keeps 16 training images of each class.
+"""
+
+from rlrr_jax.configs import vtab
+from rlrr_jax.errors import UserError
+
+
+def get_config(arg=None):
+    """The configuration; `arg` is a folder, list or tfds:NAME, then what `vtab.get_config` takes."""
+    location, _, rest = (arg or "").partition(",")
+    if not location or "=" in location:
+        raise UserError(
+            "name your images: --config configs/own.py:FOLDER, a list of files or tfds:NAME"
+        )
+    config = vtab.get_config(rest)
+    config.own.path = location
+    config.data.upright = True
+    return config

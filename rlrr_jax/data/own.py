@@ -1,0 +1,444 @@
+"""Images of one's own as a task: an image folder, a list of files, or a prepared tfds dataset.
+
+birds/train/<class>/*, birds/val/<class>/*, birds/test/<class>/*      splits as they are
+birds/<class>/*                                                       split here, see `assign`
+birds.csv or .tsv with the header path,label[,split]; or lines "path label"
+tfds:food101                                                          its own train and test split
+"""
+
+import collections
+import csv
+import hashlib
+import io
+import os
+import pathlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from etils import epath
+from PIL import Image
+
+from rlrr_jax import files
+from rlrr_jax.data import sources, tasks
+from rlrr_jax.data.task import Found, Source, Split, Task, stamp
+from rlrr_jax.errors import UserError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
+PARTS = ("train", "val", "train+val")  # to train on, to choose on, and to train on before the test
+STEPS = 3500  # that a run of the default length has: 110 epochs of 1,000 images in batches of 32
+LONGEST, SHORTEST = 110, 5  # epochs
+TFDS = "tfds:"
+SHOWN = 5  # files or classes in a message
+
+
+class Options(NamedTuple):
+    """How images without splits of their own are divided.
+
+    Attributes:
+      val: fraction of each class to choose on, where there is no split for it.
+      test: fraction of each class to test on, where there is no split for it.
+      shots: number of training images of each class that are kept; None keeps all.
+      seed: seed of the division and of the shots.
+    """
+
+    val: float = 0.1
+    test: float = 0.2
+    shots: int | None = None
+    seed: int = 0
+
+
+class Example(NamedTuple):
+    """A labelled image.
+
+    Attributes:
+      path: path below the folder or beside the list, or an absolute one; the key of the division.
+      label: name of its class.
+      split: "train", "val", "test", or None where nothing says it.
+    """
+
+    path: str
+    label: str
+    split: str | None = None
+
+
+class Images(NamedTuple):
+    """Labelled images of one's own.
+
+    Attributes:
+      root: folder that paths start from.
+      classes: names of the classes, sorted.
+      splits: "train", "val" and "test" -> examples.
+      notes: sentences about what was passed over, made or found to be odd.
+    """
+
+    root: pathlib.Path
+    classes: tuple[str, ...]
+    splits: dict[str, list[Example]]
+    notes: list[str]
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def read(location: str, options: Options) -> Images:
+    """The labelled images of a folder or a list of files, divided into splits.
+
+    Raises UserError if there are none, or for a line, label or file that cannot be used.
+    """
+    path = files.local(location)
+    if path.is_dir():
+        root, examples, notes = path, *_read_folder(path)
+    elif path.is_file():
+        root, examples, notes = path.parent, *_read_list(path)
+    else:
+        raise UserError(f"there is no folder or list of images {path}: check config.data.own")
+    if not examples:
+        raise UserError(f"there is no image in {path}: put them into {path}/<class>/ or name another")
+    classes = tuple(sorted({e.label for e in examples}))
+    if len(classes) < 2:
+        raise UserError(f"all images of {path} have the class {classes[0]!r}: add another class")
+    _check_files(root, examples)
+    splits, more = assign(examples, options)
+    if not splits["train"] or not splits["test"]:
+        lacking = "train" if not splits["train"] else "test"
+        raise UserError(f"{path} has no image to {lacking} on: add some, or raise the fractions")
+    notes += more + _oddities(root, classes, splits)
+    return Images(root, classes, splits, notes)
+
+
+def _read_folder(folder):
+    """Examples and notes of an image folder."""
+    found, others = [], collections.Counter()
+    inner = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    named = {p: SPLITS[p.name.lower()] for p in inner if p.name.lower() in SPLITS}
+    divided = bool(named) and "train" in named.values()
+    notes = []
+    for top in named if divided else [folder]:
+        for path in files.walk(top):
+            parts = path.relative_to(top).parts
+            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+                others["hidden"] += 1
+            elif path.suffix.lower() not in ENDINGS:
+                others[path.suffix.lower() or "without an ending"] += 1
+            elif len(parts) < 2:
+                others["in no class folder"] += 1
+            else:
+                name = unicodedata.normalize("NFC", parts[0])
+                split = named[top] if divided else None
+                found.append(Example(path.relative_to(folder).as_posix(), name, split))
+    if divided and (left := [p.name for p in inner if p not in named]):
+        notes.append(f"note: folders beside {folder}/train are passed over: {_some(left)}")
+    if others:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
+        notes.append(f"note: {folder} has other files, passed over: {kinds}")
+    return found, notes
+
+
+def _read_list(path):
+    """Examples and notes of a list: CSV or TSV with a header, or bare lines."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is no UTF-8 text ({e.reason}): save it as that") from e
+    first = text.splitlines()[0] if text.strip() else ""
+    tab = "\t" if "\t" in first else ","
+    head = [name.strip().lower() for name in first.split(tab)]
+    lines = list(enumerate(text.splitlines(), 1))
+    if {"path", "label"} <= set(head):
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=tab)
+        next(rows)
+        out = [_row(path, rows.line_num, head, row) for row in rows if any(c.strip() for c in row)]
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        raise UserError(f"{path} has the header {first!r}: name its columns path,label[,split]")
+    else:
+        out = [_bare(path, i, line) for i, line in lines if line.strip()]
+    labels: dict[str, Example] = {}
+    for e in out:
+        if (other := labels.setdefault(e.path, e)).label != e.label:
+            raise UserError(
+                f"{path}: {e.path} has the labels {other.label!r} and {e.label!r}: keep one"
+            )
+    notes = []
+    if len(twice := set(out)) < len(out):
+        notes.append(f"note: {len(out) - len(twice)} lines of {path} are there twice, and count once")
+    return list(dict.fromkeys(out)), notes
+
+
+def _row(path, number, head, row):
+    """The example of a line with columns."""
+    if len(row) != len(head):
+        raise UserError(
+            f"{path}:{number}: {len(row)} columns instead of {len(head)}: quote what has a comma in it"
+        )
+    values = {name: cell.strip() for name, cell in zip(head, row)}
+    split = values.get("split") or None
+    if split and split.lower() not in SPLITS:
+        raise UserError(f"{path}:{number}: split {split!r} is none of train, val and test: correct it")
+    if not values["path"] or not values["label"]:
+        raise UserError(f"{path}:{number}: a path or label is empty: fill it in, or remove the line")
+    label = unicodedata.normalize("NFC", values["label"])
+    return Example(values["path"], label, split and SPLITS[split.lower()])
+
+
+def _bare(path, number, line):
+    """The example of a line `path label`; the label is what follows the last space."""
+    match = re.fullmatch(r"\s*(.*\S)\s+(\S+)\s*", line)
+    if not match:
+        raise UserError(f"{path}:{number}: {line.strip()!r} is no path and label: correct that line")
+    return Example(match[1], unicodedata.normalize("NFC", match[2]))
+
+
+def _check_files(root, examples):
+    """UserError unless every file is there and begins as an image does."""
+
+    def wrong(example):
+        try:
+            with Image.open(root / example.path):
+                return None
+        except FileNotFoundError:
+            return "not there"
+        except Exception as e:  # Pillow's decoders raise anything
+            return getattr(e, "strerror", None) or "no image"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bad = [(e.path, why) for e, why in zip(examples, pool.map(wrong, examples)) if why]
+    if bad:
+        listed = _some([f"{path} ({why})" for path, why in bad])
+        raise UserError(
+            f"{len(bad)} of {len(examples)} files of {root} cannot be used: {listed}: remove or "
+            f"replace them"
+        )
+
+
+# Dividing -------------------------------------------------------------------------------------
+
+
+def assign(examples: list[Example], options: Options) -> tuple[dict[str, list[Example]], list[str]]:
+    """Divides images into "train", "val" and "test", and returns notes on what was done.
+
+    Given splits stay. Where there is no test split, `val` is tested on, if that is given, else a
+    fraction of each class; where nothing is left to choose on, a fraction of each class's training
+    images. Within a class, images are ordered by SHA-256 of seed, class and path, so the division
+    depends on nothing else: not on other classes, nor on the order of files.
+    """
+    given = {name: [e for e in examples if e.split == name] for name in ("val", "test")}
+    rest, notes = [e for e in examples if e.split in (None, "train")], []
+    if not given["test"] and given["val"]:
+        given["test"], given["val"] = given["val"], []
+        notes.append("note: there is no test split, so val is tested on")
+    if not given["test"]:
+        rest, given["test"] = _take(rest, options.test, options.seed)
+        notes.append(f"note: {len(given['test'])} images are tested on, {options.test:g} of each class")
+    if options.shots is not None:
+        rest = [e for group in _by_class(rest, options.seed) for e in group[: options.shots]]
+        notes.append(f"note: {options.shots} training images of each class are kept: {len(rest)}")
+    train, val = rest, given["val"]
+    if not val:
+        train, val = _take(rest, options.val, options.seed)
+        notes.append(f"note: {len(val)} training images are chosen on, {options.val:g} of each class")
+    order = lambda part: sorted(part, key=lambda e: (e.label, e.path))
+    return {"train": order(train), "val": order(val), "test": order(given["test"])}, notes
+
+
+def _by_class(examples: Iterable[Example], seed: int) -> list[list[Example]]:
+    """The examples of each class, in the order of the division."""
+    groups = collections.defaultdict(list)
+    for e in examples:
+        groups[e.label].append(e)
+    digest = lambda e: hashlib.sha256(f"{seed}\n{e.label}\n{e.path}".encode()).hexdigest()
+    return [sorted(groups[label], key=digest) for label in sorted(groups)]
+
+
+def _take(examples, fraction, seed):
+    """What is left, and a fraction of each class: one at least of two images, all but one at most."""
+    left, taken = [], []
+    for group in _by_class(examples, seed):
+        number = min(max(round(fraction * len(group)), int(fraction > 0)), len(group) - 1)
+        taken += group[:number]
+        left += group[number:]
+    return left, taken
+
+
+def _oddities(root, classes, splits):
+    """Notes on imbalance, on classes without training images, and on images in two splits."""
+    train = splits["train"] + splits["val"]
+    counts = collections.Counter(e.label for e in train)
+    sizes = [counts[name] for name in classes]
+    notes = [
+        f"{len(train)} images to train on, {min(sizes)} to {max(sizes)} of each of {len(classes)} "
+        f"classes; {len(splits['test'])} to test on"
+    ]
+    if max(sizes) > 5 * max(min(sizes), 1):
+        rare = [f"{n} ({counts[n]})" for n in sorted(classes, key=lambda name: counts[name])]
+        notes.append(f"note: classes are unequal; the rarest: {_some(rare)}")
+    if missing := [name for name in classes if not counts[name]]:
+        notes.append(f"note: no training image has the class {_some(missing)}: it cannot be learnt")
+    if same := _duplicates(root, train, splits["test"]):
+        notes.append(
+            f"warning: {len(same)} of {len(splits['test'])} test images are in the training set, too: "
+            f"{_some(same)}"
+        )
+    return notes
+
+
+def _duplicates(root, train, test):
+    """Paths of test images whose bytes are also in the training set."""
+    sizes = {os.stat(root / e.path).st_size for e in train}
+    maybe = [e for e in test if os.stat(root / e.path).st_size in sizes]
+    wanted = {os.stat(root / e.path).st_size for e in maybe}
+    digest = lambda e: hashlib.sha256((root / e.path).read_bytes()).digest()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        known = set(pool.map(digest, [e for e in train if os.stat(root / e.path).st_size in wanted]))
+        return [e.path for e, value in zip(maybe, pool.map(digest, maybe)) if value in known]
+
+
+def _some(names):
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+# A task ---------------------------------------------------------------------------------------
+
+
+def task(name: str, location: str, options: Options, data_dir: Any = None) -> Task:
+    """The task of one's own images.
+
+    Args:
+      name: how it is called in results.
+      location: folder or list of files.
+      options: how images are divided.
+      data_dir: folder of tfds datasets.
+
+    Raises UserError for images that cannot be used, see `read`.
+    """
+    if location.startswith(TFDS):
+        return _tfds_task(name, location.removeprefix(TFDS), options, data_dir)
+    images = read(location, options)
+    sizes = {split: len(examples) for split, examples in images.splits.items()}
+    both = sizes["train"] + sizes["val"]
+    return Task(
+        name=name,
+        group="own",
+        splits={**{s: s for s in ("train", "val", "test")}, "train+val": "train+val"},
+        classes=len(images.classes),
+        num_test=sizes["test"],
+        sizes={"train": sizes["train"], "val": sizes["val"], "train+val": both},
+        parts=PARTS,
+        names=images.classes,
+        rule="own, 1",
+        epochs=epochs(both),
+        schedule="cosine",
+        flip=True,
+        source=Source(_finder(images), _opener(images)),
+        notes=tuple(images.notes),
+        listing=listing(images),
+    )
+
+
+def _tfds_task(name, dataset, options, data_dir):
+    """The task of a prepared tfds dataset with an image and a label: its own train and test split."""
+    found = _newest(dataset, data_dir)
+    builder, _ = sources.open_tfds(found, "train", ())
+    info = builder.info
+    features = dict(info.features.items()) if hasattr(info.features, "items") else {}
+    label = features.get("label")
+    if not hasattr(label, "num_classes") or "image" not in features:
+        raise UserError(f"{found.path} has no fields image and label: take a dataset of classification")
+    test = next((part for part in ("test", "validation") if part in info.splits), None)
+    if test is None or "train" not in info.splits:
+        raise UserError(f"{found.path} has only {', '.join(info.splits)}: train and test are needed")
+    number = info.splits["train"].num_examples
+    kept = number - max(1, round(options.val * number))
+    tested = info.splits[test].num_examples
+    note = f"{number} images to train on, {label.num_classes} classes; {tested} to test on ({test})"
+    parts = {"train": f"train[:{kept}]", "val": f"train[{kept}:]", "train+val": "train", "test": test}
+    return Task(
+        name=name,
+        group="own",
+        splits=parts,
+        classes=label.num_classes,
+        num_test=tested,
+        sizes={"train": kept, "val": number - kept, "train+val": number},
+        parts=PARTS,
+        tfds=dataset,
+        epochs=epochs(number),
+        schedule="cosine",
+        flip=True,
+        source=Source(lambda *_: found, sources.open_vtab),
+        notes=(note,),
+    )
+
+
+def _newest(dataset, data_dir):
+    """Where the newest prepared version of a tfds dataset is."""
+    folder = epath.Path(data_dir or "~/tensorflow_datasets").expanduser() / dataset
+    there = folder.iterdir() if folder.exists() else ()
+    versions = [p for p in there if (p / "dataset_info.json").exists()]
+    if not versions:
+        raise UserError(
+            f"there is no prepared tfds dataset {folder}: prepare it by tfds, or set config.data.dir"
+        )
+    newest = max(versions, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+    return Found("tfds", newest, f"{dataset}:{newest.name}")
+
+
+def epochs(number: int) -> int:
+    """Epochs of about `STEPS` steps with batches of 32, from `SHORTEST` to `LONGEST`.
+
+    Args:
+      number: number of training images.
+    """
+    return min(LONGEST, max(SHORTEST, round(32 * STEPS / number)))
+
+
+def listing(images: Images) -> str:
+    """A CSV of every image with its split: what is written beside a run."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("path", "label", "split"))
+    writer.writerows((e.path, e.label, s) for s, part in images.splits.items() for e in part)
+    return out.getvalue()
+
+
+def _finder(images: Images) -> Callable:
+    digest = hashlib.sha256(listing(images).encode()).hexdigest()[:8]
+    number = sum(map(len, images.splits.values()))
+
+    def find(task: Task, data_dir: Any, kind: str | None) -> Found:
+        return Found("own", images.root, f"{task.name}, {number} images {digest}")
+
+    return find
+
+
+def _opener(images: Images) -> Callable:
+    index = {name: i for i, name in enumerate(images.classes)}
+
+    def open(task: Task, split: str, found: Found) -> Split:
+        examples = [e for part in split.split("+") for e in images.splits[part]]
+        paths = [images.root / e.path for e in examples]
+        labels = [index[e.label] for e in examples]
+
+        def read(start: int, stop: int | None) -> list:
+            return [(p.read_bytes(), (k,)) for p, k in zip(paths[start:stop], labels[start:stop])]
+
+        digest = hashlib.sha256()
+        for path, label in zip(paths, labels):
+            digest.update(repr((str(path), label, stamp(path))).encode())
+        key = {"own": str(images.root.absolute()), "list": digest.hexdigest()}
+        return Split(len(paths), (task.name,), read, key, lambda i: str(paths[i]))
+
+    return open
+
+
+def name(location: str) -> str:
+    """A name for results from a location: `"/data/birds/"` -> `"birds"`."""
+    path = pathlib.PurePath(location.rpartition(":")[2])
+    stem = path.stem if path.suffix in (".csv", ".tsv", ".txt") else path.name
+    plain = re.sub(r"[^\w.-]+", "_", stem) or "own"
+    return f"own_{plain}" if plain in tasks.TASKS or plain in tasks.ALIASES else plain

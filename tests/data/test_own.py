@@ -1,0 +1,363 @@
+"""One's own images: four ways to the same data, the division, and forty wrong inputs."""
+
+import csv
+import io
+import os
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import vtab_data
+from PIL import Image
+
+from rlrr_jax import config as config_lib
+from rlrr_jax import files, suite
+from rlrr_jax.configs import own as own_config
+from rlrr_jax.data import own, sources, store
+from rlrr_jax.errors import UserError
+
+CLASSES = [f"class {i}" for i in range(5)]
+PER_CLASS = {"train": 50, "test": 10}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """300 pictures of 5 classes that differ in their colours, in train/ and test/."""
+    root, rng = tmp_path_factory.mktemp("own") / "birds", np.random.default_rng(0)
+    colours = rng.integers(0, 200, (len(CLASSES), 3))
+    for split, number in PER_CLASS.items():
+        for colour, name in zip(colours, CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                image = (colour + rng.integers(0, 56, (32, 32, 3))).astype(np.uint8)
+                Image.fromarray(image).save(root / split / name / f"{i:03d}.png")
+    return root
+
+
+def task_of(location, **options):
+    return own.task("birds", str(location), own.Options(**options))
+
+
+def arrays(task, tmp_path, data_dir=None):
+    """Images and labels of each split."""
+    found = sources.find(task, data_dir)
+    load = lambda split: store.load_split(task, split, store.Pixels(32), found, tmp_path)
+    return {s: tuple(np.asarray(x[:]) for x in load(s)) for s in ("train", "val", "train+val", "test")}
+
+
+def rows(folder):
+    """`(path, class, split)` of every picture."""
+    return [
+        (path.relative_to(folder).as_posix(), path.parts[-2], path.parts[-3])
+        for path in sorted(folder.rglob("*.png"))
+    ]
+
+
+def write_list(folder, path, rows, **dialect):
+    with path.open("w", newline="") as f:
+        csv.writer(f, **dialect).writerows(rows)
+    return path
+
+
+def write_tfds(task, root, folder):
+    """The same pictures as a prepared dataset, in the order of the folder's task."""
+    examples = iter(
+        (image, labels[0])
+        for split in ("train+val", "test")
+        for image, labels in sources.open_split(task, split, sources.find(task)).read(0, None)
+    )
+    spec = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=CLASSES)}
+    )
+
+    def make(spec, rng):
+        image, label = next(examples)
+        return {"image": io.BytesIO(image), "label": label}
+
+    numbers = {"train": 250, "test": 50}
+    name = SimpleNamespace(tfds="birds", version="1.0.0")
+    return vtab_data.write(root, name, numbers, "array_record", make, spec=spec)
+
+
+def test_folder_csv_list_and_tfds_give_the_same_images_and_the_same_result(folder, tmp_path):
+    task = task_of(folder)
+    table = write_list(folder, folder / "birds.csv", [("path", "label", "split"), *rows(folder)])
+    tabs = [("label", "split", "path"), *((k, s, p) for p, k, s in rows(folder))]
+    write_list(folder, folder / "birds.tsv", tabs, delimiter="\t")
+    write_tfds(task, tmp_path / "tfds", folder)
+    first = arrays(task, tmp_path / "a")
+    assert {s: len(x[1]) for s, x in first.items()} == {
+        **{"train": 225, "val": 25, "train+val": 250, "test": 50}
+    }
+    results = []
+    for location in (folder, table, folder / "birds.tsv", "tfds:birds"):
+        options = own.Options()
+        other = own.task("birds", str(location), options, tmp_path / "tfds")
+        assert (other.classes, other.epochs) == (5, 110) and list(other.names or CLASSES) == CLASSES
+        found = arrays(other, tmp_path / "b")
+        for split in first:
+            for a, b in zip(first[split], found[split]):
+                np.testing.assert_array_equal(a, b)
+        config = own_config.get_config(f"{location},method=linear")
+        config.task, config.model.variant, config.epochs, config.num_devices = "birds", "bundled", 2, 1
+        config.image_size, config.data.dir = 32, str(tmp_path / "tfds")
+        config.data.cache_dir = str(tmp_path / "c")
+        workdir = tmp_path / f"w{len(results)}"
+        (row,), problems = suite.run(config, workdir)
+        assert not problems
+        results.append((row["train_loss"], row["test_acc_final"]))
+        assert row["test_acc_final"] > 0.5 and row["task"] == "birds"
+        adapter = (workdir / "birds/linear/seed0/adapter.safetensors").read_bytes()
+        assert b"class 4" in adapter
+        if "tfds" not in str(location):
+            assert (workdir / "birds/split.csv").read_text() == task.listing
+    assert len(set(results)) == 1
+    for name in ("birds.csv", "birds.tsv"):
+        (folder / name).unlink()
+
+
+# Dividing -------------------------------------------------------------------------------------
+
+
+def flat(folder, target):
+    """The training pictures without a split: one level of class folders."""
+    shutil.copytree(folder / "train", target)
+    return target
+
+
+def splits(task):
+    table = csv.DictReader(io.StringIO(task.listing))
+    return {row["path"]: (row["label"], row["split"]) for row in table}
+
+
+def test_the_division_is_stratified_fixed_and_depends_on_nothing_else(folder, tmp_path):
+    task = task_of(flat(folder, tmp_path / "birds"))
+    found = splits(task)
+    for name in CLASSES:
+        parts = [split for label, split in found.values() if label == name]
+        assert {s: parts.count(s) for s in set(parts)} == {"train": 36, "val": 4, "test": 10}
+    assert splits(task_of(tmp_path / "birds")) == found
+    assert splits(task_of(tmp_path / "birds", seed=1)) != found
+    shutil.rmtree(tmp_path / "birds/class 0")
+    without = {path: x for path, x in found.items() if x[0] != "class 0"}
+    assert splits(task_of(tmp_path / "birds")) == without
+    # The rule, written down: SHA-256 of seed, class and path; the first fifth is tested on.
+    import hashlib
+
+    key = lambda path: hashlib.sha256(f"0\nclass 1\n{path}".encode()).hexdigest()
+    order = sorted((p for p in without if without[p][0] == "class 1"), key=key)
+    assert {p for p in order if without[p][1] == "test"} == set(order[:10])
+    assert {p for p in order if without[p][1] == "val"} == set(order[10:14])
+
+
+def test_a_validation_split_without_a_test_split_is_tested_on(folder, tmp_path):
+    shutil.copytree(folder / "train", tmp_path / "birds/Train")
+    shutil.copytree(folder / "test", tmp_path / "birds/valid")
+    task = task_of(tmp_path / "birds")
+    assert task.num_test == 50 and task.sizes == {"train": 225, "val": 25, "train+val": 250}
+    assert "note: there is no test split, so val is tested on" in task.notes
+
+
+def test_pruning_keeps_what_belongs_to_images_that_are_there(folder, tmp_path):
+    arrays(task_of(folder), tmp_path / "cache")
+    other = flat(folder, tmp_path / "birds")
+    arrays(task_of(other), tmp_path / "cache")
+    assert [why for _, _, why in store.entries(tmp_path / "cache")] == [None] * 8
+    shutil.rmtree(other)
+    why = [why for _, _, why in store.entries(tmp_path / "cache")]
+    assert why.count(None) == 4 and why.count(f"its images {other} is not there") == 4
+    assert store.prune(tmp_path / "cache") == []  # it may be a disk that comes back
+
+
+def test_shots_of_each_class_are_kept(folder, tmp_path):
+    root = flat(folder, tmp_path / "birds")
+    eight, four = (splits(task_of(root, shots=n, val=0.0)) for n in (8, 4))
+    train = lambda found: {p for p, (_, split) in found.items() if split == "train"}
+    assert (len(train(eight)), len(train(four))) == (40, 20) and train(four) < train(eight)
+    test = lambda found: {p for p, (_, split) in found.items() if split == "test"}
+    assert test(eight) == test(four) and len(test(four)) == 50
+
+
+def test_imbalance_missing_classes_and_duplicates_are_said(folder, tmp_path):
+    root = tmp_path / "birds"
+    shutil.copytree(folder, root)
+    for path in sorted((root / "train/class 3").iterdir())[4:]:
+        path.unlink()
+    shutil.rmtree(root / "train/class 4")
+    shutil.copy(root / "train/class 0/000.png", root / "test/class 0/copy.png")
+    text = "\n".join(task_of(root).notes)
+    assert "154 images to train on, 0 to 50 of each of 5 classes; 51 to test on" in text
+    assert "classes are unequal; the rarest: class 4 (0), class 3 (4), class 0 (50)" in text
+    assert "no training image has the class class 4: it cannot be learnt" in text
+    assert "warning: 1 of 51 test images are in the training set, too: test/class 0/copy.png" in text
+
+
+def test_other_files_are_passed_over_with_a_note(folder, tmp_path):
+    root = flat(folder, tmp_path / "birds")
+    (root / "class 0/._000.png").write_bytes(b"x")
+    (root / "class 0/Thumbs.db").write_bytes(b"x")
+    (root / "README").write_text("x")
+    shutil.move(root / "class 1/000.png", root / "loose.png")
+    os.rename(root / "class 1/001.png", root / "class 1/001.PNG")  # upper case
+    task = task_of(root)
+    assert sum(task.sizes.values()) // 2 + task.num_test == 249
+    (note,) = [n for n in task.notes if "passed over" in n]
+    assert note.endswith("1 .db, 1 hidden, 1 in no class folder, 1 without an ending")
+
+
+def test_names_of_classes_are_read_as_they_are(folder, tmp_path):
+    names = ['a, b "c"', "Äpfel", "naïve café", "日本", "x y"]
+    root = flat(folder, tmp_path / "birds")
+    for old, new in zip(CLASSES, names):
+        (root / old).rename(root / new)
+    task = task_of(root)
+    assert sorted(task.names) == sorted(names)
+    table = write_list(root, root / "own.csv", [("path", "label"), *((p, k) for p, k, _ in rows(root))])
+    assert splits(task_of(table)) == splits(task)  # through CSV with its quotes
+    os.rename(root / "Äpfel", root / "A\u0308pfel")  # as macOS writes it
+    assert task_of(root).names == task.names
+
+
+def test_absolute_and_linked_paths_of_a_list(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    lines = [f"{folder}/{p} {k[-1]}" for p, k, _ in rows(folder)[:150]]
+    lines += [f"link/{p} {k[-1]}" for p, k, _ in rows(folder)[150:]]
+    (tmp_path / "birds.txt").write_text("\n".join(lines))
+    task = task_of(tmp_path / "birds.txt")
+    assert task.names == ("0", "1", "2", "3", "4") and task.num_test == 60
+    assert arrays(task, tmp_path / "cache")["test"][0].shape == (60, 32, 32, 3)
+
+
+# Wrong inputs ---------------------------------------------------------------------------------
+
+
+def lines(*text):
+    """Writes a list beside two pictures of each of two classes."""
+    return lambda root: (root / "own.csv").write_text("\n".join(text)) and root / "own.csv"
+
+
+def bare(*text):
+    return lambda root: (root / "own.txt").write_text("\n".join(text)) and root / "own.txt"
+
+
+def spoil(name, data):
+    def make(root):
+        (root / name).write_bytes(data)
+        return root
+
+    return make
+
+
+def only(name):
+    def make(root):
+        for path in root.iterdir():
+            if path.name != name:
+                shutil.rmtree(path)
+        return root
+
+    return make
+
+
+def raw(data):
+    return lambda root: (root / "own.csv").write_bytes(data) and root / "own.csv"
+
+
+HEAD, A, B = "path,label", "a/0.png,a", "b/0.png,b"
+WRONG = {
+    "no such folder": (lambda root: root / "none", "there is no folder or list of images .*/none"),
+    "empty folder": (lambda root: (root / "x").mkdir() or root / "x", "there is no image in .*/x: put"),
+    "one class": (only("a"), "all images of .* have the class 'a': add another class"),
+    "no image": (spoil("a/2.png", b"text"), r"1 of 8 files .* cannot be used: a/2.png \(no image\)"),
+    "empty file": (spoil("a/2.png", b""), r"a/2.png \(no image\)"),
+    "two of them": (
+        lambda root: spoil("b/7.png", b"x")(root) and spoil("b/8.png", b"x")(root),
+        r"2 of 10 files .*b/7.png \(no image\), b/8.png \(no image\): remove or replace them",
+    ),
+    "a missing file": (lines(HEAD, A, "a/9.png,a", B), r"a/9.png \(not there\)"),
+    "a folder as image": (lines(HEAD, A, "a,a", B), r"cannot be used: a \(Is a directory\)"),
+    "no header": (lines(A, B), r"has the header 'a/0.png,a': name its columns path,label\[,split\]"),
+    "other header": (lines("file,class", A, B), "has the header 'file,class'"),
+    "too many columns": (lines(HEAD, "a/0.png,a,b", B), ":2: 3 columns instead of 2: quote what has"),
+    "too few columns": (lines("path,label,split", A, B), ":2: 2 columns instead of 3"),
+    "unknown split": (lines("path,label,split", f"{A},trian", B + ",test"), "split 'trian' is none of"),
+    "empty label": (lines(HEAD, "a/0.png,", B), ":2: a path or label is empty"),
+    "empty path": (lines(HEAD, ",a", B), ":2: a path or label is empty"),
+    "two labels": (lines(HEAD, A, "a/0.png,b", B), "a/0.png has the labels 'a' and 'b': keep one"),
+    "empty list": (lines(HEAD), "there is no image in .*own.csv"),
+    "nothing": (raw(b"\n"), "has the header ''|there is no image"),
+    "no UTF-8": (raw(b"path,label\n\xff\xfe,a\n"), "is no UTF-8 text .*: save it as that"),
+    "bare word": (bare("a/0.png a", "b/0.png"), ":2: 'b/0.png' is no path and label"),
+    "one class of a list": (bare("a/0.png a", "a/1.png a"), "have the class 'a': add another"),
+    "train alone": (
+        lines("path,label,split", f"{A},test", f"{B},test"),
+        "has no image to train on: add some",
+    ),
+    "binary": (raw(b"\x00\x01\x02\n\x03"), "has the header"),
+    "tfds not there": (lambda root: "tfds:none", "there is no prepared tfds dataset .*/none"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_sentence(case, tmp_path):
+    make, message = WRONG[case]
+    root = tmp_path / "own"
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng([ord(name), i]).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    location = make(root)
+    with pytest.raises(UserError, match=message) as e:
+        own.task("own", str(location), own.Options(), tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("arg", "changes", "message"),
+    [
+        ("", {}, "name your images"),
+        ("method=rlrr", {}, "name your images"),
+        ("{folder}", {"val": -0.1}, "config.own.val=-0.1 must be a fraction from 0 to 0.9"),
+        ("{folder}", {"test": 1.0}, "config.own.test=1.0 must be a fraction"),
+        ("{folder}", {"test": 0.0, "val": 0.0}, None),  # its test split is given
+        ("{folder}", {"shots": 0}, "config.own.shots=0 must be greater than 0"),
+        ("{folder}", {"seed": -1}, "config.own.seed=-1 must be a whole number"),
+        ("{folder},method=rlr", {}, "unknown method 'rlr': did you mean 'rlrr'"),
+    ],
+)
+def test_wrong_configurations(arg, changes, message, folder):
+    make = lambda: own_config.get_config(arg.format(folder=folder))
+    if message is None:
+        config = make()
+        config.own.update(changes)
+        (run,) = config_lib.resolve(config)
+        assert config_lib.splits(run) == ("train+val", "test")
+        return
+    with pytest.raises(UserError, match=message):
+        config = make()
+        config.own.update(changes)
+        config_lib.resolve(config)
+
+
+def test_names_and_folders():
+    assert own.name("/data/birds/") == "birds" and own.name("x/birds.csv") == "birds"
+    assert own.name("tfds:food101") == "food101" and own.name("/data/cifar") == "own_cifar"
+    assert re.fullmatch(r"[\w.-]+", own.name("/data/my birds, 2"))
+
+
+def test_other_images_in_the_same_workdir_are_refused(folder, tmp_path):
+    root = flat(folder, tmp_path / "birds")
+    config = own_config.get_config(f"{root},method=linear")
+    config.model.variant, config.image_size, config.epochs, config.num_devices = "bundled", 32, 1, 1
+    config.data.cache_dir = str(tmp_path / "cache")
+    suite.run(config, tmp_path / "w")
+    before = files.read_json(tmp_path / "w/birds/linear/seed0/result.json")
+    assert before["dataset"].startswith("birds, 250 images ")
+    (root / "class 0/000.png").unlink()
+    config_lib._own_task.cache_clear()
+    message = r"holds a run with dataset=birds, 250 images .*\(now birds, 249"
+    with pytest.raises(UserError, match=message):
+        suite.run(config, tmp_path / "w")
