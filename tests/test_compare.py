@@ -2,8 +2,6 @@
 
 import pathlib
 import re
-import sys
-import types
 
 import numpy as np
 import pictures
@@ -12,9 +10,8 @@ from rows import row as make
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, methods, report, suite
-from rlrr_jax.configs import ablations, compare, transfer, vtab
+from rlrr_jax.configs import ablations, compare, transfer
 from rlrr_jax.data import sources, store, tasks
-from rlrr_jax.errors import UserError
 from rlrr_jax.results import tables
 from rlrr_jax.runs.forecast import cost
 from rlrr_jax.runs.workdir import method_folder
@@ -184,24 +181,3 @@ def test_crops_reach_the_step(tmp_path, monkeypatch):
     images, _ = store.load_split("digits", "test", pixels, found=found)
     ((original, _),) = sources.open_split("digits", "test", found).read(0, 1)
     np.testing.assert_array_equal(images[0], store.decode(original, pixels))
-
-
-# README ---------------------------------------------------------------------------------------
-
-
-def test_the_readmes_method_runs_as_written(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text().partition("## Adding a method")[2]
-    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
-    assert len(code.splitlines()) < 30
-    module = types.ModuleType("rlrr_jax.methods.gain")
-    exec(compile(code, "gain.py", "exec"), module.__dict__)
-    monkeypatch.setitem(sys.modules, "rlrr_jax.methods.gain", module)
-    monkeypatch.setitem(methods.METHODS, "gain", module)
-    config = changed(vtab.get_config("digits,method=linear+gain,targets=query+value"), epochs=2)
-    linear, gain = run(config, tmp_path)
-    assert gain["trainable_params"] == 2 * 6 and gain["method_kwargs"] == {"targets": "query+value"}
-    assert gain["test_acc_final"] > 0.8
-    assert '"gain": gain' in text and "method=linear+gain" in text
-    with pytest.raises(UserError, match="did you mean 'targets'"):
-        config_lib.resolve(vtab.get_config("digits,method=gain,target=query"))
-    assert linear["trainable_params"] == 0 and linear["test_acc_final"] > 0.8

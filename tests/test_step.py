@@ -186,14 +186,13 @@ def test_noise_matters(trainable):
 @in_float64
 def test_twenty_steps_of_adamw_on_many_devices():
     losses, trained = {}, {}
-    for devices in (1, 2, 4):
+    for devices in (1, 4):
         run, losses[devices] = Run(devices), []
         for epoch in range(5):
             run(epoch, 0, 4)
             losses[devices].extend(np.asarray(run.metrics["loss"][0]))
         trained[devices] = flatten_dict(jax.device_get(run.state["trainable"]), sep="/")
     assert len(losses[1]) == 20 and np.mean(losses[1][-4:]) < np.mean(losses[1][:4])
-    np.testing.assert_allclose(losses[2], losses[1], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses[4], losses[1], rtol=0, atol=1e-5)
     for name, value in trained[1].items():
         if not name.endswith("key/shift"):  # rounding noise, which Adam turns into steps of lr

@@ -286,7 +286,8 @@ def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplo
         dispatches.clear()
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING"):
-            run(config(epochs=2, protocol="official", **changes), tmp_path / str(number))
+            settings = config("digits,method=linear", epochs=2, protocol="official", **changes)
+            run(settings, tmp_path / str(number))
         assert dispatches == [(0, 0, 1), (0, 1, 32), (1, 0, 32)]
         compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
         for program in ("train_steps", "eval_step"):
@@ -341,6 +342,7 @@ def test_impossible_trials(changes, message):
         resolve(**changes)
 
 
+@pytest.mark.slow
 def test_trials_are_evaluated_in_turn_where_merged_trees_do_not_fit(group, tmp_path, monkeypatch):
     """18 merged trees of an L/16 take 20 GiB: fewer at once give the same answers."""
     _, rows = group

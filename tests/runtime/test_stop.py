@@ -123,7 +123,8 @@ def test_a_stop_is_raised_at_once_but_not_where_one_trains():
     assert not issubclass(Stopped, Exception)  # nothing that expects errors catches it
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 10])
 def test_kills(number, tmp_path):
     """100 of them: python tests/kill_runs.py."""
     assert kill_runs.kill_runs(number, tmp_path, random.Random(number)) >= 1
