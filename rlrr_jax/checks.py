@@ -19,6 +19,7 @@ CHOICES = {
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
     "loss": losses.LOSSES,
+    "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
     "data.source": sources.KINDS,
     "data.variant": store.VARIANTS,

@@ -1,9 +1,10 @@
 """A tuned model in the form others use: `python -m rlrr_jax.export RUN --to timm model.safetensors`.
 
 Formats: `big_vision` (.npz, numbered blocks), `vit_jax` (.npz, the layout of 2020), `timm`
-(.safetensors, its state dict), `adapter` (.safetensors, the trained values alone). All but the adapter
-are the merged ViT in float32, a plain one; every file is read back and its logits compared before the
-command says that it is done.
+(.safetensors, its state dict), `transformers` (a folder for its ViTForImageClassification), `adapter`
+(.safetensors, the trained values alone), `hub` (a folder with that and a model card for the Hugging
+Face Hub; `--push user/name` uploads it). The first four are the merged ViT in float32, a plain one;
+every file is read back and its logits compared before the command reports that it is done.
 """
 
 import io
@@ -18,8 +19,8 @@ import numpy as np
 import safetensors.numpy
 
 from rlrr_jax import adapters, config, files, models
-from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
-from rlrr_jax.results import tables
+from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
+from rlrr_jax.results import model_card, tables
 from rlrr_jax.weights import reader, vit_layouts
 
 FORMATS = {
@@ -27,7 +28,10 @@ FORMATS = {
     "vit_jax": (".npz", vit_layouts.to_vit_jax),
     "timm": (".safetensors", vit_layouts.to_timm),
     "adapter": (".safetensors", None),
+    "transformers": ("", vit_layouts.to_transformers),
+    "hub": ("", None),
 }
+HUB_FILE = "adapter.safetensors"  # in a folder for the Hub
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
 
 
@@ -58,7 +62,7 @@ def export(
     Args:
       adapter: an `adapters.Adapter`.
       to: name of a format, see `FORMATS`.
-      out: path of the file; its ending must be the format's.
+      out: path of the file, whose ending must be the format's; of "transformers" and "hub" a folder.
       weights, cache_dir: see `adapters.backbone`.
 
     Returns:
@@ -68,6 +72,16 @@ def export(
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
+    if to == "hub":
+        folder = files.local(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / "README.md", model_card.text(adapter.card))
+        return export(adapter, "adapter", folder / HUB_FILE, weights, cache_dir)
+    if to == "transformers":
+        out = files.local(out) / "model.safetensors"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for name, values in transformers_files(adapter).items():
+            files.write_json(out.parent / name, values)
     ending, layout = FORMATS[to]
     if not str(out).endswith(ending) or files.local(out).name == ending:
         raise UserError(f"{to} files end in {ending}: {out} does not")
@@ -105,6 +119,65 @@ def _same_logits(tuned, again, out):
             f"kept; please report this"
         )
     return difference
+
+
+def transformers_files(adapter: Any) -> dict[str, dict]:
+    """The JSON files that transformers wants beside a ViT's weights, by name."""
+    model, card = adapters.model(adapter), adapter.card
+    names, size = card["classes"], card["image_size"]
+    config = {
+        "model_type": "vit",
+        "architectures": ["ViTForImageClassification"],
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.mlp_dim,
+        "hidden_act": "gelu" if model.gelu == "exact" else "gelu_pytorch_tanh",
+        "layer_norm_eps": model.norm_eps,
+        "image_size": size,
+        "patch_size": model.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    pixels = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,  # Pillow's number for bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    return {"config.json": config, "preprocessor_config.json": pixels}
+
+
+def push(folder: Any, repository: str, card: dict) -> str:
+    """Uploads a folder made by `export` to the Hugging Face Hub; returns its address.
+
+    Its own library does it, with its environment variables (HF_TOKEN, HF_ENDPOINT).
+
+    Raises UserError if that is not installed, or if the upload fails.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise UserError("--push needs huggingface_hub: pip install huggingface_hub") from e
+    files.write(files.local(folder) / "README.md", model_card.text(card, f"hf:{repository}"))
+    try:
+        api = huggingface_hub.HfApi()
+        url = api.create_repo(repository, exist_ok=True)
+        names = ["README.md", HUB_FILE]
+        api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=names)
+    except Exception as e:  # of the network, the name, the token
+        raise UserError(
+            f"cannot upload to hf:{repository} ({first_line(e)}): check the name, the network and "
+            f"HF_TOKEN; the folder {folder} is complete"
+        ) from e
+    return str(url)
 
 
 def card(adapter: Any) -> dict:
@@ -163,8 +236,12 @@ def advice(to: str, adapter: Any, out: Any) -> str:
             f"num_heads={sizes['num_heads']}, mlp_ratio={ratio:g}{act}); "
             f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
         )
-    if to == "adapter":
-        return f"python -m rlrr_jax.predict --adapter {out} IMAGES..."
+    if to in ("adapter", "hub"):
+        local = to == "hub" and not str(out).startswith("hf:")
+        file = files.local(out) / HUB_FILE if local else out
+        return f"python -m rlrr_jax.predict --adapter {file} IMAGES..."
+    if to == "transformers":
+        return f'transformers: AutoModelForImageClassification.from_pretrained("{out}")'
     pool = ', pool_type="tok"' if to == "big_vision" else ""
     sizes = ", ".join(f"{name}={value}" for name, value in sizes.items())
     text = f"{to}, with pixels in [-1, 1]: ViT of num_classes={classes}, {sizes}{pool}"
@@ -178,10 +255,13 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("run", help="workdir with one run, a run's folder, or an adapter.safetensors")
     parser.add_argument("--to", required=True, help=", ".join(FORMATS))
-    parser.add_argument("out", metavar="OUT", help="file to write")
+    parser.add_argument("out", metavar="OUT", help="file to write; of hub and transformers a folder")
+    parser.add_argument("--push", metavar="NAME", help="user/name on the Hub, for --to hub: uploads it")
     parser.add_argument("--weights", help="the backbone, if it is not where it was")
     parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
     args = parser.parse_args()
+    if args.push and args.to != "hub":
+        raise UserError(f"--push uploads what --to hub writes, not {args.to}: add --to hub")
     path = find_adapter(args.run)
     adapter = adapters.read(path)
     difference = export(adapter, args.to, args.out, args.weights, args.cache_dir)
@@ -189,10 +269,17 @@ def main() -> None:
     print(
         f"{args.out}: {adapter.card['method']} on {adapter.card['task']}"
         + f" (test accuracy {acc})" * bool(acc)
-        + f", {files.local(args.out).stat().st_size / 1e6:.1f} MB; read back, its logits "
+        + f", {_size(files.local(args.out)) / 1e6:.1f} MB; read back, its logits "
         f"differ by at most {difference:.1g}"
     )
-    print(advice(args.to, adapter, args.out))
+    if args.push:
+        print(f"uploaded to {push(files.local(args.out), args.push, adapter.card)}")
+    print(advice(args.to, adapter, f"hf:{args.push}" if args.push else args.out))
+
+
+def _size(path):
+    """Bytes of a file, or of those in a folder."""
+    return sum(p.stat().st_size for p in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 if __name__ == "__main__":

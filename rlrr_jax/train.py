@@ -15,7 +15,7 @@ from tqdm import tqdm
 from rlrr_jax import evaluate
 from rlrr_jax.errors import UserError
 from rlrr_jax.job import Job
-from rlrr_jax.results import rows
+from rlrr_jax.results import logs, rows
 from rlrr_jax.results.outputs import (
     Outputs,
     print_resumed,
@@ -84,12 +84,14 @@ def train(
         with (
             progress_bar(job, progress, outputs.title) as bar,
             stop.training(),
+            logs.open_logs(job.runs[0].log, job, outputs, progress.epoch) as log,
             job.images(progress.epoch) as epochs,
         ):
             for epoch, data in epochs:
                 train_epoch(job, train_steps, data, progress, saver, bar)
                 held_out = evaluate_epoch(job, progress, saver)
                 finish_epoch(job, outputs, progress, held_out)
+                log([history[-1] for history in progress.histories])
                 saver.save_if_due(last=epoch + 1 == job.epochs)
                 on_epoch(clock, epoch + 1)
     write_results(job, outputs, progress)

@@ -179,7 +179,10 @@ MAIN = [t for t in COMMANDS if rule(t) == "main"]
 
 @pytest.mark.parametrize(
     "text",
-    [pytest.param(t, marks=pytest.mark.slow) if ":all" in t or "+full" in t else t for t in MAIN],
+    [
+        pytest.param(t, marks=pytest.mark.slow) if re.search(":all|[+]full|dinov2", t) else t
+        for t in MAIN
+    ],
 )
 def test_runs_of_the_pages(text, data, dinov2, tmp_path):
     trained(text, tmp_path, data, dinov2)

@@ -6,12 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from flags import xla_flags
 from squeeze import squeeze
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_walk_through_runs(tmp_path):
     """All its code in one process, as a notebook would; only what installs is left out."""
     cells = json.loads((ROOT / "examples/walkthrough.ipynb").read_text())["cells"]

@@ -1,22 +1,33 @@
 """Exports, read back by others: the same logits; fine-tune, export, predict: the same answers."""
 
+import base64
+import hashlib
+import http.server
 import json
+import os
+import pathlib
 import re
 import shutil
+import subprocess
 import sys
+import threading
 
 import jax
 import named_vits
 import numpy as np
 import pytest
 import safetensors.numpy
+from flags import xla_flags
+from PIL import Image
 
 from rlrr_jax import adapters, export
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
 from rlrr_jax.weights import preprocessing, reader
 
+ROOT = pathlib.Path(__file__).parents[1]
 OUT = {"big_vision": "x.npz", "vit_jax": "x.npz", "timm": "x.safetensors", "adapter": "x.safetensors"}
+OUT |= {"transformers": "x", "hub": "y"}
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +128,139 @@ def test_what_to_export_is_found_or_asked_for(tuned_runs, run, tmp_path, monkeyp
         command(monkeypatch, run, "--to", "tim", tmp_path / "x")
     with pytest.raises(UserError, match="timm files end in .safetensors: .*x.pth does not"):
         command(monkeypatch, run, "--to", "timm", tmp_path / "x.pth")
+
+
+def test_transformers_computes_the_same_logits(run, tuned, images, tmp_path):
+    """The folder as AutoModelForImageClassification reads it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    export.export(adapters.read(run / "adapter.safetensors"), "transformers", tmp_path / "x")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "x").eval()
+    assert model.config.id2label[3] == "3"
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits.numpy()
+    ours = tuned.model.apply({"params": tuned.params}, images)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_a_folder_for_transformers_is_read_here(run, tuned, tmp_path):
+    """As `--config.pretrained.name` of another run: heads, GELU and pixels come from its JSON."""
+    export.export(adapters.read(run / "adapter.safetensors"), "transformers", tmp_path / "x")
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {
+        *("config.json", "preprocessor_config.json", "model.safetensors")
+    }
+    card = preprocessing.read(tmp_path / "x/model.safetensors")
+    assert (card.gelu, card.num_heads, card.mean) == ("tanh", 3, (0.5, 0.5, 0.5))
+    tree = reader.load(tmp_path / "x", model=tuned.model, image_size=32, head=True)
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    jax.tree.map(same, tree, jax.device_get(tuned.params))
+
+
+# The Hub --------------------------------------------------------------------------------------
+
+
+def test_a_folder_for_the_hub_has_a_card_with_a_yaml_head(run, tmp_path, monkeypatch, capsys):
+    yaml = pytest.importorskip("yaml")
+    command(monkeypatch, run, "--to", "hub", tmp_path / "share")
+    assert "read back, its logits differ by at most" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "share").iterdir()} == {"adapter.safetensors", "README.md"}
+    _, head, text = (tmp_path / "share/README.md").read_text().split("---\n", 2)
+    head, card = yaml.safe_load(head), adapters.read(run / "adapter.safetensors").card
+    assert head["library_name"] == "rlrr_jax" and head["pipeline_tag"] == "image-classification"
+    assert "rlrr" in head["tags"] and head["datasets"] == ["digits"]
+    (result,) = head["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == round(card["accuracy"]["test_acc"], 4)
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in text and card["backbone_sha256"] in text
+    again = adapters.load(tmp_path / "share/adapter.safetensors")
+    assert again.card == card
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface.co answers to an upload and a download of small files."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append(self.path)
+        if self.path == "/api/repos/create":
+            self.answer({"url": f"{self.server.url}/me/birds", "id": "me/birds"})
+        elif "/preupload/" in self.path:
+            wanted = [f["path"] for f in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer({"files": [{"path": path, **mode} for path in wanted]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+            url = f"{self.server.url}/me/birds/commit/{'c' * 40}"
+            self.answer({"success": True, "commitOid": "c" * 40, "commitUrl": url})
+        else:
+            self.answer({"errors": [], "warnings": []})  # of the YAML head
+
+    def do_HEAD(self):
+        self.file(False)
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.file(True)
+
+    def file(self, body):
+        data = self.server.files.get(self.path.rsplit("/", 1)[-1])
+        if data is None or "/resolve/" not in self.path:
+            return self.answer({"error": "not found"}, 404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def answer(self, value, code=200):
+        data = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as s:
+        s.files, s.asked, s.url = {}, [], f"http://127.0.0.1:{s.server_port}"
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield s
+        s.shutdown()
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(run, hub, tmp_path):
+    """Processes with the real huggingface_hub: one uploads, another predicts with what it gets."""
+    pytest.importorskip("huggingface_hub")
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "HF_ENDPOINT": hub.url, "HF_TOKEN": "x"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    python = lambda *args: subprocess.run(
+        [sys.executable, "-m", *map(str, args)],
+        **dict(cwd=ROOT, env=environment, capture_output=True, text=True),
+    )
+    out = tmp_path / "share"
+    done = python("rlrr_jax.export", run, "--to", "hub", out, "--push", "me/birds")
+    assert done.returncode == 0, done.stderr
+    assert f"uploaded to {hub.url}/me/birds" in done.stdout
+    assert hub.files["adapter.safetensors"] == (run / "adapter.safetensors").read_bytes()
+    assert b"--adapter hf:me/birds" in hub.files["README.md"]
+    image, _ = store.load_split("digits", "test", 32)
+    Image.fromarray(image[0]).resize((32, 32)).save(tmp_path / "x.png")
+    done = python("rlrr_jax.predict", "--adapter", "hf:me/birds", tmp_path / "x.png")
+    assert done.returncode == 0 and "x.png" in done.stdout, done.stderr
+    local = python("rlrr_jax.predict", "--adapter", run / "adapter.safetensors", tmp_path / "x.png")
+    assert local.stdout == done.stdout
+    hub.files.clear()
+    done = python("rlrr_jax.predict", "--adapter", "hf:me/other", tmp_path / "x.png")
+    assert (
+        done.returncode == 1 and "error: cannot get adapter.safetensors of hf:me/other" in done.stderr
+    )
+    done = python("rlrr_jax.export", run, "--to", "timm", tmp_path / "x.safetensors", "--push", "me/x")
+    assert done.returncode == 1 and "--push uploads what --to hub writes" in done.stderr

@@ -106,6 +106,7 @@ def test_a_suite_ends_with_its_table(whole):
     pictures.look(folder / "run/summary.png", colours=4)
 
 
+@pytest.mark.slow
 def test_a_killed_suite_resumes_without_repeating_and_reports_the_same(whole, data_dir, tmp_path):
     folder, _ = whole
     command = arguments(data_dir, tmp_path / "run", folder / "cache")

@@ -52,6 +52,7 @@ KEYS = {
         "trial",
         "trained_together",
         "num_test",
+        "num_val",
         "wall_seconds",
         "images_per_second",
         "device",

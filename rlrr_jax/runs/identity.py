@@ -16,6 +16,7 @@ from rlrr_jax.weights import names, preprocessing
 PLACES = (
     "num_devices",
     "checkpoint_seconds",
+    "log",
     "eval_batch_size",
     "model.unroll",
     "model.remat",

@@ -54,6 +54,22 @@ def cached(url: str, folder: Any = None) -> tuple:
     return path, found
 
 
+def hub_file(name: str, file: str, folder: Any = None) -> pathlib.Path:
+    """Local path of one file of a repository on Hugging Face; UserError if it cannot be had."""
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
+    try:
+        cache = folder and files.local(folder) / "hub"
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, file, cache_dir=cache))
+    except Exception as e:  # of the network, the name, the disk
+        raise UserError(
+            f"cannot get {file} of hf:{name} ({first_line(e)}): check the name and the network, or "
+            f"download it by hand and give its path"
+        ) from e
+
+
 def from_hub(name: str, folder: Any = None) -> pathlib.Path:
     """Local path of a model's `model.safetensors` (or the index of its shards) on Hugging Face.
 

@@ -307,6 +307,33 @@ def _to_timm_layer(flat, ours, theirs):
     return {f"{theirs}.weight": kernel.transpose(axes), f"{theirs}.bias": bias}
 
 
+def to_transformers(params: Any) -> dict:
+    """A tree as the state dict of transformers' `ViTForImageClassification`."""
+    stems = {"patch_embed.proj": f"vit.{_HF_STEM}", "norm": "vit.layernorm", "head": "classifier"}
+    block_stems = {
+        "norm1": "layernorm_before",
+        "attn.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    out = {}
+    for key, value in to_timm(params).items():
+        stem, _, part = key.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
+        if key in ("cls_token", "pos_embed"):
+            (name,) = (ours for ours, theirs in _HF_LEAF.items() if theirs == key)
+            out[f"vit.{name}"] = value
+        elif block is None:
+            out[f"{stems[stem]}.{part}"] = value
+        elif block[2] == "attn.qkv":
+            for name, rows in zip(_QKV, np.split(value, 3)):
+                out[f"vit.encoder.layer.{block[1]}.attention.attention.{name}.{part}"] = rows
+        else:
+            out[f"vit.encoder.layer.{block[1]}.{block_stems[block[2]]}.{part}"] = value
+    return {key: np.ascontiguousarray(value) for key, value in out.items()}
+
+
 def _with_class_row(position):
     """A position embedding [1, 1 + h*w, D] whose first row, the class token's, is zero."""
     position = np.asarray(position)

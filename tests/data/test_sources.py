@@ -137,6 +137,7 @@ def test_bundled_tasks_are_what_they_say():
         np.testing.assert_array_equal(whole[0][800:], store.load_split(name, "val200", 32)[0])
 
 
+@pytest.mark.slow
 def test_a_cifar_run_from_the_command(data_dir, tmp_path):
     """The command of the README for a tfds task, with the bundled weights in place of a download."""
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:cifar"]

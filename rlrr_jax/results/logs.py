@@ -1,0 +1,88 @@
+"""Curves for TensorBoard or Weights & Biases, under the names that `metrics.jsonl` has."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlrr_jax.errors import UserError
+from rlrr_jax.results.outputs import Outputs
+from rlrr_jax.runtime import distributed
+
+Write = Callable[[list[dict]], None]
+
+
+@contextlib.contextmanager
+def open_logs(kind: str | None, job: Any, outputs: Outputs, epoch: int) -> Iterator[Write]:
+    """A function that takes the row of an epoch of each trial.
+
+    Args:
+      kind: "tensorboard" (event files in `<run>/tensorboard`), "wandb" (a run for each trial, which
+        goes on when the trial does; `WANDB_PROJECT` and `WANDB_MODE` hold), or None.
+      job: the `job.Job`.
+      outputs: where the files of the trials are.
+      epoch: the first epoch that is logged; later ones of an interrupted start are replaced.
+
+    Raises UserError if the package that it needs is not installed.
+    """
+    if kind is None or not distributed.is_process_zero():
+        yield lambda rows: None
+        return
+    writers = _OPEN[kind](job, outputs, epoch)
+
+    def log(rows: list[dict]) -> None:
+        for (write, _), row in zip(writers, rows):
+            write(row)
+
+    try:
+        yield log
+    finally:
+        for _, close in writers:
+            close()
+
+
+def _tensorboard(job, outputs, epoch):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as e:
+        raise UserError("config.log=tensorboard needs tensorboardX: pip install tensorboardX") from e
+
+    def one(folder):
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
+
+        def write(row):
+            for name, value in _numbers(row).items():
+                writer.add_scalar(name, value, row["epoch"])
+            writer.flush()
+
+        return write, writer.close
+
+    return [one(folder) for folder in outputs.folders]
+
+
+def _wandb(job, outputs, epoch):
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError("config.log=wandb needs wandb: pip install wandb") from e
+    from rlrr_jax.runs import identity
+
+    def one(run, folder, label):
+        plain = {**run.to_dict(), **outputs.provenance}
+        started = wandb.init(
+            id=identity.fingerprint([run], outputs.provenance),
+            name=label,
+            config=plain,
+            dir=str(folder),
+            resume="allow",
+            reinit="create_new",
+        )
+        return lambda row: started.log(_numbers(row), step=row["epoch"]), started.finish
+
+    return [one(*each) for each in zip(job.runs, outputs.folders, outputs.labels)]
+
+
+def _numbers(row):
+    return {name: x for name, x in row.items() if name != "epoch" and x is not None}
+
+
+_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb}
