@@ -72,42 +72,42 @@ def export(
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
-    if to == "hub":
-        folder = files.local(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write(folder / "README.md", model_card.text(adapter.card))
-        return export(adapter, "adapter", folder / HUB_FILE, weights, cache_dir)
-    if to == "transformers":
-        out = files.local(out) / "model.safetensors"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for name, values in transformers_files(adapter).items():
-            files.write_json(out.parent / name, values)
     ending, layout = FORMATS[to]
-    if not str(out).endswith(ending) or files.local(out).name == ending:
+    if to in ("hub", "transformers"):
+        out = _export_folder(adapter, to, files.local(out))
+    elif not str(out).endswith(ending) or files.local(out).name == ending:
         raise UserError(f"{to} files end in {ending}: {out} does not")
-    out = files.local(out).absolute()  # no public name
+    out = files.local(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     backbone = adapters.backbone(adapter, weights, cache_dir)
     tuned = adapters.load(adapter, backbone)
     special = files.is_special(out)  # whose folder may be /dev
     target = pathlib.Path(files.through(out))  # a link stays
-    beside = pathlib.Path(tempfile.gettempdir(), out.name) if special else target
-    part = pathlib.Path(files.temporary(beside))
+    beside = tempfile.gettempdir() if special else target.parent
+    part = pathlib.Path(files.temporary(pathlib.Path(beside, out.name)))
     try:
-        if to == "adapter":
+        if layout is None:
             adapters.write(part, adapter)
             again = adapters.load(part, backbone)
         else:
             write(part, layout(tuned.params), card(adapter))
             again = tuned._replace(params=read(part, tuned))
         difference = _same_logits(tuned, again, out)
-        if special:
-            files.write(out, part.read_bytes())
-        else:
-            part.replace(target)
+        files.write(out, part.read_bytes()) if special else part.replace(target)
     finally:
         part.unlink(missing_ok=True)
     return difference
+
+
+def _export_folder(adapter, to, folder):
+    """Writes what a format has beside its weights; returns the path of the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if to == "hub":
+        files.write(folder / "README.md", model_card.text(adapter.card))
+        return folder / HUB_FILE
+    for name, values in transformers_files(adapter).items():
+        files.write_json(folder / name, values)
+    return folder / "model.safetensors"
 
 
 def _same_logits(tuned, again, out):

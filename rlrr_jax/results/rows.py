@@ -69,8 +69,6 @@ def result(
       provenance: `backbone_sha256` and `dataset`.
       clock: the `clock.Clock` of its group.
     """
-    tested = [row for row in history if "test_acc" in row]
-    best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
     values = identity.described(run, provenance)
     plain = {key: value for key, value in run.to_dict().items() if not isinstance(value, dict)}
     where = (*identity.PLACES, "recipe")
@@ -92,15 +90,24 @@ def result(
         "attention": run.model.attention,
         "trainable_params": methods.trainable_count(trainable),
         "head_params": methods.head_count(trainable),
+        **_outcome(run, history, len(job.held_out[1])),
+        **_effort(job, clock),
+        "config": values,
+    }
+
+
+def _outcome(run, history, held_out):
+    """Losses and accuracies of a run, and how many images they are of."""
+    tested = [row for row in history if "test_acc" in row]
+    best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
+    return {
         "train_loss": history[-1]["train_loss"],
         "val_acc": history[-1].get("val_acc", run.get("val_acc")),  # "vtab": of the chosen trial
         "test_acc_final": history[-1].get("test_acc"),
         "test_acc_best": best and best["test_acc"],
         "best_epoch": best and best["epoch"],
-        "num_test": len(job.held_out[1]) if tested else None,
-        "num_val": None if tested else len(job.held_out[1]),
-        **_effort(job, clock),
-        "config": values,
+        "num_test": held_out if tested else None,
+        "num_val": None if tested else held_out,
     }
 
 

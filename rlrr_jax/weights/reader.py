@@ -81,8 +81,7 @@ def load(
     path, subtree = names.split_subtree(names.local_path(name_or_path, cache_dir))
     how = _filled(how or How(), model, path, str(name_or_path))
     shapes = models.shapes(model, image_size)
-    limit = 8 * sum(4 * x.size for x in jax.tree.leaves(shapes)) + 2**30
-    flat, outside = _read(path, subtree, model.num_heads, limit)
+    flat, outside = _read(path, subtree, model.num_heads, _limit(shapes))
     shapes = vit_layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     _place_position(flat, (image_size // model.patch_size,) * 2, how, path, note)
     ours = lambda key: head or not key.startswith("head/")
@@ -96,6 +95,11 @@ def load(
         flat = vit_layouts.fold_pixels(flat, how.mean, how.std)
     zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
     return unflatten_dict(vit_layouts.stacked({**zeros, **flat}), sep="/")
+
+
+def _limit(shapes):
+    """Bytes that a file may take unpacked: room for a head and an optimiser's state, no more."""
+    return 8 * sum(4 * x.size for x in jax.tree.leaves(shapes)) + 2**30
 
 
 def _check_arrays(path, flat, wanted):
