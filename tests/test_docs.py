@@ -180,7 +180,7 @@ MAIN = [t for t in COMMANDS if rule(t) == "main"]
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param(t, marks=pytest.mark.slow) if re.search(":all|[+]full|dinov2", t) else t
+        pytest.param(t, marks=pytest.mark.slow) if re.search(":all|[+]full|dinov2|tune", t) else t
         for t in MAIN
     ],
 )
@@ -236,6 +236,7 @@ def test_commands_on_finished_runs(text, tuned_runs, tmp_path):
     assert "digits" in out and list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_as_the_page_starts_them(tmp_path):
     """The block of launch/README.md, at another port and for one epoch."""
     ((_, text),) = [(page, t) for page, t in blocks("bash") if "JAX_NUM_PROCESSES" in t]

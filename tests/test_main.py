@@ -146,6 +146,7 @@ def test_none_of_them_left_a_result(answers):
     assert not list(folder.rglob("result*.json")) and not list(folder.rglob("adapter*"))
 
 
+@pytest.mark.slow
 def test_the_second_start_compiles_nothing(tmp_path):
     """Every program of a second run comes from the cache of the first: it adds none."""
     command = [f"{CONFIG}:digits,method=linear", "--config.epochs=1", "--config.num_devices=1"]

@@ -131,7 +131,7 @@ def gradient_on(devices, trainable, number, flip, drop_path):
     return mapped(frozen_tree(), DATA, hyper(), trainable, number)
 
 
-@pytest.mark.parametrize("number", [0, 3])  # a whole batch of 6 and the last of 4
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 3])  # 6 images, and 4
 @pytest.mark.parametrize("noise", [False, True])
 @in_float64
 def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable):
@@ -183,6 +183,7 @@ def test_noise_matters(trainable):
     assert len(set(losses.values())) == 4
 
 
+@pytest.mark.slow
 @in_float64
 def test_twenty_steps_of_adamw_on_many_devices():
     losses, trained = {}, {}
@@ -418,6 +419,7 @@ def test_the_mesh_has_the_split_of_least_work(trials, devices, groups):
     assert work[groups] == min(work.values())
 
 
+@pytest.mark.slow
 @in_float64
 def test_trials_that_do_not_fill_the_mesh_train_as_if_alone():
     """Three trials on four devices: the last is trained twice, and left out of what is kept."""

@@ -374,6 +374,7 @@ def test_how_many_are_evaluated_at_once(trials, groups, limit, fits):
     assert evaluate.at_once(job, limit) == fits
 
 
+@pytest.mark.slow
 def test_three_trials_on_four_devices_are_resumed_on_one(tmp_path, monkeypatch):
     """Their checkpoint has three, though four were trained: the mesh may differ after a stop."""
     stop = Stop()

@@ -121,6 +121,7 @@ def test_four_processes_begun_by_two(reference, tmp_path):
             near(adapter[name], value, 0.03, name)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_that_still_prepare_ends_both(tmp_path):
     for asked in (0, 1):
         processes = start(tmp_path, number=2)

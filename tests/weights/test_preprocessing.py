@@ -252,6 +252,7 @@ def test_a_default_is_not_computed_where_the_value_was_given(tiny):
         config_lib.resolve(config)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_was_guessed_and_keeps_it(tiny, tmp_path, capsys):
     config = vtab.get_config("digits,method=linear")
     config.model.variant, config.pretrained.name, config.image_size = "Ti/16", str(tiny), 48
