@@ -204,6 +204,11 @@ def _resolve_one(
     run.method_kwargs = ConfigDict(options)
     bundled = task_of(run).group == "bundled"
     _fill(run, "protocol", "fast" if bundled or run.own.path else "official")
+    part = task_of(run).parts[1]
+    if run.protocol in ("vtab", "tune") and not task_of(run).number(part):
+        raise UserError(
+            f"config.protocol={run.protocol} needs images to choose on: raise config.own.val"
+        )
     _fill_recipe(run)
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:

@@ -97,7 +97,7 @@ def read(location: str, options: Options) -> Images:
     elif path.is_file():
         root, examples, notes = path.parent, *_read_list(path)
     else:
-        raise UserError(f"there is no folder or list of images {path}: check config.data.own")
+        raise UserError(f"there is no folder or list of images {path}: check config.own.path")
     if not examples:
         raise UserError(f"there is no image in {path}: put them into {path}/<class>/ or name another")
     classes = tuple(sorted({e.label for e in examples}))
@@ -343,6 +343,10 @@ def task(name: str, location: str, options: Options, data_dir: Any = None) -> Ta
 
 def _tfds_task(name, dataset, options, data_dir):
     """The task of a prepared tfds dataset with an image and a label: its own train and test split."""
+    if options.shots is not None:
+        raise UserError(
+            f"config.own.shots is not for tfds:{dataset}, only for folders and lists: unset it"
+        )
     found = _newest(dataset, data_dir)
     builder, _ = sources.open_tfds(found, "train", ())
     info = builder.info
@@ -356,7 +360,8 @@ def _tfds_task(name, dataset, options, data_dir):
     number = info.splits["train"].num_examples
     kept = number - max(1, round(options.val * number))
     tested = info.splits[test].num_examples
-    note = f"{number} images to train on, {label.num_classes} classes; {tested} to test on ({test})"
+    note = f"{number} images to train on, {label.num_classes} classes; {tested} to test on ({test}); "
+    note += f"the last {number - kept} of train are chosen on"
     parts = {"train": f"train[:{kept}]", "val": f"train[{kept}:]", "train+val": "train", "test": test}
     return Task(
         name=name,
@@ -407,8 +412,10 @@ def listing(images: Images) -> str:
 
 
 def _finder(images: Images) -> Callable:
-    digest = hashlib.sha256(listing(images).encode()).hexdigest()[:8]
-    number = sum(map(len, images.splits.values()))
+    every = [e for part in images.splits.values() for e in part]
+    lengths = [os.stat(images.root / e.path).st_size for e in every]
+    digest = hashlib.sha256(f"{listing(images)}{lengths}".encode()).hexdigest()[:8]
+    number = len(every)
 
     def find(task: Task, data_dir: Any, kind: str | None) -> Found:
         return Found("own", images.root, f"{task.name}, {number} images {digest}")

@@ -323,6 +323,12 @@ def test_wrong_input_is_one_sentence(case, tmp_path):
         ("{folder}", {"val": -0.1}, "config.own.val=-0.1 must be a fraction from 0 to 0.9"),
         ("{folder}", {"test": 1.0}, "config.own.test=1.0 must be a fraction"),
         ("{folder}", {"test": 0.0, "val": 0.0}, None),  # its test split is given
+        (
+            "{folder},method=linear",
+            {"protocol": "tune", "val": 0.0},
+            "needs images to choose on: raise",
+        ),
+        ("tfds:birds", {"shots": 4}, "config.own.shots is not for tfds:birds"),
         ("{folder}", {"shots": 0}, "config.own.shots=0 must be greater than 0"),
         ("{folder}", {"seed": -1}, "config.own.seed=-1 must be a whole number"),
         ("{folder},method=rlr", {}, "unknown method 'rlr': did you mean 'rlrr'"),
@@ -338,7 +344,8 @@ def test_wrong_configurations(arg, changes, message, folder):
         return
     with pytest.raises(UserError, match=message):
         config = make()
-        config.own.update(changes)
+        config.protocol = changes.get("protocol")
+        config.own.update({key: value for key, value in changes.items() if key != "protocol"})
         config_lib.resolve(config)
 
 
