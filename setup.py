@@ -53,9 +53,12 @@ setup(
         ],
         "tensorboard": ["tensorboardX>=2.6,<2.7"],
         "wandb": ["wandb>=0.31,<0.32"],
+        # Images named own.py:hf:...
+        "hf": ["datasets>=5.2,<5.3"],
         # Weights named hf:timm/...
         "hub": ["huggingface_hub>=1,<3"],
         "test": [
+            "datasets>=5.2,<5.3",
             "huggingface_hub>=1,<3",
             "hypothesis>=6.150,<7",
             "mypy>=2.4,<2.5",

@@ -3,6 +3,7 @@
     /data/birds/train/<class>/*, val/, test/      splits as they are
     /data/birds/<class>/*                         a fifth of each class is tested on
     /data/birds.csv                               columns path,label[,split]; or lines "path label"
+    hf:/data/birds                                a dataset of Hugging Face on this disk
     tfds:food101                                  a prepared tfds dataset, its own splits
 
 The rest is as in `vtab.py`. A run is tested once, after the last epoch (protocol "fast"). Photographs
@@ -14,11 +15,11 @@ from rlrr_jax.errors import UserError
 
 
 def get_config(arg=None):
-    """The configuration; `arg` is a folder, list or tfds:NAME, then what `vtab.get_config` takes."""
+    """The configuration; `arg` is where the images are, then what `vtab.get_config` takes."""
     location, _, rest = (arg or "").partition(",")
     if not location or "=" in location:
         raise UserError(
-            "name your images: --config configs/own.py:FOLDER, a list of files or tfds:NAME"
+            "name your images: --config configs/own.py:FOLDER, a list of files, hf:FOLDER or tfds:NAME"
         )
     config = vtab.get_config(rest)
     config.own.path = location

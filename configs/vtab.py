@@ -76,6 +76,8 @@ def get_config(arg=None):
     config.data = ConfigDict()
     config.data.dir = placeholder(str)  # of tfds datasets or vtab-1k/; None is ~/tensorflow_datasets
     config.data.source = placeholder(str)  # "tfds" or "folder"; None: what is there
+    # Of a device's memory for training images, in GB; more are streamed. None: a third of it.
+    config.data.device_gb = placeholder(float)
     config.data.variant = placeholder(str)  # "original", or "jpeg75" as in published tables
     config.data.upright = False  # turns images as their EXIF says; VTAB's numbers are without
     config.data.cache_dir = placeholder(str)  # of decoded images; None is ~/.cache/rlrr_jax

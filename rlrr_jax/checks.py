@@ -33,6 +33,7 @@ CHOICES = {
 POSITIVE = (
     *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "model.unroll"),
     *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
+    "data.device_gb",
 )
 
 

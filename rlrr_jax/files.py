@@ -48,9 +48,18 @@ def cache(folder: Any = None) -> pathlib.Path:
 
 
 def walk(folder: Any) -> Iterator[pathlib.Path]:
-    """All files below a local folder, linked folders followed once each, in order of their paths."""
+    """All files below a local folder, linked folders followed once each, in order of their paths.
+
+    Raises UserError for a folder that must not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): change its permissions"
+        ) from error
+
     seen = set()
-    for root, names, found in os.walk(folder, followlinks=True):
+    for root, names, found in os.walk(folder, onerror=refuse, followlinks=True):
         here = os.stat(root)
         if (here.st_dev, here.st_ino) in seen:  # a link to where we have been
             names.clear()

@@ -2,17 +2,16 @@
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import config as config_lib
+from rlrr_jax import feed as feed_lib
 from rlrr_jax import losses, methods, optim, step
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -28,8 +27,8 @@ class Job(NamedTuple):
       recipe: what is fixed while the step is traced.
       mesh: devices with axes ("trial", "data").
       frozen: the backbone's weights.
-      data: `images` and `labels` of the training set; of images that are cropped, only the shape.
-      crops: the `crops.Crops` that make the images anew in each epoch, or None.
+      data: `images` and `labels` of the training set; where they come in parts, only the shapes.
+      feed: where the training images come from.
       held_out: images and labels of the evaluation, on the host.
       lrs: learning rates of each trial and step.
       hyper: hyper-parameters and keys of the trials [T], see `step.train_steps`.
@@ -42,7 +41,7 @@ class Job(NamedTuple):
     mesh: Mesh
     frozen: Any
     data: dict
-    crops: Any
+    feed: feed_lib.Feed
     held_out: tuple
     lrs: list
     hyper: dict
@@ -85,31 +84,29 @@ class Job(NamedTuple):
         return train_steps
 
     @contextlib.contextmanager
-    def images(self, first: int) -> Iterator[Iterator[tuple[int, dict]]]:
-        """An iterator over the epochs from `first` and the data of each.
+    def parts(self, epoch: int, step: int) -> Iterator[Iterator[tuple[int, int, dict]]]:
+        """What is left to train: an epoch, the step of it to stop before, and the data until there.
 
-        Random crops of an epoch are made while the one before it trains.
+        Args:
+          epoch: the epoch to go on in.
+          step: the step of that epoch to go on from.
         """
-        epochs = range(first, self.epochs)
-        if self.crops is None or not epochs:
-            yield ((epoch, self.data) for epoch in epochs)
+        todo = (
+            (now, *part)
+            for now in range(epoch, self.epochs)
+            for part in self.feed.parts(step if now == epoch else 0, self.steps(now))
+        )
+        if not self.feed.renewed:
+            yield ((now, stop, self.data) for now, _, stop in todo)
             return
-        cancelled = threading.Event()  # of this training: others use the same crops
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                yield self._cropped(epochs, pool, cancelled)
-            finally:
-                cancelled.set()
 
-    def _cropped(
-        self, epochs: range, pool: ThreadPoolExecutor, cancelled: threading.Event
-    ) -> Iterator[tuple[int, dict]]:
-        crops = pool.submit(self.crops.epoch, epochs.start, cancelled)
-        for epoch in epochs:
-            images = crops.result()
-            if epoch + 1 < epochs.stop:
-                crops = pool.submit(self.crops.epoch, epoch + 1, cancelled)
-            yield epoch, {**self.data, "images": mesh_lib.put(self.mesh, P(), images)}
+        def load(part: tuple[int, int, int], cancelled: Any) -> tuple[int, int, dict]:
+            now, start, stop = part
+            data = mesh_lib.put(self.mesh, P(), self.feed.read(now, start, cancelled))
+            return now, stop, data
+
+        with feed_lib.ahead(load, todo) as parts:
+            yield parts
 
 
 def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
@@ -130,28 +127,42 @@ def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
     mesh = mesh_lib.make_mesh(jax.devices()[: run.num_devices], len(runs), run.batch_size)
     lrs = [_learning_rates(r, recipe.steps) for r in runs]
     keys = [jax.random.split(jax.random.key(r.seed), 3) for r in runs]  # init, noise, order
+    feed = _feed(runs, images, labels, keys[0][2])
     hyper = [_hyper(r, lr, key) for r, lr, key in zip(runs, lrs, keys)]
     spare = -len(runs) % mesh.shape["trial"]
     keys, hyper = keys + keys[-1:] * spare, hyper + hyper[-1:] * spare
-    everywhere = NamedSharding(mesh, P())
-    if run.crop:  # the images come with each epoch
-        shape = (len(labels), run.image_size, run.image_size, 3)
-        crops, images = images, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=everywhere)
-    else:
-        crops, images = None, mesh_lib.put(mesh, P(), images[:])
+    data = feed.shapes(mesh) if feed.renewed else mesh_lib.put(mesh, P(), feed.read(0, 0))
     return Job(
         runs=runs,
         recipe=recipe,
         mesh=mesh,
         frozen=mesh_lib.put(mesh, P(), frozen),
-        data={"images": images, "labels": mesh_lib.put(mesh, P(), labels)},
-        crops=crops,
+        data=data,
+        feed=feed,
         held_out=held_out,
         lrs=lrs,
         hyper=mesh_lib.put_trials(mesh, hyper),
         init_keys=mesh_lib.put_trials(mesh, [key[0] for key in keys]),
         merge=step.map_merge(recipe.method, mesh),
     )
+
+
+def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array) -> feed_lib.Feed:
+    """Where training images come from; memory.TooLarge if the trials need them in several orders."""
+    run, gigabytes = runs[0], runs[0].data.device_gb
+    budget = memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
+    steps = distributed.broadcast(feed_lib.steps_at_once(images, run.batch_size, budget) or 0)
+    if steps and len({r.seed for r in runs}) > 1:
+        raise memory.TooLarge(1)
+    feed = feed_lib.Feed(images, labels, run.batch_size, steps or None, order_key)
+    if steps and distributed.is_process_zero():
+        size = math.prod(images.shape) / 1e9
+        print(
+            f"{run.task}: {len(labels):,} training images take {size:.3g} GB, more than the "
+            f"{budget / 1e9:.3g} GB for them on a device: {feed.slots:,} are there at once",
+            flush=True,
+        )
+    return feed
 
 
 def _recipe(runs: list, num_images: int) -> step.Recipe:
@@ -199,8 +210,8 @@ def check_memory(job: Job, needs: Any, limit: int) -> None:
     here = -(-len(job.runs) // groups)
     whole = needs.argument_size_in_bytes + needs.temp_size_in_bytes  # outputs lie in donated arguments
     shared = memory.size((job.frozen, job.data))
-    if job.crops:  # the next epoch's images come before the last one's go
-        whole, shared = (n + job.data["images"].size for n in (whole, shared))
+    if job.feed.renewed:  # the next images come before the last ones go
+        whole, shared = (n + memory.size(job.data) for n in (whole, shared))
     whole, shared, limit = distributed.broadcast([whole, shared, limit])
     if whole <= limit:
         return

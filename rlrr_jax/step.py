@@ -153,7 +153,8 @@ def train_steps(
     """A chunk of steps, with traced bounds; a whole epoch is one dispatch.
 
     Args:
-      data: `images` [N, h, w, 3] uint8 and `labels` [N], the whole training set.
+      data: `images` [N, h, w, 3] uint8 and `labels` [N], the whole training set; or of those steps
+        alone, in order, with `first`, the number of images before them in the epoch.
       metrics: values of the steps of this epoch so far, see `init_metrics`.
       hyper: `lr` [epochs * S], `weight_decay`, `drop_path`, `noise_key` and `order_key`.
       chunk: epoch, first step, and the step to stop before.
@@ -162,7 +163,11 @@ def train_steps(
       The new state and metrics.
     """
     epoch, start, stop = chunk
-    order = jax.random.permutation(jax.random.fold_in(hyper["order_key"], epoch), recipe.num_images)
+    if "first" in data:
+        order = jnp.arange(recipe.num_images) - data["first"]
+    else:
+        key = jax.random.fold_in(hyper["order_key"], epoch)
+        order = jax.random.permutation(key, recipe.num_images)
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         state, metrics = carry

@@ -85,10 +85,12 @@ def train(
             progress_bar(job, progress, outputs.title) as bar,
             stop.training(),
             logs.open_logs(job.runs[0].log, job, outputs, progress.epoch) as log,
-            job.images(progress.epoch) as epochs,
+            job.parts(progress.epoch, progress.step) as parts,
         ):
-            for epoch, data in epochs:
-                train_epoch(job, train_steps, data, progress, saver, bar)
+            for epoch, until, data in parts:
+                train_part(job, train_steps, data, until, progress, saver, bar)
+                if until < job.steps(epoch):
+                    continue
                 held_out = evaluate_epoch(job, progress, saver)
                 finish_epoch(job, outputs, progress, held_out)
                 log([history[-1] for history in progress.histories])
@@ -119,13 +121,19 @@ def progress_bar(job: Job, progress: Progress, title: str) -> tqdm:
     return tqdm(total=total, initial=done, unit="img", desc=title, disable=not shown)
 
 
-def train_epoch(
-    job: Job, train_steps: Callable, data: dict, progress: Progress, saver: checkpoint.Saver, bar: tqdm
+def train_part(
+    job: Job,
+    train_steps: Callable,
+    data: dict,
+    until: int,
+    progress: Progress,
+    saver: checkpoint.Saver,
+    bar: tqdm,
 ) -> None:
-    """The rest of an epoch, in one dispatch where the machine is fast enough."""
-    recipe, many, steps, clock = job.recipe, len(job.runs), job.steps(progress.epoch), progress.clock
-    while (start := progress.step) < steps:
-        stop = min(start + distributed.broadcast(clock.steps(recipe.batch_size * many)), steps)
+    """Trains up to step `until` of an epoch, in one dispatch where the machine is fast enough."""
+    recipe, many, clock = job.recipe, len(job.runs), progress.clock
+    while (start := progress.step) < until:
+        stop = min(start + distributed.broadcast(clock.steps(recipe.batch_size * many)), until)
         begun = time.perf_counter()
         progress.state, progress.metrics = train_steps(
             data, progress.state, progress.metrics, progress.epoch, start, stop
@@ -137,7 +145,7 @@ def train_epoch(
         check_finite(job, metrics["loss"], progress.epoch, start, stop)
         progress.step = stop
         saver.stop_if_asked()
-        if stop < steps:
+        if stop < job.steps(progress.epoch):
             saver.save_if_due()
         means = rows.means(recipe, metrics, 0, stop)  # of the first trial
         shown = {name: means[f"train_{name}"] or math.nan for name in ("loss", "acc")}

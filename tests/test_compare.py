@@ -166,18 +166,18 @@ def test_crops_reach_the_step(tmp_path, monkeypatch):
     """Every epoch trains on its own crops, a resumed one on the same; the test images are central."""
     seen = []
 
-    def look(job, train_steps, data, progress, saver, bar):
+    def look(job, train_steps, data, until, progress, saver, bar):
         seen.append(np.asarray(data["images"]))
         progress.clock.add(len(seen[-1]), 1.0)
 
-    monkeypatch.setattr(suite.train, "train_epoch", look)
+    monkeypatch.setattr(suite.train, "train_part", look)
     config = changed(transfer.get_config("digits"), total_steps=4)
     run(config, tmp_path)
     found, pixels = sources.find("digits"), store.Pixels(32, shorter=36)
     crops, labels = store.load_crops("digits", "train800val200", pixels, ("resmall", 0), found)
     assert len(seen) == 2 and len(labels) == 1000
     for epoch in (0, 1):
-        np.testing.assert_array_equal(seen[epoch], crops.epoch(epoch))
+        np.testing.assert_array_equal(seen[epoch], crops.take(epoch, range(1000)))
     images, _ = store.load_split("digits", "test", pixels, found=found)
     ((original, _),) = sources.open_split("digits", "test", found).read(0, 1)
     np.testing.assert_array_equal(images[0], store.decode(original, pixels))

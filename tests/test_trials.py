@@ -235,7 +235,7 @@ def test_how_many_fit(trials, devices, limit, remat, fits):
         runs=[run] * trials,
         frozen=np.zeros(10, np.uint8),
         data=np.zeros(5, np.uint8),
-        crops=None,
+        feed=SimpleNamespace(renewed=False),
     )
     here = trials // devices
     needs = SimpleNamespace(argument_size_in_bytes=15 + here, temp_size_in_bytes=9 * here)
@@ -379,14 +379,14 @@ def test_three_trials_on_four_devices_are_resumed_on_one(tmp_path, monkeypatch):
     """Their checkpoint has three, though four were trained: the mesh may differ after a stop."""
     stop = Stop()
     settings = config("digits,method=linear", seeds=(0, 1, 2), num_devices=4, checkpoint_seconds=0.0)
-    train_epoch = train.train_epoch
+    train_part = train.train_part
 
     def then_stop(*args):
-        out = train_epoch(*args)
+        out = train_part(*args)
         stop.asked = True
         return out
 
-    monkeypatch.setattr(train, "train_epoch", then_stop)
+    monkeypatch.setattr(train, "train_part", then_stop)
     with pytest.raises(Stopped):
         suite.run(settings, tmp_path, stop)
     monkeypatch.undo()

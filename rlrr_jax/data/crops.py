@@ -5,6 +5,7 @@ big_vision does, since Pillow's filters are others.
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -116,13 +117,19 @@ class Crops:
     """
 
     def __init__(self, read, number, kind, pixels, seed):
-        self.read, self.number, self.kind, self.seed = read, number, kind, seed
+        self.read, self.kind, self.seed = read, kind, seed
         self.size, self.shorter = pixels.size, pixels.shorter
+        self.shape = (number, pixels.size, pixels.size, 3)
 
-    def epoch(self, epoch: int, cancelled: Any = None) -> np.ndarray:
-        """All crops of an epoch, [N, size, size, 3] uint8; another seed or epoch has others.
+    def __len__(self):
+        return self.shape[0]
+
+    def take(self, epoch: int, which: Sequence[int], cancelled: Any = None) -> np.ndarray:
+        """Crops of an epoch, [n, size, size, 3] uint8; another seed or epoch has others.
 
         Args:
+          epoch: number of the epoch.
+          which: indices of the images.
           cancelled: a `threading.Event` that ends this at once; what it returns then is no use.
         """
 
@@ -134,8 +141,8 @@ class Crops:
                 return inception_crop(rng, self.read(i), self.size)
             return random_crop(rng, self.read(i), self.size, self.shorter)
 
-        out = np.empty((self.number, self.size, self.size, 3), np.uint8)
+        out = np.empty((len(which), *self.shape[1:]), np.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for i, crop in enumerate(pool.map(one, range(self.number))):
+            for i, crop in enumerate(pool.map(one, map(int, which))):
                 out[i] = crop
         return out

@@ -1,8 +1,9 @@
-"""Images of one's own as a task: an image folder, a list of files, or a prepared tfds dataset.
+"""Images of one's own as a task: a folder, a list of files, a dataset of Hugging Face or of tfds.
 
 birds/train/<class>/*, birds/val/<class>/*, birds/test/<class>/*      splits as they are
 birds/<class>/*                                                       split here, see `assign`
 birds.csv or .tsv with the header path,label[,split]; or lines "path label"
+hf:/data/birds                                                        a dataset on this disk
 tfds:food101                                                          its own train and test split
 """
 
@@ -10,31 +11,26 @@ import collections
 import csv
 import hashlib
 import io
-import os
 import pathlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from etils import epath
-from PIL import Image
 
 from rlrr_jax import files
-from rlrr_jax.data import sources, tasks
-from rlrr_jax.data.task import Found, Source, Split, Task, stamp
+from rlrr_jax.data import huggingface, sources, tasks
+from rlrr_jax.data.examples import SPLITS, Example, Files, check, duplicates, on_disk, some
+from rlrr_jax.data.task import Found, Source, Split, Task
 from rlrr_jax.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
 PARTS = ("train", "val", "train+val")  # to train on, to choose on, and to train on before the test
 STEPS = 3500  # that a run of the default length has: 110 epochs of 1,000 images in batches of 32
 LONGEST, SHORTEST = 110, 5  # epochs
-TFDS = "tfds:"
-SHOWN = 5  # files or classes in a message
+TFDS, HF = "tfds:", "hf:"
 
 
 class Options(NamedTuple):
@@ -53,31 +49,17 @@ class Options(NamedTuple):
     seed: int = 0
 
 
-class Example(NamedTuple):
-    """A labelled image.
-
-    Attributes:
-      path: path below the folder or beside the list, or an absolute one; the key of the division.
-      label: name of its class.
-      split: "train", "val", "test", or None where nothing says it.
-    """
-
-    path: str
-    label: str
-    split: str | None = None
-
-
 class Images(NamedTuple):
     """Labelled images of one's own.
 
     Attributes:
-      root: folder that paths start from.
+      files: how their bytes are reached.
       classes: names of the classes, sorted.
       splits: "train", "val" and "test" -> examples.
       notes: sentences about what was passed over, made or found to be odd.
     """
 
-    root: pathlib.Path
+    files: Files
     classes: tuple[str, ...]
     splits: dict[str, list[Example]]
     notes: list[str]
@@ -91,25 +73,29 @@ def read(location: str, options: Options) -> Images:
 
     Raises UserError if there are none, or for a line, label or file that cannot be used.
     """
-    path = files.local(location)
-    if path.is_dir():
-        root, examples, notes = path, *_read_folder(path)
-    elif path.is_file():
-        root, examples, notes = path.parent, *_read_list(path)
+    path = files.local(location.removeprefix(HF))
+    notes: list[str] = []
+    if location.startswith(HF) and path.is_dir():
+        images, examples = huggingface.read(path)
+    elif path.is_dir():
+        images, (examples, notes) = on_disk(path), _read_folder(path)
+    elif path.is_file() and not location.startswith(HF):
+        images, (examples, notes) = on_disk(path.parent), _read_list(path)
     else:
-        raise UserError(f"there is no folder or list of images {path}: check config.own.path")
+        what = "dataset" if location.startswith(HF) else "folder or list of images"
+        raise UserError(f"there is no {what} {path}: check config.own.path")
     if not examples:
         raise UserError(f"there is no image in {path}: put them into {path}/<class>/ or name another")
     classes = tuple(sorted({e.label for e in examples}))
     if len(classes) < 2:
         raise UserError(f"all images of {path} have the class {classes[0]!r}: add another class")
-    _check_files(root, examples)
+    check(images, examples)
     splits, more = assign(examples, options)
     if not splits["train"] or not splits["test"]:
         lacking = "train" if not splits["train"] else "test"
         raise UserError(f"{path} has no image to {lacking} on: add some, or raise the fractions")
-    notes += more + _oddities(root, classes, splits)
-    return Images(root, classes, splits, notes)
+    notes += more + _oddities(images, classes, splits)
+    return Images(images, classes, splits, notes)
 
 
 def _read_folder(folder):
@@ -133,7 +119,7 @@ def _read_folder(folder):
                 split = named[top] if divided else None
                 found.append(Example(path.relative_to(folder).as_posix(), name, split))
     if divided and (left := [p.name for p in inner if p not in named]):
-        notes.append(f"note: folders beside {folder}/train are passed over: {_some(left)}")
+        notes.append(f"note: folders beside {folder}/train are passed over: {some(left)}")
     if others:
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
         notes.append(f"note: {folder} has other files, passed over: {kinds}")
@@ -194,28 +180,6 @@ def _bare(path, number, line):
     return Example(match[1], unicodedata.normalize("NFC", match[2]))
 
 
-def _check_files(root, examples):
-    """UserError unless every file is there and begins as an image does."""
-
-    def wrong(example):
-        try:
-            with Image.open(root / example.path):
-                return None
-        except FileNotFoundError:
-            return "not there"
-        except Exception as e:  # Pillow's decoders raise anything
-            return getattr(e, "strerror", None) or "no image"
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bad = [(e.path, why) for e, why in zip(examples, pool.map(wrong, examples)) if why]
-    if bad:
-        listed = _some([f"{path} ({why})" for path, why in bad])
-        raise UserError(
-            f"{len(bad)} of {len(examples)} files of {root} cannot be used: {listed}: remove or "
-            f"replace them"
-        )
-
-
 # Dividing -------------------------------------------------------------------------------------
 
 
@@ -265,7 +229,7 @@ def _take(examples, fraction, seed):
     return left, taken
 
 
-def _oddities(root, classes, splits):
+def _oddities(images, classes, splits):
     """Notes on imbalance, on classes without training images, and on images in two splits."""
     train = splits["train"] + splits["val"]
     counts = collections.Counter(e.label for e in train)
@@ -276,31 +240,15 @@ def _oddities(root, classes, splits):
     ]
     if max(sizes) > 5 * max(min(sizes), 1):
         rare = [f"{n} ({counts[n]})" for n in sorted(classes, key=lambda name: counts[name])]
-        notes.append(f"note: classes are unequal; the rarest: {_some(rare)}")
+        notes.append(f"note: classes are unequal; the rarest: {some(rare)}")
     if missing := [name for name in classes if not counts[name]]:
-        notes.append(f"note: no training image has the class {_some(missing)}: it cannot be learnt")
-    if same := _duplicates(root, train, splits["test"]):
+        notes.append(f"note: no training image has the class {some(missing)}: it cannot be learnt")
+    if same := duplicates(images, train, splits["test"]):
         notes.append(
             f"warning: {len(same)} of {len(splits['test'])} test images are in the training set, too: "
-            f"{_some(same)}"
+            f"{some(same)}"
         )
     return notes
-
-
-def _duplicates(root, train, test):
-    """Paths of test images whose bytes are also in the training set."""
-    sizes = {os.stat(root / e.path).st_size for e in train}
-    maybe = [e for e in test if os.stat(root / e.path).st_size in sizes]
-    wanted = {os.stat(root / e.path).st_size for e in maybe}
-    digest = lambda e: hashlib.sha256((root / e.path).read_bytes()).digest()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        known = set(pool.map(digest, [e for e in train if os.stat(root / e.path).st_size in wanted]))
-        return [e.path for e, value in zip(maybe, pool.map(digest, maybe)) if value in known]
-
-
-def _some(names):
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 # A task ---------------------------------------------------------------------------------------
@@ -413,32 +361,32 @@ def listing(images: Images) -> str:
 
 def _finder(images: Images) -> Callable:
     every = [e for part in images.splits.values() for e in part]
-    lengths = [os.stat(images.root / e.path).st_size for e in every]
+    lengths = [images.files.size(e) for e in every]
     digest = hashlib.sha256(f"{listing(images)}{lengths}".encode()).hexdigest()[:8]
     number = len(every)
 
     def find(task: Task, data_dir: Any, kind: str | None) -> Found:
-        return Found("own", images.root, f"{task.name}, {number} images {digest}")
+        return Found("own", images.files.root, f"{task.name}, {number} images {digest}")
 
     return find
 
 
 def _opener(images: Images) -> Callable:
-    index = {name: i for i, name in enumerate(images.classes)}
+    index, root = {name: i for i, name in enumerate(images.classes)}, images.files.root
 
     def open(task: Task, split: str, found: Found) -> Split:
         examples = [e for part in split.split("+") for e in images.splits[part]]
-        paths = [images.root / e.path for e in examples]
         labels = [index[e.label] for e in examples]
 
         def read(start: int, stop: int | None) -> list:
-            return [(p.read_bytes(), (k,)) for p, k in zip(paths[start:stop], labels[start:stop])]
+            these = zip(examples[start:stop], labels[start:stop])
+            return [(images.files.read(e), (k,)) for e, k in these]
 
         digest = hashlib.sha256()
-        for path, label in zip(paths, labels):
-            digest.update(repr((str(path), label, stamp(path))).encode())
-        key = {"own": str(images.root.absolute()), "list": digest.hexdigest()}
-        return Split(len(paths), (task.name,), read, key, lambda i: str(paths[i]))
+        for e, label in zip(examples, labels):
+            digest.update(repr((str(root / e.path), label, images.files.stamp(e))).encode())
+        key = {"own": str(root.absolute()), "list": digest.hexdigest()}
+        return Split(len(examples), (task.name,), read, key, lambda i: str(root / examples[i].path))
 
     return open
 

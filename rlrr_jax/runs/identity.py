@@ -24,6 +24,7 @@ PLACES = (
     "options",
     "data.dir",
     "data.cache_dir",
+    "data.device_gb",
     "pretrained.cache_dir",
     "own.path",  # the images themselves are in the name of the dataset
     "machine",  # where it was last started, see `train`

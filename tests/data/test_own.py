@@ -1,4 +1,4 @@
-"""One's own images: four ways to the same data, the division, and forty wrong inputs."""
+"""One's own images: six ways to the same data, the division, and wrong inputs."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -82,18 +83,37 @@ def write_tfds(task, root, folder):
     return vtab_data.write(root, name, numbers, "array_record", make, spec=spec)
 
 
-def test_folder_csv_list_and_tfds_give_the_same_images_and_the_same_result(folder, tmp_path):
+def write_parquet(folder, target):
+    """The same pictures as tables of parquet with their bytes inside."""
+    kinds = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=CLASSES)}
+    features = datasets.Features({**kinds, "note": datasets.Value("string")})
+    for split in PER_CLASS:
+        paths = [folder / path for path, _, of in rows(folder) if of == split]
+        columns = {
+            "picture": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+            "kind": [path.parts[-2] for path in paths],
+            "note": [""] * len(paths),
+        }
+        (target / "data").mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_dict(columns, features)
+        table.to_parquet(target / "data" / f"{split}-00000-of-00001.parquet")
+    return target
+
+
+def test_folder_lists_tfds_and_hugging_face_give_the_same_images_and_the_same_result(folder, tmp_path):
     task = task_of(folder)
     table = write_list(folder, folder / "birds.csv", [("path", "label", "split"), *rows(folder)])
     tabs = [("label", "split", "path"), *((k, s, p) for p, k, s in rows(folder))]
     write_list(folder, folder / "birds.tsv", tabs, delimiter="\t")
     write_tfds(task, tmp_path / "tfds", folder)
+    write_parquet(folder, tmp_path / "parquet" / "birds")
     first = arrays(task, tmp_path / "a")
     assert {s: len(x[1]) for s, x in first.items()} == {
         **{"train": 225, "val": 25, "train+val": 250, "test": 50}
     }
     results = []
-    for location in (folder, table, folder / "birds.tsv", "tfds:birds"):
+    parquet = f"hf:{tmp_path}/parquet/birds"
+    for location in (folder, table, folder / "birds.tsv", "tfds:birds", f"hf:{folder}", parquet):
         options = own.Options()
         other = own.task("birds", str(location), options, tmp_path / "tfds")
         assert (other.classes, other.epochs) == (5, 110) and list(other.names or CLASSES) == CLASSES
@@ -231,6 +251,14 @@ def test_absolute_and_linked_paths_of_a_list(folder, tmp_path):
     assert arrays(task, tmp_path / "cache")["test"][0].shape == (60, 32, 32, 3)
 
 
+def test_two_splits_that_share_a_file_are_said(folder, tmp_path):
+    listed = [*rows(folder), ("train/class 0/000.png", "class 0", "test")]
+    task = task_of(write_list(folder, folder / "twice.csv", [("path", "label", "split"), *listed]))
+    (folder / "twice.csv").unlink()
+    note = "warning: 1 of 51 test images are in the training set, too: train/class 0/000.png"
+    assert note in task.notes
+
+
 # Wrong inputs ---------------------------------------------------------------------------------
 
 
@@ -265,6 +293,28 @@ def raw(data):
     return lambda root: (root / "own.csv").write_bytes(data) and root / "own.csv"
 
 
+def table(split="train", values=(0, 0, 1), image=None, **columns):
+    """A dataset on disk of three images; `columns` are other features, or None for one too few."""
+
+    def make(root):
+        image_bytes = image or (root / "a/0.png").read_bytes()
+        kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"]), **columns}
+        cells = {"image": {"bytes": image_bytes, "path": None}, "other": None}
+        features = datasets.Features({name: kind for name, kind in kinds.items() if kind})
+        rows = {name: list(values) if name == "label" else [cells[name]] * 3 for name in features}
+        part = datasets.Dataset.from_dict(rows, features)
+        datasets.DatasetDict({split: part}).save_to_disk(root / "disk")
+        return f"hf:{root}/disk"
+
+    return make
+
+
+def unreadable(root):
+    """As for a user who may not read `b`; the tests may be root's, who may."""
+    (root / "b/.unreadable").touch()
+    return root
+
+
 HEAD, A, B = "path,label", "a/0.png,a", "b/0.png,b"
 WRONG = {
     "no such folder": (lambda root: root / "none", "there is no folder or list of images .*/none"),
@@ -296,12 +346,49 @@ WRONG = {
         "has no image to train on: add some",
     ),
     "binary": (raw(b"\x00\x01\x02\n\x03"), "has the header"),
+    "no folder of hf": (
+        lambda root: f"hf:{root}/none",
+        "there is no dataset .*/none: check config.own",
+    ),
+    "a file as hf": (lambda root: f"hf:{root}/a/0.png", "there is no dataset .*/a/0.png"),
+    "empty folder of hf": (
+        lambda root: (root / "x").mkdir() or f"hf:{root}/x",
+        "library datasets cannot read .*/x .*: correct it",
+    ),
+    "damaged parquet": (
+        lambda root: spoil("x.parquet", b"PAR1")(only("none")(root)) and f"hf:{root}",
+        "library datasets cannot read .*: correct it",
+    ),
+    "two columns of images": (
+        table(other=datasets.Image()),
+        "one column of images, and has image, other",
+    ),
+    "no label": (table(label=None), "one column of classes, and has none among image"),
+    "real numbers": (table(label=datasets.Value("float32")), "one column of classes, and has none"),
+    "a label missing": (table(values=[-1, 0, 1]), "image 0 of train has no label: give it one"),
+    "one class of hf": (table(values=[1, 1, 1]), "all images of .* have the class 'y': add another"),
+    "a split of hf": (table(split="extra"), "has a split 'extra', none of train, val and test: rename"),
+    "no image in hf": (table(image=b"text"), r"train/0 \(no image\), train/1 \(no image\)"),
+    "a link to nothing": (
+        lambda root: (root / "a/9.png").symlink_to(root / "none") or root,
+        r"a/9.png \(not there\)",
+    ),
+    "an unreadable folder": (unreadable, "/own/b cannot be read .*: change its permissions"),
     "tfds not there": (lambda root: "tfds:none", "there is no prepared tfds dataset .*/none"),
 }
 
 
+def forbidden(scandir, folder):
+    def scan(path):
+        if os.fspath(path) == os.fspath(folder):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    return scan
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_sentence(case, tmp_path):
+def test_wrong_input_is_one_sentence(case, tmp_path, monkeypatch):
     make, message = WRONG[case]
     root = tmp_path / "own"
     for name in "ab":
@@ -310,6 +397,8 @@ def test_wrong_input_is_one_sentence(case, tmp_path):
             pixels = np.random.default_rng([ord(name), i]).integers(0, 256, (8, 8, 3), np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     location = make(root)
+    if (root / "b/.unreadable").exists():
+        monkeypatch.setattr(os, "scandir", forbidden(os.scandir, root / "b"))
     with pytest.raises(UserError, match=message) as e:
         own.task("own", str(location), own.Options(), tmp_path)
     assert "\n" not in str(e.value)

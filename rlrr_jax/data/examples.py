@@ -1,0 +1,108 @@
+"""Labelled images of one's own as values, and how their bytes are reached."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, NamedTuple
+
+from PIL import Image
+
+from rlrr_jax.data.task import stamp
+from rlrr_jax.errors import UserError
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
+SHOWN = 5  # files or classes in a message
+_AT_ONCE = 10_000  # images that wait for a thread
+
+
+class Example(NamedTuple):
+    """A labelled image.
+
+    Attributes:
+      path: path below the folder or beside the list, or an absolute one; the key of the division.
+      label: name of its class.
+      split: "train", "val", "test", or None where nothing says it.
+    """
+
+    path: str
+    label: str
+    split: str | None = None
+
+
+class Files(NamedTuple):
+    """How the bytes of examples are reached.
+
+    Attributes:
+      root: folder that paths start from.
+      open: function of an example that opens its encoded image for reading.
+      size: function of an example, its bytes.
+      stamp: function of an example; plain values that change with it.
+    """
+
+    root: pathlib.Path
+    open: Callable[[Example], BinaryIO]
+    size: Callable[[Example], int]
+    stamp: Callable[[Example], list]
+
+    def read(self, example: Example) -> bytes:
+        """The encoded image."""
+        with self.open(example) as file:
+            return file.read()
+
+
+def on_disk(root: pathlib.Path) -> Files:
+    """Images that are files below a folder."""
+    return Files(
+        root,
+        open=lambda e: (root / e.path).open("rb"),
+        size=lambda e: os.stat(root / e.path).st_size,
+        stamp=lambda e: stamp(root / e.path),
+    )
+
+
+def check(files: Files, examples: list[Example]) -> None:
+    """UserError unless every image is there and begins as an image does."""
+
+    def wrong(example: Example) -> str | None:
+        try:
+            with files.open(example) as file, Image.open(file):
+                return None
+        except FileNotFoundError:
+            return "not there"
+        except Exception as e:  # Pillow's decoders raise anything
+            return getattr(e, "strerror", None) or "no image"
+
+    bad = [(e.path, why) for e, why in zip(examples, in_threads(wrong, examples)) if why]
+    if bad:
+        listed = some([f"{path} ({why})" for path, why in bad])
+        raise UserError(
+            f"{len(bad)} of {len(examples)} files of {files.root} cannot be used: {listed}: remove or "
+            f"replace them"
+        )
+
+
+def duplicates(files: Files, train: list[Example], test: list[Example]) -> list[str]:
+    """Paths of test images whose bytes are also in the training set."""
+    sizes = {files.size(e) for e in train}
+    maybe = [e for e in test if files.size(e) in sizes]
+    wanted = {files.size(e) for e in maybe}
+    digest = lambda e: hashlib.sha256(files.read(e)).digest()
+    known = set(in_threads(digest, [e for e in train if files.size(e) in wanted]))
+    return [e.path for e, value in zip(maybe, in_threads(digest, maybe)) if value in known]
+
+
+def in_threads(function: Callable, items: list) -> Iterator[Any]:
+    """The values of a function of each item, in order; few of a million wait at once."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(items), _AT_ONCE):
+            yield from pool.map(function, items[start : start + _AT_ONCE])
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names of a list, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,128 @@
+"""Datasets of Hugging Face's library `datasets` on this disk: image folders, parquet, Arrow."""
+
+import io
+import os
+import pathlib
+from typing import Any, BinaryIO
+
+from rlrr_jax.data.examples import SPLITS, Example, Files, some
+from rlrr_jax.data.task import stamp
+from rlrr_jax.errors import UserError, first_line
+
+
+def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
+    """The images of a dataset, and how their bytes are reached.
+
+    Args:
+      folder: what `datasets.load_dataset` or `save_to_disk` knows as a dataset.
+
+    Raises UserError without the library, for a folder that is no dataset, or one without images or
+    labels.
+    """
+    parts = _open(folder)
+    if unknown := sorted(parts.keys() - SPLITS.keys()):
+        raise UserError(f"{folder} has a split {unknown[0]!r}, none of train, val and test: rename it")
+    rows: dict[str, tuple[Any, int]] = {}  # key of an example -> its part, and its row there
+    out, tables = [], []
+    for split, part in parts.items():
+        image, label = _columns(folder, part.features)
+        part = part.rename_columns({a: b for a, b in ((image, "image"), (label, "label")) if a != b})
+        part = _encoded(part)
+        names = getattr(part.features["label"], "int2str", str)
+        for row, (value, path, inside) in enumerate(zip(part["label"], *_paths(part))):
+            if value is None or value == -1:
+                raise UserError(f"{folder}: image {row} of {split} has no label: give it one")
+            key = _key(folder, path, inside, f"{split}/{names(value)}")
+            key = key if key and key not in rows else f"{split}/{row}"
+            rows[key] = part, row
+            out.append(Example(key, names(value), SPLITS[split]))
+        tables += [stamp(table["filename"]) for table in part.cache_files]
+    return _files(folder, rows, tables), out
+
+
+def _open(folder: pathlib.Path) -> dict[str, Any]:
+    """Split -> `datasets.Dataset`."""
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError("hf:FOLDER needs Hugging Face's library datasets: install the extra hf") from e
+    datasets.disable_progress_bars()
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            found = datasets.load_from_disk(str(folder))
+        else:
+            found = datasets.load_dataset(str(folder))
+    except Exception as e:  # of many kinds: files that are damaged, columns that differ
+        raise UserError(
+            f"Hugging Face's library datasets cannot read {folder} ({first_line(e)}): correct it"
+        ) from e
+    return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _columns(folder: pathlib.Path, features: Any) -> tuple[str, str]:
+    """Names of the columns of images and of labels; UserError where they are not plain."""
+    import datasets
+
+    kinds = {name: getattr(feature, "dtype", "") for name, feature in features.items()}
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    plain = kinds.get("label") in ("string", "large_string", "int32", "int64")
+    labels = ["label"] if "label" in labels or (not labels and plain) else labels
+    for what, found in (("images", images), ("classes", labels)):
+        if len(found) != 1:
+            number = some(found) or "none"
+            raise UserError(
+                f"{folder} must have one column of {what}, and has {number} among "
+                f"{', '.join(features)}: cast or remove columns"
+            )
+    return images[0], labels[0]
+
+
+def _encoded(part: Any) -> Any:
+    """A dataset whose images are bytes or paths, not decoded."""
+    import datasets
+
+    return part.cast_column("image", datasets.Image(decode=False)).with_format(None)
+
+
+def _paths(part: Any) -> tuple[list[str | None], list[bool]]:
+    """The paths of the images, and whether their bytes are in the table."""
+    import pyarrow.compute
+
+    column = part.data.column("image")
+    inside = pyarrow.compute.struct_field(column, "bytes").is_valid().to_pylist()
+    return pyarrow.compute.struct_field(column, "path").to_pylist(), inside
+
+
+def _key(folder: pathlib.Path, path: str | None, inside: bool, place: str) -> str | None:
+    """The path that an image has, or would have, in a plain folder, so that it is divided alike.
+
+    Args:
+      folder: where the dataset is.
+      path: path of the image, or its name alone if its bytes are in a table.
+      inside: whether they are.
+      place: split and class.
+    """
+    if not path:
+        return None
+    if inside:
+        return f"{place}/{pathlib.PurePath(path).name}"
+    try:
+        return pathlib.Path(path).relative_to(os.path.abspath(folder)).as_posix()
+    except ValueError:
+        return path
+
+
+def _files(folder: pathlib.Path, rows: dict[str, tuple[Any, int]], tables: list) -> Files:
+    """How the bytes are reached: in a file of their own, or in a row of a table on disk."""
+
+    def open(example: Example) -> BinaryIO:
+        part, row = rows[example.path]
+        image = part[row]["image"]
+        return io.BytesIO(image["bytes"]) if image["bytes"] else pathlib.Path(image["path"]).open("rb")
+
+    def size(example: Example) -> int:
+        with open(example) as file:
+            return file.seek(0, os.SEEK_END)
+
+    return Files(folder, open, size, lambda example: [size(example), *tables])

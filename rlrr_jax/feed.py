@@ -1,0 +1,139 @@
+"""Training images on their way to the devices: all at once, or in shards, the next one in flight."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlrr_jax import evaluate
+from rlrr_jax.data.crops import Crops
+
+SHARE = 1 / 3  # of a device's memory that training images may take
+
+
+class Feed(NamedTuple):
+    """The training images of a run, and how they come to the devices.
+
+    What fits lies there whole, and each epoch takes it in its own order. What does not is read in
+    that order, some steps at a time, while the steps before train. Random crops are made anew for
+    each epoch.
+
+    Attributes:
+      images: images [N, h, w, 3] uint8 that take indices, in memory or a file, or `crops.Crops`.
+      labels: classes [N] int32.
+      batch_size: number of images in a step.
+      shard: number of steps whose images are on the devices at once; None is all of an epoch.
+      order_key: key of the order of images, which `step.train_steps` has, too.
+    """
+
+    images: Any
+    labels: np.ndarray
+    batch_size: int
+    shard: int | None
+    order_key: jax.Array
+
+    @property
+    def renewed(self) -> bool:
+        """Whether images come anew while others train, so that there are two sets of them."""
+        return self.shard is not None or isinstance(self.images, Crops)
+
+    @property
+    def slots(self) -> int:
+        """Number of images on the devices at once."""
+        return len(self.labels) if self.shard is None else self.shard * self.batch_size
+
+    def shapes(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of what `read` returns, once it is on a mesh."""
+        everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
+        out = {
+            "images": everywhere((self.slots, *self.images.shape[1:]), jnp.uint8),
+            "labels": everywhere((self.slots,), jnp.int32),
+        }
+        return out if self.shard is None else {**out, "first": everywhere((), jnp.int32)}
+
+    def read(self, epoch: int, start: int, cancelled: Any = None) -> dict[str, np.ndarray]:
+        """The data of `step.train_steps`, on the host, for the steps of an epoch from `start` on.
+
+        Args:
+          epoch: number of the epoch.
+          start: first step; a multiple of `shard`.
+          cancelled: a `threading.Event` that ends the making of crops.
+        """
+        which: Any = slice(None)
+        first = start * self.batch_size
+        if self.shard is not None:
+            which = self.order(epoch)[first : first + self.slots]
+        if isinstance(self.images, Crops):
+            images = self.images.take(epoch, np.arange(len(self.labels))[which], cancelled)
+        else:
+            images = self.images[which]
+        data = {"images": images, "labels": self.labels[which]}
+        if self.shard is None:
+            return data
+        padded = {name: evaluate.pad(array, self.slots) for name, array in data.items()}
+        return {**padded, "first": np.int32(first)}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the images in the order of an epoch [N], which `step.train_steps` has, too."""
+        key = jax.random.fold_in(self.order_key, epoch)
+        return np.asarray(jax.random.permutation(key, len(self.labels)))
+
+    def parts(self, step: int, steps: int) -> Iterator[tuple[int, int]]:
+        """First step of each part of an epoch, and the step after its last.
+
+        Args:
+          step: the step to go on from, in the first part.
+          steps: number of steps of the epoch.
+        """
+        size = self.shard or steps
+        for start in range(min(step, steps - 1) // size * size, steps, size):
+            yield start, min(start + size, steps)
+
+
+def steps_at_once(images: Any, batch_size: int, budget: float) -> int | None:
+    """Number of steps whose images fit twice into so many bytes; None if all of them fit.
+
+    Args:
+      images: an array [N, h, w, 3] or `crops.Crops`.
+      batch_size: number of images in a step.
+      budget: bytes of a device for training images.
+    """
+    each = int(np.prod(images.shape[1:]))
+    copies = 2 if isinstance(images, Crops) else 1
+    if copies * len(images) * each <= budget:
+        return None
+    return max(1, int(budget // (2 * batch_size * each)))
+
+
+@contextlib.contextmanager
+def ahead(load: Callable, todo: Iterable) -> Iterator[Iterator]:
+    """An iterator over `load(item, cancelled)`, each made in a thread while the one before is used.
+
+    Args:
+      load: function of an item and of a `threading.Event`, which is set when nobody waits any more.
+      todo: items.
+    """
+    cancelled = threading.Event()  # of this iterator: others may use the same images
+    with ThreadPoolExecutor(1) as pool:
+
+        def each() -> Iterator:
+            waiting = None
+            for item in todo:
+                ready, waiting = waiting, pool.submit(load, item, cancelled)
+                if ready:
+                    yield ready.result()
+            if waiting:
+                yield waiting.result()
+
+        try:
+            yield each()
+        finally:
+            cancelled.set()
