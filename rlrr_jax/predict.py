@@ -4,7 +4,6 @@ IMAGES are files, folders (searched through), patterns such as "x/*.png", or `-`
 standard input. Files that are no readable image are named at the end, and the exit code is 1.
 """
 
-import collections
 import csv
 import functools
 import glob
@@ -23,8 +22,7 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from rlrr_jax import adapters, evaluate, files
-from rlrr_jax.data import store
-from rlrr_jax.data.own import ENDINGS
+from rlrr_jax.data import examples, store
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
 FORMATS = ("table", "csv", "jsonl")
@@ -33,8 +31,8 @@ FORMATS = ("table", "csv", "jsonl")
 def find(names: Iterable[str], note: Callable[[str], None] = lambda text: None) -> list:
     """Paths of images, in order, each once; UserError if there is none.
 
-    In a folder these are the files with one of `ENDINGS`, in linked folders, too. Hidden files and
-    folders (`._a.png`, `.ipynb_checkpoints`) are passed over.
+    In a folder these are the files with one of `examples.ENDINGS`, in linked folders, too. Hidden files
+    and folders (`._a.png`, `.ipynb_checkpoints`) are passed over.
 
     Args:
       names: files, folders, patterns, or "-" for a list on standard input.
@@ -50,31 +48,18 @@ def find(names: Iterable[str], note: Callable[[str], None] = lambda text: None) 
         there = pathlib.Path(name).exists()  # a file may be called ~x.png
         path = pathlib.Path(name) if there else files.local(name)
         if path.is_dir():
-            paths += _below(path, note)
+            found, others = examples.pictures(path)
+            paths += found
+            for text in examples.passed_over(path, others):
+                note(text)
         elif not path.exists() and glob.has_magic(name):
-            found = map(pathlib.Path, glob.glob(str(path), recursive=True))
-            paths += sorted(p for p in found if p.is_file())
+            matches = map(pathlib.Path, glob.glob(str(path), recursive=True))
+            paths += sorted(p for p in matches if p.is_file())
         else:
             paths.append(path)
     if not paths:
         raise UserError(f"there is no image in {' '.join(names)}: give files, folders or patterns")
     return list(dict.fromkeys(paths))
-
-
-def _below(folder, note):
-    """Images below a folder."""
-    found, others = [], collections.Counter()
-    for path in files.walk(folder):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            others["hidden"] += 1
-        elif path.suffix.lower() in ENDINGS and path.is_file():
-            found.append(path)
-        else:
-            others[path.suffix.lower() or "without an ending"] += 1
-    if others:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
-        note(f"note: {folder} has other files, passed over: {kinds}")
-    return found
 
 
 def read(path: Any, pixels: Any) -> np.ndarray:

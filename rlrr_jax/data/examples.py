@@ -1,5 +1,6 @@
 """Labelled images of one's own as values, and how their bytes are reached."""
 
+import collections
 import hashlib
 import os
 import pathlib
@@ -9,9 +10,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
+from rlrr_jax import files
 from rlrr_jax.data.task import stamp
 from rlrr_jax.errors import UserError
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
 SHOWN = 5  # files or classes in a message
@@ -53,6 +57,25 @@ class Files(NamedTuple):
             return file.read()
 
 
+def pictures(folder: pathlib.Path) -> tuple[list[pathlib.Path], collections.Counter]:
+    """Image files below a folder by their endings, and the number of other files of each kind."""
+    found, others = [], collections.Counter[str]()
+    for path in files.walk(folder):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            others["hidden"] += 1
+        elif path.suffix.lower() in ENDINGS:
+            found.append(path)
+        else:
+            others[path.suffix.lower() or "without an ending"] += 1
+    return found, others
+
+
+def passed_over(folder: pathlib.Path, others: collections.Counter) -> list[str]:
+    """A note on the other files of a folder; none if there are none."""
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
+    return [f"note: {folder} has other files, passed over: {kinds}"] if others else []
+
+
 def on_disk(root: pathlib.Path) -> Files:
     """Images that are files below a folder."""
     return Files(
@@ -63,12 +86,12 @@ def on_disk(root: pathlib.Path) -> Files:
     )
 
 
-def check(files: Files, examples: list[Example]) -> None:
+def check(images: Files, examples: list[Example]) -> None:
     """UserError unless every image is there and begins as an image does."""
 
     def wrong(example: Example) -> str | None:
         try:
-            with files.open(example) as file, Image.open(file):
+            with images.open(example) as file, Image.open(file):
                 return None
         except FileNotFoundError:
             return "not there"
@@ -79,18 +102,18 @@ def check(files: Files, examples: list[Example]) -> None:
     if bad:
         listed = some([f"{path} ({why})" for path, why in bad])
         raise UserError(
-            f"{len(bad)} of {len(examples)} files of {files.root} cannot be used: {listed}: remove or "
+            f"{len(bad)} of {len(examples)} files of {images.root} cannot be used: {listed}: remove or "
             f"replace them"
         )
 
 
-def duplicates(files: Files, train: list[Example], test: list[Example]) -> list[str]:
+def duplicates(images: Files, train: list[Example], test: list[Example]) -> list[str]:
     """Paths of test images whose bytes are also in the training set."""
-    sizes = {files.size(e) for e in train}
-    maybe = [e for e in test if files.size(e) in sizes]
-    wanted = {files.size(e) for e in maybe}
-    digest = lambda e: hashlib.sha256(files.read(e)).digest()
-    known = set(in_threads(digest, [e for e in train if files.size(e) in wanted]))
+    sizes = {images.size(e) for e in train}
+    maybe = [e for e in test if images.size(e) in sizes]
+    wanted = {images.size(e) for e in maybe}
+    digest = lambda e: hashlib.sha256(images.read(e)).digest()
+    known = set(in_threads(digest, [e for e in train if images.size(e) in wanted]))
     return [e.path for e, value in zip(maybe, in_threads(digest, maybe)) if value in known]
 
 

@@ -21,12 +21,20 @@ from etils import epath
 
 from rlrr_jax import files
 from rlrr_jax.data import huggingface, sources, tasks
-from rlrr_jax.data.examples import SPLITS, Example, Files, check, duplicates, on_disk, some
+from rlrr_jax.data.examples import (
+    SPLITS,
+    Example,
+    Files,
+    check,
+    duplicates,
+    on_disk,
+    passed_over,
+    pictures,
+    some,
+)
 from rlrr_jax.data.task import Found, Source, Split, Task
 from rlrr_jax.errors import UserError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
 PARTS = ("train", "val", "train+val")  # to train on, to choose on, and to train on before the test
 STEPS = 3500  # that a run of the default length has: 110 epochs of 1,000 images in batches of 32
 LONGEST, SHORTEST = 110, 5  # epochs
@@ -100,30 +108,26 @@ def read(location: str, options: Options) -> Images:
 
 def _read_folder(folder):
     """Examples and notes of an image folder."""
-    found, others = [], collections.Counter()
+    found: list[Example] = []
+    others: collections.Counter = collections.Counter()
     inner = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     named = {p: SPLITS[p.name.lower()] for p in inner if p.name.lower() in SPLITS}
     divided = bool(named) and "train" in named.values()
     notes = []
     for top in named if divided else [folder]:
-        for path in files.walk(top):
+        paths, more = pictures(top)
+        others += more
+        for path in paths:
             parts = path.relative_to(top).parts
-            if any(part.startswith(".") for part in path.relative_to(folder).parts):
-                others["hidden"] += 1
-            elif path.suffix.lower() not in ENDINGS:
-                others[path.suffix.lower() or "without an ending"] += 1
-            elif len(parts) < 2:
+            if len(parts) < 2:
                 others["in no class folder"] += 1
-            else:
-                name = unicodedata.normalize("NFC", parts[0])
-                split = named[top] if divided else None
-                found.append(Example(path.relative_to(folder).as_posix(), name, split))
+                continue
+            name = unicodedata.normalize("NFC", parts[0])
+            split = named[top] if divided else None
+            found.append(Example(path.relative_to(folder).as_posix(), name, split))
     if divided and (left := [p.name for p in inner if p not in named]):
         notes.append(f"note: folders beside {folder}/train are passed over: {some(left)}")
-    if others:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
-        notes.append(f"note: {folder} has other files, passed over: {kinds}")
-    return found, notes
+    return found, notes + passed_over(folder, others)
 
 
 def _read_list(path):
