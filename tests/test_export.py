@@ -1,8 +1,5 @@
 """Exports, read back by others: the same logits; fine-tune, export, predict: the same answers."""
 
-import base64
-import hashlib
-import http.server
 import json
 import os
 import pathlib
@@ -10,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import jax
 import named_vits
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flags import xla_flags
+from hub import serve
 from PIL import Image
 
 from rlrr_jax import adapters, export
@@ -174,66 +171,10 @@ def test_a_folder_for_the_hub_has_a_card_with_a_yaml_head(run, tmp_path, monkeyp
     assert again.card == card
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface.co answers to an upload and a download of small files."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.asked.append(self.path)
-        if self.path == "/api/repos/create":
-            self.answer({"url": f"{self.server.url}/me/birds", "id": "me/birds"})
-        elif "/preupload/" in self.path:
-            wanted = [f["path"] for f in json.loads(body)["files"]]
-            mode = {"uploadMode": "regular", "shouldIgnore": False}
-            self.answer({"files": [{"path": path, **mode} for path in wanted]})
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    value = line["value"]
-                    self.server.files[value["path"]] = base64.b64decode(value["content"])
-            url = f"{self.server.url}/me/birds/commit/{'c' * 40}"
-            self.answer({"success": True, "commitOid": "c" * 40, "commitUrl": url})
-        else:
-            self.answer({"errors": [], "warnings": []})  # of the YAML head
-
-    def do_HEAD(self):
-        self.file(False)
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        self.file(True)
-
-    def file(self, body):
-        data = self.server.files.get(self.path.rsplit("/", 1)[-1])
-        if data is None or "/resolve/" not in self.path:
-            return self.answer({"error": "not found"}, 404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def answer(self, value, code=200):
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as s:
-        s.files, s.asked, s.url = {}, [], f"http://127.0.0.1:{s.server_port}"
-        threading.Thread(target=s.serve_forever, daemon=True).start()
-        yield s
-        s.shutdown()
+    with serve() as server:
+        yield server
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(run, hub, tmp_path):
@@ -249,8 +190,9 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(run, hub, tmp_path):
     done = python("rlrr_jax.export", run, "--to", "hub", out, "--push", "me/birds")
     assert done.returncode == 0, done.stderr
     assert f"uploaded to {hub.url}/me/birds" in done.stdout
-    assert hub.files["adapter.safetensors"] == (run / "adapter.safetensors").read_bytes()
-    assert b"--adapter hf:me/birds" in hub.files["README.md"]
+    files = {path.removeprefix("/me/birds/resolve/main/"): data for path, data in hub.files.items()}
+    assert files["adapter.safetensors"] == (run / "adapter.safetensors").read_bytes()
+    assert b"--adapter hf:me/birds" in files["README.md"]
     image, _ = store.load_split("digits", "test", 32)
     Image.fromarray(image[0]).resize((32, 32)).save(tmp_path / "x.png")
     done = python("rlrr_jax.predict", "--adapter", "hf:me/birds", tmp_path / "x.png")

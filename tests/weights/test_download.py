@@ -10,6 +10,7 @@ import named_vits
 import numpy as np
 import pytest
 import safetensors.numpy
+from hub import serve
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
@@ -112,50 +113,17 @@ def test_public_gs_addresses_come_over_https(server, tmp_path, monkeypatch):
 # Hugging Face ---------------------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface.co answers for the files of one model."""
-
-    def do_HEAD(self):
-        self.answer(False)
-
-    def do_GET(self):
-        self.answer(True)
-
-    def answer(self, body):
-        data = self.server.files.get(self.path)
-        self.server.asked.append(self.path)
-        if data is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as s:
-        s.files, s.asked = {}, []
-        url = f"http://127.0.0.1:{s.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(
             constants,
             "HUGGINGFACE_CO_URL_TEMPLATE",
-            url + "/{repo_id}/resolve/{revision}/{filename}",
+            server.url + "/{repo_id}/resolve/{revision}/{filename}",
         )
-        threading.Thread(target=s.serve_forever, daemon=True).start()
-        yield s
-        s.shutdown()
+        yield server
 
 
 def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path, monkeypatch):
