@@ -7,7 +7,7 @@ the method's own defaults. What a run used is saved with it, in `config.json`.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rlrr_jax.config import DEFAULT_GRID
+from rlrr_jax.config import DEFAULT_GRID, loss_options
 
 
 def get_config(arg=None):
@@ -38,8 +38,14 @@ def get_config(arg=None):
     config.optimizer = "adamw"  # or "momentum"
     config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"
     config.grad_clip = placeholder(float)  # largest norm of the gradient
-    config.loss = "cross_entropy"  # what is minimised: a name of rlrr_jax/losses.py
-    config.schedule = placeholder(str)  # "official", "cosine" or "bigvision", see optim.py
+    config.loss = "cross_entropy"  # or "pace", "pace_lazy", "pace_fast": see rlrr_jax/losses.py
+    config.loss_kwargs = loss_options()  # such as lam and sigma; None: the default of the loss
+    # Parameters of mixup and CutMix (0 is off), and the share of a label that all classes get.
+    config.mixup = config.cutmix = config.label_smoothing = 0.0
+    # Decay of a running average of the trained tree, which is then evaluated and saved.
+    config.average = placeholder(float)
+    config.schedule = placeholder(str)  # "official", "cosine", "bigvision" or "restarts", see optim.py
+    config.restarts = placeholder(tuple)  # of "restarts": epochs of the first, and times each next one
     config.warmup_steps = placeholder(int)  # of "bigvision"
     config.lr = placeholder(float)
     config.weight_decay = placeholder(float)

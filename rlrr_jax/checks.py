@@ -11,7 +11,12 @@ from rlrr_jax.data import crops, sources, store
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import names, preprocessing, reader
 
-TUPLES = ("pretrained.grid", "pretrained.mean", "pretrained.std")  # keys whose value is a tuple
+TUPLES = (
+    "pretrained.grid",
+    "pretrained.mean",
+    "pretrained.std",
+    "restarts",
+)  # keys whose value is a tuple
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 CHOICES = {
@@ -37,9 +42,10 @@ POSITIVE = (
 )
 
 
-GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs")
+GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs", "loss_kwargs")
 NEEDED = (
     *("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "loss", "drop_path_mode"),
+    *("mixup", "cutmix", "label_smoothing"),
 )
 
 
@@ -85,6 +91,15 @@ def _check_numbers(config):
             f"config.seeds={seeds} must be different whole numbers below 2^32, such as (0,1,2)"
         )
     hyper("config.own", {"seed": config.own.seed})
+    for key in ("mixup", "cutmix"):
+        if not 0 <= config[key] < math.inf:
+            raise UserError(f"config.{key}={config[key]} must be finite and not negative")
+    for key in ("label_smoothing", "average"):
+        if config[key] is not None and not 0 <= config[key] < 1:
+            raise UserError(f"config.{key}={config[key]} must be at least 0 and less than 1")
+    restarts = config.restarts
+    if restarts is not None and (len(restarts) != 2 or not all(_whole(n) and n > 0 for n in restarts)):
+        raise UserError(f"config.restarts={restarts} must be two whole numbers, such as (10, 2)")
     for key in ("val", "test"):
         value = config.own[key]
         if value is None or not 0 <= value <= 0.9:

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from rlrr_jax import checks, methods, models
+from rlrr_jax import checks, losses, methods, models
 from rlrr_jax.checks import GRID
 from rlrr_jax.data import own, sources, store, tasks
 from rlrr_jax.data.task import Task
@@ -28,6 +29,12 @@ DEFAULT_GRID = {
 }
 SEVERAL = "({'lr': (1e-3, 3e-3)}, {'method': 'lora', 'rank': 4})"  # an example of config.runs
 RETIRED = f'config.trials and config.variants are one key now: write --config.runs="{SEVERAL}"'
+
+
+def loss_options() -> ConfigDict:
+    """A key for each option of each loss, without values."""
+    kinds = {k: type(v) for name in losses.LOSSES for k, v in losses.options(name).items()}
+    return ConfigDict({key: placeholder(kind) for key, kind in kinds.items()})
 
 
 # Tasks x methods x overrides x seeds ----------------------------------------------------------
@@ -202,6 +209,8 @@ def _resolve_one(
     method = methods.get(method_name, **options)
     run.update(task=task_name, method=method_name, seed=seed)
     run.method_kwargs = ConfigDict(options)
+    given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
+    run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
     bundled = task_of(run).group == "bundled"
     _fill(run, "protocol", "fast" if bundled or run.own.path else "official")
     part = task_of(run).parts[1]
@@ -248,6 +257,8 @@ def _fill_recipe(run: ConfigDict) -> None:
     for key, value in mine.items():
         if run[key] is None:
             run[key], run.recipe = value, (*run.recipe, key)
+    if run.restarts is not None and run.schedule != "restarts":
+        raise UserError("config.restarts is only used by config.schedule=restarts: leave it out")
     if run.schedule == "bigvision" and not run.total_steps:
         raise UserError("config.schedule=bigvision needs config.total_steps: set it")
     if run.warmup_steps is not None and run.schedule != "bigvision":

@@ -57,7 +57,9 @@ class Feed(NamedTuple):
             "images": everywhere((self.slots, *self.images.shape[1:]), jnp.uint8),
             "labels": everywhere((self.slots,), jnp.int32),
         }
-        return out if self.shard is None else {**out, "first": everywhere((), jnp.int32)}
+        if self.shard is None:
+            return out
+        return {**out, "numbers": out["labels"], "first": everywhere((), jnp.int32)}
 
     def read(self, epoch: int, start: int, cancelled: Any = None) -> dict[str, np.ndarray]:
         """The data of `step.train_steps`, on the host, for the steps of an epoch from `start` on.
@@ -78,6 +80,7 @@ class Feed(NamedTuple):
         data = {"images": images, "labels": self.labels[which]}
         if self.shard is None:
             return data
+        data["numbers"] = which.astype(np.int32)
         padded = {name: evaluate.pad(array, self.slots) for name, array in data.items()}
         return {**padded, "first": np.int32(first)}
 

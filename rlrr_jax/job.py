@@ -1,6 +1,7 @@
 """What a group of trials needs and does not change: weights and data on the devices, built once."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import feed as feed_lib
-from rlrr_jax import losses, methods, optim, step
+from rlrr_jax import losses, methods, mixing, optim, step
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -177,22 +178,31 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         drop_path=any(r.drop_path > 0 for r in runs),
         precision=run.precision,
         optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
-        loss=losses.get(run.loss),
+        loss=functools.partial(losses.LOSSES[run.loss], **losses.fixed(run.loss_kwargs)),
+        mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
+        average=run.average,
     )
 
 
 def _learning_rates(run: Any, steps: int) -> list[float]:
     return optim.learning_rates(
-        run.schedule, run.lr, run.epochs, steps, run.total_steps, run.warmup_steps or 0
+        run.schedule,
+        run.lr,
+        run.epochs,
+        steps,
+        run.total_steps,
+        run.warmup_steps or 0,
+        run.restarts,
     )
 
 
-def _hyper(run: Any, lrs: list[float], keys: jax.Array) -> dict[str, jax.Array]:
+def _hyper(run: Any, lrs: list[float], keys: jax.Array) -> dict[str, Any]:
     return {
         "lr": jnp.array(lrs),
         "weight_decay": jnp.array(run.weight_decay),
         "drop_path": jnp.array(run.drop_path),
         "noise_key": keys[1],
+        "loss": {k: jnp.array(v) for k, v in run.loss_kwargs.items() if isinstance(v, float)},
         "order_key": keys[2],
     }
 

@@ -2,42 +2,79 @@
 
 A loss is called once for each trial and step, with this device's share of the batch:
 
-    loss(forward, labels, mask, keys) -> losses, metrics
+    loss(forward, batch, **options) -> losses, values
 
 Args:
-  forward: function `keys -> logits [b, classes]` float32: merges, applies the model with drop path
-    from these keys. It may be called more than once; None instead of keys means no noise.
-  labels: classes [b].
-  mask: 1 for an image, 0 for padding [b].
-  keys: a noise key for each image [b], None where the run has no noise.
+  forward: function `(images, keys, noise=None) -> logits [b, classes]` float32: merges, applies the
+    model with drop path from these keys, and with a `change.Noise` on what was changed. It may be
+    called more than once, and on some of the images.
+  batch: the `Batch`.
+  **options: `config.loss_kwargs`. Real numbers are traced, so that runs which differ in them train
+    together; the rest is fixed.
 
 Returns:
   The loss of each image [b], and a dict of other values of each image [b], whose means are reported
   as `train_<name>`. The step multiplies by the mask, and divides by the number of images in the batch
-  over all devices.
+  over all devices. A value named "remember" [b, classes] is not reported, but comes back as
+  `batch.remembered` when the same images are in a batch again.
 """
 
+import inspect
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlrr_jax.errors import unknown
-
-Forward = Callable[[jax.Array | None], jax.Array]
-Loss = Callable[
-    [Forward, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]
-]
+from rlrr_jax.errors import UserError, unknown
+from rlrr_jax.models.change import Noise
 
 
-def cross_entropy(
-    forward: Forward, labels: jax.Array, mask: jax.Array, keys: jax.Array | None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+class Batch(NamedTuple):
+    """A device's share of a batch, b images of B.
+
+    Attributes:
+      images: pixels in [-1, 1], [b, H, W, 3].
+      labels: classes [b].
+      targets: probabilities [b, classes] where labels are mixed or smoothed, else None.
+      mask: 1 for an image, 0 for padding [b].
+      keys: a noise key for each image [b].
+      slots: place of each image in the whole batch [b].
+      numbers: number of each image in the training set [b].
+      step: number of the step, from the start of training.
+      remembered: what the loss returned as "remember" of each image last [b, classes], 0 at first;
+        None for a loss that returns no such value.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    targets: jax.Array | None
+    mask: jax.Array
+    keys: jax.Array
+    slots: jax.Array
+    numbers: jax.Array
+    step: jax.Array
+    remembered: jax.Array | None = None
+
+
+Forward = Callable[..., jax.Array]
+Values = tuple[jax.Array, dict[str, jax.Array]]
+Loss = Callable[..., Values]
+
+
+def cross_entropy(forward: Forward, batch: Batch) -> Values:
     """Softmax cross-entropy, and whether the answer is right."""
-    logits = forward(keys)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, {"acc": correct(logits, labels, losses)}
+    logits = forward(batch.images, batch.keys)
+    losses = cross_entropies(logits, batch)
+    return losses, {"acc": correct(logits, batch.labels, losses)}
+
+
+def cross_entropies(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Cross-entropy of each image [b] to its label, or to its targets."""
+    if batch.targets is None:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return optax.softmax_cross_entropy(logits, batch.targets)
 
 
 def correct(logits: jax.Array, labels: jax.Array, losses: jax.Array) -> jax.Array:
@@ -45,21 +82,145 @@ def correct(logits: jax.Array, labels: jax.Array, losses: jax.Array) -> jax.Arra
     return (logits.argmax(-1) == labels) & jnp.isfinite(losses)  # of NaN, argmax is class 0
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
+# PACE -----------------------------------------------------------------------------------------
 
 
-def get(name: str) -> Loss:
-    """The loss of a name; UserError, with the nearest, for an unknown one."""
+def pace(forward: Forward, batch: Batch, lam: float = 1.0, sigma: float = 1.0) -> Values:
+    """Consistency of two passes with different noise on what was changed (PACE, section 3).
+
+    Cross-entropy of the first, plus `lam` times the squared distance of their logits, summed over
+    classes. Both have the same drop path. Steps cost more than twice as much.
+
+    Args:
+      lam: weight of the distance.
+      sigma: standard deviation of the noise in the second block, see `change.Noise`.
+    """
+    first, second = (forward(batch.images, batch.keys, _noise(batch, i, sigma)) for i in range(2))
+    return _consistent(first, second, batch, lam)
+
+
+def pace_lazy(
+    forward: Forward, batch: Batch, lam: float = 1.0, sigma: float = 1.0, every: int = 2
+) -> Values:
+    """PACE of half the images in every k-th step, cross-entropy with noise alone in the others.
+
+    A step costs about as much as a plain one. The half is every second image of the batch, where the
+    authors take the first half: the order is random.
+
+    Args:
+      lam: weight of the distance.
+      sigma: standard deviation of the noise.
+      every: k.
+    """
+
+    def half(batch: Batch) -> Values:
+        here, rows = _every_second(batch)
+        losses, values = pace(forward, here, lam, sigma)
+        total, mine = jax.lax.psum((batch.mask.sum(), here.mask.sum()), "data")
+        spread = lambda x: jnp.zeros(len(batch.mask)).at[rows].add(x * here.mask) * (total / mine)
+        return spread(losses), {name: spread(x) for name, x in values.items()}
+
+    def whole(batch: Batch) -> Values:
+        logits = forward(batch.images, batch.keys, _noise(batch, 0, sigma))
+        losses, values = _consistent(logits, logits, batch, lam)
+        return losses, {name: x.astype(jnp.float32) for name, x in values.items()}
+
+    return jax.lax.cond(batch.step % every == 0, half, whole, batch)
+
+
+def pace_fast(forward: Forward, batch: Batch, lam: float = 0.1, sigma: float = 1.0) -> Values:
+    """PACE to the logits that the same image had an epoch ago, which are 0 before the first.
+
+    A step costs as much as a plain one; the table of logits lies on the device.
+
+    Args:
+      lam: weight of the distance; smaller than that of `pace`, as its authors advise.
+      sigma: standard deviation of the noise; larger.
+    """
+    logits = forward(batch.images, batch.keys, _noise(batch, 0, sigma))
+    assert batch.remembered is not None
+    losses, values = _consistent(logits, batch.remembered, batch, lam)
+    return losses, {**values, "remember": logits}
+
+
+def _noise(batch: Batch, number: int, sigma: Any) -> Noise:
+    """The noise of a pass over the batch."""
+    fold = lambda key: jax.random.fold_in(key, 2**16 + number)  # drop path has smaller numbers
+    return Noise(jax.vmap(fold)(batch.keys), sigma)
+
+
+def _consistent(first: jax.Array, second: jax.Array, batch: Batch, lam: Any) -> Values:
+    """Cross-entropy of the first logits, and their weighted distance to the second."""
+    losses = cross_entropies(first, batch)
+    distance = jnp.square(first - second).sum(-1)
+    values = {"acc": correct(first, batch.labels, losses), "distance": distance}
+    return losses + lam * distance, values
+
+
+def _every_second(batch: Batch) -> tuple[Batch, jax.Array]:
+    """The images in even places of the whole batch, on however many devices, and their rows."""
+    number = len(batch.mask)
+    rows = 2 * jnp.arange(-(-number // 2)) + batch.slots[0] % 2
+    there = rows < number
+    rows = jnp.minimum(rows, number - 1)
+    arrays = {name: x[rows] for name, x in batch._asdict().items() if x is not None and name != "step"}
+    return batch._replace(**{**arrays, "mask": arrays["mask"] * there}), rows
+
+
+# Names ----------------------------------------------------------------------------------------
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "pace": pace,
+    "pace_lazy": pace_lazy,
+    "pace_fast": pace_fast,
+}
+
+
+def options(name: str) -> dict[str, Any]:
+    """A loss's options and their defaults."""
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES)
-    return LOSSES[name]
+    parameters = list(inspect.signature(LOSSES[name]).parameters.values())[2:]
+    return {p.name: p.default for p in parameters}
 
 
-def metrics(loss: Loss, classes: int) -> tuple[str, ...]:
-    """Names of the values a loss returns besides itself, without computing anything."""
+def check(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All options of a loss; UserError for an unknown one, or a value of another kind."""
+    known = options(name)
+    for key, value in given.items():
+        if key not in known:
+            raise unknown(f"option of loss {name!r}", key, known)
+        kind = type(known[key])
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind in (int, float) and (not number or value < 0 or (kind is int and value != int(value))):
+            raise UserError(f"config.loss_kwargs.{key}={value} must be a number like {known[key]}")
+        if kind is int and value < 1:
+            raise UserError(f"config.loss_kwargs.{key}={value} must be at least 1")
+    return {key: type(default)(given.get(key, default)) for key, default in known.items()}
 
-    def values(keys: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-        return loss(lambda _: jnp.zeros((1, classes)), labels, jnp.ones(1), keys)[1]
 
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    return tuple(jax.eval_shape(values, keys, jax.ShapeDtypeStruct((1,), jnp.int32)))
+def fixed(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that are in the program: all but real numbers, which are traced."""
+    return {key: value for key, value in given.items() if not isinstance(value, float)}
+
+
+def outputs(loss: Loss, classes: int) -> set[str]:
+    """Names of the values that a loss returns besides itself, without computing anything.
+
+    Args:
+      loss: the loss with its fixed options.
+      classes: number of classes of the logits.
+    """
+
+    def values(batch: Batch) -> dict[str, jax.Array]:
+        forward = lambda images, keys, noise=None: jnp.zeros((len(images), classes))
+        return loss(forward, batch)[1]
+
+    def call() -> Any:
+        image, zero = jnp.zeros((1, 1, 1, 1, 3)), jnp.zeros((1, 1), jnp.int32)
+        keys, logits = jax.random.split(jax.random.key(0), (1, 1)), jnp.zeros((1, 1, classes))
+        batch = Batch(image, zero, None, jnp.ones((1, 1)), keys, zero, zero, zero[0], logits)
+        return jax.vmap(values, axis_name="data")(batch)  # a device
+
+    return set(jax.eval_shape(call))

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import optax
 
 from rlrr_jax import methods
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import unknown
 
 WARMUP_LR, MIN_LR = 1e-7, 1e-8  # the authors'
+SCHEDULES = ("official", "cosine", "bigvision", "restarts")
+RESTARTS = (10, 2)  # the authors' for their augmented recipe
 
 
 def adamw(
@@ -57,6 +59,7 @@ def learning_rates(
     steps: int = 1,
     total_steps: int | None = None,
     warmup_steps: int = 0,
+    restarts: tuple[int, int] | None = None,
 ) -> list[float]:
     """Learning rate of each step of `epochs` epochs of so many steps, a list of floats.
 
@@ -65,8 +68,12 @@ def learning_rates(
         (the first two both at `WARMUP_LR`), a cosine over 100, the last 9 at `MIN_LR`; other numbers
         of epochs are divided in the same way. "cosine", for short runs: an epoch of warm-up in ten,
         then a cosine to almost zero, no epoch wasted. Both have one value an epoch. "bigvision": a
-        linear warm-up by steps, which begins at 0, then a cosine to 0 at `total_steps`.
+        linear warm-up by steps, which begins at 0, then a cosine to 0 at `total_steps`. "restarts":
+        cosines to 0 (Loshchilov and Hutter, ICLR 2017) as the authors' FGVC scripts really yield them,
+        one value an epoch, the first epoch twice.
       lr: the largest learning rate.
+      restarts: of "restarts", the epochs of the first cosine, and how many times as long each is than
+        the one before.
 
     Raises UserError for an unknown schedule.
     """
@@ -78,8 +85,10 @@ def learning_rates(
         each = [_official(max(e - 1, 0), lr, warmup, epochs - cooldown) for e in range(epochs)]
     elif schedule == "cosine":
         each = [_cosine(e, lr, epochs // 10, epochs) for e in range(epochs)]
+    elif schedule == "restarts":
+        each = [_restarts(max(e - 1, 0), lr, *(restarts or RESTARTS)) for e in range(epochs)]
     else:
-        raise UserError(f"unknown schedule {schedule!r}: use official, cosine or bigvision")
+        raise unknown("schedule", schedule, SCHEDULES)
     return [value for value in each for _ in range(steps)]
 
 
@@ -94,6 +103,12 @@ def _official(t, lr, warmup, length):
     if t >= length:
         return MIN_LR
     return MIN_LR + 0.5 * (lr - MIN_LR) * (1 + math.cos(math.pi * t / length))
+
+
+def _restarts(t, lr, length, times):
+    while t >= length:
+        t, length = t - length, length * times
+    return lr * 0.5 * (1 + math.cos(math.pi * t / length))
 
 
 def _cosine(epoch, lr, warmup, epochs):

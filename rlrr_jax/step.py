@@ -16,9 +16,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlrr_jax import batch as batch_lib
 from rlrr_jax import losses, methods, optim
-from rlrr_jax.data.resize import normalize
 from rlrr_jax.methods import Method
+from rlrr_jax.mixing import Mixing
+from rlrr_jax.models import change
 from rlrr_jax.runtime.mesh import over_trials
 
 Tree = Any  # a pytree of arrays
@@ -37,7 +39,9 @@ class Recipe(NamedTuple):
       precision: precision of matmuls, as `jax.default_matmul_precision` names it.
       drop_path: whether its noise is in the program; the rate itself is traced.
       optimizer: how gradients become updates, see `optim.build`.
-      loss: what is minimised, see `losses`.
+      loss: what is minimised, with its fixed options, see `losses`.
+      mixing: how images and labels are mixed.
+      average: decay of the running average of the trained tree; None keeps none.
     """
 
     model: Any
@@ -50,6 +54,8 @@ class Recipe(NamedTuple):
     precision: str = "highest"
     optimizer: optim.Optimizer = optim.Optimizer()
     loss: losses.Loss = losses.cross_entropy
+    mixing: Mixing = Mixing()
+    average: float | None = None
 
     @property
     def steps(self) -> int:
@@ -65,63 +71,73 @@ class Recipe(NamedTuple):
 
 
 def init_state(recipe: Recipe, key: jax.Array, frozen: Tree) -> Tree:
-    """`{"trainable", "opt_state"}` before training. `frozen` is in neither."""
-    trainable = methods.start(recipe.method, key, frozen)
-    return {
+    """What training changes. `frozen` is not in it.
+
+    Args:
+      recipe: the `Recipe`.
+      key: of the first values.
+      frozen: the backbone's weights.
+
+    Returns:
+      `{"trainable", "opt_state"}`; with an average `"average"`, and with a loss that remembers
+      `"remembered"` [N, classes], too.
+    """
+    trainable, classes = methods.start(recipe.method, key, frozen), frozen["head"]["bias"].size
+    state = {
         "trainable": trainable,
         "opt_state": optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0).init(trainable),
     }
+    if recipe.average is not None:
+        state["average"] = trainable
+    if "remember" in losses.outputs(recipe.loss, classes):
+        state["remembered"] = jnp.zeros((recipe.num_images, classes))
+    return state
+
+
+def tuned(state: Tree) -> Tree:
+    """The trained tree that is evaluated and saved: the running average, where there is one."""
+    return state.get("average", state["trainable"])
 
 
 def init_metrics(recipe: Recipe, classes: int) -> dict[str, jax.Array]:
     """Values of each step of an epoch [S]: the mean loss, and sums of what else the loss returns.
 
     Args:
+      recipe: the `Recipe`.
       classes: number of classes of the logits.
     """
-    names = ("loss", *losses.metrics(recipe.loss, classes))
-    return {name: jnp.zeros(recipe.steps) for name in names}
-
-
-def take_batch(
-    recipe: Recipe, data: Tree, order: jax.Array, hyper: Tree, epoch: jax.Array, step: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """This device's share of a batch: images in [-1, 1], labels, mask and noise keys, [b] each.
-
-    Slots beyond the batch or the data have mask 0.
-    """
-    local = math.ceil(recipe.batch_size / jax.lax.axis_size("data"))
-    slot = jax.lax.axis_index("data") * local + jnp.arange(local)  # in the global batch
-    index = step * recipe.batch_size + slot
-    mask = (slot < recipe.batch_size) & (index < recipe.num_images)
-    example = order[jnp.minimum(index, recipe.num_images - 1)]
-    step_key = jax.random.fold_in(hyper["noise_key"], epoch * recipe.steps + step)
-    keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(slot)
-    images = normalize(data["images"][example], recipe.image_size)
-    if recipe.flip:
-        flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
-        images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
-    return images, data["labels"][example], mask.astype(jnp.float32), keys
+    names = losses.outputs(recipe.loss, classes) - {"remember"}
+    return {name: jnp.zeros(recipe.steps) for name in ("loss", *sorted(names))}
 
 
 def loss_and_grad(
-    recipe: Recipe, frozen: Tree, trainable: Tree, batch: tuple, drop_path: jax.Array
-) -> tuple[dict[str, jax.Array], Tree]:
-    """Metrics of the global batch (see `init_metrics`) and the gradient; equal on all devices."""
-    images, labels, mask, keys = batch
-    keys = keys if recipe.drop_path else None
-    count = jax.lax.psum(mask.sum(), "data")
+    recipe: Recipe, frozen: Tree, trainable: Tree, batch: losses.Batch, hyper: Tree
+) -> tuple[dict[str, jax.Array], Tree, dict[str, jax.Array]]:
+    """Metrics of the global batch (see `init_metrics`) and the gradient, equal on all devices.
 
-    def loss_fn(trainable: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+    Third, what the loss returned as "remember" of this device's images, if it did.
+    """
+    count = jax.lax.psum(batch.mask.sum(), "data")
+
+    def loss_fn(trainable: Tree) -> tuple[jax.Array, tuple]:
         params = methods.merge(recipe.method, frozen, trainable)
-        forward = lambda keys: recipe.model.apply({"params": params}, images, drop_path, keys)
-        losses, values = recipe.loss(forward, labels, mask, keys)
-        return (losses * mask).sum() / count, {name: (v * mask).sum() for name, v in values.items()}
+
+        def forward(images: Any, keys: Any, noise: change.Noise | None = None) -> jax.Array:
+            inputs = images, hyper["drop_path"], keys if recipe.drop_path else None
+            if noise is None:
+                return recipe.model.apply({"params": params}, *inputs)
+            return change.apply(recipe.model, frozen, params, noise, *inputs)
+
+        each, values = recipe.loss(forward, batch, **hyper.get("loss", {}))
+        kept = {name: values.pop(name) for name in ("remember",) if name in values}
+        sums = {name: (v * batch.mask).sum() for name, v in values.items()}
+        return (each * batch.mask).sum() / count, (sums, kept)
 
     with jax.default_matmul_precision(recipe.precision):
-        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+        (loss, (sums, kept)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     # Sums over shards of the global mean: a shard without real images adds nothing.
-    return jax.lax.psum(({"loss": loss, **sums}, grads), "data")
+    metrics, grads = jax.lax.psum(({"loss": loss, **sums}, grads), "data")
+    return metrics, grads, kept
 
 
 def train_step(
@@ -137,14 +153,26 @@ def train_step(
       The new state, and the metrics of the step (see `init_metrics`).
     """
     epoch, step = now
-    batch = take_batch(recipe, data, order, hyper, epoch, step)
+    batch = batch_lib.take(recipe, data, order, state, hyper, now)
     trainable = state["trainable"]
-    metrics, grads = loss_and_grad(recipe, frozen, trainable, batch, hyper["drop_path"])
+    metrics, grads, kept = loss_and_grad(recipe, frozen, trainable, batch, hyper)
     lr = hyper["lr"][epoch * recipe.steps + step]
     tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper["weight_decay"])
     updates, opt_state = tx.update(grads, state["opt_state"], trainable)
-    state = {"trainable": optax.apply_updates(trainable, updates), "opt_state": opt_state}
-    return state, metrics
+    new = {"trainable": optax.apply_updates(trainable, updates), "opt_state": opt_state}
+    if recipe.average is not None:
+        keep = lambda old, x: recipe.average * old + (1 - recipe.average) * x
+        new["average"] = jax.tree.map(keep, state["average"], new["trainable"])
+    if kept:
+        new["remembered"] = remember(state["remembered"], kept["remember"], batch)
+    return new, metrics
+
+
+def remember(table: jax.Array, values: jax.Array, batch: losses.Batch) -> jax.Array:
+    """The table [N, classes] with what a loss returned of a batch's images, from all devices."""
+    rows = jnp.where(batch.mask > 0, batch.numbers, len(table))
+    rows, values = jax.lax.all_gather((rows, values), "data", tiled=True)
+    return table.at[rows].set(values, mode="drop")
 
 
 def train_steps(
@@ -154,9 +182,10 @@ def train_steps(
 
     Args:
       data: `images` [N, h, w, 3] uint8 and `labels` [N], the whole training set; or of those steps
-        alone, in order, with `first`, the number of images before them in the epoch.
+        alone, in order, with their `numbers` and `first`, how many come before them in the epoch.
       metrics: values of the steps of this epoch so far, see `init_metrics`.
-      hyper: `lr` [epochs * S], `weight_decay`, `drop_path`, `noise_key` and `order_key`.
+      hyper: `lr` [epochs * S], `weight_decay`, `drop_path`, `noise_key`, `order_key`, and the options
+        of the loss that are not fixed, `loss`.
       chunk: epoch, first step, and the step to stop before.
 
     Returns:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import evaluate
+from rlrr_jax import evaluate, step
 from rlrr_jax.errors import UserError
 from rlrr_jax.job import Job
 from rlrr_jax.results import logs, rows
@@ -185,7 +185,7 @@ def evaluate_epoch(job: Job, progress: Progress, saver: checkpoint.Saver) -> lis
         return [{}] * len(job.runs)
     split = "val" if run.protocol == "tune" else "test"
     title = f"evaluating epoch {epoch + 1}"
-    found = evaluate.trials(job, progress.state["trainable"], title, saver.stop_if_asked)
+    found = evaluate.trials(job, step.tuned(progress.state), title, saver.stop_if_asked)
     return [{f"{split}_{name}": rows.number(x) for name, x in each.items()} for each in found]
 
 

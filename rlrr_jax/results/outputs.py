@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlrr_jax import adapters, files
+from rlrr_jax import adapters, files, step
 from rlrr_jax.results import plots, rows
 from rlrr_jax.runtime import distributed, memory
 
@@ -75,7 +75,7 @@ def write_results(job: Any, outputs: Outputs, progress: Any) -> None:
       outputs: where they go.
       progress: the `train.Progress` after the last epoch.
     """
-    trained = distributed.fetch(progress.state["trainable"])
+    trained = distributed.fetch(step.tuned(progress.state))
     if distributed.is_process_zero():
         for i, (run, folder) in enumerate(zip(job.runs, outputs.folders)):
             history, mine = progress.histories[i], jax.tree.map(lambda x, i=i: x[i], trained)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from rlrr_jax import methods, models
+from rlrr_jax import losses, methods, models
 from rlrr_jax.checks import GRID
 from rlrr_jax.data import tasks
 from rlrr_jax.data.task import Task
@@ -47,6 +47,7 @@ def together(run: Any) -> str:
     plain = run.to_dict()
     for key in ("trial", "recipe", "val_acc", *GRID, *(() if run.crop else ("seed",))):
         plain.pop(key, None)
+    plain["loss_kwargs"] = losses.fixed(plain.get("loss_kwargs") or {})
     return json.dumps(plain, sort_keys=True)
 
 
@@ -75,6 +76,12 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (data, "upright", False),
         (plain.get("grid") or {}, "times_own_lr", False),
         (plain, "loss", "cross_entropy"),
+        (plain, "loss_kwargs", {}),
+        (plain, "mixup", 0.0),
+        (plain, "cutmix", 0.0),
+        (plain, "label_smoothing", 0.0),
+        (plain, "average", None),
+        (plain, "restarts", None),
     ):
         value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)
         if value is None or value == before:

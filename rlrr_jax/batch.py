@@ -1,0 +1,88 @@
+"""This device's share of a batch: which images it is, augmented and mixed on the device.
+
+Noise is keyed by an image's place in the whole batch, so that it does not depend on the devices.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax import mixing
+from rlrr_jax.data.resize import normalize
+from rlrr_jax.losses import Batch
+
+
+def take(recipe: Any, data: Any, order: jax.Array, state: Any, hyper: Any, now: tuple) -> Batch:
+    """This device's share of a batch; slots beyond the batch or the data have mask 0.
+
+    Args:
+      recipe: the `step.Recipe`.
+      data: images and labels, see `step.train_steps`.
+      order: rows of `data` in the order of the epoch [N].
+      state: see `step.init_state`.
+      hyper: hyper-parameters and keys.
+      now: epoch and step.
+    """
+    epoch, step = now
+    local = math.ceil(recipe.batch_size / jax.lax.axis_size("data"))
+    slots = jax.lax.axis_index("data") * local + jnp.arange(local)  # in the global batch
+    first, last = step * recipe.batch_size, recipe.num_images - 1
+    mask = (slots < recipe.batch_size) & (first + slots <= last)
+    rows = order[jnp.minimum(first + slots, last)]
+    step_key = jax.random.fold_in(hyper["noise_key"], epoch * recipe.steps + step)
+    keys = keys_of(step_key, slots)
+    numbers = data["numbers"][rows] if "numbers" in data else rows
+    remembered = state.get("remembered")
+    batch = Batch(
+        images=augment(recipe, data["images"][rows], keys),
+        labels=data["labels"][rows],
+        targets=None,
+        mask=mask.astype(jnp.float32),
+        keys=keys,
+        slots=slots,
+        numbers=numbers,
+        step=epoch * recipe.steps + step,
+        remembered=None if remembered is None else remembered[numbers],
+    )
+    if recipe.mixing == mixing.Mixing():
+        return batch
+    others = jnp.minimum(recipe.batch_size, recipe.num_images - first) - 1 - slots
+    partners = order[jnp.clip(first + others, first, last)]
+    return mixed(recipe, data, state, batch, (others, partners, step_key))
+
+
+def keys_of(step_key: jax.Array, slots: jax.Array) -> jax.Array:
+    """The noise key of each image [b], by its place in the batch."""
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(slots)
+
+
+def augment(recipe: Any, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Stored images [b, h, w, 3] as the model takes them, in [-1, 1], flipped at random by key."""
+    images = normalize(images, recipe.image_size)
+    if recipe.flip:
+        flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
+        images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    return images
+
+
+def mixed(recipe: Any, data: Any, state: Any, batch: Batch, pairs: tuple) -> Batch:
+    """A batch mixed with partners, which other devices may have, and its targets.
+
+    Args:
+      recipe: the `step.Recipe`.
+      data: images and labels.
+      state: see `step.init_state`.
+      batch: the batch before.
+      pairs: places in the batch [b] and rows of `data` [b] of the partners, and the step's key.
+    """
+    others, partners, step_key = pairs
+    how, images, weight = recipe.mixing, batch.images, 1.0
+    if how.images:
+        second = augment(recipe, data["images"][partners], keys_of(step_key, others))
+        one = jax.random.fold_in(step_key, 2**31 - 1)  # of the batch; images have smaller numbers
+        images, weight = mixing.mix(how, one, images, second)
+    classes = state["trainable"]["head"]["bias"].size
+    targets = mixing.targets(how, batch.labels, data["labels"][partners], weight, classes)
+    return batch._replace(images=images, targets=targets)
