@@ -58,7 +58,7 @@ def cut_box(key: jax.Array, share: jax.Array, size: tuple[int, int]) -> tuple[ja
         centre = jax.random.randint(jax.random.fold_in(key, k), (), 0, length)
         edges.append(jnp.clip(jnp.array([centre - side // 2, centre + side // 2]), 0, length))
     (top, bottom), (left, right) = edges
-    row, column = jnp.arange(size[0])[:, None], jnp.arange(size[1])
+    row, column = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None]
     inside = (top <= row) & (row < bottom) & (left <= column) & (column < right)
     return inside, (bottom - top) * (right - left) / (size[0] * size[1])
 
