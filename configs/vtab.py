@@ -30,7 +30,8 @@ def get_config(arg=None):
     # "tune": train on 800, evaluate on 200, never test.
     config.protocol = placeholder(str)
     # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead, and () is the
-    # method's own value. With times_own_lr, those of lr are multiples of the method's own.
+    # method's own value. With times_own_lr, those of lr are multiples of the method's own. lam and
+    # sigma, if there are any, are those of a loss that has them.
     config.grid = ConfigDict(DEFAULT_GRID)
     config.epochs = placeholder(int)
     config.batch_size = 32

@@ -19,6 +19,7 @@ TUPLES = (
 )  # keys whose value is a tuple
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
+LOSS_GRID = ("lam", "sigma")  # and these, of losses that have them
 CHOICES = {
     "protocol": PROTOCOLS,
     "optimizer": ("adamw", "momentum"),
@@ -69,6 +70,10 @@ def check(config: ConfigDict) -> None:
     for key in GRID:
         for value in config.grid[key]:
             hyper("config.grid", {key: value})
+    for key in LOSS_GRID:
+        for value in config.grid[key]:
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"config.grid.{key}={value} must be finite and not negative")
     _check_numbers(config)
     _check_pixels(config.pretrained.mean, config.pretrained.std)
     if config.model.variant is not None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from rlrr_jax import checks, losses, methods, models
-from rlrr_jax.checks import GRID
+from rlrr_jax.checks import GRID, LOSS_GRID
 from rlrr_jax.data import own, sources, store, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
@@ -26,6 +26,8 @@ DEFAULT_GRID = {
     "weight_decay": (5e-5, 5e-2),
     "drop_path": (0.0, 0.1, 0.3),
     "times_own_lr": False,
+    "lam": (),
+    "sigma": (),
 }
 SEVERAL = "({'lr': (1e-3, 3e-3)}, {'method': 'lora', 'rank': 4})"  # an example of config.runs
 RETIRED = f'config.trials and config.variants are one key now: write --config.runs="{SEVERAL}"'
@@ -186,12 +188,16 @@ def trial_name(change: dict[str, Any]) -> str | None:
 def trials(run: ConfigDict) -> list[ConfigDict]:
     """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
     given = {key: tuple(run.grid[key]) for key in GRID}
+    given |= {f"loss_kwargs.{key}": tuple(run.grid[key]) for key in LOSS_GRID if run.grid.get(key)}
     out = []
     for values in itertools.product(*given.values()):
         change = dict(zip(given, values))
         trial = ConfigDict(run.to_dict())
         name = "-".join(filter(None, [run.trial, trial_name(change)]))
-        trial.update(protocol="tune", seed=0, trial=name, **change)
+        trial.update(protocol="tune", seed=0, trial=name)
+        for key, value in change.items():
+            node, last = checks.group(trial, key)
+            node[last] = value
         del trial.grid
         _set_epochs(trial)
         out.append(trial)
@@ -211,6 +217,9 @@ def _resolve_one(
     run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
     run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
+    for key in LOSS_GRID:
+        if key in given or key not in run.loss_kwargs:
+            run.grid[key] = ()
     bundled = task_of(run).group == "bundled"
     _fill(run, "protocol", "fast" if bundled or run.own.path else "official")
     part = task_of(run).parts[1]
@@ -249,7 +258,7 @@ def _fill_recipe(run: ConfigDict) -> None:
     run.recipe = ()
     if run.protocol == "vtab":
         _fill_grid(run, {key: mine.pop(key) for key in GRID})  # which are chosen later
-    elif run.grid.to_dict() != DEFAULT_GRID and run.lr is None:
+    elif run.lr is None and any(run.grid[key] != DEFAULT_GRID[key] for key in (*GRID, "times_own_lr")):
         raise UserError("config.grid is only searched by config.protocol=vtab: add that")
     else:
         del run.grid

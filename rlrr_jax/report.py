@@ -7,7 +7,7 @@ from etils import epath
 from rlrr_jax import files
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import Parser, UserError, one_sentence
-from rlrr_jax.results import plots, rows, tables, vtab_table
+from rlrr_jax.results import paired, plots, rows, tables, vtab_table
 
 MOST_CURVES = 12  # in one picture
 MOST_COMPARED = 4  # tasks in one picture
@@ -63,9 +63,16 @@ def main() -> None:
     parser = Parser(description="Makes the tables of finished runs again.")
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="several are merged")
     parser.add_argument("--out", help="folder of the files; WORKDIR if it is one, else ./report")
+    parser.add_argument("--against", help="a method: paired differences to it, with intervals")
     args = parser.parse_args()
     out = args.out or (args.workdirs[0] if len(args.workdirs) == 1 else "report")
-    print(show(collect(*args.workdirs, out=out)))
+    found = collect(*args.workdirs, out=out)
+    print(show(found))
+    if args.against:
+        text = paired.table(found, args.against)
+        print(f"\n{text}")
+        with (epath.Path(out).expanduser() / "results.md").open("a") as file:
+            file.write(f"\n{text}\n")
     for workdir in args.workdirs:
         print(*rows.unfinished(epath.Path(workdir).expanduser()), sep="\n", end="")
     print(f"\nfiles: {out}")

@@ -120,7 +120,11 @@ def loss_and_grad(
     count = jax.lax.psum(batch.mask.sum(), "data")
 
     def loss_fn(trainable: Tree) -> tuple[jax.Array, tuple]:
-        params = methods.merge(recipe.method, frozen, trainable)
+        key = None
+        if recipe.method.drop is not None:
+            key = jax.random.fold_in(hyper["noise_key"], batch.step)
+            key = jax.random.fold_in(key, 2**31 - 2)  # of the batch; images have smaller numbers
+        params = methods.merge(recipe.method, frozen, trainable, key)
 
         def forward(images: Any, keys: Any, noise: change.Noise | None = None) -> jax.Array:
             inputs = images, hyper["drop_path"], keys if recipe.drop_path else None

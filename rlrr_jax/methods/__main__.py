@@ -28,7 +28,7 @@ def main() -> None:
 def count(method: methods.Method, frozen: Any) -> int:
     """Values that a method trains beside the head; `frozen` may be shapes."""
     adapter = jax.eval_shape(method.init, jax.random.key(0), frozen)
-    return sum(x.size for x in jax.tree.leaves(adapter))
+    return methods.trainable_count({"adapter": adapter})
 
 
 if __name__ == "__main__":

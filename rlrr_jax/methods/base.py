@@ -18,6 +18,7 @@ AFTER_NORM = {"attention": ("query", "key", "value"), "mlp": ("Dense_0",)}
 
 # Merging is done in float32 everywhere: in bfloat16 or TF32 a small change is lost.
 dot = functools.partial(jnp.matmul, precision="highest")
+FIXED = "fixed"  # key of an adapter's values that are not trained
 
 
 class Method(NamedTuple):
@@ -31,12 +32,18 @@ class Method(NamedTuple):
       decay: function `adapter -> tree of bools`, which leaves get weight decay.
       DEFAULTS: the method's own `lr`, `weight_decay` and `drop_path`, used where neither the config
         nor the task's recipe says otherwise.
+      drop: function `(key, adapter) -> adapter` of each training step, such as dropout of ranks; None
+        for most methods.
+
+    What `init` puts under `FIXED` is saved with the adapter, and not trained: `merge` must stop its
+    gradient.
     """
 
     init: Callable[[jax.Array, Any], Any]
     merge: Callable[[Any, Any], Any]
     decay: Callable[[Any], Any]
     DEFAULTS: dict
+    drop: Callable[[jax.Array, Any], Any] | None = None
 
 
 # The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------
@@ -48,9 +55,19 @@ def start(method: "Method", key: jax.Array, frozen: Any) -> dict:
     return {"adapter": method.init(key, frozen), "head": head}
 
 
-def merge(method: "Method", frozen: Any, trained: Any) -> dict:
-    """The plain ViT tree that a trained tree makes of a frozen one."""
-    return {**method.merge(frozen, trained["adapter"]), "head": trained["head"]}
+def merge(method: "Method", frozen: Any, trained: Any, key: jax.Array | None = None) -> dict:
+    """The plain ViT tree that a trained tree makes of a frozen one.
+
+    Args:
+      method: a `Method`.
+      frozen: a ViT tree.
+      trained: what `start` returned, trained.
+      key: of a training step, for `Method.drop`; None drops nothing.
+    """
+    adapter = trained["adapter"]
+    if key is not None and method.drop is not None:
+        adapter = method.drop(key, adapter)
+    return {**method.merge(frozen, adapter), "head": trained["head"]}
 
 
 def decay(method: "Method", trained: Any) -> dict:
@@ -61,7 +78,8 @@ def decay(method: "Method", trained: Any) -> dict:
 
 def trainable_count(trained: Any) -> int:
     """Number of trained values outside the head."""
-    return sum(x.size for x in jax.tree.leaves(trained["adapter"]))
+    adapter = {name: node for name, node in trained["adapter"].items() if name != FIXED}
+    return sum(x.size for x in jax.tree.leaves(adapter))
 
 
 def head_count(trained: Any) -> int:
@@ -89,6 +107,22 @@ def positive(what: str, value: Any) -> None:
     """UserError unless an option is a whole number above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{what}={value} must be a whole number greater than 0")
+
+
+def rate(what: str, value: Any) -> None:
+    """UserError unless an option is a probability below 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise UserError(f"{what}={value} must be at least 0 and less than 1")
+
+
+def dropped_ranks(key: jax.Array, factor: jax.Array, rate: float) -> jax.Array:
+    """A factor [..., r] without some ranks, the others enlarged: dropout of MLAE's experts.
+
+    MLAE (Wang et al., 2024, arXiv 2405.18897) drops each rank of each layer on its own, in every step
+    anew, for the whole batch.
+    """
+    kept = jax.random.bernoulli(key, 1 - rate, (factor.shape[0], factor.shape[-1])) / (1 - rate)
+    return factor * kept.reshape(len(kept), *(1,) * (factor.ndim - 2), -1)
 
 
 def number(what: str, value: Any) -> None:

@@ -13,20 +13,32 @@ FORMULA = "W' = W + (alpha / r) A B"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
 
 
-def method(rank: int = 8, alpha: float | None = None, targets: str = "query+value") -> base.Method:
+def method(
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: str = "query+value",
+    rank_dropout: float = 0.0,
+) -> base.Method:
     """LoRA as a `Method`; no dropout of its input, which could not be folded.
 
     Args:
       rank: r of A [in, r] and B [r, out].
       alpha: None is the rank, so that the product is not scaled.
       targets: Dense layers, joined by "+": query, key, value, out, Dense_0, Dense_1.
+      rank_dropout: probability that a rank of a layer is left out of a training step (MLAE).
 
     Raises UserError for other values.
     """
     base.positive("option rank", rank)
     names = base.names_in(targets, base.DENSE, "target of method 'lora'")
     base.number("option alpha", 0 if alpha is None else alpha)
+    base.rate("option rank_dropout", rank_dropout)
     scale = 1.0 if alpha is None else alpha / rank
+
+    def drop(key, adapter):
+        keys = dict(zip(adapter, jax.random.split(key, len(adapter))))
+        ranks = lambda name: base.dropped_ranks(keys[name], adapter[name]["down"], rank_dropout)
+        return {name: {**node, "down": ranks(name)} for name, node in adapter.items()}
 
     def change(adapter):
         return lambda name, kernel, bias: (kernel + scale * product(adapter[name]), bias)
@@ -36,6 +48,7 @@ def method(rank: int = 8, alpha: float | None = None, targets: str = "query+valu
         lambda frozen, adapter: base.change_dense(frozen, names, change(adapter)),
         base.decay_of("down", "up"),
         DEFAULTS,
+        drop if rank_dropout else None,
     )
 
 

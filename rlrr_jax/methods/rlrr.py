@@ -4,12 +4,13 @@ Every Dense of every block gets `kernel + kernel * scale_in * scale_out` and `bi
 LayerNorm and the patch embedding get their output scaled and shifted, which folds into their weights.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods.base import (
@@ -17,8 +18,10 @@ from rlrr_jax.methods.base import (
     Method,
     affine,
     decay_of,
+    dropped_ranks,
     names_in,
     positive,
+    rate,
     replaced,
     sites,
     subtree,
@@ -59,6 +62,7 @@ def method(
     shift: bool = True,
     where: str = "mha+ffn+norm+patch",
     layers: int | None = None,
+    rank_dropout: float = 0.0,
 ) -> Method:
     """RLRR as a `Method`.
 
@@ -77,18 +81,31 @@ def method(
       shift: whether biases of Dense layers are shifted.
       where: places, of "mha", "ffn", "norm" and "patch", joined by "+".
       layers: only the first so many blocks have adapters; None: all.
+      rank_dropout: probability that a rank of a layer is left out of a training step (MLAE).
 
     Raises UserError for other values, and for those that exclude each other.
     """
     places = names_in(where, dict.fromkeys(PLACES.values()), "place of method 'rlrr'")
     v = Variant(init, rank, with_weight, sides, residual, shift, places, layers)
     _check(v)
+    rate("option rank_dropout", rank_dropout)
+    if rank_dropout and v.rank == 1:
+        raise UserError("option rank_dropout needs a rank above 1: set rank, too")
     return Method(
         lambda key, frozen: _init(key, frozen, v),
         lambda frozen, adapter: merge(frozen, adapter, v),
         decay,
         DEFAULTS,
+        functools.partial(_drop, rank_dropout) if rank_dropout else None,
     )
+
+
+def _drop(rate, key, adapter):
+    """An adapter without some ranks of its Dense layers, see `dropped_ranks`."""
+    flat = flatten_dict(adapter)
+    for i, path in enumerate(sorted(path for path in flat if path[-1] == "scale_in")):
+        flat[path] = dropped_ranks(jax.random.fold_in(key, i), flat[path], rate)
+    return unflatten_dict(flat)
 
 
 def _check(v):

@@ -77,7 +77,9 @@ def result(
         **identity.digests(values),
         **{key: value for key, value in plain.items() if key not in where or key == "trial"},
         "method_kwargs": run.method_kwargs.to_dict(),
+        "loss_kwargs": run.loss_kwargs.to_dict(),
         "options": run.options,
+        "val_tried": list(run.get("val_tried") or ()) or None,  # by "vtab"
         "grid": run.grid.to_dict() if "grid" in run else None,  # that "vtab" chose from
         "init": {**methods.options(run.method), **run.method_kwargs}.get("init"),
         "source": run.data.source,

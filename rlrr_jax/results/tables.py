@@ -9,7 +9,7 @@ from rlrr_jax.results import rows as rows_lib
 
 COLUMNS = (
     *("task", "method", "protocol", "test acc", "best epoch's", "params", "of full", "head", "lr"),
-    *("lr chosen from", "seeds", "epochs", "images/s", "time"),
+    *("lr chosen from", "val acc of tried", "seeds", "epochs", "images/s", "time"),
 )
 
 
@@ -66,6 +66,7 @@ def _line(rows: list[dict], full: int | None) -> list[str]:
         f"{row['head_params']:,}",
         ", ".join(dict.fromkeys(f"{lr:g}" for lr in values("lr"))),
         " ".join(f"{lr:g}" for lr in row["grid"]["lr"]) if row.get("grid") else "",
+        tried(row.get("val_tried")),
         f"{len(rows)}" if len(rows) > 1 else "",
         f"{row['epochs']}",
         f"{sum(speeds) / len(speeds):,.0f}" if speeds else "",
@@ -76,8 +77,17 @@ def _line(rows: list[dict], full: int | None) -> list[str]:
 def which(row: dict, seed: bool = True) -> list[str]:
     """What tells runs of a task and method apart, in words: `["rank=2", "seed 1"]`."""
     options = [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()]
+    if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in (row.get("trial") or ""):
+        options.append(f"loss={row['loss']}")
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
     return options + seeds + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
+
+
+def tried(fractions: list | None) -> str:
+    """`"54.50 to 60.00 %"` of what a search tried; empty for none, or for one."""
+    if not fractions or len(fractions) < 2:
+        return ""
+    return f"{100 * min(fractions):.2f} to {100 * max(fractions):.2f} %"
 
 
 def percent(fraction: float | None) -> str:

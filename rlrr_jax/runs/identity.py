@@ -29,6 +29,7 @@ PLACES = (
     "own.path",  # the images themselves are in the name of the dataset
     "machine",  # where it was last started, see `train`
     "val_acc",  # of the setting that "vtab" chose: a result
+    "val_tried",  # of all that it tried
 )
 
 
@@ -45,7 +46,7 @@ def together(run: Any) -> str:
     With random crops, which all trials share, the seed, too.
     """
     plain = run.to_dict()
-    for key in ("trial", "recipe", "val_acc", *GRID, *(() if run.crop else ("seed",))):
+    for key in ("trial", "recipe", "val_acc", "val_tried", *GRID, *(() if run.crop else ("seed",))):
         plain.pop(key, None)
     plain["loss_kwargs"] = losses.fixed(plain.get("loss_kwargs") or {})
     return json.dumps(plain, sort_keys=True)
@@ -75,6 +76,8 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (model, "norm_eps", 1e-6),
         (data, "upright", False),
         (plain.get("grid") or {}, "times_own_lr", False),
+        (plain.get("grid") or {}, "lam", ()),
+        (plain.get("grid") or {}, "sigma", ()),
         (plain, "loss", "cross_entropy"),
         (plain, "loss_kwargs", {}),
         (plain, "mixup", 0.0),
@@ -112,7 +115,9 @@ def _digest(values: Any) -> str:
 
 def setting(values: dict) -> dict[str, Any]:
     """What the seeds of one line share: `described` without the seed and what was searched."""
-    leave = ("seed", "recipe", *(GRID if values.get("grid") else ()))  # chosen from it
+    grid = values.get("grid") or {}
+    leave = ("seed", "recipe", *(GRID if grid else ()))  # chosen from it
+    leave += ("loss_kwargs",) if grid.get("lam") or grid.get("sigma") else ()
     return {key: value for key, value in values.items() if key not in leave}
 
 

@@ -47,6 +47,8 @@ def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> 
     for work in works:
         run = ConfigDict(work.run.to_dict())
         run.update({key: best[key] for key in checks.GRID})
+        run.loss_kwargs.update(best.get("loss_kwargs") or {})
         run.val_acc = best["val_acc"]
+        run.val_tried = tuple(sorted(row["val_acc"] for row in rows))
         out.append(work._replace(run=run))
     return out

@@ -81,7 +81,7 @@ def check_folder(work: Work, sha256: str) -> None:
     )
     if any(new[key] is None for key in checks.GRID):  # "vtab" has not chosen yet
         for values in (old, new):
-            for key in (*checks.GRID, "val_acc"):
+            for key in (*checks.GRID, "val_acc", "loss_kwargs"):
                 values.pop(key, None)
     if changed := identity.differences(old, new):
         raise UserError(

@@ -214,8 +214,76 @@ def hta(frozen, t, rank=1, targets="query+key+value+out"):
     return around
 
 
+def glora(frozen, t, a="low", b="none", c="low", d="vector", e="none", rank=4, targets=None):
+    """x goes through the frozen kernel, rescaled before and after, beside products and prompts."""
+
+    def around(site, block, x, p):
+        if site not in (targets.split("+") if targets else t):
+            return plain(site, block, x, p)
+        node = jax.tree.map(lambda leaf: leaf[block], t[site])
+        bias = p["bias"].reshape(-1)
+        kernel = p["kernel"].reshape(-1, bias.size)
+        y = x @ kernel
+        if a == "low":
+            down, up = node["a"]["down"], node["a"]["up"]
+            y = y + sum(((x * down[:, r]) @ kernel) * up[r] for r in range(rank))
+        elif a != "none":
+            y = y + (x @ kernel) * node["a"]
+        if b == "low":
+            y = y + (x @ node["b"]["down"]) @ node["b"]["up"]
+        elif b != "none":
+            y = y + x.sum(-1, keepdims=True) * node["b"]
+        if c == "low":
+            y = y + (node["c"]["down"] @ node["c"]["up"])[:, 0] @ kernel
+        elif c == "vector":
+            y = y + node["c"] @ kernel
+        y = y + bias * (1 + node.get("d", 0.0))
+        return y + node.get("e", 0.0)
+
+    return around
+
+
+def difffit(frozen, t):
+    def around(site, block, x, p):
+        y = plain(site, block, x, {**p, **(mirrored(t["copies"], site, block) or {})})
+        return y * t["gamma"][site][block] if site in t["gamma"] else y
+
+    return around
+
+
+def oft(frozen, t, block=8, targets=None):
+    """Inputs are turned back, block by block; with the inverse written out."""
+    side = block
+
+    def around(site, block, x, p):
+        if site not in t:
+            return plain(site, block, x, p)
+        bias, parts = p["bias"].reshape(-1), []
+        for i, values in enumerate(t[site][block]):
+            q = jnp.zeros((side, side), values.dtype).at[jnp.triu_indices(side, 1)].set(values)
+            q = q - q.T
+            turn = (jnp.eye(side) + q) @ jnp.linalg.inv(jnp.eye(side) - q)
+            parts.append(x[..., i * side : (i + 1) * side] @ turn)
+        return jnp.concatenate(parts, -1) @ p["kernel"].reshape(-1, bias.size) + bias
+
+    return around
+
+
+def pissa(frozen, t, rank=8, targets="query+value"):
+    def around(site, block, x, p):
+        y = plain(site, block, x, p)
+        if site not in targets.split("+"):
+            return y
+        now = (x @ t[site]["down"][block]) @ t[site]["up"][block]
+        first = t["fixed"][site]
+        first = jax.lax.stop_gradient((first["first_down"][block], first["first_up"][block]))
+        return y + now - (x @ first[0]) @ first[1]
+
+    return around
+
+
 DIRECT = {
     **dict(rlrr=rlrr, linear=linear, full=full, bitfit=replacing, norm=replacing, last=last),
     **dict(ssf=ssf, lora=lora, dora=dora, vera=vera, fact=fact, arc=arc, repadapter=repadapter),
-    **dict(apla=apla, hta=hta),
+    **dict(apla=apla, hta=hta, glora=glora, difffit=difffit, oft=oft, pissa=pissa),
 }

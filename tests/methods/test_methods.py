@@ -41,6 +41,11 @@ OPTIONS = [
     ("repadapter", dict(hidden=6, groups=2, scale=0.5, where="attention")),
     ("apla", dict(columns=5, column_seed=2)),
     ("hta", dict(rank=0, targets="value+out")),
+    ("glora", dict(a="vector", b="low", c="vector", d="scalar", e="vector", rank=2)),
+    ("glora", dict(a="scalar", b="vector", c="none", d="none", e="scalar", targets="query+Dense_1")),
+    ("glora", dict(a="none", b="scalar", c="low", d="vector", rank=3)),
+    ("oft", dict(block=4, targets="out+Dense_1")),
+    ("pissa", dict(rank=3, targets="key+Dense_0")),
 ]
 CASES = pytest.mark.parametrize(
     ("name", "options"), EVERY + OPTIONS, ids=lambda x: x if isinstance(x, str) else f"{x or ''}"
@@ -58,7 +63,13 @@ CHANGES = {
     "apla": ("out/kernel", "out/bias"),
     "hta": tuple(f"{n}/kernel" for n in ("query", "key", "value", "out")),
 }
-CHANGES["repadapter"] = CHANGES["arc"]
+CHANGES["repadapter"], CHANGES["pissa"], CHANGES["oft"] = (
+    CHANGES["arc"],
+    CHANGES["lora"],
+    CHANGES["fact"],
+)
+CHANGES["glora"] = tuple(x.replace("kernel", k) for x in CHANGES["fact"] for k in ("kernel", "bias"))
+CHANGES["difffit"] = ("bias", *CHANGES["norm"], "out/kernel", "Dense_1/kernel")
 # Merging at the start changes nothing, except for these.
 NOT_IDENTITY = ("rlrr", "ssf")
 COUNTS = {  # on ViT-B/16
@@ -76,6 +87,12 @@ COUNTS = {  # on ViT-B/16
     "arc": 96_432,  # published as 0.13M with a mean head of 0.04M
     "repadapter": 239_808,  # published as 0.22M: 221,184 without its biases
     "apla": 12 * 768 * 769,
+    # Factors of A and C (rank 4) and D of 6 Dense layers a block.
+    "glora": 12
+    * (4 * (4 * 2 * 768 + 4 * 769 + 768) + 4 * 3840 + 4 * 769 + 3072 + 4 * 3840 + 4 * 3073 + 768),
+    "difffit": 102_912 + 25 * 768 + 24,
+    "oft": 12 * (5 * 96 + 384) * 28,
+    "pissa": 294_912,  # as LoRA: what it started from is not trained
     "hta": 184_320,  # published as 0.22M with a mean head of 0.04M
 }
 
@@ -145,7 +162,8 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
     grads, other_grads = (flatten_dict(tree, sep="/") for tree in (grads, other_grads))
     for leaf, grad in grads.items():
         np.testing.assert_allclose(grad, other_grads[leaf], rtol=0, atol=1e-10, err_msg=leaf)
-        no_gradient = leaf.endswith(("key/shift", "key/bias"))  # softmax does not see them
+        # Softmax does not see what all keys share.
+        no_gradient = leaf.endswith(("key/shift", "key/bias", "key/e")) or "/fixed/" in leaf
         assert no_gradient or jnp.abs(grad).max() > 0, leaf
 
 
@@ -223,7 +241,7 @@ def test_decay(name, frozen):
     decay = methods.decay(method, methods.start(method, jax.random.key(0), frozen))
     assert decay["head"] == {"kernel": True, "bias": False}
     names = {"/".join(k) for k, v in flatten_dict(decay).items() if v and k[0] != "head"}
-    if name in ("linear", "bitfit", "norm", "ssf"):
+    if name in ("linear", "bitfit", "norm", "ssf", "difffit", "oft"):
         assert not names
     elif name in ("full", "last", "apla"):
         assert names and all(n.endswith("kernel") for n in names)
@@ -299,6 +317,10 @@ def test_unknown_names_are_answered_with_the_nearest():
         ("fact", dict(kind="tp"), "unknown kind 'tp' of method 'fact': use tt or tk"),
         ("repadapter", dict(hidden=5), "hidden=5 is not divisible by groups=2"),
         ("hta", dict(targets="Dense_0"), "unknown target of method 'hta' 'Dense_0'"),
+        ("glora", dict(c="scalar"), "unknown c 'scalar' of method 'glora': use low, vector, none"),
+        ("oft", dict(block=0), "option block=0 must be a whole number"),
+        ("lora", dict(rank_dropout=1), "option rank_dropout=1 must be at least 0 and less than 1"),
+        ("rlrr", dict(rank_dropout=0.5), "rank_dropout needs a rank above 1"),
     ],
 )
 def test_impossible_options(name, options, message):
@@ -311,9 +333,115 @@ def test_impossible_options(name, options, message):
     [
         ("rlrr", dict(layers=4), "option layers=4 is more than the 3 blocks of the model"),
         ("last", dict(blocks=4), "option blocks=4 is more than the 3 blocks of the model"),
+        ("oft", dict(block=5), "option block=5 does not divide the 32 inputs of query"),
         ("apla", dict(columns=33), "option columns=33 is more than the model's width 32"),
     ],
 )
 def test_options_that_do_not_fit_the_model(name, options, message, frozen):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(methods.get(name, **options).init, jax.random.key(0), frozen)
+
+
+# Newer methods --------------------------------------------------------------------------------
+
+
+def kernels(tree):
+    return {
+        key: x for key, x in flatten_dict(tree, sep="/").items() if key.endswith(("kernel", "bias"))
+    }
+
+
+def test_glora_contains_rlrr_lora_and_prompts(frozen):
+    """The same factors under other names give the same weights."""
+    rlrr = methods.get("rlrr", where="mha+ffn")
+    glora = methods.get("glora", a="low", c="none", d="none", e="vector", rank=1)
+    ours = moved(rlrr.init(jax.random.key(0), frozen))
+    flat, as_glora = flatten_dict(ours, sep="/"), {}
+    for path, x in flat.items():
+        *_, name, leaf = path.split("/")
+        node = as_glora.setdefault(name, {"a": {}})
+        if leaf == "shift":
+            node["e"] = x.reshape(len(x), -1)
+        else:
+            side, axes = ("down", (len(x), -1, 1)) if leaf == "scale_in" else ("up", (len(x), 1, -1))
+            node["a"][side] = x.reshape(axes)
+    expected = kernels(rlrr.merge(frozen, ours))
+    for key, x in kernels(glora.merge(frozen, as_glora)).items():
+        np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-6, err_msg=key)
+    lora = methods.get("lora", rank=3)
+    tree = moved(lora.init(jax.random.key(1), frozen))
+    only_b = methods.get("glora", a="none", b="low", c="none", d="none", rank=3, targets="query+value")
+    same = {name: {"b": node} for name, node in tree.items()}
+    expected = kernels(lora.merge(frozen, tree))
+    for key, x in kernels(only_b.merge(frozen, same)).items():
+        np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-6, err_msg=key)
+
+
+def test_oft_keeps_lengths_and_angles_of_kernels(frozen):
+    method = methods.get("oft", block=8)
+    merged = method.merge(frozen, moved(method.init(jax.random.key(0), frozen)))
+    attention = lambda tree: tree["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
+    ours, theirs = (
+        np.asarray(attention(t)["query"]["kernel"]).reshape(3, 32, -1) for t in (merged, frozen)
+    )
+    gram = lambda x: np.einsum("lio,lip->lop", x, x)
+    np.testing.assert_allclose(gram(ours), gram(theirs), rtol=0, atol=2e-5)
+    assert np.abs(ours - theirs).max() > 0.01
+
+
+def test_pissa_starts_at_the_largest_singular_vectors(frozen):
+    method = methods.get("pissa", rank=4)
+    adapter = method.init(jax.random.key(0), frozen)
+    attention = frozen["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
+    for block in range(3):
+        kernel = np.asarray(attention["query"]["kernel"][block]).reshape(32, -1)
+        u, s, v = np.linalg.svd(kernel.astype(np.float64))
+        ours = adapter["query"]["down"][block] @ adapter["query"]["up"][block]
+        np.testing.assert_allclose(ours, (u[:, :4] * s[:4]) @ v[:4], rtol=0, atol=1e-5)
+
+
+def test_what_is_fixed_stays_in_training(frozen):
+    """Weight decay, the optimiser and noise leave it alone, whatever else is trained."""
+    method = methods.get("pissa", rank=2)
+    recipe = step.Recipe(MODEL, method, batch_size=6, num_images=6, image_size=48)
+    mesh = mesh_lib.make_mesh(jax.devices()[:1], 1)
+    rng = np.random.default_rng(0)
+    data = {
+        "images": rng.integers(0, 256, (6, 48, 48, 3), np.uint8),
+        "labels": np.arange(6, dtype=np.int32),
+    }
+    values = dict(lr=jnp.full(9, 1e-2), weight_decay=jnp.array(0.5), drop_path=jnp.array(0.1))
+    hyper = {**values, "noise_key": jax.random.key(1), "order_key": jax.random.key(2)}
+    state, metrics = step.map_start(recipe, mesh)(jax.random.split(jax.random.key(0), 1), frozen)
+    before = jax.tree.map(np.array, state["trainable"]["adapter"])
+    hyper = jax.tree.map(lambda x: x[None], hyper)
+    state, _ = step.map_train_steps(recipe, mesh)(frozen, data, state, metrics, hyper, (0, 0, 1))
+    after = state["trainable"]["adapter"]
+    jax.tree.map(np.testing.assert_array_equal, before["fixed"], after["fixed"])
+    assert (before["query"]["down"] != np.asarray(after["query"]["down"])).all()
+
+
+@pytest.mark.parametrize(("name", "factor"), [("lora", "down"), ("rlrr", "scale_in")])
+def test_dropout_of_ranks(name, factor, frozen):
+    """Each layer's ranks are dropped on their own at the rate, the rest enlarged; merged has all."""
+    method = methods.get(name, rank=4, rank_dropout=0.25)
+    adapter = moved(method.init(jax.random.key(0), frozen))
+    before, seen = flatten_dict(adapter, sep="/"), []
+    for number in range(60):
+        dropped = flatten_dict(method.drop(jax.random.key(number), adapter), sep="/")
+        for path, x in before.items():
+            if not path.endswith(factor):
+                np.testing.assert_array_equal(dropped[path], x)
+                continue
+            ratio = np.asarray(dropped[path] / x).reshape(len(x), -1, 4)
+            assert ((ratio == 0) == (ratio[:, :1] == 0)).all()  # whole ranks
+            np.testing.assert_allclose(ratio[ratio != 0], 4 / 3, rtol=1e-5)
+            seen.append(ratio[:, 0] == 0)
+    seen = np.concatenate(seen)
+    assert abs(seen.mean() - 0.25) < 0.02 and len({tuple(x) for x in seen}) > 8
+    trained = {"adapter": adapter, "head": frozen["head"]}
+    plain, noisy = (methods.merge(method, frozen, trained, key) for key in (None, jax.random.key(0)))
+    expected = method.merge(frozen, adapter)["Transformer"]
+    jax.tree.map(np.testing.assert_array_equal, plain["Transformer"], expected)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), noisy["Transformer"], expected)
+    assert not all(jax.tree.leaves(same))

@@ -1,0 +1,63 @@
+"""Paired differences against SciPy and numbers worked out by hand."""
+
+import numpy as np
+import pytest
+from rows import row
+from scipy import stats
+
+from rlrr_jax.errors import UserError
+from rlrr_jax.results import paired
+
+
+def rows(method, values, **changes):
+    return [row(t, seed, method, test_acc_final=x, **changes) for (t, seed), x in values.items()]
+
+
+A = {("kitti", 0): 0.50, ("kitti", 1): 0.52, ("kitti", 2): 0.54}
+B = {("kitti", 0): 0.53, ("kitti", 1): 0.54, ("kitti", 2): 0.58}
+
+
+def test_seeds_of_one_task_are_paired():
+    (found,) = paired.differences(rows("rlrr", B) + rows("lora", A), "lora")
+    each = np.array([0.03, 0.02, 0.04])
+    low, high = stats.ttest_rel(list(B.values()), list(A.values())).confidence_interval(0.95)
+    assert found.label == "rlrr" and (found.tasks, found.pairs) == (1, 3)
+    assert found.mean == pytest.approx(each.mean())
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    text = paired.table(rows("rlrr", B) + rows("lora", A), "lora")
+    assert "| rlrr           |    +3.00 | +0.52 to +5.48 |          yes |       1 |       3 |" in text
+
+
+def test_tasks_count_once_however_many_seeds_they_have():
+    more = {("dtd", 0): 0.7, ("dtd", 1): 0.7}
+    other = {("dtd", 0): 0.71, ("dtd", 5): 0.9}
+    (found,) = paired.differences(rows("rlrr", B | other) + rows("lora", A | more), "lora")
+    assert (found.tasks, found.pairs) == (2, 4)
+    assert found.mean == pytest.approx((0.03 + 0.01) / 2)
+    assert found.half == pytest.approx(stats.t.ppf(0.975, 1) * 0.02 / 2)  # of 0.03 and 0.01
+
+
+def test_a_single_pair_has_no_interval():
+    one = {("kitti", 0): 0.5}
+    (found,) = paired.differences(rows("rlrr", {("kitti", 0): 0.6}) + rows("lora", one), "lora")
+    assert found.half is None and found.mean == pytest.approx(0.1)
+
+
+def test_lines_are_named():
+    both = rows("lora", A) + rows("rlrr", A) + rows("rlrr", B, method_kwargs={"init": "damped"})
+    assert [d.label for d in paired.differences(both, "lora")] == ["rlrr", "rlrr init=damped"]
+    assert [d.label for d in paired.differences(both, "rlrr init=damped")] == ["lora", "rlrr"]
+    for name, message in (
+        ("ssf", "unknown line 'ssf': .*lora, rlrr, rlrr init=damped"),
+        ("rlrr i", "unknown line 'rlrr i': did you mean"),
+    ):
+        with pytest.raises(UserError, match=message):
+            paired.differences(both, name)
+    damped = rows("rlrr", A, method_kwargs={"init": "damped"})
+    two = damped + rows("rlrr", A, method_kwargs={"init": "identity"})
+    with pytest.raises(
+        UserError, match="rlrr is there in several ways: name one of 'rlrr init=damped'"
+    ):
+        paired.differences(two, "rlrr")
+    with pytest.raises(UserError, match="nothing ran on the tasks and seeds of lora"):
+        paired.differences(rows("lora", A), "lora")
