@@ -46,6 +46,7 @@ def get_config(arg=None):
     # Decay of a running average of the trained tree, which is then evaluated and saved.
     config.average = placeholder(float)
     config.schedule = placeholder(str)  # "official", "cosine", "bigvision" or "restarts", see optim.py
+    config.warmup_epochs = placeholder(int)  # of "official", and as many at its end; None: epochs / 11
     config.restarts = placeholder(tuple)  # of "restarts": epochs of the first, and times each next one
     config.warmup_steps = placeholder(int)  # of "bigvision"
     config.lr = placeholder(float)
@@ -54,7 +55,8 @@ def get_config(arg=None):
     config.drop_path_mode = "element"  # or "sample"
     config.flip = placeholder(bool)
     # Random crops: "resmall" (the shorter side to crop_from pixels, then a square) or "inception" (5 to
-    # 100 % of the area). Evaluated is the middle square. None: the whole image, resized to a square.
+    # 100 % of the area). Evaluated is the middle square. "square": the whole image as a square of
+    # crop_from pixels, and a square of that, cut on the device. None: the whole image as a square.
     config.crop = placeholder(str)
     config.crop_from = placeholder(int)
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 import rlrr_jax
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, methods, models
-from rlrr_jax.data import resize
+from rlrr_jax.data import crops, resize
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.weights import download, names, preprocessing, reader, vit_layouts
 
@@ -94,17 +94,18 @@ class Tuned(NamedTuple):
 
     def logits(self, images: Any) -> jax.Array:
         """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated."""
-        return _logits(self.model, self.card["image_size"], self.card["config"]["precision"])(
-            self.params, images
-        )
+        run = self.card["config"]
+        crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
+        how = (self.card["image_size"], crop_from), run["precision"]
+        return _logits(self.model, *how)(self.params, images)
 
 
 @functools.lru_cache(16)
-def _logits(model, size, precision):
+def _logits(model, pixels, precision):
     @jax.jit
     def logits(params, images):
         with jax.default_matmul_precision(precision):
-            return model.apply({"params": params}, resize.normalize(images, size))
+            return model.apply({"params": params}, resize.normalize(images, *pixels))
 
     return logits
 

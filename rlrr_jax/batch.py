@@ -3,6 +3,7 @@
 Noise is keyed by an image's place in the whole batch, so that it does not depend on the devices.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -60,11 +61,20 @@ def keys_of(step_key: jax.Array, slots: jax.Array) -> jax.Array:
 
 def augment(recipe: Any, images: jax.Array, keys: jax.Array) -> jax.Array:
     """Stored images [b, h, w, 3] as the model takes them, in [-1, 1], flipped at random by key."""
-    images = normalize(images, recipe.image_size)
+    size = recipe.crop_from or recipe.image_size
+    images = normalize(images, size)
+    if size > recipe.image_size:
+        images = jax.vmap(functools.partial(_crop, recipe.image_size))(images, keys)
     if recipe.flip:
         flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
     return images
+
+
+def _crop(size: int, image: jax.Array, key: jax.Array) -> jax.Array:
+    """A square of an image [H, W, 3] in a random place."""
+    corner = jax.random.randint(jax.random.fold_in(key, 2**17), (2,), 0, len(image) - size + 1)
+    return jax.lax.dynamic_slice(image, (*corner, 0), (size, size, 3))
 
 
 def mixed(recipe: Any, data: Any, state: Any, batch: Batch, pairs: tuple) -> Batch:

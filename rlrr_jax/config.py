@@ -266,7 +266,13 @@ def _fill_recipe(run: ConfigDict) -> None:
     for key, value in mine.items():
         if run[key] is None:
             run[key], run.recipe = value, (*run.recipe, key)
-    if run.restarts is not None and run.schedule != "restarts":
+    if (
+        run.warmup_epochs is not None
+        and run.schedule != "official"
+        and "warmup_epochs" not in run.recipe
+    ):
+        raise UserError("config.warmup_epochs is only used by config.schedule=official: leave it out")
+    if run.restarts is not None and run.schedule != "restarts" and "restarts" not in run.recipe:
         raise UserError("config.restarts is only used by config.schedule=restarts: leave it out")
     if run.schedule == "bigvision" and not run.total_steps:
         raise UserError("config.schedule=bigvision needs config.total_steps: set it")
@@ -400,12 +406,8 @@ def splits(run: ConfigDict) -> tuple[str, str]:
 
 def pixels(run: ConfigDict) -> store.Pixels:
     """What is made of a run's images."""
-    return store.Pixels(
-        size=run.image_size,
-        variant=run.data.variant,
-        shorter=run.crop_from if run.crop else None,
-        upright=run.data.get("upright", False),
-    )
+    options = dict(variant=run.data.variant, upright=run.data.get("upright", False))
+    return store.pixels_for(run.image_size, run.crop, run.crop_from, **options)
 
 
 def architecture(run: ConfigDict) -> dict[str, Any]:

@@ -22,26 +22,31 @@ CHECK_SECONDS = 3  # between two looks of several processes at whether to stop
 
 
 def eval_step(
-    model: Any,
-    image_size: int,
-    precision: str,
-    params: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    mask: jax.Array,
+    model: Any, pixels: tuple, precision: str, params: Any, *batch: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sums over the global batch: cross-entropy and number of right answers, padding left out."""
+    """Sums over the global batch: cross-entropy and number of right answers, padding left out.
+
+    Args:
+      model: the flax model.
+      pixels: side of the images that it takes, and of what their middle is cut from, or None.
+      precision: precision of matmuls.
+      params: its parameters.
+      *batch: images [b, h, w, 3] uint8, labels [b] and mask [b].
+    """
+    images, labels, mask = batch
     with jax.default_matmul_precision(precision):
-        logits = model.apply({"params": params}, normalize(images, image_size))
+        logits = model.apply({"params": params}, normalize(images, *pixels))
     each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = losses.correct(logits, labels, each)
     return jax.lax.psum({"loss": (each * mask).sum(), "correct": (right * mask).sum()}, "data")
 
 
 @functools.lru_cache(8)
-def map_eval_step(model: Any, image_size: int, precision: str, mesh: Mesh) -> Callable:
+def map_eval_step(
+    model: Any, image_size: int, precision: str, mesh: Mesh, crop_from: int | None = None
+) -> Callable:
     """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
-    one = functools.partial(eval_step, model, image_size, precision)
+    one = functools.partial(eval_step, model, (image_size, crop_from), precision)
 
     @functools.wraps(eval_step)
     def trials(params: Any, *batch: jax.Array) -> Any:
@@ -131,7 +136,8 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
       check: function called every now and then, in all processes after the same batch.
     """
     recipe, mesh, number = job.recipe, job.mesh, len(job.held_out[1])
-    eval_step = map_eval_step(recipe.model, recipe.image_size, recipe.precision, mesh)
+    how = recipe.image_size, recipe.precision, mesh, recipe.crop_from
+    eval_step = map_eval_step(recipe.model, *how)
     out: list[Any] = [None] * len(job.init_keys)
     together = at_once(job, memory.limit())
     total = number * -(-len(out) // (together * mesh.shape["trial"]))

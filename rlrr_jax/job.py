@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from rlrr_jax import config as config_lib
 from rlrr_jax import feed as feed_lib
 from rlrr_jax import losses, methods, mixing, optim, step
+from rlrr_jax.data import crops
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -121,7 +122,7 @@ def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
     """
     run = runs[0]
     part, held_out = config_lib.splits(run)
-    images, labels = load_data(part, crop=(run.crop, run.seed) if run.crop else None)
+    images, labels = load_data(part, crop=(run.crop, run.seed) if crops.by_host(run.crop) else None)
     held_out = load_data(held_out)
     recipe = _recipe(runs, len(labels))
     frozen = load_weights(run, recipe.model)
@@ -181,6 +182,7 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         loss=functools.partial(losses.LOSSES[run.loss], **losses.fixed(run.loss_kwargs)),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
         average=run.average,
+        crop_from=run.crop_from if run.crop == crops.SQUARE else None,
     )
 
 
@@ -192,7 +194,7 @@ def _learning_rates(run: Any, steps: int) -> list[float]:
         steps,
         run.total_steps,
         run.warmup_steps or 0,
-        run.restarts,
+        (run.warmup_epochs, run.restarts),
     )
 
 

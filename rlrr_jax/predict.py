@@ -95,8 +95,8 @@ def predict(
       `(path, probabilities [classes] float32 or None, why it could not be read or None)`, in order.
     """
     run = tuned.card["config"]
-    shorter = run["crop_from"] if run["crop"] else None
-    one = functools.partial(_one, pixels=store.Pixels(tuned.card["image_size"], shorter=shorter))
+    pixels = store.pixels_for(tuned.card["image_size"], run["crop"], run["crop_from"])
+    one = functools.partial(_one, pixels=pixels)
     softmax = jax.jit(lambda x: jax.nn.softmax(x, -1))
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,

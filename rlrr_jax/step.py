@@ -35,6 +35,8 @@ class Recipe(NamedTuple):
       batch_size: B, over all devices.
       num_images: N.
       image_size: pixels that the model takes; smaller images are enlarged.
+      crop_from: side of the images from which squares are cut on the device, at random to train on,
+        the middle to evaluate; None cuts nothing.
       flip: whether training images are flipped left to right at random.
       precision: precision of matmuls, as `jax.default_matmul_precision` names it.
       drop_path: whether its noise is in the program; the rate itself is traced.
@@ -56,6 +58,7 @@ class Recipe(NamedTuple):
     loss: losses.Loss = losses.cross_entropy
     mixing: Mixing = Mixing()
     average: float | None = None
+    crop_from: int | None = None
 
     @property
     def steps(self) -> int:

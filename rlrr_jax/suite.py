@@ -13,7 +13,7 @@ from etils import epath
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, job, report, train
-from rlrr_jax.data import sources, store
+from rlrr_jax.data import crops, sources, store
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.results import rows as rows_lib
@@ -132,7 +132,9 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
             if found.kind != "bundled":
                 pairs = [config_lib.splits(r)]
                 pairs += [config_lib.task_of(r).parts[:2]] if r.protocol == "vtab" else []
-                stored = {part for pair in pairs for part in (pair[1:] if r.crop else pair)}
+                stored = {
+                    part for pair in pairs for part in (pair[1:] if crops.by_host(r.crop) else pair)
+                }
                 entries += [entry(config_lib.task_of(r), part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):

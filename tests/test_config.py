@@ -91,7 +91,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ({"grid": {"lr": (0.5,)}}, "only searched by config.protocol=vtab"),
         ({"weight_decay": -1.0}, "must be finite and not negative"),
         ({"batch_size": 0}, "must be greater than 0"),
-        ({"schedule": "linear"}, "use official, cosine or bigvision"),
+        ({"schedule": "linear"}, "unknown schedule 'linear': did you mean 'cosine'"),
         ({"seeds": ()}, "must be different whole numbers"),
         ({"seeds": (1, 1)}, "must be different whole numbers"),
         ({"seeds": (2**70,)}, "must be different whole numbers"),
@@ -117,6 +117,15 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             {"crop": "resmall", "crop_from": 200},
             "needs config.crop_from of at least the image size 224",
         ),
+        ({"mixup": -1.0}, "config.mixup=-1.0 must be finite and not negative"),
+        ({"label_smoothing": 1.0}, "config.label_smoothing=1.0 must be at least 0 and less than 1"),
+        ({"average": 1.5}, "config.average=1.5 must be at least 0 and less than 1"),
+        ({"restarts": (3,)}, "config.restarts=.* must be two whole numbers, such as"),
+        ({"restarts": (3, 2)}, "config.restarts is only used by config.schedule=restarts"),
+        ({"warmup_epochs": 3, "schedule": "cosine"}, "config.warmup_epochs is only used by"),
+        ({"loss": "pcae"}, "unknown value of config.loss 'pcae': did you mean 'pace'"),
+        ({"loss_kwargs": {"lam": 2.0}}, "unknown option of loss 'cross_entropy' 'lam'"),
+        ({"data": {"device_gb": 0.0}}, "config.data.device_gb=0.0 must be greater than 0"),
         ({"grad_clip": 0.0}, "config.grad_clip=0.0 must be greater than 0"),
         ({"method_kwargs": {"init": "zeros"}}, "use paper, damped, identity"),
     ],
@@ -172,6 +181,8 @@ def test_every_key_is_in_the_setting_or_a_named_exception(protocol):
             new = ()
         elif key == "method_kwargs":
             new = {"rank": 2}
+        elif key == "loss_kwargs":
+            new = {"lam": 2.0}
         elif key == "model.variant":
             new = "B/32"
         elif key == "pretrained.name":

@@ -65,6 +65,7 @@ def test_shards_give_the_order_and_the_losses_of_the_whole_set(tmp_path, capsys)
     assert [r["identity"] for r in run(streamed, tmp_path / "streamed")] == before
 
 
+@pytest.mark.slow
 def test_crops_in_shards_are_those_of_the_whole_set(tmp_path):
     for name, budget in (("whole", None), ("streamed", TWO_SHARDS_OF_3_STEPS)):
         settings = transfer.get_config("digits,method=linear")
@@ -96,6 +97,7 @@ def test_a_run_goes_on_in_the_middle_of_a_shard(tmp_path, monkeypatch):
     assert left(tmp_path / "whole") == left(tmp_path / "stopped") != {}
 
 
+@pytest.mark.slow
 def test_seeds_that_stream_train_one_after_another(tmp_path, capsys):
     settings = config("digits,method=linear", seeds=(0, 1))
     settings.epochs, settings.data.device_gb = 1, TWO_SHARDS_OF_3_STEPS

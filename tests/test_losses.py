@@ -281,7 +281,10 @@ def train_two_epochs(loss, devices, hypers):
     return jax.tree.map(np.asarray, state), out
 
 
-@pytest.mark.parametrize("loss", ["pace", "pace_lazy", "pace_fast"])
+@pytest.mark.parametrize(
+    "loss",
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in ("pace", "pace_lazy")), "pace_fast"],
+)
 def test_one_device_equals_four_and_trials_equal_single_runs(loss):
     hypers = [hyper(), hyper(1, lam=0.1, sigma=0.4)]
     alone = [train_two_epochs(loss, 1, [h]) for h in hypers]

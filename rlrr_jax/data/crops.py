@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("resmall", "inception")
+SQUARE = "square"  # of the whole image as a square: cut on the device, see `batch.augment`
+KINDS = ("resmall", "inception", SQUARE)
+
+
+def by_host(kind: str | None) -> bool:
+    """Whether crops of a kind are made on the host, anew for each epoch."""
+    return kind not in (None, SQUARE)
 
 
 def area(start: Any, stop: Any, source: Any, target: Any) -> np.ndarray:

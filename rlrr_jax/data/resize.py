@@ -45,9 +45,18 @@ def bicubic(images: jax.Array, size: int) -> jax.Array:
     return _pass("oh,bhwc->bowc", weights(images.shape[1], size), wide)
 
 
-def normalize(images: jax.Array, size: int) -> jax.Array:
-    """Images uint8 [B, h, w, 3] to float32 [B, size, size, 3] in [-1, 1]."""
-    return bicubic(images, size).astype(jnp.float32) / 127.5 - 1.0
+def normalize(images: jax.Array, size: int, crop_from: int | None = None) -> jax.Array:
+    """Images uint8 [B, h, w, 3] to float32 [B, size, size, 3] in [-1, 1].
+
+    Args:
+      images: images to enlarge, if they are smaller.
+      size: side of the result in pixels.
+      crop_from: side from whose middle it is cut; None cuts nothing off.
+    """
+    whole = bicubic(images, crop_from or size)
+    margin = (whole.shape[1] - size) // 2
+    middle = whole[:, margin : margin + size, margin : margin + size]
+    return middle.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _pass(spec, w, images):

@@ -50,7 +50,7 @@ def _find_vtab(task, data_dir, kind):
     except ImportError as e:  # etils reads gs:// through gcsfs, or TensorFlow where that is installed
         raise UserError(f"{root} cannot be reached ({first_line(e)}): pip install gcsfs") from e
     found = {}
-    for version in _versions(root / task.tfds, task):
+    for version in versions(root / task.tfds, task):
         found.setdefault("tfds", Found("tfds", root / task.tfds / version, f"{task.tfds}:{version}"))
     for folder in (root / "vtab-1k" / name, root / name):
         if (folder / "test.txt").exists():
@@ -75,7 +75,7 @@ def _find_vtab(task, data_dir, kind):
     )
 
 
-def _versions(folder, task):
+def versions(folder: Any, task: Task) -> list[str]:
     """Prepared versions with the images of a task, the best first."""
     if not folder.exists():
         return []
@@ -110,6 +110,8 @@ def class_names(task: str | Task, found: Found) -> list[str]:
     """Names of a task's classes: its own, those that tfds keeps beside the dataset, or numbers."""
     task = tasks.get(task)
     names = task.names
+    if found.kind == "folder" and task.source and task.source.names:
+        names = task.source.names(task, found)
     if not names and found.kind == "tfds" and len(task.fields) == 1:
         path = epath.Path(found.path) / f"{task.fields[0]}.labels.txt"
         names = path.read_text().splitlines() if path.exists() else ()

@@ -90,6 +90,20 @@ class Pixels(NamedTuple):
     upright: bool = False
 
 
+def pixels_for(size: int, crop: str | None, crop_from: int | None, **options: Any) -> Pixels:
+    """What is stored of the images of a run, which are cut from it by `crop`, see `crops`.
+
+    Args:
+      size: side of the images that the model takes.
+      crop: a name of `crops.KINDS`, or None.
+      crop_from: shorter side, or side of the whole square, that crops are cut from.
+      **options: other values of `Pixels`.
+    """
+    if crops.by_host(crop):
+        return Pixels(size, shorter=crop_from, **options)
+    return Pixels((crop_from if crop else None) or size, **options)
+
+
 def _pixels(pixels):
     return pixels if isinstance(pixels, Pixels) else Pixels(pixels)
 

@@ -52,10 +52,12 @@ class Source(NamedTuple):
     Attributes:
       find: function `(task, data_dir, kind) -> Found`; UserError if they are not there.
       open: function `(task, split, found) -> Split`.
+      names: function `(task, found) -> names of classes`, where the images know them; or None.
     """
 
     find: Callable
     open: Callable
+    names: Callable | None = None
 
 
 class Task(NamedTuple):
@@ -63,7 +65,7 @@ class Task(NamedTuple):
 
     Attributes:
       name: how it is called in configurations and results.
-      group: "natural", "specialized", "structured", "bundled" or "full".
+      group: "natural", "specialized", "structured", "bundled", "full", "fgvc" or "own".
       splits: our split names -> tfds's instructions (bundled: parts of the file).
       classes: number of classes.
       num_test: number of test images.
@@ -81,6 +83,7 @@ class Task(NamedTuple):
       epochs: the recipe's.
       schedule: see `optim.learning_rates`.
       recipes: dict by method of what replaces the method's DEFAULTS (and the task's epochs).
+      extra: other keys of the recipe, for all methods, such as `crop`.
       sizes: number of images in each split but "test"; None is `SPLITS`.
       parts: names of the splits to train on, to choose on, and to train on before the test.
       names: names of the classes, where the dataset does not name them.
@@ -107,6 +110,7 @@ class Task(NamedTuple):
     epochs: int = 110
     schedule: str = "official"
     recipes: Mapping = MappingProxyType({})
+    extra: Mapping = MappingProxyType({})
     sizes: Mapping | None = None
     parts: tuple = tuple(SPLITS)
     names: tuple = ()

@@ -1,7 +1,8 @@
-"""All tasks by name: VTAB-1k's, two bundled ones, and four whole datasets."""
+"""All tasks by name: VTAB-1k's, two bundled ones, four whole datasets, and FGVC's five."""
 
 from collections.abc import Iterable
 
+from rlrr_jax.data.fgvc import FGVC
 from rlrr_jax.data.task import Task, splits
 from rlrr_jax.data.vtab import GROUPS, VTAB
 from rlrr_jax.errors import unknown
@@ -71,7 +72,7 @@ FULL = {
     "pets_full": _full("pets_full", "oxford_iiit_pet:4.0.0", 3680, 90, 37, 3669, majors=(3,)),
     "flowers_full": _full("flowers_full", "oxford_flowers102:2.1.1", 1020, 90, 102, 6149),
 }
-TASKS = {**VTAB, **BUNDLED, **FULL}
+TASKS = {**VTAB, **BUNDLED, **FULL, **FGVC}
 # Other names in use: tfds's, VTAB's and those of papers' code.
 ALIASES = {
     "cifar100": "cifar",
@@ -93,6 +94,11 @@ ALIASES = {
     "dsprites_orientation": "dsprites_ori",
     "smallnorb_azimuth": "smallnorb_azi",
     "smallnorb_elevation": "smallnorb_ele",
+    "cub_200_2011": "cub",
+    "caltech_birds2011": "cub",
+    "stanford_dogs": "dogs",
+    "stanford_cars": "cars",
+    "cars196": "cars",
 }
 
 
@@ -111,6 +117,7 @@ def canonical(name: str) -> str:
 def expand(names: Iterable[str]) -> list[str]:
     """Names of tasks for names, aliases, groups and "all", each once."""
     groups = {**GROUPS, "all": tuple(VTAB), "bundled": tuple(BUNDLED), "full": tuple(FULL)}
+    groups["fgvc"] = tuple(FGVC)
     every = [task for name in names for task in groups.get(name) or (canonical(name),)]
     return list(dict.fromkeys(every))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlrr_jax import losses, methods, models
 from rlrr_jax.checks import GRID
-from rlrr_jax.data import tasks
+from rlrr_jax.data import crops, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.weights import names, preprocessing
 
@@ -37,7 +37,7 @@ def recipe(task: Task, method_name: str) -> dict[str, Any]:
     """What a task and a method bring where the configuration says nothing."""
     own = methods.METHODS[method_name].DEFAULTS
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
-    return {**recipe, **own, **task.recipes.get(method_name, {})}
+    return {**recipe, **task.extra, **own, **task.recipes.get(method_name, {})}
 
 
 def together(run: Any) -> str:
@@ -46,7 +46,14 @@ def together(run: Any) -> str:
     With random crops, which all trials share, the seed, too.
     """
     plain = run.to_dict()
-    for key in ("trial", "recipe", "val_acc", "val_tried", *GRID, *(() if run.crop else ("seed",))):
+    for key in (
+        "trial",
+        "recipe",
+        "val_acc",
+        "val_tried",
+        *GRID,
+        *(() if crops.by_host(run.crop) else ("seed",)),
+    ):
         plain.pop(key, None)
     plain["loss_kwargs"] = losses.fixed(plain.get("loss_kwargs") or {})
     return json.dumps(plain, sort_keys=True)
@@ -85,13 +92,14 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (plain, "label_smoothing", 0.0),
         (plain, "average", None),
         (plain, "restarts", None),
+        (plain, "warmup_epochs", None),
     ):
         value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)
         if value is None or value == before:
             node.pop(key, None)
     if name := given.get("name"):
         given["name"] = names.canonical(name)
-    if plain.get("crop"):
+    if crops.by_host(plain.get("crop")):
         plain["crops"] = "by seed"  # in the first version they were the same for all seeds
     return json.loads(json.dumps(plain))
 
