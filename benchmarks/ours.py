@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import evaluate, methods, models, step
+from rlrr_jax import evaluate, losses, methods, models, step
 from rlrr_jax.runtime import mesh as mesh_lib
 
 CLASSES = 100
@@ -22,6 +22,7 @@ class Ours:
       steps: the most that one call will do.
       drop_path: rate; 0 leaves drop path and flip out of the program.
       unroll, remat, attention: as in `config.model`.
+      loss: a name of `losses.LOSSES`, with its default options.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Ours:
         unroll=None,
         remat=False,
         attention="xla",
+        loss="cross_entropy",
     ):
         self.batch, self.size, self.trials, self.steps = batch, size, trials, steps
         self.sizes = models.sizes(variant)
@@ -61,9 +63,12 @@ class Ours:
             flip=drop_path > 0,
             drop_path=drop_path > 0,
             precision=self.precision,
+            loss=functools.partial(losses.LOSSES[loss], **losses.fixed(losses.options(loss))),
         )
         hyper = {"lr": jnp.array([1e-3]), "weight_decay": jnp.array(1e-4)}
         hyper["drop_path"] = jnp.array(float(drop_path))
+        options = {k: v for k, v in losses.options(loss).items() if isinstance(v, float)}
+        hyper["loss"] = {key: jnp.array(value) for key, value in options.items()}
         keys = [
             {"noise_key": jax.random.key(i), "order_key": jax.random.key(-i)} for i in range(trials)
         ]

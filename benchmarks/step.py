@@ -4,8 +4,9 @@
     python benchmarks/step.py --batch 32,128 --trials 1,8               # on a GPU: bfloat16
     python benchmarks/step.py --variant bundled --size 32 --batch 32 --trials 1,8 --steps 32
     python benchmarks/step.py --variant H/14 --compile_only             # needs no memory
+    python benchmarks/step.py --method rlrr --loss cross_entropy,pace,pace_lazy,pace_fast
 
-Each combination of method, model, dtype, batch, size and trials is a case. All are compiled, then take
+Each combination of method, model, dtype, batch, size, trials and loss is a case. All are compiled, then take
 turns: a round is some training steps and evaluated batches of each, so that a slow minute hits all of
 them. Prints medians over rounds, the ratio of each case to the first with its range over
 rounds, and the share of the rate of a plain matmul of the same dtype, measured in the same turns; the
@@ -25,7 +26,7 @@ import time
 import jax
 from ours import Ours
 
-KEYS = ("method", "variant", "dtype", "batch", "size", "trials")
+KEYS = ("method", "variant", "dtype", "batch", "size", "trials", "loss")
 COLUMNS = (
     "train images/s",
     "ratio",
@@ -63,6 +64,7 @@ def arguments():
     parser.add_argument("--batch", type=several(int), default=[8] if cpu else [32, 128])
     parser.add_argument("--size", type=several(int), default=[224])
     parser.add_argument("--trials", type=several(int), default=[1])
+    parser.add_argument("--loss", type=several(str), default=["cross_entropy"], help="or pace, ...")
     parser.add_argument("--steps", type=int, default=2 if cpu else 20, help="in a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--drop_path", type=float, default=0.1)
@@ -147,6 +149,7 @@ def ratio(ours, others):
 def name(case):
     """`"rlrr B/16 float32, batch 8, 224 px"`, with the number of trials if there are several."""
     trials = f", {case['trials']} trials" if case["trials"] > 1 else ""
+    trials += f", {case['loss']}" if case["loss"] != "cross_entropy" else ""
     return "{method} {variant} {dtype}, batch {batch}, {size} px".format(**case) + trials
 
 
