@@ -6,9 +6,9 @@
     python benchmarks/step.py --variant H/14 --compile_only             # needs no memory
     python benchmarks/step.py --method rlrr --loss cross_entropy,pace,pace_lazy,pace_fast
 
-Each combination of method, model, dtype, batch, size, trials and loss is a case. All are compiled, then take
-turns: a round is some training steps and evaluated batches of each, so that a slow minute hits all of
-them. Prints medians over rounds, the ratio of each case to the first with its range over
+Each combination of method, model, dtype, batch, size, trials and loss is a case. All are compiled,
+then take turns: a round is some training steps and evaluated batches of each, so that a slow minute
+hits all of them. Prints medians over rounds, the ratio of each case to the first with its range over
 rounds, and the share of the rate of a plain matmul of the same dtype, measured in the same turns; the
 last line is JSON. Speeds count the images of all trials.
 

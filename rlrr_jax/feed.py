@@ -73,16 +73,18 @@ class Feed(NamedTuple):
         first = start * self.batch_size
         if self.shard is not None:
             which = self.order(epoch)[first : first + self.slots]
-        if isinstance(self.images, Crops):
-            images = self.images.take(epoch, np.arange(len(self.labels))[which], cancelled)
-        else:
-            images = self.images[which]
-        data = {"images": images, "labels": self.labels[which]}
+        data = {"images": self.some(epoch, which, cancelled), "labels": self.labels[which]}
         if self.shard is None:
             return data
         data["numbers"] = which.astype(np.int32)
         padded = {name: evaluate.pad(array, self.slots) for name, array in data.items()}
         return {**padded, "first": np.int32(first)}
+
+    def some(self, epoch: int, which: Any, cancelled: Any = None) -> np.ndarray:
+        """Images of these indices, or of a slice, as an epoch has them."""
+        if isinstance(self.images, Crops):
+            return self.images.take(epoch, np.arange(len(self.labels))[which], cancelled)
+        return self.images[which]
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices of the images in the order of an epoch [N], which `step.train_steps` has, too."""

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import config as config_lib
+from rlrr_jax import evaluate, losses, methods, mixing, optim, sensitivity, step
 from rlrr_jax import feed as feed_lib
-from rlrr_jax import losses, methods, mixing, optim, step
 from rlrr_jax.data import crops
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -62,7 +63,24 @@ class Job(NamedTuple):
 
     def start(self) -> tuple[Any, Any]:
         """State and metrics before training."""
-        return step.map_start(self.recipe, self.mesh)(self.init_keys, self.frozen)
+        state, metrics = step.map_start(self.recipe, self.mesh)(self.init_keys, self.frozen)
+        if self.recipe.method.prepare is None:
+            return state, metrics
+        grads = sensitivity.gradient(self.recipe, self.frozen, self._once())
+        adapter = jax.device_get(self.recipe.method.prepare(self.frozen, grads))
+        for name in {"trainable", "average"} & state.keys():
+            every = mesh_lib.put_trials(self.mesh, [adapter] * len(self.init_keys))
+            state[name] = {**state[name], "adapter": every}
+        return state, metrics
+
+    def _once(self) -> Iterator[tuple]:
+        """Batches of all training images on the mesh: images, labels and mask."""
+        labels, size = self.feed.labels, self.recipe.batch_size
+        for start in range(0, len(labels), size):
+            which = np.arange(start, min(start + size, len(labels)))
+            batch = self.feed.some(0, which), labels[which], np.ones(len(which), np.float32)
+            padded = tuple(evaluate.pad(array, size) for array in batch)
+            yield mesh_lib.put(self.mesh, P(), padded)
 
     def shapes(self) -> tuple[Any, Any]:
         """Shapes and shardings of what `start` returns."""

@@ -17,6 +17,7 @@ from rlrr_jax.methods import (
     fact,
     full,
     glora,
+    gps,
     hta,
     last,
     linear,
@@ -51,6 +52,7 @@ METHODS = {
     "difffit": difffit,
     "oft": oft,
     "pissa": pissa,
+    "gps": gps,
 }
 
 __all__ = ["METHODS", "Method", "check", "decay", "get", "head_count", "merge", "options", "start"]

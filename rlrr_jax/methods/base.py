@@ -34,6 +34,9 @@ class Method(NamedTuple):
         nor the task's recipe says otherwise.
       drop: function `(key, adapter) -> adapter` of each training step, such as dropout of ranks; None
         for most methods.
+      prepare: function `(frozen, grads) -> adapter` that starts training instead of `init`'s, where it
+        goes by gradients of the frozen tree over the training images (`sensitivity.gradient`); of the
+        same shapes. None for most methods.
 
     What `init` puts under `FIXED` is saved with the adapter, and not trained: `merge` must stop its
     gradient.
@@ -44,6 +47,7 @@ class Method(NamedTuple):
     decay: Callable[[Any], Any]
     DEFAULTS: dict
     drop: Callable[[jax.Array, Any], Any] | None = None
+    prepare: Callable[[Any, Any], Any] | None = None
 
 
 # The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------

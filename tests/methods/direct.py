@@ -269,6 +269,25 @@ def oft(frozen, t, block=8, targets=None):
     return around
 
 
+def gps(frozen, t, entries=1):
+    """Single entries of the kernel are others, one after another."""
+
+    def around(site, block, x, p):
+        if "kernel" not in p:
+            return plain(site, block, x, p)
+        (name,) = [name for name in t["values"] if name.split("/")[-1] == site]
+        pick = lambda tree: tree[name] if block is None else tree[name][block]
+        rows, values = jax.lax.stop_gradient(pick(t["fixed"])), pick(t["values"])
+        kernel = p["kernel"].reshape(-1, len(rows))
+        for o in range(len(rows)):
+            for k in range(entries):
+                kernel = kernel.at[rows[o, k].astype(int), o].set(values[o, k])
+        p = {"kernel": kernel.reshape(p["kernel"].shape), "bias": pick(t["biases"])}
+        return plain(site, block, x, p)
+
+    return around
+
+
 def pissa(frozen, t, rank=8, targets="query+value"):
     def around(site, block, x, p):
         y = plain(site, block, x, p)
@@ -286,4 +305,5 @@ DIRECT = {
     **dict(rlrr=rlrr, linear=linear, full=full, bitfit=replacing, norm=replacing, last=last),
     **dict(ssf=ssf, lora=lora, dora=dora, vera=vera, fact=fact, arc=arc, repadapter=repadapter),
     **dict(apla=apla, hta=hta, glora=glora, difffit=difffit, oft=oft, pissa=pissa),
+    "gps": gps,
 }

@@ -46,6 +46,7 @@ OPTIONS = [
     ("glora", dict(a="none", b="scalar", c="low", d="vector", rank=3)),
     ("oft", dict(block=4, targets="out+Dense_1")),
     ("pissa", dict(rank=3, targets="key+Dense_0")),
+    ("gps", dict(entries=3)),
 ]
 CASES = pytest.mark.parametrize(
     ("name", "options"), EVERY + OPTIONS, ids=lambda x: x if isinstance(x, str) else f"{x or ''}"
@@ -69,6 +70,7 @@ CHANGES["repadapter"], CHANGES["pissa"], CHANGES["oft"] = (
     CHANGES["fact"],
 )
 CHANGES["glora"] = tuple(x.replace("kernel", k) for x in CHANGES["fact"] for k in ("kernel", "bias"))
+CHANGES["gps"] = ("kernel", "bias")
 CHANGES["difffit"] = ("bias", *CHANGES["norm"], "out/kernel", "Dense_1/kernel")
 # Merging at the start changes nothing, except for these.
 NOT_IDENTITY = ("rlrr", "ssf")
@@ -92,6 +94,7 @@ COUNTS = {  # on ViT-B/16
     * (4 * (4 * 2 * 768 + 4 * 769 + 768) + 4 * 3840 + 4 * 769 + 3072 + 4 * 3840 + 4 * 3073 + 768),
     "difffit": 102_912 + 25 * 768 + 24,
     "oft": 12 * (5 * 96 + 384) * 28,
+    "gps": 2 * 83_712,  # an entry and a bias of each output: published as 0.21M with a mean head
     "pissa": 294_912,  # as LoRA: what it started from is not trained
     "hta": 184_320,  # published as 0.22M with a mean head of 0.04M
 }
@@ -241,7 +244,7 @@ def test_decay(name, frozen):
     decay = methods.decay(method, methods.start(method, jax.random.key(0), frozen))
     assert decay["head"] == {"kernel": True, "bias": False}
     names = {"/".join(k) for k, v in flatten_dict(decay).items() if v and k[0] != "head"}
-    if name in ("linear", "bitfit", "norm", "ssf", "difffit", "oft"):
+    if name in ("linear", "bitfit", "norm", "ssf", "difffit", "oft", "gps"):
         assert not names
     elif name in ("full", "last", "apla"):
         assert names and all(n.endswith("kernel") for n in names)
@@ -445,3 +448,22 @@ def test_dropout_of_ranks(name, factor, frozen):
     jax.tree.map(np.testing.assert_array_equal, plain["Transformer"], expected)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), noisy["Transformer"], expected)
     assert not all(jax.tree.leaves(same))
+
+
+def test_gps_takes_the_entries_with_the_largest_gradients(frozen):
+    method = methods.get("gps", entries=2)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), frozen)
+    adapter = method.prepare(frozen, grads)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), method.init(jax.random.key(0), frozen))
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), adapter)
+    same = method.merge(frozen, adapter)
+    jax.tree.map(np.testing.assert_array_equal, same, frozen)
+    name = "Transformer/encoderblock/MlpBlock_0/Dense_0"
+    sizes = np.abs(np.asarray(grads["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"]))
+    for block in range(3):
+        for o in range(64):
+            largest = set(np.argsort(sizes[block, :, o])[-2:].tolist())
+            assert set(np.asarray(adapter["fixed"][name][block, o]).astype(int).tolist()) == largest
+    with pytest.raises(ValueError, match="option entries=40 is more than the 32 inputs of a layer"):
+        methods.get("gps", entries=40).init(jax.random.key(0), frozen)

@@ -1,0 +1,92 @@
+"""GPS: the entries of each kernel with the largest gradients, and biases (Zhang et al., CVPR 2024).
+
+arXiv 2312.10136. Before training, the gradient of the supervised contrastive loss (`sensitivity.py`) is
+summed over the training images; of each output of every Dense and of the patch embedding, the weights
+with its largest magnitudes are trained, as they are.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.errors import UserError
+from rlrr_jax.methods import base
+from rlrr_jax.methods.sites import Site
+
+FORMULA = "W'[i, o] anything for the k inputs i of each output o with the largest gradient, b' anything"
+DEFAULTS = dict(lr=2e-3, weight_decay=0.0, drop_path=0.0)  # most frequent of its authors' on VTAB-1k
+
+
+def method(entries: int = 1) -> base.Method:
+    """GPS as a `Method`.
+
+    Args:
+      entries: k, number of trained entries of each output.
+
+    Raises UserError for other values.
+    """
+    base.positive("option entries", entries)
+
+    def init(key, frozen):
+        del key
+        first = lambda site: jnp.broadcast_to(jnp.arange(entries), _shape(site, entries))
+        return _adapter(frozen, {site.path: first(site) for site in _layers(frozen, entries)})
+
+    def prepare(frozen, grads):
+        return _adapter(
+            frozen,
+            {
+                site.path: jax.lax.top_k(_columns(jnp.abs(_kernel(grads, site)), site), entries)[1]
+                for site in _layers(frozen, entries)
+            },
+        )
+
+    def merge(frozen, adapter):
+        tree = frozen
+        for site in _layers(frozen, entries):
+            name = "/".join(site.path)
+            rows = jax.lax.stop_gradient(adapter[base.FIXED][name]).astype(jnp.int32)
+            columns = _columns(_kernel(frozen, site), site)
+            columns = jnp.put_along_axis(columns, rows, adapter["values"][name], -1, inplace=False)
+            kernel = columns.swapaxes(-1, -2).reshape(_kernel(frozen, site).shape)
+            node = {"kernel": kernel, "bias": adapter["biases"][name]}
+            tree = base.replaced(tree, site.path, node)
+        return tree
+
+    return base.Method(init, merge, base.decay_of(), DEFAULTS, prepare=prepare)
+
+
+def _layers(frozen: Any, entries: int) -> list[Site]:
+    """Every layer with a kernel; UserError if one has too few inputs."""
+    found = [site for site in base.sites(frozen) if site.role != "norm"]
+    if (least := min(site.inputs for site in found)) < entries:
+        raise UserError(f"option entries={entries} is more than the {least} inputs of a layer")
+    return found
+
+
+def _shape(site: Site, entries: int) -> tuple:
+    lead = () if site.depth is None else (site.depth,)
+    return (*lead, site.outputs, entries)
+
+
+def _kernel(tree: Any, site: Site) -> jax.Array:
+    return base.subtree(tree, site.path)["kernel"]
+
+
+def _columns(kernel: jax.Array, site: Site) -> jax.Array:
+    """A kernel as [..., out, in]."""
+    lead = () if site.depth is None else (site.depth,)
+    return kernel.reshape(*lead, site.inputs, site.outputs).swapaxes(-1, -2)
+
+
+def _adapter(frozen: Any, rows: dict[tuple, jax.Array]) -> dict:
+    """The frozen values of these entries, their inputs, and copies of the biases beside them."""
+    out: dict = {"biases": {}, "values": {}, base.FIXED: {}}
+    for site in base.sites(frozen):
+        if (which := rows.get(site.path)) is not None:
+            name, columns = "/".join(site.path), _columns(_kernel(frozen, site), site)
+            out["biases"][name] = jnp.array(base.subtree(frozen, site.path)["bias"])
+            out["values"][name] = jnp.take_along_axis(columns, which, -1)
+            out[base.FIXED][name] = which.astype(jnp.float32)  # whole numbers, exact
+    return out

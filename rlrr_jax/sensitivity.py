@@ -1,0 +1,59 @@
+"""How much a loss without a head depends on each pretrained weight: what GPS chooses weights by."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlrr_jax.data.resize import normalize
+
+TEMPERATURE = 0.07  # of the authors of the loss
+
+
+def contrastive(features: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """The supervised contrastive loss (Khosla et al., NeurIPS 2020, their L_out), a mean over images.
+
+    Args:
+      features: vectors [n, D], of any length.
+      labels: classes [n].
+      mask: 1 for an image, 0 for padding [n].
+    """
+    features = features / jnp.linalg.norm(features, axis=1, keepdims=True)
+    logits = features @ features.T / TEMPERATURE
+    others = mask[None] * (1 - jnp.eye(len(labels)))
+    log_sum = jax.nn.logsumexp(jnp.where(others > 0, logits, -jnp.inf), axis=1, keepdims=True)
+    same = others * (labels[:, None] == labels[None])
+    number = same.sum(1)
+    each = -(jnp.where(same > 0, logits - log_sum, 0).sum(1)) / jnp.maximum(number, 1)
+    counted = mask * (number > 0)
+    return (each * counted).sum() / jnp.maximum(counted.sum(), 1)
+
+
+def gradient(recipe: Any, frozen: Any, batches: Iterable[tuple]) -> Any:
+    """The gradient of the contrastive loss, summed over batches: a tree like `frozen`, a zero head.
+
+    The two views of an image are the image and its mirror image.
+
+    Args:
+      recipe: the `step.Recipe`.
+      frozen: the pretrained weights.
+      batches: images uint8 [b, h, w, 3], labels [b] and mask [b], all of one shape.
+    """
+
+    def loss(params: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+        pixels = normalize(images, recipe.image_size, recipe.crop_from)
+        views = jnp.concatenate([pixels, pixels[:, :, ::-1]])
+        _, kept = recipe.model.apply({"params": params}, views, mutable=["intermediates"])
+        token = kept["intermediates"]["encoded"][0][:, 0].astype(jnp.float32)
+        return contrastive(token, jnp.tile(labels, 2), jnp.tile(mask, 2))
+
+    @jax.jit
+    def add(total: Any, params: Any, *batch: jax.Array) -> Any:
+        with jax.default_matmul_precision(recipe.precision):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, *batch))
+
+    total = jax.tree.map(jnp.zeros_like, frozen)
+    for batch in batches:
+        total = add(total, frozen, *batch)
+    return total

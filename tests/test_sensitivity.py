@@ -1,0 +1,81 @@
+"""The contrastive loss against loops, its gradient in batches, and GPS in a run."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from models.test_vit import SMALL, random_tree
+
+from rlrr_jax import methods, sensitivity, step, suite
+from rlrr_jax.configs import vtab
+from rlrr_jax.models import vit
+
+MODEL = vit.ViT(**SMALL)
+RNG = np.random.default_rng(0)
+
+
+def in_loops(features, labels, mask):
+    """Khosla et al. (2020), equation 2, image by image."""
+    z = features / np.linalg.norm(features, axis=1, keepdims=True)
+    each = []
+    for i in np.flatnonzero(mask):
+        others = [a for a in np.flatnonzero(mask) if a != i]
+        same = [p for p in others if labels[p] == labels[i]]
+        if same:
+            total = sum(np.exp(z[i] @ z[a] / 0.07) for a in others)
+            each.append(-np.mean([np.log(np.exp(z[i] @ z[p] / 0.07) / total) for p in same]))
+    return np.mean(each)
+
+
+def test_the_loss_is_that_of_the_paper():
+    features = RNG.normal(size=(7, 5))
+    labels, mask = np.array([0, 1, 0, 2, 1, 0, 0]), np.array([1, 1, 1, 1, 1, 1, 0])
+    ours = sensitivity.contrastive(*map(jnp.asarray, (features, labels, mask.astype(float))))
+    np.testing.assert_allclose(ours, in_loops(features, labels, mask), rtol=1e-5)
+
+
+def test_the_gradient_is_the_sum_over_batches():
+    frozen = random_tree(MODEL, 16)
+    recipe = step.Recipe(MODEL, methods.get("gps"), 4, 10, 16)
+    images = RNG.integers(0, 256, (10, 16, 16, 3), np.uint8)
+    labels, mask = RNG.integers(0, 2, 10).astype(np.int32), np.ones(12, np.float32)
+    mask[10:] = 0
+    pad = lambda x: np.concatenate([x, np.zeros((2, *x.shape[1:]), x.dtype)])
+    rows = [slice(i, i + 4) for i in (0, 4, 8)]
+    batches = [(pad(images)[r], pad(labels)[r], mask[r]) for r in rows]
+    ours = sensitivity.gradient(recipe, frozen, batches)
+
+    def loss(params, images, labels):
+        views = np.concatenate([images, images[:, :, ::-1]]) / np.float32(127.5) - 1
+        _, kept = MODEL.apply({"params": params}, views, mutable=["intermediates"])
+        token = kept["intermediates"]["encoded"][0][:, 0]
+        n = 2 * len(labels)
+        return sensitivity.contrastive(token, jnp.tile(jnp.asarray(labels), 2), jnp.ones(n))
+
+    with jax.default_matmul_precision("highest"):
+        parts = [jax.grad(loss)(frozen, images[r], labels[r]) for r in rows]
+    expected = jax.tree.map(lambda *x: sum(x), *parts)
+    for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(b).max()) + 1e-7)
+
+
+def test_a_run_of_gps_trains_what_it_chose(tmp_path):
+    config = vtab.get_config("digits,method=gps")
+    config.update(epochs=1, protocol="fast", num_devices=1, seeds=(0, 1))
+    rows, problems = suite.run(config, tmp_path)
+    assert not problems and min(row["test_acc_final"] for row in rows) > 0.5
+    chosen = [
+        safetensors.numpy.load_file(tmp_path / f"digits/gps/seed{seed}/adapter.safetensors")
+        for seed in (0, 1)
+    ]
+    fixed = [{k: x for k, x in tree.items() if "fixed" in k} for tree in chosen]
+    assert fixed[0].keys() == fixed[1].keys() and len(fixed[0]) == 7
+    for name, x in fixed[0].items():
+        np.testing.assert_array_equal(x, fixed[1][name])  # it goes by the images, not by the seed
+        assert len(np.unique(x)) > 3
+    moved = [
+        (a != b).mean() for (k, a), b in zip(chosen[0].items(), chosen[1].values()) if "values" in k
+    ]
+    assert min(moved) > 0.5 and list(itertools.chain(moved))
