@@ -153,6 +153,7 @@ def test_full_splits_are_big_visions():
     assert tasks.get("cifar10_full").splits["val"] == "train[49000:]"
 
 
+@pytest.mark.slow
 def test_transfer_trains_on_crops_and_stops_at_its_last_step(tmp_path):
     config = changed(transfer.get_config("digits"), total_steps=7, warmup_steps=2, batch_size=200)
     (row,) = run(config, tmp_path / "whole")
@@ -205,6 +206,7 @@ def test_lam_and_sigma_are_chosen_with_the_rest():
         config_lib.resolve(config)
 
 
+@pytest.mark.slow
 def test_the_chosen_lam_is_trained_and_what_was_tried_is_shown(tmp_path):
     config = changed(compare.get_config("digits,method=linear"), loss="pace", epochs=1, seeds=(0,))
     config.grid.lr, config.grid.lam = (1.0,), (0.0, 50.0)

@@ -177,6 +177,7 @@ def hub():
         yield server
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_the_hub_and_comes_back(run, hub, tmp_path):
     """Processes with the real huggingface_hub: one uploads, another predicts with what it gets."""
     pytest.importorskip("huggingface_hub")

@@ -62,7 +62,7 @@ def test_a_fork_adds_one_file_and_one_line_each(tmp_path):
     environment["RLRR_JAX_CACHE"] = str(tmp_path / "cache")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "| stripes | gain | official |" in squeeze(done.stdout)
+    assert "| stripes | gain loss=smooth | official |" in squeeze(done.stdout)
     assert "100 test images, source stripes (stripes, version 1, original pixels)" in done.stdout
     folder = tmp_path / "w/stripes/gain/seed0"
     row = json.loads((folder / "result.json").read_text())

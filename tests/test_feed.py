@@ -75,6 +75,7 @@ def test_crops_in_shards_are_those_of_the_whole_set(tmp_path):
     assert left(tmp_path / "whole") == left(tmp_path / "streamed") != {}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_a_shard(tmp_path, monkeypatch):
     settings = config("digits,method=linear", checkpoint_seconds=0.0)
     settings.data.device_gb = TWO_SHARDS_OF_3_STEPS

@@ -225,7 +225,13 @@ def test_loss_and_gradient_are_those_of_weights_of_each_image(name):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * float(jnp.abs(y).max()) + 1e-6)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+SHORT = ("rlrr", "ssf", "glora")  # the others with -m slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [x if x in SHORT else pytest.param(x, marks=pytest.mark.slow) for x in methods.METHODS],
+)
 def test_without_noise_it_is_the_merged_model(name):
     method, frozen = methods.get(name), frozen_tree()
     params = methods.merge(method, frozen, trained_tree(method))
@@ -344,6 +350,7 @@ def left(folder):
     }
 
 
+@pytest.mark.slow
 def test_the_table_of_fast_is_in_the_checkpoint(tmp_path, monkeypatch):
     """A run that was stopped in its second epoch ends with the same bits."""
     config = vtab.get_config("digits,method=lora")

@@ -82,7 +82,7 @@ WRONG = {
     "grid": ([CONFIG, "--config.grid.lr=(0.1,)"], "only searched by config.protocol=vtab"),
     "pretrained grid": ([CONFIG, "--config.pretrained.grid=(4,)"], "must be two whole numbers"),
     "optimizer": ([CONFIG, "--config.optimizer=sgd"], "unknown value of config.optimizer 'sgd'"),
-    "schedule": ([CONFIG, "--config.schedule=linear"], "use official, cosine or bigvision"),
+    "schedule": ([CONFIG, "--config.schedule=linear"], "did you mean 'cosine'? Known: bigvision"),
     "steps": ([CONFIG, "--config.schedule=bigvision"], "needs config.total_steps"),
     "two lengths": ([CONFIG, "--config.total_steps=9", "--config.epochs=1"], "exclude each other"),
     "crop": ([CONFIG, "--config.crop=center"], "unknown value of config.crop 'center'"),

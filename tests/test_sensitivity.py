@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 from models.test_vit import SMALL, random_tree
 
@@ -61,6 +62,7 @@ def test_the_gradient_is_the_sum_over_batches():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(b).max()) + 1e-7)
 
 
+@pytest.mark.slow
 def test_a_run_of_gps_trains_what_it_chose(tmp_path):
     config = vtab.get_config("digits,method=gps")
     config.update(epochs=1, protocol="fast", num_devices=1, seeds=(0, 1))

@@ -90,7 +90,7 @@ def test_each_trial_has_its_row_and_folder(group):
     assert len(json.loads((workdir / "results.json").read_text())) == 5
 
 
-@pytest.mark.parametrize("number", [0, 3, 4])
+@pytest.mark.parametrize("number", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (3, 4))])
 def test_a_trial_equals_the_same_trial_alone(group, number, tmp_path):
     workdir, rows = group
     keys = ("lr", "weight_decay", "drop_path")

@@ -48,6 +48,11 @@ OPTIONS = [
     ("pissa", dict(rank=3, targets="key+Dense_0")),
     ("gps", dict(entries=3)),
 ]
+QUICK = (0, 2, 5, 12, 13, 20, 25)  # of the options; the others with -m slow
+OPTIONS = [
+    case if i in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+    for i, case in enumerate(OPTIONS)
+]
 CASES = pytest.mark.parametrize(
     ("name", "options"), EVERY + OPTIONS, ids=lambda x: x if isinstance(x, str) else f"{x or ''}"
 )
@@ -170,7 +175,11 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
         assert no_gradient or jnp.abs(grad).max() > 0, leaf
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+FEW = ("rlrr", "full", "lora", "fact", "glora", "gps")
+MAPPED = [x if x in FEW else pytest.param(x, marks=pytest.mark.slow) for x in methods.METHODS]
+
+
+@pytest.mark.parametrize("name", MAPPED)
 def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, frozen):
     method = methods.get(name)
     start, merge = (functools.partial(f, method) for f in (methods.start, methods.merge))
@@ -252,7 +261,7 @@ def test_decay(name, frozen):
         assert names
 
 
-SHORT = ("ssf", "fact", "apla")  # of each kind of tree one; the others with -m slow
+SHORT = ("fact",)  # of each kind of tree one; the others with -m slow
 TRAINED = [
     name if name in SHORT else pytest.param(name, marks=pytest.mark.slow)
     for name in methods.METHODS

@@ -79,6 +79,7 @@ def reference(tmp_path_factory):
     return outcome(workdir)
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_and_resumed_by_one_give_the_same_bits(reference, tmp_path):
     """SIGTERM reaches one of two; both save and say so; one process with two devices ends the run."""
     processes = start(tmp_path, number=2)

@@ -71,6 +71,7 @@ def test_the_last_good_checkpoint_is_kept(tmp_path, capsys):
     assert "goes on at epoch 3, step 0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_trial_that_diverges_does_not_stop_the_others(tmp_path):
     rows, problems = suite.run(config(runs=({"lr": (1e30, 0.01)},)), tmp_path)
     assert not problems
@@ -85,6 +86,7 @@ def test_one_trial_that_diverges_does_not_stop_the_others(tmp_path):
     assert math.isfinite(good["test_acc_final"])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_its_code_and_the_run_ends_the_same(tmp_path):
     reference = start(tmp_path / "whole")
     process = start(tmp_path / "broken")
