@@ -78,9 +78,8 @@ def train(
         if progress.epoch or progress.step:
             print_resumed(outputs, progress, before, job.mesh.size)
         saver = checkpoint.Saver(progress, keeper, stop)
-        train_steps: Any = None
-        if progress.epoch < job.epochs:
-            train_steps = job.compile(progress.state, progress.metrics)
+        left = progress.epoch < job.epochs
+        train_steps: Any = job.compile(progress.state, progress.metrics) if left else None
         with (
             progress_bar(job, progress, outputs.title) as bar,
             stop.training(),
@@ -89,13 +88,11 @@ def train(
         ):
             for epoch, until, data in parts:
                 train_part(job, train_steps, data, until, progress, saver, bar)
-                if until < job.steps(epoch):
-                    continue
-                held_out = evaluate_epoch(job, progress, saver)
-                finish_epoch(job, outputs, progress, held_out)
-                log([history[-1] for history in progress.histories])
-                saver.save_if_due(last=epoch + 1 == job.epochs)
-                on_epoch(clock, epoch + 1)
+                if until == job.steps(epoch):
+                    finish_epoch(job, outputs, progress, evaluate_epoch(job, progress, saver))
+                    log([history[-1] for history in progress.histories])
+                    saver.save_if_due(last=epoch + 1 == job.epochs)
+                    on_epoch(clock, epoch + 1)
     write_results(job, outputs, progress)
 
 

@@ -38,11 +38,10 @@ def method(
     """GLoRA as a `Method`; all parts start at zero.
 
     Args:
-      a: form of A, of which the kernel is a factor: "low" (a product of rank r), "vector" (a factor for
-        each output), "scalar" or "none".
+      a: form of A, a factor of the kernel: "low" (of rank r), "vector" (outputs), "scalar" or "none".
       b: form of B, which is added to the kernel.
-      c: form of C, a vector of inputs, whose output is added to the bias: "low", "vector" or "none".
-      d: form of D, of which the bias is a factor: "vector", "scalar" or "none".
+      c: form of C, inputs whose output is added to the bias: "low", "vector" or "none".
+      d: form of D, a factor of the bias: "vector", "scalar" or "none".
       e: form of E, which is added to the bias.
       rank: r of the products. Query, key and value have their own, where PACE shares one.
       targets: Dense layers, joined by "+".
@@ -50,9 +49,7 @@ def method(
     Raises UserError for other values.
     """
     forms = dict(a=a, b=b, c=c, d=d, e=e)
-    for name, form in forms.items():
-        if form not in FORMS[name]:
-            raise UserError(f"unknown {name} {form!r} of method 'glora': use {', '.join(FORMS[name])}")
+    _check(forms)
     base.positive("option rank", rank)
     names = base.names_in(targets, base.DENSE, "target of method 'glora'")
 
@@ -67,15 +64,19 @@ def method(
     def merge(frozen, adapter):
         def change(name, kernel, bias):
             part = {p: _value(adapter[name].get(p)) for p in forms}
-            new_bias = bias + bias * part["d"] + part["e"]
-            if c != "none":
-                prompt = jnp.reshape(part["c"], (len(kernel), 1, -1))
-                new_bias = new_bias + base.dot(prompt, kernel)[:, 0]
+            new_bias = bias + bias * part["d"] + part["e"] + _through(part["c"], kernel)
             return kernel + kernel * _of_kernel(part["a"]) + _of_kernel(part["b"]), new_bias
 
         return base.change_dense(frozen, names, change)
 
     return base.Method(init, merge, base.decay_of("down", "up"), DEFAULTS)
+
+
+def _check(forms: dict[str, str]) -> None:
+    """UserError for a form that a part cannot have."""
+    for name, form in forms.items():
+        if form not in FORMS[name]:
+            raise UserError(f"unknown {name} {form!r} of method 'glora': use {', '.join(FORMS[name])}")
 
 
 def _part(key: jax.Array, part: str, form: str, size: tuple, rank: int) -> Any:
@@ -99,6 +100,13 @@ def _value(part: Any) -> Any:
     if part is None:
         return 0.0
     return base.dot(part["down"], part["up"]) if isinstance(part, dict) else part
+
+
+def _through(prompt: Any, kernel: jax.Array) -> Any:
+    """What kernels [L, in, out] make of a prompt, [L, out]; 0 of none."""
+    if not jnp.ndim(prompt):
+        return prompt
+    return base.dot(prompt.reshape(len(kernel), 1, -1), kernel)[:, 0]
 
 
 def _of_kernel(value: Any) -> Any:
