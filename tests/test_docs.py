@@ -105,6 +105,9 @@ def trained(text, folder, data, dinov2):
     if "dinov2" in text:
         small = [f"--config.pretrained.name={dinov2}", "--config.model.variant=Ti/14"]
         words += [*small, "--config.image_size=28", "--config.epochs=1", f"--config.data.dir={data}"]
+    elif "hf:timm" in text:
+        words += [*SMALL, "--config.pretrained.name=bundled", "--config.grid.lr=(1.0,)"]
+        words += ["--config.seeds=(0,)"]
     elif "cifar" in text or ":all" in text:
         words += SMALL
     else:
