@@ -244,6 +244,23 @@ def test_without_noise_it_is_the_merged_model(name):
     assert np.abs(np.asarray(noisy) - merged).max() > 1e-3
 
 
+@pytest.mark.parametrize("options", [dict(unroll=3), dict(remat=True)], ids=str)
+def test_noise_is_the_same_however_the_blocks_are_run(options):
+    method, frozen = methods.get("rlrr"), frozen_tree()
+    params = methods.merge(method, frozen, trained_tree(method))
+    noise = change.Noise(jax.random.split(jax.random.key(0), 4), 0.7)
+
+    def gradient(model):
+        loss = lambda x: change.apply(model, frozen, x, noise, IMAGES[:4]).sum()
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    with jax.default_matmul_precision("highest"):
+        (a, ga), (b, gb) = gradient(MODEL), gradient(MODEL.clone(**options))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y in zip(*map(jax.tree.leaves, (ga, gb)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * float(jnp.abs(y).max()) + 1e-6)
+
+
 # In the step ----------------------------------------------------------------------------------
 
 
