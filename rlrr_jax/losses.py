@@ -89,7 +89,7 @@ def pace(forward: Forward, batch: Batch, lam: float = 1.0, sigma: float = 1.0) -
     """Consistency of two passes with different noise on what was changed (PACE, section 3).
 
     Cross-entropy of the first, plus `lam` times the squared distance of their logits, summed over
-    classes. Both have the same drop path. Steps cost more than twice as much.
+    classes. Both have the same drop path. A step costs about four plain ones.
 
     Args:
       lam: weight of the distance.
@@ -104,7 +104,7 @@ def pace_lazy(
 ) -> Values:
     """PACE of half the images in every k-th step, cross-entropy with noise alone in the others.
 
-    A step costs about as much as a plain one. The half is every second image of the batch, where the
+    A step costs about two plain ones. The half is every second image of the batch, where the
     authors take the first half: the order is random.
 
     Args:
@@ -131,7 +131,7 @@ def pace_lazy(
 def pace_fast(forward: Forward, batch: Batch, lam: float = 0.1, sigma: float = 1.0) -> Values:
     """PACE to the logits that the same image had an epoch ago, which are 0 before the first.
 
-    A step costs as much as a plain one; the table of logits lies on the device.
+    A step costs about two plain ones; the table of logits lies on the device.
 
     Args:
       lam: weight of the distance; smaller than that of `pace`, as its authors advise.

@@ -75,7 +75,7 @@ CHANGES["repadapter"], CHANGES["pissa"], CHANGES["oft"] = (
     CHANGES["fact"],
 )
 CHANGES["glora"] = tuple(x.replace("kernel", k) for x in CHANGES["fact"] for k in ("kernel", "bias"))
-CHANGES["gps"] = ("kernel", "bias")
+CHANGES["gps"] = ("kernel", "embedding/bias", *(k.replace("kernel", "bias") for k in CHANGES["fact"]))
 CHANGES["difffit"] = ("bias", *CHANGES["norm"], "out/kernel", "Dense_1/kernel")
 # Merging at the start changes nothing, except for these.
 NOT_IDENTITY = ("rlrr", "ssf")
