@@ -61,7 +61,7 @@ class Feed(NamedTuple):
             return out
         return {**out, "numbers": out["labels"], "first": everywhere((), jnp.int32)}
 
-    def read(self, epoch: int, start: int, cancelled: Any = None) -> dict[str, np.ndarray]:
+    def read(self, epoch: int, start: int, cancelled: Any = None) -> dict[str, Any]:
         """The data of `step.train_steps`, on the host, for the steps of an epoch from `start` on.
 
         Args:

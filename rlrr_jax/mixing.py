@@ -48,7 +48,7 @@ def mix(how: Mixing, key: jax.Array, images: jax.Array, partners: jax.Array) -> 
     return jnp.where(cut, pasted, blended), jnp.where(cut, 1 - area, share)
 
 
-def cut_box(key: jax.Array, share: jax.Array, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def cut_box(key: jax.Array, share: jax.Array, size: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Whether each pixel [H, W] lies in a box of `1 - share` of the area, and the box's true share.
 
     Its centre is uniform, and what sticks out of the image is cut off.

@@ -14,8 +14,10 @@ from rlrr_jax import files
 from rlrr_jax.data.task import stamp
 from rlrr_jax.errors import UserError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-ENDINGS += (".ppm", ".pgm", ".pbm", ".jp2", ".tga")
+ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".jp2", ".tga"),
+)
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
 SHOWN = 5  # files or classes in a message
