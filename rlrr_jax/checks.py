@@ -70,6 +70,9 @@ def check(config: ConfigDict) -> None:
     for key in GRID:
         for value in config.grid[key]:
             hyper("config.grid", {key: value})
+    for key in (*GRID, *LOSS_GRID):
+        if len(set(config.grid[key])) < len(config.grid[key]):
+            raise UserError(f"config.grid.{key}={config.grid[key]} must be different values")
     for key in LOSS_GRID:
         for value in config.grid[key]:
             if not isinstance(value, int | float) or not 0 <= value < math.inf:

@@ -117,6 +117,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             {"crop": "resmall", "crop_from": 200},
             "needs config.crop_from of at least the image size 224",
         ),
+        ({"grid": {"lr": (0.1, 0.3, 0.1)}}, "config.grid.lr=.* must be different values"),
         ({"mixup": -1.0}, "config.mixup=-1.0 must be finite and not negative"),
         ({"label_smoothing": 1.0}, "config.label_smoothing=1.0 must be at least 0 and less than 1"),
         ({"average": 1.5}, "config.average=1.5 must be at least 0 and less than 1"),

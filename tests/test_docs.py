@@ -106,6 +106,7 @@ def trained(text, folder, data, dinov2):
         small = [f"--config.pretrained.name={dinov2}", "--config.model.variant=Ti/14"]
         words += [*small, "--config.image_size=28", "--config.epochs=1", f"--config.data.dir={data}"]
     elif "hf:timm" in text:
+        words = [word for word in words if "grid.lr" not in word]  # tuples of two flags are joined
         words += [*SMALL, "--config.pretrained.name=bundled", "--config.grid.lr=(1.0,)"]
         words += ["--config.seeds=(0,)"]
     elif "cifar" in text or ":all" in text:
