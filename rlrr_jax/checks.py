@@ -11,12 +11,8 @@ from rlrr_jax.data import crops, sources, store
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import names, preprocessing, reader
 
-TUPLES = (
-    "pretrained.grid",
-    "pretrained.mean",
-    "pretrained.std",
-    "restarts",
-)  # keys whose value is a tuple
+# Keys whose value is a tuple.
+TUPLES = ("pretrained.grid", "pretrained.mean", "pretrained.std", "restarts")
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 LOSS_GRID = ("lam", "sigma")  # and these, of losses that have them
@@ -39,7 +35,7 @@ CHOICES = {
 POSITIVE = (
     *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "model.unroll"),
     *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
-    "data.device_gb",
+    *("data.device_gb", "warmup_epochs"),
 )
 
 

@@ -266,11 +266,13 @@ def _fill_recipe(run: ConfigDict) -> None:
     for key, value in mine.items():
         if run[key] is None:
             run[key], run.recipe = value, (*run.recipe, key)
-    if (
-        run.warmup_epochs is not None
-        and run.schedule != "official"
-        and "warmup_epochs" not in run.recipe
-    ):
+    official, warmup = run.schedule == "official", run.warmup_epochs
+    if warmup and official and 2 * warmup >= run.epochs:
+        raise UserError(
+            f"config.warmup_epochs={warmup}, and as many at the end, leave nothing of {run.epochs} "
+            f"epochs: lower it, or set config.schedule=cosine"
+        )
+    if warmup and not official and "warmup_epochs" not in run.recipe:
         raise UserError("config.warmup_epochs is only used by config.schedule=official: leave it out")
     if run.restarts is not None and run.schedule != "restarts" and "restarts" not in run.recipe:
         raise UserError("config.restarts is only used by config.schedule=restarts: leave it out")

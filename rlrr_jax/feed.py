@@ -17,6 +17,7 @@ from rlrr_jax import evaluate
 from rlrr_jax.data.crops import Crops
 
 SHARE = 1 / 3  # of a device's memory that training images may take
+SHARD_BYTES = 2**29  # at most, so that the host, too, has few at once, and the first is soon there
 
 
 class Feed(NamedTuple):
@@ -61,50 +62,46 @@ class Feed(NamedTuple):
             return out
         return {**out, "numbers": out["labels"], "first": everywhere((), jnp.int32)}
 
-    def read(self, epoch: int, start: int, cancelled: Any = None) -> dict[str, Any]:
+    def read(self, epoch: int, start: int, which: Any, cancelled: Any = None) -> dict[str, Any]:
         """The data of `step.train_steps`, on the host, for the steps of an epoch from `start` on.
 
         Args:
           epoch: number of the epoch.
-          start: first step; a multiple of `shard`.
+          start: first step.
+          which: indices of the images, or a slice, see `parts`.
           cancelled: a `threading.Event` that ends the making of crops.
         """
-        which: Any = slice(None)
-        first = start * self.batch_size
-        if self.shard is not None:
-            which = self.order(epoch)[first : first + self.slots]
-        data = {"images": self.some(epoch, which, cancelled), "labels": self.labels[which]}
+        if isinstance(self.images, Crops):
+            images = self.images.take(epoch, np.arange(len(self.labels))[which], cancelled)
+        else:
+            images = self.images[which]
+        data = {"images": images, "labels": self.labels[which]}
         if self.shard is None:
             return data
         data["numbers"] = which.astype(np.int32)
         padded = {name: evaluate.pad(array, self.slots) for name, array in data.items()}
-        return {**padded, "first": np.int32(first)}
+        return {**padded, "first": np.int32(start * self.batch_size)}
 
-    def some(self, epoch: int, which: Any, cancelled: Any = None) -> np.ndarray:
-        """Images of these indices, or of a slice, as an epoch has them."""
-        if isinstance(self.images, Crops):
-            return self.images.take(epoch, np.arange(len(self.labels))[which], cancelled)
-        return self.images[which]
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Indices of the images in the order of an epoch [N], which `step.train_steps` has, too."""
-        key = jax.random.fold_in(self.order_key, epoch)
-        return np.asarray(jax.random.permutation(key, len(self.labels)))
-
-    def parts(self, step: int, steps: int) -> Iterator[tuple[int, int]]:
-        """First step of each part of an epoch, and the step after its last.
+    def parts(self, epoch: int, step: int, steps: int) -> Iterator[tuple[int, int, Any]]:
+        """Parts of an epoch: the first step, the step after the last, and the indices of the images.
 
         Args:
+          epoch: number of the epoch.
           step: the step to go on from, in the first part.
           steps: number of steps of the epoch.
         """
-        size = self.shard or steps
-        for start in range(min(step, steps - 1) // size * size, steps, size):
-            yield start, min(start + size, steps)
+        if self.shard is None:
+            yield 0, steps, slice(None)
+            return
+        key = jax.random.fold_in(self.order_key, epoch)  # as in `step.train_steps`
+        order = np.asarray(jax.random.permutation(key, len(self.labels)))
+        for start in range(min(step, steps - 1) // self.shard * self.shard, steps, self.shard):
+            first = start * self.batch_size
+            yield start, min(start + self.shard, steps), order[first : first + self.slots]
 
 
 def steps_at_once(images: Any, batch_size: int, budget: float) -> int | None:
-    """Number of steps whose images fit twice into so many bytes; None if all of them fit.
+    """Number of steps in a shard, of which two must fit, or None if all images fit.
 
     Args:
       images: an array [N, h, w, 3] or `crops.Crops`.
@@ -115,7 +112,7 @@ def steps_at_once(images: Any, batch_size: int, budget: float) -> int | None:
     copies = 2 if isinstance(images, Crops) else 1
     if copies * len(images) * each <= budget:
         return None
-    return max(1, int(budget // (2 * batch_size * each)))
+    return max(1, int(min(budget / 2, SHARD_BYTES) // (batch_size * each)))
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import evaluate, losses, methods, mixing, optim, sensitivity, step
@@ -66,21 +66,18 @@ class Job(NamedTuple):
         state, metrics = step.map_start(self.recipe, self.mesh)(self.init_keys, self.frozen)
         if self.recipe.method.prepare is None:
             return state, metrics
-        grads = sensitivity.gradient(self.recipe, self.frozen, self._once())
-        adapter = jax.device_get(self.recipe.method.prepare(self.frozen, grads))
+        run, number = self.runs[0], len(self.feed.labels)
+        batches = evaluate.batches(self.feed.images, self.feed.labels, run.batch_size, self.mesh)
+        shown = distributed.is_process_zero()
+        title = f"{run.task} {run.method}: gradients"
+        total = -(-number // run.batch_size)
+        with tqdm(batches, title, total, delay=2, disable=not shown, unit="batch") as bar:
+            grads = sensitivity.gradient(self.recipe, self.frozen, bar)
+        adapter = distributed.fetch(jax.jit(self.recipe.method.prepare)(self.frozen, grads))
         for name in {"trainable", "average"} & state.keys():
             every = mesh_lib.put_trials(self.mesh, [adapter] * len(self.init_keys))
             state[name] = {**state[name], "adapter": every}
         return state, metrics
-
-    def _once(self) -> Iterator[tuple]:
-        """Batches of all training images on the mesh: images, labels and mask."""
-        labels, size = self.feed.labels, self.recipe.batch_size
-        for start in range(0, len(labels), size):
-            which = np.arange(start, min(start + size, len(labels)))
-            batch = self.feed.some(0, which), labels[which], np.ones(len(which), np.float32)
-            padded = tuple(evaluate.pad(array, size) for array in batch)
-            yield mesh_lib.put(self.mesh, P(), padded)
 
     def shapes(self) -> tuple[Any, Any]:
         """Shapes and shardings of what `start` returns."""
@@ -114,16 +111,16 @@ class Job(NamedTuple):
         todo = (
             (now, *part)
             for now in range(epoch, self.epochs)
-            for part in self.feed.parts(step if now == epoch else 0, self.steps(now))
+            for part in self.feed.parts(now, step if now == epoch else 0, self.steps(now))
         )
         if not self.feed.renewed:
-            yield ((now, stop, self.data) for now, _, stop in todo)
+            yield ((now, stop, self.data) for now, _, stop, _ in todo)
             return
 
-        def load(part: tuple[int, int, int], cancelled: Any) -> tuple[int, int, dict]:
-            now, start, stop = part
-            data = mesh_lib.put(self.mesh, P(), self.feed.read(now, start, cancelled))
-            return now, stop, data
+        def load(part: tuple, cancelled: Any) -> tuple[int, int, dict]:
+            now, start, stop, which = part
+            data = self.feed.read(now, start, which, cancelled)
+            return now, stop, mesh_lib.put(self.mesh, P(), data)
 
         with feed_lib.ahead(load, todo) as parts:
             yield parts
@@ -151,7 +148,7 @@ def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
     hyper = [_hyper(r, lr, key) for r, lr, key in zip(runs, lrs, keys)]
     spare = -len(runs) % mesh.shape["trial"]
     keys, hyper = keys + keys[-1:] * spare, hyper + hyper[-1:] * spare
-    data = feed.shapes(mesh) if feed.renewed else mesh_lib.put(mesh, P(), feed.read(0, 0))
+    data = feed.shapes(mesh) if feed.renewed else mesh_lib.put(mesh, P(), feed.read(0, 0, slice(None)))
     return Job(
         runs=runs,
         recipe=recipe,
@@ -173,7 +170,7 @@ def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array) -> feed_li
     budget = memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
     steps = distributed.broadcast(feed_lib.steps_at_once(images, run.batch_size, budget) or 0)
     if steps and len({r.seed for r in runs}) > 1:
-        raise memory.TooLarge(1)
+        raise memory.TooLarge(1, "one after another, since streamed images come in the order of a seed")
     feed = feed_lib.Feed(images, labels, run.batch_size, steps or None, order_key)
     if steps and distributed.is_process_zero():
         size = math.prod(images.shape) / 1e9
@@ -211,8 +208,8 @@ def _learning_rates(run: Any, steps: int) -> list[float]:
         run.epochs,
         steps,
         run.total_steps,
-        run.warmup_steps or 0,
-        (run.warmup_epochs, run.restarts),
+        run.warmup_steps if run.schedule == "bigvision" else run.warmup_epochs,
+        run.restarts,
     )
 
 

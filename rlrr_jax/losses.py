@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlrr_jax.change import Noise
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.models.change import Noise
 
 
 class Batch(NamedTuple):

@@ -58,8 +58,8 @@ def learning_rates(
     epochs: int,
     steps: int = 1,
     total_steps: int | None = None,
-    warmup_steps: int = 0,
-    shape: tuple = (None, None),
+    warmup: int | None = None,
+    restarts: tuple[int, int] | None = None,
 ) -> list[float]:
     """Learning rate of each step of `epochs` epochs of so many steps, a list of floats.
 
@@ -72,22 +72,22 @@ def learning_rates(
         cosines to 0 (Loshchilov and Hutter, ICLR 2017) as the authors' FGVC scripts really yield them,
         one value an epoch, the first epoch twice.
       lr: the largest learning rate.
-      shape: epochs of warm-up of "official", and as many at its end, None is one in eleven; and of
-        "restarts" the epochs of the first cosine, and how many times as long each is than the one
-        before, None is `RESTARTS`.
+      warmup: of "bigvision" its steps; of "official" its epochs, and those at the end, None: one in 11.
+      restarts: of "restarts" the epochs of the first cosine, and how many times as long each is than
+        the one before; None is `RESTARTS`.
 
     Raises UserError for an unknown schedule.
     """
     if schedule == "bigvision":
         total = total_steps or epochs * steps
-        return [_bigvision(i, lr, warmup_steps, total) for i in range(epochs * steps)]
+        return [_bigvision(i, lr, warmup or 0, total) for i in range(epochs * steps)]
     if schedule == "official":
-        warmup = cooldown = epochs // 11 if shape[0] is None else shape[0]
+        warmup = cooldown = epochs // 11 if warmup is None else warmup
         each = [_official(max(e - 1, 0), lr, warmup, epochs - cooldown) for e in range(epochs)]
     elif schedule == "cosine":
         each = [_cosine(e, lr, epochs // 10, epochs) for e in range(epochs)]
     elif schedule == "restarts":
-        each = [_restarts(max(e - 1, 0), lr, *(shape[1] or RESTARTS)) for e in range(epochs)]
+        each = [_restarts(max(e - 1, 0), lr, *(restarts or RESTARTS)) for e in range(epochs)]
     else:
         raise unknown("schedule", schedule, SCHEDULES)
     return [value for value in each for _ in range(steps)]

@@ -17,10 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import batch as batch_lib
-from rlrr_jax import losses, methods, optim
+from rlrr_jax import change, losses, methods, optim
 from rlrr_jax.methods import Method
 from rlrr_jax.mixing import Mixing
-from rlrr_jax.models import change
 from rlrr_jax.runtime.mesh import over_trials
 
 Tree = Any  # a pytree of arrays

@@ -288,7 +288,7 @@ def train_group(works: list[Work], load: Loaders, forecast: Forecast, stop: Stop
         train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
         parts = []
     except TooLarge as e:
-        parts = _smaller(works, e.fits, forecast.title(*works))
+        parts = _smaller(works, e, forecast.title(*works))
     if len(works) > 1 and parts != [works]:  # the same group again goes on from its checkpoint
         _remove(folder)
     for part in parts:
@@ -336,10 +336,10 @@ def _outputs(works: list[Work], folder: Any, load: Loaders, forecast: Forecast) 
     )
 
 
-def _smaller(works: list[Work], fits: int, title: str) -> list[list[Work]]:
+def _smaller(works: list[Work], error: TooLarge, title: str) -> list[list[Work]]:
     """Groups of as many as fit into memory; the same group with `model.remat` if not even one does."""
-    if fits:
-        print(f"{title}: {fits} fit into memory at once", flush=True)
+    if fits := error.fits:
+        print(f"{title}: {error.why}", flush=True)
         return [works[i : i + fits] for i in range(0, len(works), fits)]
     print(f"{title}: not enough memory, so activations are computed twice (model.remat)", flush=True)
     for work in works:

@@ -124,6 +124,10 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ({"restarts": (3,)}, "config.restarts=.* must be two whole numbers, such as"),
         ({"restarts": (3, 2)}, "config.restarts is only used by config.schedule=restarts"),
         ({"warmup_epochs": 3, "schedule": "cosine"}, "config.warmup_epochs is only used by"),
+        (
+            {"warmup_epochs": 10, "epochs": 20},
+            "and as many at the end, leave nothing of 20",
+        ),
         ({"loss": "pcae"}, "unknown value of config.loss 'pcae': did you mean 'pace'"),
         ({"loss_kwargs": {"lam": 2.0}}, "unknown option of loss 'cross_entropy' 'lam'"),
         ({"data": {"device_gb": 0.0}}, "config.data.device_gb=0.0 must be greater than 0"),

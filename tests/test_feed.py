@@ -103,7 +103,9 @@ def test_seeds_that_stream_train_one_after_another(tmp_path, capsys):
     settings = config("digits,method=linear", seeds=(0, 1))
     settings.epochs, settings.data.device_gb = 1, TWO_SHARDS_OF_3_STEPS
     rows = run(settings, tmp_path)
-    assert "1 fit into memory at once" in squeeze(capsys.readouterr().out)
+    assert "one after another, since streamed images come in the order of a seed" in squeeze(
+        capsys.readouterr().out
+    )
     assert [r["trained_together"] for r in rows] == [1, 1]
     assert rows[0]["train_loss"] != rows[1]["train_loss"]
 
@@ -114,12 +116,15 @@ def make(shard, number=10, batch_size=2):
     return feed.Feed(images, labels, batch_size, shard, jax.random.key(3))
 
 
+def steps_of(some, step):
+    return [part[:2] for part in some.parts(0, step, 5)]
+
+
 def test_parts_are_shards_of_an_epoch():
-    assert list(make(None).parts(0, 5)) == [(0, 5)]
-    assert list(make(None).parts(4, 5)) == [(0, 5)]
-    assert list(make(2).parts(0, 5)) == [(0, 2), (2, 4), (4, 5)]
-    assert list(make(2).parts(3, 5)) == [(2, 4), (4, 5)]
-    assert list(make(2).parts(5, 5)) == [(4, 5)]  # all is trained, and not evaluated yet
+    assert steps_of(make(None), 0) == steps_of(make(None), 4) == [(0, 5)]
+    assert steps_of(make(2), 0) == [(0, 2), (2, 4), (4, 5)]
+    assert steps_of(make(2), 3) == [(2, 4), (4, 5)]
+    assert steps_of(make(2), 5) == [(4, 5)]  # all is trained, and not evaluated yet
 
 
 def test_what_is_read_is_the_permutation_of_the_step():
@@ -128,13 +133,19 @@ def test_what_is_read_is_the_permutation_of_the_step():
     for epoch in (0, 4):
         key = jax.random.fold_in(jax.random.key(3), epoch)
         expected = np.asarray(jax.random.permutation(key, 10))
-        parts = [some.read(epoch, start) for start in (0, 2, 4)]
+        parts = [some.read(epoch, start, which) for start, _, which in some.parts(epoch, 0, 5)]
         assert [int(part["first"]) for part in parts] == [0, 4, 8]
         assert {part["images"].shape for part in parts} == {(4, 2, 2, 3)}
-        np.testing.assert_array_equal(np.concatenate([p["labels"] for p in parts]), [*expected, 0, 0])
-        np.testing.assert_array_equal(
-            np.concatenate([p["images"] for p in parts])[:10], some.images[expected]
-        )
+        images, numbers = (np.concatenate([p[k] for p in parts])[:10] for k in ("images", "numbers"))
+        np.testing.assert_array_equal(numbers, expected)
+        np.testing.assert_array_equal(images, some.images[expected])
+
+
+def test_a_shard_costs_the_host_little_whatever_the_device_has():
+    """A million images of 224 pixels, half of them more than the device's memory for them."""
+    million = np.broadcast_to(np.uint8(0), (10**6, 224, 224, 3))
+    steps = feed.steps_at_once(million, 32, 75e9)
+    assert steps * 32 * 224**2 * 3 <= feed.SHARD_BYTES < (steps + 1) * 32 * 224**2 * 3
 
 
 @pytest.mark.parametrize("budget, steps", [(120, None), (119, 2), (48, 1), (1, 1)])
@@ -181,9 +192,9 @@ if not shard:
     sys.exit()
 some = feed.Feed(Images(sys.argv[1]), np.zeros(number, np.int32), 32, shard, jax.random.key(0))
 mesh = mesh_lib.make_mesh(jax.devices()[:1])
-load = lambda part, cancelled: mesh_lib.put(mesh, P(), some.read(0, part[0]))
+load = lambda part, cancelled: mesh_lib.put(mesh, P(), some.read(0, part[0], part[2]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with feed.ahead(load, some.parts(0, -(-number // 32))) as parts:
+with feed.ahead(load, some.parts(0, 0, -(-number // 32))) as parts:
     seen = sum(int((np.asarray(data["images"]) == 7).all((1, 2, 3)).sum()) for data in parts)
 print(seen, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

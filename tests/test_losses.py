@@ -13,10 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden import DATA
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import losses, methods, step, suite, train
+from rlrr_jax import change, losses, methods, step, suite, train
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import change, vit
+from rlrr_jax.models import vit
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.runtime.stop import Stop, Stopped
 

@@ -43,7 +43,7 @@ def frozen_tree():
 
 def hyper():
     noise, order = jax.random.split(jax.random.key(5))
-    lrs = optim.learning_rates("restarts", LR, EPOCHS, 4, shape=(None, (2, 2)))
+    lrs = optim.learning_rates("restarts", LR, EPOCHS, 4, restarts=(2, 2))
     values = dict(lr=jnp.array(lrs), weight_decay=jnp.float32(DECAY), drop_path=jnp.float32(0))
     return {**values, "noise_key": noise, "order_key": order}
 
@@ -190,7 +190,7 @@ def test_the_weight_of_a_cut_image_is_its_true_area():
 
 def test_restarts_are_the_authors():
     """facts of their FGVC scripts: T_0 of 5 gives these factors."""
-    factors = optim.learning_rates("restarts", 1.0, 7, shape=(None, (5, 1)))
+    factors = optim.learning_rates("restarts", 1.0, 7, restarts=(5, 1))
     np.testing.assert_allclose(factors, [1, 1, 0.905, 0.655, 0.345, 0.095, 1], atol=5e-4)
     default = optim.learning_rates("restarts", 1.0, 32)
     assert [i for i, x in enumerate(default) if x == 1] == [0, 1, 11, 31]  # after 10 and 20 epochs

@@ -15,7 +15,7 @@ LINEAR = methods.get("linear")
 
 def test_bigvision_learning_rates():
     """Warm-up from 0, which the cosine does not count; fractions as big_vision defines them."""
-    ours = optim.learning_rates("bigvision", 0.01, 25, 2, total_steps=50, warmup_steps=10)
+    ours = optim.learning_rates("bigvision", 0.01, 25, 2, total_steps=50, warmup=10)
     theirs = []
     for step in range(50):
         progress = np.clip((step - 10) / (50 - 10), 0.0, 1.0)
@@ -37,7 +37,7 @@ def test_clipped_momentum_for_50_steps(dtype):
     params = {"adapter": {}, "head": {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}}
     params = jax.tree.map(lambda x: x.astype(np.float32), params)
     grads = [jax.tree.map(lambda x: rng.normal(size=x.shape) * 0.4, params) for _ in range(50)]
-    lrs = optim.learning_rates("bigvision", 0.01, 50, total_steps=50, warmup_steps=10)
+    lrs = optim.learning_rates("bigvision", 0.01, 50, total_steps=50, warmup=10)
     tx = lambda lr: optim.build(
         optim.Optimizer("momentum", dtype, grad_clip=1.0), LINEAR, params, lr, 0.0
     )

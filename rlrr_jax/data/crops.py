@@ -127,8 +127,14 @@ class Crops:
         self.size, self.shorter = pixels.size, pixels.shorter
         self.shape = (number, pixels.size, pixels.size, 3)
 
+    dtype = np.dtype(np.uint8)
+
     def __len__(self):
         return self.shape[0]
+
+    def __getitem__(self, index):
+        """Those of the first epoch."""
+        return self.take(0, np.arange(len(self))[index])
 
     def take(self, epoch: int, which: Sequence[int], cancelled: Any = None) -> np.ndarray:
         """Crops of an epoch, [n, size, size, 3] uint8; another seed or epoch has others.

@@ -1,9 +1,9 @@
 """FGVC, five fine-grained tasks, from their official folders or from tfds.
 
 RLRR's protocol trains on the official training images (of Flowers on its validation images, too) and
-tests on the official test images. VPT's protocol trains on less: `<folder>/{train,val}.json` are its
-splits, `{path: class}`, and used where they are. Else the images to choose on are the first of the
-training images by SHA-256 of their paths, as many as in VPT's splits.
+tests on the official test images. Images to choose on are those of VPT's `<folder>/val.json` (`{path:
+class}`) where it is there, else the official ones of Flowers, else the first of the training images by
+SHA-256 of their paths, as many as VPT has.
 
 Stanford Dogs are images of ImageNet, which every public backbone has seen with their labels, the test
 images, too; CUB-200 shares some.
@@ -27,12 +27,12 @@ class Image(NamedTuple):
     Attributes:
       path: below the folder.
       label: class, counted from 0.
-      test: whether it is of the official test images.
+      split: "train", "val" or "test", as it is officially.
     """
 
     path: str
     label: int
-    test: bool
+    split: str
 
 
 # Official folders -----------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def birds(folder: Any) -> tuple[list[Image], list[str]]:
     numbers = sorted(set(labels.values()), key=int)
     index = {number: i for i, number in enumerate(numbers)}
     images = [
-        Image(f"images/{path.strip()}", index[labels[i]], train[i].strip() == "0")
+        Image(f"images/{path.strip()}", index[labels[i]], ("test", "train")[int(train[i])])
         for i, path in paths.items()
     ]
     return images, [names[number].strip() for number in numbers]
@@ -71,20 +71,22 @@ def flowers(folder: Any) -> tuple[list[Image], list[str]]:
     """Oxford Flowers-102: `setid.mat`, `imagelabels.mat`, `jpg/`; its classes have no names."""
     labels = _mat(folder / "imagelabels.mat")["labels"].ravel()
     sets = _mat(folder / "setid.mat")
-    tested = set(sets["tstid"].ravel().tolist())
-    every = [int(i) for part in ("trnid", "valid", "tstid") for i in sets[part].ravel()]
-    images = [Image(f"jpg/image_{i:05d}.jpg", int(labels[i - 1]) - 1, i in tested) for i in every]
+    images = [
+        Image(f"jpg/image_{i:05d}.jpg", int(labels[i - 1]) - 1, split)
+        for split, name in (("train", "trnid"), ("val", "valid"), ("test", "tstid"))
+        for i in sets[name].ravel().tolist()
+    ]
     return images, [str(i) for i in range(int(labels.max()))]
 
 
 def dogs(folder: Any) -> tuple[list[Image], list[str]]:
     """Stanford Dogs: `train_list.mat`, `test_list.mat` and `Images/`."""
     images = []
-    for name, test in (("train_list.mat", False), ("test_list.mat", True)):
-        found = _mat(folder / name)
+    for split in ("train", "test"):
+        found = _mat(folder / f"{split}_list.mat")
         paths = [str(path.item()) for path in found["file_list"].ravel()]
         labels = found["labels"].ravel()
-        images += [Image(f"Images/{p}", int(k) - 1, test) for p, k in zip(paths, labels)]
+        images += [Image(f"Images/{p}", int(k) - 1, split) for p, k in zip(paths, labels)]
     names = {image.label: image.path.split("/")[1].partition("-")[2] for image in images}
     return images, [names[i] for i in sorted(names)]
 
@@ -92,14 +94,12 @@ def dogs(folder: Any) -> tuple[list[Image], list[str]]:
 def cars(folder: Any) -> tuple[list[Image], list[str]]:
     """Stanford Cars: `cars_train/`, `cars_test/`, and the lists of `devkit/` with the test labels."""
     images, devkit = [], folder / "devkit"
-    for place, name in (
-        ("cars_train", "cars_train_annos.mat"),
-        ("cars_test", "cars_test_annos_withlabels.mat"),
-    ):
-        path = next((p for p in (devkit / name, folder / name) if p.exists()), devkit / name)
+    for split, name in (("train", "annos"), ("test", "annos_withlabels")):
+        file = f"cars_{split}_{name}.mat"
+        path = next((p for p in (devkit / file, folder / file) if p.exists()), devkit / file)
         rows = _mat(path)["annotations"].ravel()
         labels = [(str(row["fname"].item()), int(row["class"].item()) - 1) for row in rows]
-        images += [Image(f"{place}/{file}", label, place == "cars_test") for file, label in labels]
+        images += [Image(f"cars_{split}/{file}", label, split) for file, label in labels]
     names = _mat(devkit / "cars_meta.mat")["class_names"].ravel()
     return images, [str(name.item()) for name in names]
 
@@ -213,13 +213,14 @@ def names(task: Task, found: Found) -> list[str]:
 def divided(task: Task, folder: Any) -> dict[str, list[Image]]:
     """The images of each split."""
     images, _ = _read(task.name, folder)
-    train = [image for image in images if not image.test]
-    chosen = _of_vpt(task, folder, train) or _first(task, train)
+    train = [image for image in images if image.split != "test"]
+    official = {image.path for image in train if image.split == "val"}
+    chosen = _of_vpt(task, folder, train) or official or _first(task, train)
     return {
         "train": [image for image in train if image.path not in chosen],
         "val": [image for image in train if image.path in chosen],
         "train+val": train,
-        "test": [image for image in images if image.test],
+        "test": [image for image in images if image.split == "test"],
     }
 
 
@@ -258,6 +259,9 @@ def _of_vpt(task: Task, folder: Any, train: list[Image]) -> set[str]:
     return found
 
 
+COMMON = dict(crop="square", crop_from=256, warmup_epochs=10)  # of the recipe, for all methods
+
+
 def _task(name, numbers, classes, num_test, recipe, tfds="", **kwargs):
     """A task with the recipe of the authors' train_fgvc.py: 50 epochs and 10 at the smallest rate."""
     dataset, _, version = tfds.partition(":")
@@ -278,15 +282,24 @@ def _task(name, numbers, classes, num_test, recipe, tfds="", **kwargs):
         flip=True,
         epochs=60,
         recipes={"rlrr": dict(lr=lr, weight_decay=0.05, drop_path=drop_path)},
+        extra={**COMMON, **kwargs.pop("extra", {})},
         source=Source(find, open, names),
         **kwargs,
     )
 
 
 _RESTARTS = dict(schedule="restarts", restarts=(5, 1))
+_SEEN = "note: {} of its images are in ImageNet, which the backbone has seen, perhaps with their labels"
 FGVC = {
     "cub": _task(
-        "cub", (5394, 600), 200, 5794, (3e-3, 0.1), "caltech_birds2011:0.2.0", extra=_RESTARTS
+        "cub",
+        (5394, 600),
+        200,
+        5794,
+        (3e-3, 0.1),
+        "caltech_birds2011:0.2.0",
+        extra=_RESTARTS,
+        notes=(_SEEN.format("some"),),
     ),
     "nabirds": _task("nabirds", (21536, 2393), 555, 24633, (5e-4, 0.3)),
     "flowers_fgvc": _task(
@@ -299,16 +312,14 @@ FGVC = {
         splits={"train": "train", "val": "validation", "train+val": "train+validation"},
     ),
     "dogs": _task(
-        "dogs", (10800, 1200), 120, 8580, (1e-4, 0.0), "stanford_dogs:0.2.0", extra=_RESTARTS
+        "dogs",
+        (10800, 1200),
+        120,
+        8580,
+        (1e-4, 0.0),
+        "stanford_dogs:0.2.0",
+        extra=_RESTARTS,
+        notes=(_SEEN.format("all"),),
     ),
     "cars": _task("cars", (7329, 815), 196, 8041, (3e-3, 0.2), "cars196:2.1.0"),
-}
-NOTES = {
-    "dogs": ("note: its test images are in ImageNet, which the backbone has seen with their labels",),
-    "cub": ("note: some of its images are in ImageNet, too",),
-}
-COMMON = dict(crop="square", crop_from=256, warmup_epochs=10)
-FGVC = {
-    name: task._replace(extra={**COMMON, **task.extra}, notes=NOTES.get(name, ()))
-    for name, task in FGVC.items()
 }

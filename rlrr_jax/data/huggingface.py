@@ -26,8 +26,7 @@ def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
     out, tables = [], []
     for split, part in parts.items():
         image, label = _columns(folder, part.features)
-        part = part.rename_columns({a: b for a, b in ((image, "image"), (label, "label")) if a != b})
-        part = _encoded(part)
+        part = _encoded(part, image, label)
         names = getattr(part.features["label"], "int2str", str)
         for row, (value, path, inside) in enumerate(zip(part["label"], *_paths(part))):
             if value is None or value == -1:
@@ -46,7 +45,6 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
         import datasets
     except ImportError as e:
         raise UserError("hf:FOLDER needs Hugging Face's library datasets: install the extra hf") from e
-    datasets.disable_progress_bars()
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             found = datasets.load_from_disk(str(folder))
@@ -78,10 +76,12 @@ def _columns(folder: pathlib.Path, features: Any) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _encoded(part: Any) -> Any:
-    """A dataset whose images are bytes or paths, not decoded."""
+def _encoded(part: Any, image: str, label: str) -> Any:
+    """A dataset of the columns `image`, bytes or paths that are not decoded, and `label`."""
     import datasets
 
+    part = part.select_columns([image, label])
+    part = part.rename_columns({a: b for a, b in ((image, "image"), (label, "label")) if a != b})
     return part.cast_column("image", datasets.Image(decode=False)).with_format(None)
 
 

@@ -110,7 +110,7 @@ def get(task: str | Task) -> Task:
 def canonical(name: str) -> str:
     """Our name of a task; UserError with the nearest name if there is none."""
     if name not in TASKS and name not in ALIASES:
-        raise unknown("task", name, [*TASKS, *GROUPS, *ALIASES, "all"])
+        raise unknown("task", name, [*TASKS, *GROUPS, *ALIASES, "all", "full", "fgvc"])
     return ALIASES.get(name, name)
 
 

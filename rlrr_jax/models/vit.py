@@ -148,7 +148,7 @@ class Encoder(nn.Module):
             block = nn.remat(Block, policy=keep, prevent_cse=self.unroll > 1)
         blocks = nn.scan(
             block,
-            variable_axes={"params": 0, "change": 0, "noise": 0},  # the others: see `change`
+            variable_axes={"params": 0, "change": 0, "noise": 0},  # others: see rlrr_jax/change.py
             split_rngs={"params": True},
             in_axes=(0, 0),
             length=self.depth,

@@ -12,6 +12,8 @@ COLUMNS = (
     *("lr chosen from", "val acc of tried", "seeds", "epochs", "images/s", "time"),
 )
 
+MIXED = ("mixup", "cutmix", "label_smoothing", "average")  # keys that are shown where they are on
+
 
 def markdown(head: list[str], lines: list[list], left: int = 1) -> str:
     """A Markdown table, its columns aligned.
@@ -76,11 +78,15 @@ def _line(rows: list[dict], full: int | None) -> list[str]:
 
 def which(row: dict, seed: bool = True) -> list[str]:
     """What tells runs of a task and method apart, in words: `["rank=2", "seed 1"]`."""
-    options = [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()]
-    if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in (row.get("trial") or ""):
+    options, trial = (
+        [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()],
+        row.get("trial") or "",
+    )
+    if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in trial:
         options.append(f"loss={row['loss']}")
+    options += [f"{key}={row[key]:g}" for key in MIXED if row.get(key) and key not in trial]
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
-    return options + seeds + ([row["trial"].replace("-", " ")] if row.get("trial") else [])
+    return options + seeds + ([trial.replace("-", " ")] if trial else [])
 
 
 def tried(fractions: list | None) -> str:

@@ -11,11 +11,12 @@ class TooLarge(Exception):
 
     Attributes:
       fits: how many of them should fit; 0 if not even one does without `config.model.remat`.
+      why: what is printed where several do not.
     """
 
-    def __init__(self, fits: int) -> None:
-        super().__init__(f"only {fits} trials fit at once")
-        self.fits = fits
+    def __init__(self, fits: int, why: str | None = None) -> None:
+        self.fits, self.why = fits, why or f"{fits} fit into memory at once"
+        super().__init__(self.why)
 
 
 def limit() -> int:

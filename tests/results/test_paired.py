@@ -37,6 +37,12 @@ def test_tasks_count_once_however_many_seeds_they_have():
     assert found.half == pytest.approx(stats.t.ppf(0.975, 1) * 0.02 / 2)  # of 0.03 and 0.01
 
 
+def test_what_is_mixed_or_averaged_is_another_line():
+    both = rows("rlrr", A) + rows("rlrr", B, mixup=0.8, average=0.99)
+    (found,) = paired.differences(both, "rlrr mixup=0.8 average=0.99")
+    assert found.label == "rlrr" and found.mean == pytest.approx(-0.03)
+
+
 def test_a_single_pair_has_no_interval():
     one = {("kitti", 0): 0.5}
     (found,) = paired.differences(rows("rlrr", {("kitti", 0): 0.6}) + rows("lora", one), "lora")

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
-STACKED = ("Transformer", "encoderblock")  # whose leaves have the depth as leading axis
+from rlrr_jax.methods.sites import BLOCK, subtree
+
 PLAIN = ("embedding",)  # a convolution in PACE's code, which it leaves alone
 
 
@@ -62,20 +64,20 @@ def split(frozen: Any, params: Any) -> tuple[dict, dict]:
 
 def multipliers(change: Any, noise: Noise) -> Any:
     """Z of each Dense: [L, b, outputs...] of those in blocks, [b, classes] of the head."""
-    depth = len(jax.tree.leaves(change[STACKED[0]])[0])
+    depth = len(jax.tree.leaves(subtree(change, BLOCK))[0])
     levels = sigmas(depth, noise.sigma)
     flat = jax.tree_util.tree_leaves_with_path(change, is_leaf=lambda x: "kernel" in x)
     out: dict = {}
     for i, (path, node) in enumerate(flat):
         names = tuple(key.key for key in path)
         keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(noise.keys)
-        if names[: len(STACKED)] == STACKED:
+        if names[: len(BLOCK)] == BLOCK:
             one = lambda level, block: _draw(keys, level, block, node["bias"].shape[1:])
             z = jax.vmap(one)(levels[:-1], jnp.arange(depth))
         else:
             z = _draw(keys, levels[-1], depth, node["bias"].shape)
-        _put(out, names, {"z": z})
-    return out
+        out[(*names, "z")] = z
+    return unflatten_dict(out)
 
 
 def sigmas(depth: int, sigma: Any) -> jax.Array:
@@ -87,12 +89,6 @@ def sigmas(depth: int, sigma: Any) -> jax.Array:
 def _draw(keys: jax.Array, sigma: Any, block: Any, shape: tuple) -> jax.Array:
     one = lambda key: jax.random.normal(jax.random.fold_in(key, block), shape)
     return 1 + sigma * jax.vmap(one)(keys)
-
-
-def _put(tree: dict, names: tuple, value: Any) -> None:
-    for name in names[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[names[-1]] = value
 
 
 def _dense(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
