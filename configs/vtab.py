@@ -52,7 +52,7 @@ def get_config(arg=None):
     config.lr = placeholder(float)
     config.weight_decay = placeholder(float)
     config.drop_path = placeholder(float)
-    config.drop_path_mode = "element"  # or "sample"
+    config.drop_path_mode = placeholder(str)  # "element" (None, of ViTs) or "sample" (of others)
     config.flip = placeholder(bool)
     # Random crops: "resmall" (the shorter side to crop_from pixels, then a square) or "inception" (5 to
     # 100 % of the area). Evaluated is the middle square. "square": the whole image as a square of
@@ -62,7 +62,7 @@ def get_config(arg=None):
 
     config.image_size = placeholder(int)  # pixels, a multiple of the patch size
     config.model = ConfigDict()
-    config.model.variant = placeholder(str)  # "B/16"; "bundled" is the tiny one
+    config.model.variant = placeholder(str)  # "B/16", "swin_b"; "bundled" is the tiny ViT
     # "tanh" or "exact", which the authors' PyTorch code has; None: what the weights were trained with.
     config.model.gelu = placeholder(str)
     # What shapes do not show; None: what the weights say, else the variant's, and 1e-6.

@@ -86,7 +86,7 @@ class Backbone(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """A merged model: plain `vit.ViT`, its tree, and the adapter's card."""
+    """A merged model: a plain one of flax, its tree, and the adapter's card."""
 
     model: Any
     params: Any
@@ -209,14 +209,15 @@ def _wanted(path, card):
 def _check_run(card):
     """ValueError (or whatever a strange card raises) unless images can be brought to the model."""
     run = ConfigDict(card["config"])
-    preprocessing.check(run.model.gelu, run.pretrained.mean, run.pretrained.std)
+    preprocessing.check(run.model.gelu or "exact", run.pretrained.mean, run.pretrained.std)
     if not isinstance(run.pretrained.name, str) or not isinstance(card["accuracy"], dict):
         raise ValueError("its backbone has no name, or its accuracies are none")
     if not card["classes"] or not all(isinstance(name, str) for name in card["classes"]):
         raise ValueError("its classes are no names")
-    side, patch = run.image_size, _model(card).patch_size
-    if side != card["image_size"] or side % patch or not 0 < side // patch < 1000:
+    side, model = run.image_size, _model(card)
+    if side != card["image_size"] or not 0 < side // model.patch_size < 1000:
         raise ValueError(f"its images have {side} pixels")
+    models.check_size(model, side)
     if (run.crop and run.crop_from < side) or run.eval_batch_size < 1:
         raise ValueError("its images or batches are too small")
     with jax.default_matmul_precision(run.precision):
@@ -224,7 +225,7 @@ def _check_run(card):
 
 
 def _model(card):
-    """The `vit.ViT` that a card describes."""
+    """The flax model that a card describes."""
     run = ConfigDict(card["config"])
     return models.build(
         run.model.variant,
@@ -323,7 +324,7 @@ def load(
 
 
 def merged(adapter: Adapter, frozen: Any) -> Any:
-    """The plain ViT tree that an adapter makes of its backbone's frozen one."""
+    """The plain tree that an adapter makes of its backbone's frozen one."""
     return jax.jit(functools.partial(methods.merge, method(adapter)))(frozen, adapter.trainable)
 
 

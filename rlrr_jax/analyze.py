@@ -7,6 +7,7 @@ after (W').
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from rlrr_jax import adapters, files
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.methods import base
+from rlrr_jax.methods.sites import block_numbers, stack_of
 from rlrr_jax.results import analysis_figures, plots, tables
 
 LEADING = 8  # singular vectors whose span is compared
@@ -121,14 +123,28 @@ def _short(values):
 
 
 def kernels(params: Any) -> dict:
-    """`{(name, block): kernel [in, out]}` of the Dense layers of all blocks."""
-    out = {}
-    for name, site in base.dense(params).items():
-        depth, fan_in, fan_out = site.depth, site.inputs, site.outputs
-        stacked = np.asarray(base.subtree(params, site.path)["kernel"])
-        for block in range(depth):
-            out[name, block] = stacked[block].reshape(fan_in, fan_out)
-    return out
+    """`{(name, block): kernel [in, out]}` of the Dense layers of all blocks, numbered from 0."""
+    numbers = block_numbers(params)
+    if not numbers:
+        return _convolutions(params)
+    return {
+        (name.rpartition(".")[2], block): kernel
+        for name, site in base.dense(params).items()
+        for block, kernel in zip(
+            numbers[stack_of(site.path)], np.asarray(base.weights(params, site)[0])
+        )
+    }
+
+
+def _convolutions(params):
+    """Kernels of convolutions as matrices of (in, column) by (out, row), numbered by depth."""
+    found = [site for site in base.sites(params) if site.role == "conv"]
+    found.sort(
+        key=lambda site: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", "/".join(site.path))]
+    )
+    kernels = (np.asarray(base.subtree(params, site.path)["kernel"]) for site in found)
+    matrix = lambda x: x.transpose(2, 1, 3, 0).reshape(x.shape[2] * x.shape[1], -1)
+    return {("conv", i): matrix(kernel) for i, kernel in enumerate(kernels)}
 
 
 def analyze(adapter: Any, frozen: Any, tell: Callable = lambda: None) -> dict:

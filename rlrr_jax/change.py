@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from rlrr_jax.methods.sites import BLOCK, subtree
+from rlrr_jax.methods.sites import STACK, block_numbers, stack_of
 
-PLAIN = ("embedding",)  # a convolution in PACE's code, which it leaves alone
+PLAIN = ("embedding", "patch_embed")  # a convolution in PACE's code, which it leaves alone
 
 
 class Noise(NamedTuple):
@@ -63,17 +63,22 @@ def split(frozen: Any, params: Any) -> tuple[dict, dict]:
 
 
 def multipliers(change: Any, noise: Noise) -> Any:
-    """Z of each Dense: [L, b, outputs...] of those in blocks, [b, classes] of the head."""
-    depth = len(jax.tree.leaves(subtree(change, BLOCK))[0])
+    """Z of each Dense: [L, b, outputs...] of those in blocks, [b, outputs] of the head and others.
+
+    What lies between stages of a network, as the merging of patches, has the noise of the head.
+    """
+    numbers = block_numbers(change)
+    depth = sum(map(len, numbers.values()))
     levels = sigmas(depth, noise.sigma)
     flat = jax.tree_util.tree_leaves_with_path(change, is_leaf=lambda x: "kernel" in x)
     out: dict = {}
     for i, (path, node) in enumerate(flat):
         names = tuple(key.key for key in path)
         keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(noise.keys)
-        if names[: len(BLOCK)] == BLOCK:
+        if STACK in names:
+            blocks = jnp.array(numbers[stack_of(names)])
             one = lambda level, block: _draw(keys, level, block, node["bias"].shape[1:])
-            z = jax.vmap(one)(levels[:-1], jnp.arange(depth))
+            z = jax.vmap(one)(levels[blocks], blocks)
         else:
             z = _draw(keys, levels[-1], depth, node["bias"].shape)
         out[(*names, "z")] = z

@@ -41,7 +41,7 @@ POSITIVE = (
 
 GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs", "loss_kwargs")
 NEEDED = (
-    *("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "loss", "drop_path_mode"),
+    *("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "loss"),
     *("mixup", "cutmix", "label_smoothing"),
 )
 
@@ -191,9 +191,11 @@ def has(config: Any, key: str) -> bool:
     return last in config and not isinstance(config[last], ConfigDict)
 
 
-def heads(width: int, number: int | None) -> None:
-    """UserError unless so many attention heads share a width; None passes."""
-    if number and width % number:
+def heads(variant: str, number: int | None) -> None:
+    """UserError unless so many attention heads share the width of a variant; None passes."""
+    if number and models.family(variant) != "vit":
+        raise UserError(f"config.model.num_heads is of no use for {variant}: leave it out")
+    if number and (width := models.sizes(variant)["width"]) % number:
         raise UserError(
             f"config.model.num_heads={number} does not divide the model's width {width}: leave it out"
         )

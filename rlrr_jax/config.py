@@ -231,19 +231,28 @@ def _resolve_one(
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
-    if preprocessing.of_jax(run.pretrained.name):  # others say it when they are there: `follow`
+    has_gelu = models.family(run.model.variant) != "resnet"
+    if has_gelu and preprocessing.of_jax(
+        run.pretrained.name
+    ):  # others say it when they are there: `follow`
         _fill(run.model, "gelu", preprocessing.JAX.gelu)
-    _fill(run, "image_size", 32 if run.model.variant == "bundled" else 224)
-    checks.heads(models.sizes(run.model.variant)["width"], run.model.num_heads)
+    _fill(run, "image_size", models.default_size(run.model.variant))
+    checks.heads(run.model.variant, run.model.num_heads)
     if run.crop and (run.crop_from or 0) < run.image_size:
         raise UserError(
             f"config.crop={run.crop} needs config.crop_from of at least the image size {run.image_size}"
         )
     _fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
     _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
+    default = "element" if models.family(run.model.variant) == "vit" else "sample"  # as their authors
+    _fill(run, "drop_path_mode", default)
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
-    reader.check_size(run.image_size, build_model(run).patch_size)
-    methods.check(method_name, method, _shapes(run.model.variant))
+    models.check_size(build_model(run), run.image_size)
+    methods.check(method_name, method, _shapes(run.model.variant, run.image_size))
+    if run.loss.startswith("pace") and models.family(run.model.variant) == "resnet":
+        raise UserError(
+            f"config.loss={run.loss} is of Dense layers: leave it out for {run.model.variant}"
+        )
     return run
 
 
@@ -311,10 +320,9 @@ def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
 
 
 @functools.cache
-def _shapes(variant: str) -> Any:
+def _shapes(variant: str, image_size: int) -> Any:
     """Shapes of the weights of a model with two classes."""
-    model = models.build(variant, 2)
-    return models.shapes(model, model.patch_size)
+    return models.shapes(models.build(variant, 2), image_size)
 
 
 def _default_weights(variant: str) -> str:
@@ -359,16 +367,17 @@ def follow(run: ConfigDict, path: str) -> list[str]:
     name, given, model = run.pretrained.name, run.pretrained, run.model
     card = preprocessing.read(path, name, needed=given.mean is None, variant=model.variant)
     notes = [f"note: {text}" for text in card.notes]
-    ours = models.sizes(model.variant)["num_heads"]
-    if model.num_heads is None and card.num_heads is None and not preprocessing.of_jax(path):
+    plain = models.build(model.variant, 1)
+    ours = plain.num_heads if models.family(model.variant) == "vit" else None
+    if ours and model.num_heads is None and card.num_heads is None and not preprocessing.of_jax(path):
         notes.append(
             f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
             f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
         )
     for node, key, value, default in (
-        (model, "gelu", card.gelu, "exact"),
-        (model, "num_heads", card.num_heads, ours),
-        (model, "norm_eps", card.norm_eps, 1e-6),
+        *([(model, "gelu", card.gelu, "exact")] if hasattr(plain, "gelu") else []),
+        (model, "num_heads", ours and card.num_heads, ours),
+        (model, "norm_eps", card.norm_eps, plain.norm_eps),
         (given, "mean", card.mean, None),
         (given, "std", card.std, None),
         (given, "resize", card.resize, None),
@@ -379,9 +388,11 @@ def follow(run: ConfigDict, path: str) -> list[str]:
         mine = tuple(node[key]) if isinstance(value, tuple) else node[key]
         if value is not None and mine != value:
             notes.append(f"note: {name} has {value} ({card.source}), config.{where}{key} is {mine}")
-    if card.pooling not in (None, "token"):
-        notes.append(f"note: {name} pools by {card.pooling} ({card.source}), not by class token")
-    checks.heads(models.sizes(model.variant)["width"], model.num_heads)
+    if card.pooling not in (None, plain.POOLING):
+        notes.append(
+            f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by {plain.POOLING}"
+        )
+    checks.heads(model.variant, model.num_heads)
     return notes
 
 
@@ -415,6 +426,8 @@ def pixels(run: ConfigDict) -> store.Pixels:
 def architecture(run: ConfigDict) -> dict[str, Any]:
     """Attributes in which a run's model differs from its variant, see `follow`."""
     said = {key: run.model.get(key) for key in ("num_heads", "norm_eps")}  # None in older runs
+    if models.family(run.model.variant) == "resnet":  # which does not fold them
+        said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
     return {key: value for key, value in said.items() if value}
 
 
@@ -424,8 +437,8 @@ def build_model(run: ConfigDict) -> Any:
         run.model.variant,
         task_of(run).classes,
         **architecture(run),
-        gelu=run.model.gelu or "tanh",  # None until `follow`, where only shapes matter
-        attention=run.model.attention,
+        gelu=run.model.gelu,  # None until `follow`, where only shapes matter
+        attention=None if run.model.attention == "xla" else run.model.attention,  # "xla" is anyone's
         drop_path_mode=run.drop_path_mode,
         unroll=run.model.unroll,
         remat=bool(run.model.remat),

@@ -3,7 +3,8 @@
 Formats: `big_vision` (.npz, numbered blocks), `vit_jax` (.npz, the layout of 2020), `timm`
 (.safetensors, its state dict), `transformers` (a folder for its ViTForImageClassification), `adapter`
 (.safetensors, the trained values alone), `hub` (a folder with that and a model card for the Hugging
-Face Hub; `--push user/name` uploads it). The first four are the merged ViT in float32, a plain one;
+Face Hub; `--push user/name` uploads it). The first four are the merged model in float32, a plain one
+(of Swin and ResNet `timm` alone);
 every file is read back and its logits compared before the command reports that it is done.
 """
 
@@ -21,15 +22,27 @@ import safetensors.numpy
 from rlrr_jax import adapters, config, files, models
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
 from rlrr_jax.results import model_card, tables
-from rlrr_jax.weights import reader, vit_layouts
+from rlrr_jax.weights import reader, resnet_layouts, swin_layouts, vit_layouts
 
-FORMATS = {
-    "big_vision": (".npz", vit_layouts.to_big_vision),
-    "vit_jax": (".npz", vit_layouts.to_vit_jax),
-    "timm": (".safetensors", vit_layouts.to_timm),
-    "adapter": (".safetensors", None),
-    "transformers": ("", vit_layouts.to_transformers),
-    "hub": ("", None),
+FORMATS = {  # endings of files; the last two are folders
+    "big_vision": ".npz",
+    "vit_jax": ".npz",
+    "timm": ".safetensors",
+    "adapter": ".safetensors",
+    "transformers": "",
+    "hub": "",
+}
+TRAINED = ("adapter", "hub")  # formats of the trained values alone, of every model
+# What the others are made by, for each family of models.
+LAYOUTS = {
+    "vit": {
+        "big_vision": vit_layouts.to_big_vision,
+        "vit_jax": vit_layouts.to_vit_jax,
+        "timm": vit_layouts.to_timm,
+        "transformers": vit_layouts.to_transformers,
+    },
+    "swin": {"timm": swin_layouts.to_timm},
+    "resnet": {"timm": resnet_layouts.to_timm},
 }
 HUB_FILE = "adapter.safetensors"  # in a folder for the Hub
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
@@ -57,7 +70,7 @@ def find_adapter(path: Any) -> Any:
 def export(
     adapter: Any, to: str, out: Any, weights: str | None = None, cache_dir: str | None = None
 ) -> float:
-    """Writes an adapter, or the ViT it makes, to a file and reads it back.
+    """Writes an adapter, or the model it makes, to a file and reads it back.
 
     Args:
       adapter: an `adapters.Adapter`.
@@ -72,7 +85,11 @@ def export(
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
-    ending, layout = FORMATS[to]
+    family = models.family(adapter.card["model"])
+    ending, layout = FORMATS[to], LAYOUTS[family].get(to)
+    if layout is None and to not in TRAINED:
+        formats = ", ".join([*LAYOUTS[family], *TRAINED])
+        raise UserError(f"{adapter.card['model']} is not exported to {to}: use {formats}")
     if to in ("hub", "transformers"):
         out = _export_folder(adapter, to, files.local(out))
     elif not str(out).endswith(ending) or files.local(out).name == ending:
@@ -183,8 +200,11 @@ def push(folder: Any, repository: str, card: dict) -> str:
 def card(adapter: Any) -> dict:
     """What goes into the header of a timm file: the adapter's card, its pixels and its heads."""
     model = adapters.model(adapter)
-    heads = {"num_heads": model.num_heads, "norm_eps": model.norm_eps}
-    return {**adapter.card, "mean": [0.5] * 3, "std": [0.5] * 3, **heads}
+    said = {"norm_eps": model.norm_eps}
+    if models.family_of(model) == "vit":
+        said["num_heads"] = model.num_heads
+    pixels = {key: list(getattr(model, key, [0.5] * 3)) for key in ("mean", "std")}
+    return {**adapter.card, **pixels, **said}
 
 
 def write(path: Any, flat: dict, card: dict) -> None:
@@ -225,6 +245,15 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     card, classes = adapter.card, len(adapter.card["classes"])
     sizes = {**models.sizes(card["model"]), **config.architecture(adapter.run)}
     eps = sizes.pop("norm_eps", 1e-6)
+    if to == "timm" and models.family(card["model"]) == "resnet":
+        return _resnet_advice(card, sizes, out)
+    if to == "timm" and models.family(card["model"]) == "swin":
+        return (
+            f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.swin_transformer."
+            f"SwinTransformer(img_size={card['image_size']}, num_classes={classes}, embed_dim="
+            f"{sizes['width']}, depths={sizes['depths']}, num_heads={sizes['num_heads']}, window_size="
+            f'{sizes["window"]}); model.load_state_dict(safetensors.torch.load_file("{out}"))'
+        )
     if to == "timm":
         ratio = sizes["mlp_dim"] / sizes["width"]
         act = ', act_layer="gelu_tanh"' if card["gelu"] == "tanh" else ""
@@ -248,6 +277,17 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     if card["gelu"] == "exact":  # their code has the tanh form
         text += "; this model has the exact GELU: change nn.gelu(x) there to approximate=False"
     return text
+
+
+def _resnet_advice(card, sizes, out):
+    """How a ResNet is used with timm."""
+    variant = card["model"]
+    name = variant.replace("bit_", "resnetv2_") + "_bit" if variant.startswith("bit") else variant
+    pixels = f"mean={sizes.get('mean', (0.5,) * 3)}, std={sizes.get('std', (0.5,) * 3)}"
+    return (
+        f'timm, with pixels of {pixels}: model = timm.create_model("{name}", num_classes='
+        f'{len(card["classes"])}); model.load_state_dict(safetensors.torch.load_file("{out}"))'
+    )
 
 
 def main() -> None:

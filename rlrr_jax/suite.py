@@ -183,12 +183,12 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
 
     def read(run: Any, model: Any) -> dict:
         path, _ = weights[run.pretrained.name]
-        headless = model.clone(num_classes=1, gelu="exact")
+        headless = model.clone(num_classes=1)
         key = path, run.image_size, run.pretrained.to_json(), headless
         if key not in last:
             last.clear()
             last[key] = config_lib.load_weights(run, path, headless, note=_print)
-        width = model.width
+        width = len(last[key]["head"]["kernel"])
         head = {"kernel": np.zeros((width, model.num_classes), np.float32)}
         return {**last[key], "head": {**head, "bias": np.zeros(model.num_classes, np.float32)}}
 

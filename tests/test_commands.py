@@ -32,7 +32,7 @@ WRONG = {  # of every command but main
     "flag of html": (["html", RUN, "--ot=x.html"], "did you mean '--out'?"),
     "flag of report": (["report", RUN, "--outt=x"], "did you mean '--out'?"),
     "flag of prepare": (["prepare", "--task=all", "--dta_dir=x"], "did you mean '--data_dir'?"),
-    "variant": (["methods.__main__", "--variant=B16"], "unknown ViT variant 'B16'"),
+    "variant": (["methods.__main__", "--variant=B16"], "unknown model variant 'B16'"),
     "several runs": (["export", "{run}", "--to=timm", OUT], "holds 4 runs: add one of"),
     "no run": (["export", "{new}", "--to=timm", OUT], "there is no finished run in"),
     "format": (["export", RUN, "--to=timmm", OUT], "did you mean 'timm'?"),

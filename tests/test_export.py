@@ -97,7 +97,7 @@ def test_a_folder_called_like_a_public_one_is_a_folder(run, tmp_path, monkeypatc
 
 def test_a_file_that_would_differ_is_not_kept(run, tmp_path, monkeypatch):
     worse = lambda tree: export.vit_layouts.to_big_vision(jax.tree.map(lambda x: x + 1e-3, tree))
-    monkeypatch.setitem(export.FORMATS, "big_vision", (".npz", worse))
+    monkeypatch.setitem(export.LAYOUTS["vit"], "big_vision", worse)
     (tmp_path / "x.npz").write_bytes(b"older")
     with pytest.raises(UserError, match="would differ by .* it was not kept"):
         export.export(adapters.read(run / "adapter.safetensors"), "big_vision", tmp_path / "x.npz")

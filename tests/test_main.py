@@ -52,7 +52,7 @@ WRONG = {
     "task": ([f"{CONFIG}:cifra"], "unknown task 'cifra': did you mean 'cifar'?"),
     "method": ([f"{CONFIG}:hearts,method=rlr"], "unknown method 'rlr': did you mean 'rlrr'?"),
     "option": ([f"{CONFIG}:hearts,inti=damped"], "'inti': did you mean 'init'?"),
-    "variant": ([CONFIG, "--config.model.variant=B16"], "unknown ViT variant 'B16'"),
+    "variant": ([CONFIG, "--config.model.variant=B16"], "unknown model variant 'B16'"),
     "weights": ([CONFIG, "--config.pretrained.name=ViT-B16"], "did you mean 'ViT-B_16'?"),
     "missing": ([CONFIG, WEIGHTS + "missing.npz"], "there is no weight file"),
     "truncated": ([CONFIG, WEIGHTS + "truncated.npz"], "is no readable .npz file"),

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from models.test_vit import SMALL, random_tree
 
 from rlrr_jax import batch as batch_lib
-from rlrr_jax import evaluate, methods, optim, step
+from rlrr_jax import evaluate, methods, models, optim, step
 from rlrr_jax.models import vit
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.weights import reader
@@ -360,7 +360,7 @@ def test_evaluation_counts_every_image_once(devices, size):
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
-    model = vit.ViT.from_variant("B/16", num_classes=100, dtype=dtype)
+    model = models.build("B/16", 100, dtype=dtype)
     r = step.Recipe(model, METHOD, 32, 1000, 224, flip=True)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     frozen = jax.eval_shape(model.init, jax.random.key(0), image)["params"]

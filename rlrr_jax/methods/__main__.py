@@ -1,26 +1,30 @@
-"""`python -m rlrr_jax.methods`: what methods there are, their options and counts for a ViT."""
+"""`python -m rlrr_jax.methods`: what methods there are, their options and counts for a model."""
 
 from typing import Any
 
 import jax
 
 from rlrr_jax import methods, models
-from rlrr_jax.errors import Parser, one_sentence
+from rlrr_jax.errors import Parser, UserError, one_sentence
 
 
 def main() -> None:
     """The command."""
     parser = Parser(description="Lists the methods.")
-    parser.add_argument("--variant", default="B/16", help="of a ViT for 224 pixels; or bundled")
+    help = "such as B/16, swin_b, bundled"
+    parser.add_argument("--model", "--variant", dest="variant", default="B/16", help=help)
     args = parser.parse_args()
-    size = 32 if args.variant == "bundled" else 224
-    frozen = models.shapes(models.build(args.variant, 2), size)
+    model = models.build(args.variant, 2)
+    frozen = models.shapes(model, models.default_size(args.variant))
     for name, module in methods.METHODS.items():
-        number = count(methods.get(name), frozen)
+        try:
+            number = f"{count(methods.get(name), frozen):,} values and the head on {args.variant}"
+        except UserError as e:
+            number = f"not on {args.variant}, since {e}"
         print(f"{name}: {str(module.__doc__).splitlines()[0].partition(': ')[2]}")
         print(f"    {module.FORMULA}")
         defaults = ", ".join(f"{k} {v:g}" for k, v in module.DEFAULTS.items())
-        print(f"    {number:,} values and the head on {args.variant}; {defaults}")
+        print(f"    {number}; {defaults}")
         if options := methods.options(name):
             print("    options:", ", ".join(f"{k}={v}" for k, v in options.items()))
 

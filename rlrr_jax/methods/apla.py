@@ -23,9 +23,8 @@ def method(columns: int | None = None, column_seed: int = 0) -> base.Method:
         base.positive("option columns", columns)
     base.seed("option column_seed", column_seed)
 
-    def chosen(frozen):
+    def chosen(depth, width):
         """Indices of the trained outputs, [L, columns]."""
-        depth, _, width = base.sizes(frozen, ("out",))["out"]
         if columns is None or columns == width:
             return jnp.tile(jnp.arange(width), (depth, 1))
         if columns > width:
@@ -35,15 +34,17 @@ def method(columns: int | None = None, column_seed: int = 0) -> base.Method:
 
     def init(key, frozen):
         del key
-        site = base.dense(frozen, ("out",))["out"]
-        node, shape = base.subtree(frozen, site.path), (site.depth, site.inputs, site.outputs)
-        kernel, index = node["kernel"].reshape(shape), chosen(frozen)
-        bias = jnp.take_along_axis(node["bias"], index, 1)
-        return {"out": {"kernel": jnp.take_along_axis(kernel, index[:, None], 2), "bias": bias}}
+        tree = {}
+        for name, site in base.dense(frozen, ("out",)).items():
+            kernel, bias = base.weights(frozen, site)
+            index = chosen(*bias.shape)
+            kernel = jnp.take_along_axis(kernel, index[:, None], 2)
+            tree[name] = {"kernel": kernel, "bias": jnp.take_along_axis(bias, index, 1)}
+        return tree
 
     def merge(frozen, adapter):
         def change(name, kernel, bias):
-            new, index = adapter[name], chosen(frozen)
+            new, index = adapter[name], chosen(*bias.shape)
             if new["kernel"].shape == kernel.shape:
                 return new["kernel"], new["bias"]
             put = jax.vmap(lambda whole, i, part: whole.at[..., i].set(part))

@@ -27,7 +27,7 @@ def method(bottleneck: int = 50, where: str = "attention+mlp") -> base.Method:
     names = base.names_in(where, base.AFTER_NORM, "place of method 'arc'")
 
     def init(key, frozen):
-        depth, width = base.sizes(frozen)["query"][:2]
+        depth, width = base.one_width(frozen)
         bound = math.sqrt(6 / (width + bottleneck))  # Xavier-uniform
         tree = {
             place: {

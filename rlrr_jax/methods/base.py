@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError, nearest
-from rlrr_jax.methods.sites import BLOCK, DENSE, Site, dense, replaced, sites, subtree
+from rlrr_jax.methods.sites import DENSE, Site, dense, replaced, sites, stack, subtree
 
-__all__ = ["BLOCK", "DENSE", "Site", "dense", "replaced", "sites", "subtree"]  # for methods
+__all__ = ["DENSE", "Site", "dense", "replaced", "sites", "stack", "subtree"]  # for methods
 
 # What gets its input straight from a LayerNorm of a block.
 AFTER_NORM = {"attention": ("query", "key", "value"), "mlp": ("Dense_0",)}
@@ -22,13 +22,13 @@ FIXED = "fixed"  # key of an adapter's values that are not trained
 
 
 class Method(NamedTuple):
-    """A re-parameterisation of a ViT's weights.
+    """A re-parameterisation of a model's weights.
 
     The head is no method's business: it is trained beside what `init` makes, see `start` and `merge`.
 
     Attributes:
       init: function `(key, frozen) -> adapter`, the tree that is trained; works under `jax.eval_shape`.
-      merge: function `(frozen, adapter) -> params`, a plain ViT tree again; pure and differentiable.
+      merge: function `(frozen, adapter) -> params`, a plain tree again; pure and differentiable.
       decay: function `adapter -> tree of bools`, which leaves get weight decay.
       DEFAULTS: the method's own `lr`, `weight_decay` and `drop_path`, used where neither the config
         nor the task's recipe says otherwise.
@@ -60,11 +60,11 @@ def start(method: "Method", key: jax.Array, frozen: Any) -> dict:
 
 
 def merge(method: "Method", frozen: Any, trained: Any, key: jax.Array | None = None) -> dict:
-    """The plain ViT tree that a trained tree makes of a frozen one.
+    """The plain tree that a trained tree makes of a frozen one.
 
     Args:
       method: a `Method`.
-      frozen: a ViT tree.
+      frozen: a model's tree.
       trained: what `start` returned, trained.
       key: of a training step, for `Method.drop`; None drops nothing.
     """
@@ -150,7 +150,7 @@ def check(name: str, method: Method, frozen: Any) -> Any:
     Args:
       name: the method's name, for the message.
       method: a `Method`.
-      frozen: a ViT tree of arrays or of shapes.
+      frozen: a model's tree of arrays or of shapes.
 
     Returns:
       The shapes of the adapter.
@@ -158,7 +158,12 @@ def check(name: str, method: Method, frozen: Any) -> Any:
     Raises UserError, naming the leaf, if `init` returns no dict or a head, if `merge` returns other
     names, shapes or dtypes than the frozen tree's, or if `decay` is no tree of bools.
     """
-    adapter = jax.eval_shape(method.init, jax.random.key(0), frozen)
+    try:
+        adapter = jax.eval_shape(method.init, jax.random.key(0), frozen)
+    except UserError as e:
+        reason = f"method {name!r} does not fit this model: {e}"
+        more = "" if ": " in str(e) else " (python -m rlrr_jax.methods --model NAME lists what fits)"
+        raise UserError(reason + more) from e
     told = f"method {name!r} breaks its contract: "
     if not isinstance(adapter, dict) or "head" in adapter:
         raise UserError(f"{told}init must return a dict without 'head', which is trained beside it")
@@ -183,9 +188,9 @@ def leaves(tree: Any) -> dict[str, tuple]:
 def _same_leaves(what, found, wanted):
     for key in sorted(wanted.keys() | found.keys()):
         if key not in found:
-            raise UserError(f"{what}no {key}, which the ViT has")
+            raise UserError(f"{what}no {key}, which the model has")
         if key not in wanted:
-            raise UserError(f"{what}{key}, which the ViT does not have")
+            raise UserError(f"{what}{key}, which the model does not have")
         if found[key] != wanted[key]:
             (shape, dtype), (right, kind) = found[key], wanted[key]
             raise UserError(f"{what}{key} as {dtype}{list(shape)} instead of {kind}{list(right)}")
@@ -203,16 +208,35 @@ def change_dense(frozen: Any, names: Iterable[str], change: Callable) -> Any:
     """A tree with other weights in these Dense layers of every block.
 
     Args:
-      frozen: a ViT tree.
-      names: names of Dense layers, see `sites.DENSE`.
+      frozen: a model's tree.
+      names: names of Dense layers, see `sites.dense`.
       change: `(name, kernel [L, in, out], bias [L, out]) -> kernel, bias`.
     """
     for name, site in dense(frozen, names).items():
-        node, shape = subtree(frozen, site.path), (site.depth, site.inputs, site.outputs)
-        kernel, bias = change(name, node["kernel"].reshape(shape), node["bias"].reshape(shape[::2]))
-        kernel, bias = kernel.reshape(node["kernel"].shape), bias.reshape(node["bias"].shape)
-        frozen = replaced(frozen, site.path, {"kernel": kernel, "bias": bias})
+        node = subtree(frozen, site.path)
+        new = dict(zip(("kernel", "bias"), change(name, *weights(frozen, site))))
+        if site.third is not None:
+            columns = slice(site.third * site.outputs, (site.third + 1) * site.outputs)
+            new = {key: node[key].at[..., columns].set(x) for key, x in new.items()}
+        new = {key: x.reshape(node[key].shape) for key, x in new.items()}
+        frozen = replaced(frozen, site.path, new)
     return frozen
+
+
+def weights(tree: Any, site: Site) -> tuple[jax.Array, jax.Array]:
+    """Kernels [L, in, out] and biases [L, out] of a Dense of every block, heads flattened."""
+    node = subtree(tree, site.path)
+    if site.third is None:
+        shape = (site.depth, site.inputs, site.outputs)
+        return node["kernel"].reshape(shape), node["bias"].reshape(shape[::2])
+    kernel, bias = (jnp.split(node[key], 3, axis=-1)[site.third] for key in ("kernel", "bias"))
+    return kernel, bias
+
+
+def one_width(frozen: Any) -> tuple[int, int]:
+    """Number and width of a model's blocks; UserError if they differ in width."""
+    stack(frozen)
+    return sizes(frozen)["query"][:2]
 
 
 def uniform(key: jax.Array, shape: tuple, bound: float) -> jax.Array:

@@ -22,8 +22,7 @@ def method(rank: int = 8, alpha: float | None = None, targets: str = "query+valu
     def init(key, frozen):
         tree = lora.factors(key, frozen, names, rank)
         for name, site in base.dense(frozen, names).items():
-            shape = (site.depth, site.inputs, site.outputs)
-            kernel = base.subtree(frozen, site.path)["kernel"].reshape(shape)
+            kernel, _ = base.weights(frozen, site)
             tree[name]["magnitude"] = jnp.linalg.norm(kernel, axis=1)  # [L, out]
         return tree
 

@@ -53,7 +53,7 @@ def method(kind: str = "tt", rank: int = 16, scale: float = 1.0) -> base.Method:
 
 def _init(key, frozen, kind, rank):
     keys = jax.random.split(key, 3)
-    depth, width = base.sizes(frozen)["query"][:2]
+    depth, width = base.one_width(frozen)
     number = sum(_slices(frozen).values())
     tree = {"u": base.uniform(keys[0], (width, rank), 1 / math.sqrt(width))}
     tree["v"] = jnp.zeros((rank, width))

@@ -50,8 +50,8 @@ def method(entries: int = 1) -> base.Method:
             columns = _columns(_kernel(frozen, site), site)
             columns = jnp.put_along_axis(columns, rows, adapter["values"][name], -1, inplace=False)
             kernel = columns.swapaxes(-1, -2).reshape(_kernel(frozen, site).shape)
-            node = {"kernel": kernel, "bias": adapter["biases"][name]}
-            tree = base.replaced(tree, site.path, node)
+            bias = {"bias": adapter["biases"][name]} if site.bias else {}
+            tree = base.replaced(tree, site.path, {"kernel": kernel, **bias})
         return tree
 
     return base.Method(init, merge, base.decay_of(), DEFAULTS, prepare=prepare)
@@ -59,7 +59,7 @@ def method(entries: int = 1) -> base.Method:
 
 def _layers(frozen: Any, entries: int) -> list[Site]:
     """Every layer with a kernel; UserError if one has too few inputs."""
-    found = [site for site in base.sites(frozen) if site.role != "norm"]
+    found = [site for site in base.sites(frozen) if not site.role.endswith("norm")]
     if (least := min(site.inputs for site in found)) < entries:
         raise UserError(f"option entries={entries} is more than the {least} inputs of a layer")
     return found
@@ -86,7 +86,8 @@ def _adapter(frozen: Any, rows: dict[tuple, jax.Array]) -> dict:
     for site in base.sites(frozen):
         if (which := rows.get(site.path)) is not None:
             name, columns = "/".join(site.path), _columns(_kernel(frozen, site), site)
-            out["biases"][name] = jnp.array(base.subtree(frozen, site.path)["bias"])
+            if site.bias:
+                out["biases"][name] = jnp.array(base.subtree(frozen, site.path)["bias"])
             out["values"][name] = jnp.take_along_axis(columns, which, -1)
             out[base.FIXED][name] = which.astype(jnp.float32)  # whole numbers, exact
     return out

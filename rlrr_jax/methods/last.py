@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.methods.base import BLOCK, Method, decay_of, positive, replaced, subtree
+from rlrr_jax.methods.base import Method, decay_of, positive, replaced, stack, subtree
 
 FORMULA = "W' = anything in the last k blocks, W before"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
@@ -23,16 +23,18 @@ def method(blocks: int = 1) -> Method:
 
 
 def _init(frozen, k):
-    depth = len(subtree(frozen, BLOCK)["LayerNorm_0"]["scale"])
+    blocks = subtree(frozen, stack(frozen))
+    depth = len(blocks["LayerNorm_0"]["scale"])
     if k > depth:
         raise UserError(f"option blocks={k} is more than the {depth} blocks of the model")
     return {
-        "last": jax.tree.map(lambda x: jnp.array(x[-k:]), subtree(frozen, BLOCK)),
+        "last": jax.tree.map(lambda x: jnp.array(x[-k:]), blocks),
         "encoder_norm": jax.tree.map(jnp.array, subtree(frozen, _NORM)),
     }
 
 
 def _merge(frozen, adapter, k):
     join = lambda first, last: jnp.concatenate([first[:-k], last])
-    blocks = jax.tree.map(join, subtree(frozen, BLOCK), adapter["last"])
-    return replaced(replaced(frozen, BLOCK, blocks), _NORM, adapter["encoder_norm"])
+    path = stack(frozen)
+    blocks = jax.tree.map(join, subtree(frozen, path), adapter["last"])
+    return replaced(replaced(frozen, path, blocks), _NORM, adapter["encoder_norm"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlrr_jax.methods.base import Method, decay_of
+from rlrr_jax.methods.base import Method, decay_of, sites, subtree
 
 FORMULA = "W' = W, b' = b; scale and bias of each LayerNorm anything"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
@@ -20,9 +20,8 @@ def method() -> Method:
 def init(key: jax.Array, frozen: Any) -> dict:
     """A copy of every LayerNorm."""
     del key
-    is_norm = lambda path: any("norm" in part.lower() for part in path)
-    norms = {k: jnp.array(v) for k, v in flatten_dict(frozen).items() if is_norm(k)}
-    return unflatten_dict(norms)
+    paths = [site.path for site in sites(frozen) if site.role.endswith("norm")]
+    return unflatten_dict({path: jax.tree.map(jnp.array, subtree(frozen, path)) for path in paths})
 
 
 def merge(frozen: Any, adapter: Any) -> Any:

@@ -30,8 +30,7 @@ def method(rank: int = 8, targets: str = "query+value") -> base.Method:
         del key
         trained, start = {}, {}
         for name, site in base.dense(frozen, names).items():
-            shape = (site.depth, site.inputs, site.outputs)
-            down, up = principal(base.subtree(frozen, site.path)["kernel"].reshape(shape), rank)
+            down, up = principal(base.weights(frozen, site)[0], rank)
             trained[name] = {"down": down, "up": up}
             start[name] = {"first_down": down, "first_up": up}
         return {**trained, base.FIXED: start}

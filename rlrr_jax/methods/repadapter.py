@@ -37,7 +37,7 @@ def method(
     base.number("option scale", scale)
 
     def init(key, frozen):
-        depth, width = base.sizes(frozen)["query"][:2]
+        depth, width = base.one_width(frozen)
         if width % groups:
             raise UserError(f"groups={groups} does not divide the model's width {width}")
         bound = math.sqrt(6 / (width + hidden))  # Xavier-uniform

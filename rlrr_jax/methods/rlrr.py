@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods.base import (
-    BLOCK,
     Method,
     affine,
     decay_of,
@@ -24,6 +23,7 @@ from rlrr_jax.methods.base import (
     rate,
     replaced,
     sites,
+    stack,
     subtree,
     uniform,
 )
@@ -34,9 +34,9 @@ DEFAULTS = dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1)
 STARTS = ("paper", "damped", "identity", "normal", "zero", "constant", "uniform")
 SIDES = {"both": ("scale_in", "scale_out"), "left": ("scale_in",), "right": ("scale_out",)}
 PLACES = {  # role of a layer -> where it is
-    **dict.fromkeys(("query", "key", "value", "out"), "mha"),
+    **dict.fromkeys(("query", "key", "value", "qkv", "out"), "mha"),
     **dict.fromkeys(("mlp_in", "mlp_out"), "ffn"),
-    **{"norm": "norm", "embedding": "patch"},
+    **{"norm": "norm", "embedding": "patch", "merge": "patch", "conv": "conv"},
 }
 
 
@@ -60,7 +60,7 @@ def method(
     sides: str = "both",
     residual: bool = True,
     shift: bool = True,
-    where: str = "mha+ffn+norm+patch",
+    where: str = "mha+ffn+norm+patch+conv",
     layers: int | None = None,
     rank_dropout: float = 0.0,
 ) -> Method:
@@ -79,7 +79,8 @@ def method(
         side starts at U(+-sqrt(6 / in)).
       residual: False multiplies the kernel by the product instead of adding that.
       shift: whether biases of Dense layers are shifted.
-      where: places, of "mha", "ffn", "norm" and "patch", joined by "+".
+      where: places, of "mha", "ffn", "norm", "patch" (embedding of a ViT, merging of a Swin) and
+        "conv" (every convolution of a ResNet), joined by "+".
       layers: only the first so many blocks have adapters; None: all.
       rank_dropout: probability that a rank of a layer is left out of a training step (MLAE).
 
@@ -129,8 +130,8 @@ def _check(v):
 def _init(key, frozen, v):
     frozen, flat = _first(frozen, v.layers), {}
     for i, site in enumerate(sites(frozen)):
-        if PLACES[site.role] in v.where:
-            start = _affine if PLACES[site.role] in ("norm", "patch") else _dense
+        if PLACES.get(site.role) in v.where:
+            start = {"norm": _affine, "embedding": _affine, "conv": _conv}.get(site.role, _dense)
             flat[site.path] = start(jax.random.fold_in(key, i), subtree(frozen, site.path), v)
     return unflatten_dict(flat)
 
@@ -145,7 +146,9 @@ def _affine(key, node, v):
 
 
 def _dense(key, node, v):
-    """The adapter node beside a Dense of every block."""
+    """The adapter node beside a Dense of every block, or beside a single one."""
+    if node["bias"].ndim == 1:
+        return jax.tree.map(lambda x: x[0], _dense(key, jax.tree.map(lambda x: x[None], node), v))
     outputs = node["bias"].shape  # [L, ...]
     inputs = node["kernel"].shape[: node["kernel"].ndim - len(outputs) + 1]  # [L, ...]
     fan_in = math.prod(inputs[1:])
@@ -182,23 +185,37 @@ def _dense(key, node, v):
     return {**tree, "shift": jnp.zeros(outputs)} if v.shift else tree
 
 
+def _conv(key, node, v):
+    """The adapter node beside a convolution; it has no shift, see `_convolved`."""
+    size, _, inputs, outputs = node["kernel"].shape
+    matrix = {
+        "kernel": jnp.zeros((1, inputs * size, outputs * size)),
+        "bias": jnp.zeros((1, outputs * size)),
+    }
+    tree, rank = _dense(key, matrix, v), (v.rank,) if v.rank > 1 else ()
+    shapes = {"scale_in": (inputs, size, *rank), "scale_out": (*rank, outputs, size)}
+    return {name: tree[name].reshape(shapes[name]) for name in SIDES[v.sides]}
+
+
 def _first(frozen, layers):
     """A tree with only the first blocks."""
     if layers is None:
         return frozen
-    depth = len(subtree(frozen, BLOCK)["LayerNorm_0"]["scale"])
-    if layers > depth:
+    path = stack(frozen)
+    blocks = subtree(frozen, path)
+    if layers > (depth := len(blocks["LayerNorm_0"]["scale"])):
         raise UserError(f"option layers={layers} is more than the {depth} blocks of the model")
-    return replaced(frozen, BLOCK, jax.tree.map(lambda x: x[:layers], subtree(frozen, BLOCK)))
+    return replaced(frozen, path, jax.tree.map(lambda x: x[:layers], blocks))
 
 
 def merge(frozen: Any, adapter: Any, v: Variant) -> Any:
-    """Folds the scales and shifts into the frozen weights: a plain ViT tree."""
+    """Folds the scales and shifts into the frozen weights: a plain tree."""
     params = _merge(_first(frozen, v.layers), adapter, v)
     if v.layers is None:
         return params
     join = lambda first, every: jnp.concatenate([first, every[v.layers :]])
-    return replaced(params, BLOCK, jax.tree.map(join, subtree(params, BLOCK), subtree(frozen, BLOCK)))
+    path = stack(frozen)
+    return replaced(params, path, jax.tree.map(join, subtree(params, path), subtree(frozen, path)))
 
 
 def _merge(frozen, adapter, v):
@@ -206,6 +223,11 @@ def _merge(frozen, adapter, v):
         return affine(frozen, **adapter)
     if not adapter.keys() & {"scale_in", "scale_out"}:
         return {k: _merge(x, adapter[k], v) if k in adapter else x for k, x in frozen.items()}
+    if "bias" not in frozen:
+        return {"kernel": _convolved(frozen["kernel"], adapter, v)}
+    if frozen["bias"].ndim == 1:
+        nodes = jax.tree.map(lambda x: x[None], (frozen, adapter))
+        return jax.tree.map(lambda x: x[0], _merge(*nodes, v))
     kernel, bias = frozen["kernel"], frozen["bias"]
     depth, fan_in = len(kernel), kernel.size // bias.size
     equation, shape = ("li,lo->lio", (depth, -1)) if v.rank == 1 else ("lir,lro->lio", None)
@@ -220,6 +242,19 @@ def _merge(frozen, adapter, v):
         "kernel": kernel + change if v.residual else change,
         "bias": bias + adapter["shift"] if v.shift else bias,
     }
+
+
+def _convolved(kernel, adapter, v):
+    """A kernel [k, k, in, out] seen as a matrix of (in, column) by (out, row), rescaled.
+
+    Dong et al. (2024), supplement G; authors' models/RLRR_ResNet.py. Convolutions have no bias there.
+    """
+    size, _, inputs, outputs = kernel.shape
+    left = adapter.get("scale_in", jnp.ones((inputs, size))).reshape(inputs, size, v.rank)
+    right = adapter.get("scale_out", jnp.ones((outputs, size))).reshape(v.rank, outputs, size)
+    product = jnp.einsum("iwr,roh->hwio", left, right, precision="highest")
+    change = kernel * product if v.with_weight else product
+    return kernel + change if v.residual else change
 
 
 def decay(adapter: Any) -> Any:

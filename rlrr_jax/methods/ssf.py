@@ -19,7 +19,7 @@ def method() -> Method:
 def init(key: jax.Array, frozen: Any) -> dict:
     """A scale, N(1, 0.02^2), and a shift, N(0, 0.02^2), beside each bias. Not quite the identity."""
     tree: dict = {}
-    for i, path in enumerate(site.path for site in sites(frozen)):
+    for i, path in enumerate(_paths(frozen)):
         shape = subtree(frozen, path)["bias"].shape
         scale, shift = 0.02 * jax.random.normal(jax.random.fold_in(key, i), (2, *shape))
         tree |= {(*path, "scale"): 1 + scale, (*path, "shift"): shift}
@@ -29,6 +29,11 @@ def init(key: jax.Array, frozen: Any) -> dict:
 def merge(frozen: Any, adapter: Any) -> Any:
     """Folds scales and shifts into kernels (of LayerNorms: scales) and biases."""
     params = frozen
-    for path in (site.path for site in sites(frozen)):
+    for path in _paths(frozen):
         params = replaced(params, path, affine(subtree(frozen, path), **subtree(adapter, path)))
     return params
+
+
+def _paths(frozen: Any) -> list[tuple[str, ...]]:
+    """All layers with a bias, but of a Swin's merging the LayerNorm alone, as in its authors' code."""
+    return [site.path for site in sites(frozen) if site.bias and site.role != "merge"]

@@ -1,35 +1,82 @@
 """Models: plain, without any knowledge of how they are fine-tuned.
 
-A family is a module with variants and a flax model; `build` is all that the rest of the library calls.
+A family is a module with `parse_variant`, a flax model and `check_size`; the functions here are all
+that the rest of the library calls.
 """
 
+import dataclasses
+from types import ModuleType
 from typing import Any
 
 import jax
 
-from rlrr_jax.models import vit
+from rlrr_jax.errors import UserError, unknown
+from rlrr_jax.models import resnet, swin, vit
 
 # The bundled model, see tools/make_bundled.py.
 BUNDLED = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
+FAMILIES = {"vit": vit, "swin": swin, "resnet": resnet}  # a variant is of the first that knows it
 
 
-def sizes(variant: str) -> dict[str, int]:
+def family(variant: str) -> str:
+    """Name of the family of a variant: a key of `FAMILIES`.
+
+    Raises UserError for an unknown variant, with the nearest one.
+    """
+    if variant == "bundled":
+        return "vit"
+    for name, module in FAMILIES.items():
+        if module.parse_variant(variant):
+            return name
+    raise unknown("model variant", variant, [name for m in FAMILIES.values() for name in m.EXAMPLES])
+
+
+def family_of(model: Any) -> str:
+    """Name of the family of a model."""
+    return type(model).__module__.rpartition(".")[2]
+
+
+def sizes(variant: str) -> dict[str, Any]:
     """Arguments of a variant's model: `"B/16"` -> `dict(width=768, ..., patch_size=16)`.
 
     Raises UserError for an unknown variant, with the nearest one.
     """
-    return dict(BUNDLED) if variant == "bundled" else vit.parse_variant(variant)
+    return dict(BUNDLED) if variant == "bundled" else _module(variant).parse_variant(variant)
 
 
-def build(variant: str, num_classes: int, **options: Any) -> vit.ViT:
+def build(variant: str, num_classes: int, **options: Any) -> Any:
     """The flax model of a variant.
 
     Args:
-      variant: size and patch, such as "B/16", or "bundled".
+      variant: size and patch, such as "B/16", "swin_b", or "bundled".
       num_classes: number of classes of the head.
-      **options: other values of the model's attributes.
+      **options: other values of the model's attributes; None leaves them as they are.
+
+    Raises UserError for an option that models of this family do not have.
     """
-    return vit.ViT(**{**sizes(variant), **options}, num_classes=num_classes)
+    model = _module(variant).Model
+    known = {field.name for field in dataclasses.fields(model)}
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in known:
+            raise UserError(f"config.model.{key} is of no use for {variant}: leave it out")
+    return model(**{**sizes(variant), **given}, num_classes=num_classes)
+
+
+def _module(variant: str) -> ModuleType:
+    return FAMILIES[family(variant)]
+
+
+def check_size(model: Any, image_size: int) -> None:
+    """Raises UserError, with the nearest size, for images that a model cannot take."""
+    FAMILIES[family_of(model)].check_size(model, image_size)
+
+
+def default_size(variant: str) -> int:
+    """Side in pixels of the images that a variant is trained on where nothing says otherwise."""
+    if variant == "bundled":
+        return 32
+    return getattr(_module(variant), "default_size", lambda variant: 224)(variant)
 
 
 def shapes(model: Any, image_size: int) -> Any:
@@ -43,6 +90,10 @@ def shapes(model: Any, image_size: int) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
-def default_unroll(variant: str) -> int:
+def default_unroll(variant: str) -> int | None:
     """Blocks in each step of the scan over depth: on CPUs all, faster and with less memory."""
-    return sizes(variant)["depth"] if jax.default_backend() == "cpu" else 1
+    size = sizes(variant)
+    if family(variant) == "resnet":
+        return None  # nothing is scanned
+    every = size["depth"] if "depth" in size else max(size["depths"])
+    return every if jax.default_backend() == "cpu" else 1

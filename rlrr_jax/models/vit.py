@@ -4,7 +4,6 @@ The parameter tree is big_vision's in its scanned form: all blocks are stacked u
 `encoderblock`, the leading axis of every leaf there is the depth.
 """
 
-import difflib
 import functools
 from typing import Any
 
@@ -25,24 +24,30 @@ VARIANTS = {
 }
 
 
-def parse_variant(variant: str) -> dict[str, int]:
-    """`"B/16"` -> `dict(width=768, ..., patch_size=16)`.
+EXAMPLES = tuple(f"{size}/16" for size in VARIANTS)
 
-    Raises UserError for anything that is not `<Ti|S|B|L|H>/<patch size>`.
-    """
+
+def parse_variant(variant: str) -> dict[str, int] | None:
+    """`"B/16"` -> `dict(width=768, ..., patch_size=16)`; None for another name."""
     size, _, patch = str(variant).partition("/")
     if size not in VARIANTS or not patch.isdigit() or int(patch) == 0:
-        names = {name.upper(): name for name in VARIANTS}
-        near = names[difflib.get_close_matches(size.upper(), names, n=1, cutoff=0.0)[0]]
-        patch = patch if patch.isdigit() and int(patch) else "16"
-        raise UserError(
-            f"unknown ViT variant {variant!r}: write one of {', '.join(VARIANTS)}, a slash and the "
-            f"patch size, for example {near}/{patch}"
-        )
+        return None
     return dict(VARIANTS[size], patch_size=int(patch))
 
 
-def drop_path_masks(keys: jax.Array, rates: jax.Array, shape: tuple, mode: str) -> jax.Array:
+def check_size(model: "ViT", image_size: int) -> None:
+    """Raises UserError if patches do not fill an image."""
+    patch = model.patch_size
+    if image_size % patch or image_size < patch:
+        raise UserError(
+            f"image size {image_size} is not divisible by the patch size {patch}: set "
+            f"config.image_size to {max(round(image_size / patch), 1) * patch}"
+        )
+
+
+def drop_path_masks(
+    keys: jax.Array, rates: jax.Array, shape: tuple, mode: str, first: int = 0
+) -> jax.Array:
     """Which values of the residual branches are kept, [L, 2, B, T, D] or [L, 2, B, 1, 1], bool.
 
     Args:
@@ -51,6 +56,7 @@ def drop_path_masks(keys: jax.Array, rates: jax.Array, shape: tuple, mode: str) 
       shape: (T, D) of a branch.
       mode: "element" drops single values (the RLRR authors' code), "sample" the whole branch of an
         example (stochastic depth, Huang et al., 2016).
+      first: number of the first of these blocks in the network.
     """
     shape = shape if mode == "element" else (1, 1)
 
@@ -59,7 +65,7 @@ def drop_path_masks(keys: jax.Array, rates: jax.Array, shape: tuple, mode: str) 
 
     for axes in ((None, None, None, 0), (None, None, 0, None), (0, 0, None, None)):
         keep = jax.vmap(keep, axes)
-    return keep(jnp.arange(len(rates)), rates, jnp.arange(2), keys)
+    return keep(first + jnp.arange(len(rates)), rates, jnp.arange(2), keys)
 
 
 def drop_path(x: jax.Array, rate: Any, keep: jax.Array) -> jax.Array:
@@ -175,6 +181,8 @@ class ViT(nn.Module):
       dtype: dtype of activations and matmuls; parameters are always float32.
     """
 
+    POOLING = "token"
+
     width: int
     depth: int
     mlp_dim: int
@@ -188,11 +196,6 @@ class ViT(nn.Module):
     remat: bool = False
     norm_eps: float = 1e-6
     dtype: Any = jnp.float32
-
-    @classmethod
-    def from_variant(cls, variant: str, **kwargs: Any) -> "ViT":
-        """`ViT.from_variant("B/16", num_classes=100)`; raises UserError for an unknown variant."""
-        return cls(**{**parse_variant(variant), **kwargs})
 
     @nn.compact
     def __call__(self, images, drop_path=0.0, keys=None):
@@ -232,3 +235,6 @@ class ViT(nn.Module):
         high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
         return head(x[:, 0].astype(high))
+
+
+Model = ViT

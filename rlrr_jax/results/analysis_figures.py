@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 
-from rlrr_jax.methods import base
 from rlrr_jax.results import plots
 from rlrr_jax.results.plots import COLOURS, MARKS
 
@@ -17,10 +16,17 @@ def _by_block(numbers, kernel, key):
     return [row["block"] for row in rows], [row[key] for row in rows]
 
 
+def _kernels(found):
+    """Names of the kernels: six Dense layers of a Transformer, or convolutions."""
+    return list(dict.fromkeys(row["kernel"] for row in next(iter(found.values()))["kernels"]))
+
+
 def _panels(what, draw, found):
-    """A panel for each of the six Dense layers, sharing the legend."""
-    figure, axes = plots.subplots(2, 3, (9, 5.2), sharex=True, sharey=True)
-    for axis, kernel in zip(axes.flat, base.DENSE):
+    """A panel for each kernel of a block, sharing the legend."""
+    kernels = _kernels(found)
+    grid = (2, 3, (9, 5.2)) if len(kernels) > 1 else (1, 1, (7, 4))
+    figure, axes = plots.subplots(*grid, sharex=True, sharey=True)
+    for axis, kernel in zip(axes.flat, kernels):
         for i, (label, numbers) in enumerate(found.items()):
             draw(axis, numbers, kernel, label, COLOURS[i % 8], MARKS[i % 8])
         axis.set_title(kernel, fontsize=10)
@@ -38,7 +44,7 @@ def _legend(figure, axes):
 
 def change(found: dict) -> bytes:
     """Heat maps: relative change of each kernel of each block, a panel for each run, one scale."""
-    names = list(base.DENSE)
+    names = _kernels(found)
     tables = {
         label: 100 * np.array([_by_block(numbers, name, "relative_change")[1] for name in names])
         for label, numbers in found.items()
@@ -101,13 +107,15 @@ def turn(found: dict) -> bytes:
 
 def spectra(found: dict) -> bytes:
     """Singular values of the middle block, of W (black) and every W', and their ratio below."""
-    tall = dict(height_ratios=(2, 1.2, 2, 1.2))
-    figure, axes = plots.subplots(4, 3, (9, 8), gridspec_kw=tall)
+    kernels = _kernels(found)
+    rows, columns = (4, 3) if len(kernels) > 1 else (2, 1)
+    tall = dict(height_ratios=(2, 1.2) * (rows // 2))
+    figure, axes = plots.subplots(rows, columns, (9, 2 * rows), gridspec_kw=tall)
     first = next(iter(found.values()))["kernels"]
     middle = (max(row["block"] for row in first) + 1) // 2
     pick = lambda rows, name: next(r for r in rows if (r["kernel"], r["block"]) == (name, middle))
-    for i, kernel in enumerate(base.DENSE):
-        axis, below = axes[2 * (i // 3), i % 3], axes[2 * (i // 3) + 1, i % 3]
+    for i, kernel in enumerate(kernels):
+        axis, below = (axes[2 * (i // 3) + j, i % 3] for j in range(2))
         values = np.array(pick(first, kernel)["values"])
         numbers = range(1, len(values) + 1)
         axis.plot(numbers, values, color="black", lw=2.5, label="W, pretrained")
@@ -122,7 +130,7 @@ def spectra(found: dict) -> bytes:
         below.set_ylim(0.7, 1.5)
         for one in (axis, below):
             one.grid(alpha=0.3)
-    for row, text in enumerate(("singular value", "W' / W") * 2):
+    for row, text in enumerate(("singular value", "W' / W") * (rows // 2)):
         axes[row, 0].set_ylabel(text, fontsize=9)
     figure.supxlabel(f"singular value's number (block {middle})", fontsize=10)
     _legend(figure, axes)

@@ -74,7 +74,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
             node = node.get(parent) or {}
         node.pop(last, None)
     model, given, data = (plain.get(key) or {} for key in ("model", "pretrained", "data"))
-    heads = models.sizes(model["variant"])["num_heads"] if model.get("variant") else None
+    heads = models.sizes(model["variant"]).get("num_heads") if model.get("variant") else None
     for node, key, before in (
         (given, "mean", preprocessing.HALF),
         (given, "std", preprocessing.HALF),

@@ -39,11 +39,26 @@ ALIASES = {
 }
 
 
+# Swin was pretrained on ImageNet-22k at 224 or 384 pixels (Liu et al., 2021), ResNets on ImageNet-1k:
+# those of torchvision that the authors of RLRR took. timm's names.
+OTHERS = {f"resnet{depth}": f"hf:timm/resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101, 152)}
+OTHERS |= {
+    f"swin_{size[0]}{window}": f"hf:timm/swin_{size}_patch4_window{pixels}.ms_in22k"
+    for size in ("tiny", "small", "base", "large")
+    for window, pixels in (("", "7_224"), ("_12", "12_384"))
+    if not window or size in ("base", "large")
+}
+
+
 def default_name(variant: str) -> str | None:
     """Name of the weights for a variant: the original ImageNet-21k ones where they exist, else AugReg.
 
     Returns None for a variant without public weights.
     """
+    if variant in OTHERS:
+        return OTHERS[variant]
+    if match := re.fullmatch(r"bit_(\d+)x(\d)", variant):
+        return f"https://storage.googleapis.com/bit_models/BiT-M-R{match[1]}x{match[2]}.npz"
     for name in (f"ViT-{variant.replace('/', '_')}", f"howto-i21k-{variant}"):
         if name in ALIASES:
             return ALIASES[name]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 
+from rlrr_jax import models
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 
@@ -15,15 +16,17 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INDEX = ".safetensors.index.json"  # of a file in several shards
 # What file names of timm and of the original code say, where nothing else does.
 _BY_NAME = (
-    (r"(^|[^a-z])(augreg|orig_in21k|sam_in1k)", (HALF, HALF)),
-    (r"(^|[^a-z])(dino|mae|moco|deit)", IMAGENET),
+    (r"(^|[^a-z])(augreg|orig_in21k|sam_in1k|resnetv2_\d+x\d_bit)", (HALF, HALF)),
+    (r"(^|[^a-z])(dino|mae|moco|deit|swin|resnet\d)", IMAGENET),
 )
 _ACTIVATIONS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh"}
 _ACTIVATIONS |= {"gelu_new": "tanh"}
 # timm's architectures that have the heads of their size, as `vit.VARIANTS` says.
 _ARCHITECTURE = r"((?:vit|deit|deit3)_(tiny|small|base|large|huge)(?:_distilled)?_patch(\d+)\w*)"
 _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
-_HF_TYPES = ("vit", "deit", "dinov2", "vit_mae", "vit_msn")  # of transformers, that read alike
+# model_type of transformers and architecture of timm, of each family of models.
+_HF_TYPES = {"vit": ("vit", "deit", "dinov2", "vit_mae", "vit_msn"), "swin": ("swin",), "resnet": ()}
+_TIMM_NAMES = {"swin": "swin_", "resnet": "resnet"}
 
 
 class Card(NamedTuple):
@@ -136,7 +139,7 @@ def _header(path):
         return None
     if not isinstance(said, dict) or "mean" not in said:
         return None
-    card = _card(said.get("gelu"), said, path, "its header")
+    card = _card(said.get("gelu") or "exact", said, path, "its header")
     heads, eps = said.get("num_heads"), said.get("norm_eps")
     try:
         heads = heads if heads is None else _whole(heads, "num_heads")
@@ -176,6 +179,8 @@ def _other_timm(said, path, name, variant):
         own = re.search(_ARCHITECTURE, text.lower().partition(".")[0])
         if own and not own[1].startswith(architecture.partition(".")[0]):  # or a name made from it
             return f"its architecture is {architecture}"
+    if variant and not architecture.startswith(_TIMM_NAMES.get(models.family(variant), "")):
+        return f"its architecture is {architecture}, the model is {variant}"
     sizes = re.search(_ARCHITECTURE, architecture)
     if sizes and variant not in (None, "bundled"):
         ours = f"{_SIZES[sizes[2]]}/{sizes[3]}"
@@ -187,11 +192,12 @@ def _other_timm(said, path, name, variant):
 def _other_hf(said, path, name, variant):
     """What tells that transformers' config.json belongs to another model, else None."""
     kind = said.get("model_type")
-    if kind not in (None, *_HF_TYPES):
+    family = models.family(variant or "bundled")
+    if kind not in (None, *_HF_TYPES[family]):
         return f"its model_type is {kind}"
-    if variant in (None, "bundled"):
+    if variant in (None, "bundled") or family != "vit":
         return None
-    ours = vit.parse_variant(variant)
+    ours = models.sizes(variant)
     for key, own in (("hidden_size", "width"), ("num_hidden_layers", "depth"), ("patch_size",) * 2):
         if said.get(key) not in (None, ours[own]):
             return f"its {key} is {said[key]}, that of {variant} {ours[own]}"
@@ -228,11 +234,12 @@ def _hf(said, config):
     except (ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}): replace or remove it") from e
     size = said.get("image_size")
-    eps = said.get("layer_norm_eps", 1e-6 if said.get("model_type") == "dinov2" else 1e-12)
+    eps = said.get("layer_norm_eps", {"dinov2": 1e-6, "swin": 1e-5}.get(said.get("model_type"), 1e-12))
+    heads = said.get("num_heads" if said.get("model_type") == "swin" else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),
         image_size=size[-1] if isinstance(size, list) and size else size,
-        num_heads=_whole(said.get("num_attention_heads", 12), "num_attention_heads"),
+        num_heads=heads if isinstance(heads, list) else _whole(heads, "num_attention_heads"),
         norm_eps=float(eps),
         resize="bicubic_plain",
     )

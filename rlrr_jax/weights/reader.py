@@ -17,12 +17,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax import models
 from rlrr_jax.errors import UserError, first_line
-from rlrr_jax.weights import names, preprocessing, vit_layouts
+from rlrr_jax.weights import names, preprocessing, resnet_layouts, swin_layouts, vit_layouts
 
 # How a position embedding is brought to another grid: "linear" is SciPy's zoom, as in the public JAX
 # code; "bicubic" is PyTorch's with antialiasing, as in timm; "bicubic_plain" is PyTorch's without, as
 # in transformers.
 RESIZES = ("linear", "bicubic", "bicubic_plain")
+LAYOUTS = {
+    "vit": vit_layouts,
+    "swin": swin_layouts,
+    "resnet": resnet_layouts,
+}  # of each family of models
 
 
 class How(NamedTuple):
@@ -41,15 +46,6 @@ class How(NamedTuple):
     resize: str | None = None
 
 
-def check_size(image_size: int, patch: int) -> None:
-    """Raises UserError if patches do not fill an image."""
-    if image_size % patch or image_size < patch:
-        raise UserError(
-            f"image size {image_size} is not divisible by the patch size {patch}: set "
-            f"config.image_size to {max(round(image_size / patch), 1) * patch}"
-        )
-
-
 def load(
     name_or_path: Any,
     *,
@@ -64,7 +60,7 @@ def load(
 
     Args:
       name_or_path: a name, path or address of weights, see `names`.
-      model: the `vit.ViT` to fill.
+      model: the model to fill, see `models.build`.
       image_size: side of the images in pixels; the position embedding is resized to its grid.
       how: a `How`; None leaves all to the file's card.
       cache_dir: folder of downloaded files.
@@ -77,24 +73,27 @@ def load(
     Raises UserError if the file is missing or damaged, or if any name or shape differs from the
     model's; all of them are listed.
     """
-    check_size(image_size, model.patch_size)
+    models.check_size(model, image_size)
     path, subtree = names.split_subtree(names.local_path(name_or_path, cache_dir))
     how = _filled(how or How(), model, path, str(name_or_path))
     shapes = models.shapes(model, image_size)
-    flat, outside = _read(path, subtree, model.num_heads, _limit(shapes))
-    shapes = vit_layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
-    _place_position(flat, (image_size // model.patch_size,) * 2, how, path, note)
+    layouts = LAYOUTS[models.family_of(model)]
+    flat, outside = _read(path, subtree, model, _limit(shapes))
+    shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
+    if layouts is vit_layouts:
+        _place_position(flat, (image_size // model.patch_size,) * 2, how, path, note)
     ours = lambda key: head or not key.startswith("head/")
     flat = {k: v for k, v in flat.items() if ours(k) or k not in shapes}
     wanted = {k: v.shape for k, v in shapes.items() if ours(k)}
-    flat, unused = vit_layouts.passed_over(flat, wanted)
+    flat, unused = layouts.passed_over(flat, wanted)
     if note and (unused or outside):
         note(f"note: {path} has arrays that this model does not use: {_some([*outside, *unused])}")
     _check_arrays(path, flat, wanted)
-    if (tuple(how.mean), tuple(how.std)) != (preprocessing.HALF, preprocessing.HALF):
-        flat = vit_layouts.fold_pixels(flat, how.mean, how.std)
+    pixels = tuple(how.mean), tuple(how.std)
+    if layouts.STEM and pixels != (preprocessing.HALF, preprocessing.HALF):
+        flat = vit_layouts.fold_pixels(flat, *pixels, layouts.STEM)
     zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}
-    return unflatten_dict(vit_layouts.stacked({**zeros, **flat}), sep="/")
+    return unflatten_dict(layouts.stacked({**zeros, **flat}), sep="/")
 
 
 def _limit(shapes):
@@ -116,7 +115,7 @@ def _filled(how, model, path, name):
     if how.mean is not None and how.resize is not None:
         return how
     card = preprocessing.read(path, name, needed=how.mean is None)
-    if card.num_heads not in (None, model.num_heads):
+    if models.family_of(model) == "vit" and card.num_heads not in (None, model.num_heads):
         raise UserError(
             f"{path} has {card.num_heads} attention heads ({card.source}), the model "
             f"{model.num_heads}: build it with num_heads={card.num_heads}"
@@ -125,16 +124,26 @@ def _filled(how, model, path, name):
     return How(how.grid, mean, std, how.resize or card.resize)
 
 
-def _read(path, subtree, num_heads, limit):
+def _read(path, subtree, model, limit):
     """The arrays of a file by our names, and the names of those that lie elsewhere in it."""
+    family = models.family_of(model)
     if not path.endswith((".safetensors", preprocessing.INDEX)):
+        if family == "resnet":
+            return resnet_layouts.from_jax(_read_npz(path, limit), path)
+        if family != "vit":
+            raise UserError(f"{path} is no file of a Swin: give a .safetensors file")
         return vit_layouts.from_jax(_read_npz(path, limit), subtree, path)
     index = path.endswith(preprocessing.INDEX)
     flat = {}
     for shard in names.shards(pathlib.Path(path)) if index else [pathlib.Path(path)]:
         flat |= _read_safetensors(shard, limit)
+    if family != "vit":
+        if family == "swin":
+            return swin_layouts.from_torch(flat, path)
+        return resnet_layouts.from_torch(flat, model.bit, path)
     hugging = vit_layouts.of_transformers(flat)
-    return (vit_layouts.from_transformers if hugging else vit_layouts.from_timm)(flat, num_heads, path)
+    read = vit_layouts.from_transformers if hugging else vit_layouts.from_timm
+    return read(flat, model.num_heads, path)
 
 
 def _some(names, most=5):

@@ -4,7 +4,7 @@ In between, an array has our name with numbered blocks: `Transformer/encoderbloc
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rlrr_jax.errors import UserError
 _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 PREFIXES = ("", "params/", "opt/target/")  # of the tree to read, if an `.npz` holds several
 _MOST_BLOCKS = 1000  # a longer axis is no depth, and is reported as it is
-_QKV = ("query", "key", "value")
+QKV = ("query", "key", "value")
 # Our name of what timm calls `blocks.<i>.<name>`; `qkv` is three of ours.
 _TIMM_BLOCK = {
     "norm1": "LayerNorm_0",
@@ -25,6 +25,7 @@ _TIMM_BLOCK = {
     "mlp.fc2": f"{_MLP}/Dense_1",
 }
 _TIMM = {"patch_embed.proj": "embedding", "norm": "Transformer/encoder_norm", "head": "head"}
+STEM = "embedding"  # what takes the pixels
 _TIMM_STEM = "patch_embed.proj.weight"
 # Of other heads, of pre-training and of trainers: the class token's path does not use them.
 _UNUSED = re.compile(
@@ -163,9 +164,9 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
                 out |= {f"{block}/{k}": v for k, v in _timm_block(match[2], value, num_heads)}
         else:
             name = {"cls_token": "cls", "pos_embed": "pos_embedding"}.get(key)
-            out |= {name: value} if name else dict(_timm_leaf(key, value, _TIMM))
+            out |= {name: value} if name else dict(timm_layer(key, value, _TIMM))
     for name in [key for key in out if key.endswith("/query/kernel")]:  # without biases: zeros
-        for part in _QKV:
+        for part in QKV:
             bias = name.replace("query/kernel", f"{part}/bias")
             out.setdefault(bias, np.zeros(out[name].shape[1:], np.float32))
     for name, gamma in gammas.items():
@@ -191,7 +192,7 @@ def from_transformers(flat: dict, num_heads: int, path: Any) -> tuple:
     ]
     if len(stems) > 1:
         raise UserError(f"{path} holds several models ({', '.join(stems)}): keep one of them")
-    named, parts = {}, {}
+    named = {}
     for key, value in flat.items():
         key = key.removeprefix(stems[0])
         stem, _, part = key.rpartition(".")
@@ -200,25 +201,41 @@ def from_transformers(flat: dict, num_heads: int, path: Any) -> tuple:
         if block and re.fullmatch(r"layer_scale[12]\.lambda1", f"{block[2]}.{part}"):
             named[f"blocks.{block[1]}.ls{block[2][-1]}.gamma"] = value
         elif block:
-            name = _hf_block(block[2])
-            if name in ("attn.q", "attn.k", "attn.v"):
-                parts.setdefault((block[1], part), {})[name[-1]] = value
-            else:
-                named[f"blocks.{block[1]}.{name}.{part}"] = value
+            named[f"blocks.{block[1]}.{_hf_block(block[2])}.{part}"] = value
         else:
             named[_HF_LEAF.get(key, f"{known.get(stem, stem)}.{part}".lstrip("."))] = value
-    for (block, part), arrays in parts.items():
-        if arrays.keys() != {"q", "k", "v"} or len({x.shape for x in arrays.values()}) > 1:
-            raise UserError(f"{path}: block {block} has no query, key and value of one size")
-        named[f"blocks.{block}.attn.qkv.{part}"] = np.concatenate([arrays[n] for n in "qkv"])
-    return from_timm(named, num_heads, path)
+    return from_timm(join_thirds(named, r"(blocks\.\d+\.attn)"), num_heads, path)
+
+
+def join_thirds(flat: dict, stem: str) -> dict:
+    """Arrays with `<stem>.query`, `.key` and `.value` as one `<stem>.qkv`, as timm has it.
+
+    Args:
+      flat: arrays by name.
+      stem: pattern of what is before, in brackets.
+
+    Raises UserError if one of three is missing or of another size.
+    """
+    out: dict = {}
+    thirds: dict = {}
+    for key, value in flat.items():
+        if match := re.fullmatch(rf"{stem}\.(query|key|value)\.(weight|bias)", key):
+            thirds.setdefault((match[1], match[3]), {})[match[2]] = value
+        else:
+            out[key] = value
+    for (name, part), arrays in thirds.items():
+        if arrays.keys() != set(QKV) or len({x.shape for x in arrays.values()}) > 1:
+            raise UserError(f"{name} has no query, key and value of one size: the file is damaged")
+        out[f"{name}.qkv.{part}"] = np.concatenate([arrays[third] for third in QKV])
+    return out
 
 
 def _hf_block(name):
     """timm's name of a layer in a block; one that is not known keeps its own, and is reported."""
     for pattern, theirs in _HF_BLOCK.items():
         if match := re.fullmatch(pattern, name):
-            return theirs.format(match[1][0]) if match.groups() else theirs
+            third = [name for name in QKV if match.groups() and name[0] == match[1][0]]
+            return theirs.format(*third)
     return name
 
 
@@ -230,19 +247,19 @@ def _timm_block(name, value, num_heads):
         and len(value) % (3 * num_heads) == 0
     ):
         heads = value.reshape(3, num_heads, -1, *value.shape[1:])  # [3, H, Dh, D] or [3, H, Dh]
-        for part, array in zip(_QKV, heads):
+        for part, array in zip(QKV, heads):
             if array.ndim == 3:
                 yield f"{_ATTENTION}/{part}/kernel", array.transpose(2, 0, 1)  # [D, H, Dh]
             else:
                 yield f"{_ATTENTION}/{part}/bias", array
         return
-    for key, array in _timm_leaf(name, value, _TIMM_BLOCK):
+    for key, array in timm_layer(name, value, _TIMM_BLOCK):
         if key == f"{_ATTENTION}/out/kernel" and len(array) % num_heads == 0:
             array = array.reshape(num_heads, -1, array.shape[-1])  # [H, Dh, D]
         yield key, array
 
 
-def _timm_leaf(name, value, known):
+def timm_layer(name: str, value: Any, known: dict) -> Iterator[tuple]:
     """Our name and array of a weight or bias; what is not known keeps its name, and is reported."""
     stem, _, part = name.rpartition(".")
     if stem not in known or part not in ("weight", "bias"):
@@ -282,20 +299,20 @@ def to_timm(params: Any) -> dict:
     flat = numbered(params)
     out = {"cls_token": flat["cls"], "pos_embed": _with_class_row(flat["pos_embedding"])}
     for ours, theirs in [(ours, theirs) for theirs, ours in _TIMM.items()]:
-        out |= _to_timm_layer(flat, ours, theirs)
+        out |= to_timm_layer(flat, ours, theirs)
     depth = len({key.split("/")[1] for key in flat if key.startswith("Transformer/encoderblock_")})
     for i in range(depth):
         block = f"Transformer/encoderblock_{i}"
         for part, theirs in (("kernel", "weight"), ("bias", "bias")):
-            heads = [np.asarray(flat[f"{block}/{_ATTENTION}/{n}/{part}"]) for n in _QKV]
+            heads = [np.asarray(flat[f"{block}/{_ATTENTION}/{n}/{part}"]) for n in QKV]
             rows = [x.reshape(len(x), -1).T if part == "kernel" else x.reshape(-1) for x in heads]
             out[f"blocks.{i}.attn.qkv.{theirs}"] = np.concatenate(rows)  # [3 D, D] or [3 D]
         for theirs, ours in _TIMM_BLOCK.items():
-            out |= _to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
+            out |= to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
     return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
 
 
-def _to_timm_layer(flat, ours, theirs):
+def to_timm_layer(flat: dict, ours: str, theirs: str) -> dict:
     """Weight and bias of a Dense, LayerNorm or patch embedding."""
     bias = np.asarray(flat[f"{ours}/bias"])
     if f"{ours}/scale" in flat:
@@ -327,7 +344,7 @@ def to_transformers(params: Any) -> dict:
         elif block is None:
             out[f"{stems[stem]}.{part}"] = value
         elif block[2] == "attn.qkv":
-            for name, rows in zip(_QKV, np.split(value, 3)):
+            for name, rows in zip(QKV, np.split(value, 3)):
                 out[f"vit.encoder.layer.{block[1]}.attention.attention.{name}.{part}"] = rows
         else:
             out[f"vit.encoder.layer.{block[1]}.{block_stems[block[2]]}.{part}"] = value
@@ -343,19 +360,19 @@ def _with_class_row(position):
 # Pixels ---------------------------------------------------------------------------------------
 
 
-def fold_pixels(flat: dict, mean: Any, std: Any) -> dict:
+def fold_pixels(flat: dict, mean: Any, std: Any, name: str = "embedding") -> dict:
     """Changes a patch embedding for pixels `(x - mean) / std`, x in [0, 1], to one for [-1, 1].
 
     With y in [-1, 1], `(x - mean) / std = (0.5 / std) y + (0.5 - mean) / std` in each colour, which
     folds into kernel [p, p, 3, D] and bias [D]: patches are not padded.
     """
     mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    kernel = flat["embedding/kernel"].astype(np.float64)
+    kernel = flat[f"{name}/kernel"].astype(np.float64)
     moved = np.einsum("hwcd,c->d", kernel, (0.5 - mean) / std)
     scaled = kernel * (0.5 / std)[:, None]
-    bias = flat["embedding/bias"] + moved
+    bias = flat[f"{name}/bias"] + moved
     return {
         **flat,
-        "embedding/kernel": scaled.astype(np.float32),
-        "embedding/bias": bias.astype(np.float32),
+        f"{name}/kernel": scaled.astype(np.float32),
+        f"{name}/bias": bias.astype(np.float32),
     }

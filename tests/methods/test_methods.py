@@ -13,7 +13,7 @@ from float64 import double, in_float64
 from methods.direct import DIRECT
 from models.test_vit import SMALL, apply, images, random_tree
 
-from rlrr_jax import methods, step
+from rlrr_jax import methods, models, step
 from rlrr_jax.models import vit
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -106,7 +106,7 @@ COUNTS = {  # on ViT-B/16
 
 
 def b16(size=224):
-    model = vit.ViT.from_variant("B/16", num_classes=100)
+    model = models.build("B/16", 100)
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 

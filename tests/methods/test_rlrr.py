@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from models.test_vit import SMALL, images, random_tree
 
-from rlrr_jax import methods
+from rlrr_jax import methods, models
 from rlrr_jax.models import vit
 
 MODEL = vit.ViT(**SMALL)
@@ -55,7 +55,7 @@ def test_identity_start_changes_no_bit_and_has_a_gradient(frozen):
     ],
 )
 def test_published_counts(variant, size, count, head):
-    model = vit.ViT.from_variant(variant, num_classes=100)
+    model = models.build(variant, 100)
     shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     frozen = jax.eval_shape(model.init, jax.random.key(0), shape)["params"]
     start = functools.partial(methods.start, methods.get("rlrr"))

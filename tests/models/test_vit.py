@@ -7,6 +7,7 @@ import pytest
 import reference
 from float64 import double, in_float64
 
+from rlrr_jax import models
 from rlrr_jax.models import vit
 
 SMALL = dict(width=32, depth=3, mlp_dim=64, num_heads=4, patch_size=8, num_classes=7)
@@ -86,7 +87,7 @@ def test_bfloat16_computes_low_and_answers_in_float32():
     ],
 )
 def test_variants_have_the_published_sizes(variant, size, millions):
-    model = vit.ViT.from_variant(variant, num_classes=1)
+    model = models.build(variant, 1)
     shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), shape)["params"]
     params.pop("head")
@@ -95,8 +96,8 @@ def test_variants_have_the_published_sizes(variant, size, millions):
 
 @pytest.mark.parametrize("name", ["b/16", "B16", "XL/16", "B/", "B/0", "B/-1"])
 def test_unknown_variant_names_the_nearest(name):
-    with pytest.raises(ValueError, match=r"unknown ViT variant .* for example (B|L)/\d+"):
-        vit.parse_variant(name)
+    with pytest.raises(ValueError, match=r"unknown model variant '.*': did you mean '[BLS]/16'"):
+        models.build(name, 1)
 
 
 def test_size_that_the_patch_does_not_divide():

@@ -11,7 +11,7 @@ import safetensors.numpy
 from weights.test_vit_layouts import of_transformers
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import suite
+from rlrr_jax import models, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
@@ -175,7 +175,7 @@ UNUSED += (
 
 def load(path, notes, variant="Ti/16"):
     how = reader.How(mean=preprocessing.HALF, std=preprocessing.HALF)
-    model = vit.ViT.from_variant(variant, num_classes=5)
+    model = models.build(variant, 5)
     return reader.load(str(path), model=model, image_size=32, how=how, note=notes.append)
 
 

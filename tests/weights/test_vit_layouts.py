@@ -12,6 +12,7 @@ import scipy.ndimage
 from PIL import Image
 
 from rlrr_jax import config as config_lib
+from rlrr_jax import models
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
@@ -183,7 +184,7 @@ def test_features_are_timms_where_it_is_installed(size, tmp_path):
     images = np.random.default_rng(3).random((2, size, size, 3), np.float32) * 2 - 1
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    model = vit.ViT.from_variant("Ti/16", num_classes=192, gelu="exact")
+    model = models.build("Ti/16", 192, gelu="exact")
     tree = reader.load(path, model=model, image_size=size)
     tree["head"]["kernel"] = np.eye(192, dtype=np.float32)
     ours = np.asarray(logits(tree, images, model))
@@ -399,7 +400,7 @@ def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
     assert notes == [
         f"note: nothing says how many attention heads {path} has, and shapes do not show it: 12 are "
         f"taken, as in ViT-B/16 (config.model.num_heads)",
-        f"note: {path} pools by avg (config.json says so), not by class token",
+        f"note: {path} pools by avg (config.json says so), B/16 by token",
     ]
     config.update(image_size=32)
     config.model.gelu = "tanh"
