@@ -248,7 +248,7 @@ def _how(card):
     run, given = ConfigDict(card["config"]), card["config"]["pretrained"]
     how = {"subtree": _subtree(run.pretrained.name), "image_size": run.image_size}
     how["resize"] = given.get("resize") or "linear"  # which older versions always took
-    how["num_heads"] = _model(card).num_heads
+    how["num_heads"] = getattr(_model(card), "num_heads", None)
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
 

@@ -56,6 +56,31 @@ def standardised(kernel: jax.Array) -> jax.Array:
     return kernel * jax.lax.rsqrt(jnp.square(kernel).mean((0, 1, 2), keepdims=True) + 1e-10)
 
 
+def by_xla(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Convolution of [B, H, W, in] with a kernel [k, k, in, out], padded by half of it on each side."""
+    pad = ((len(kernel) // 2,) * 2,) * 2
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pad, dimension_numbers=names)
+
+
+def by_matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """The same as one matmul of patches, which on CPUs takes an eighth of the time of XLA's own.
+
+    The patches are made again for the gradient instead of being kept.
+    """
+
+    @jax.checkpoint
+    def multiply(x, kernel):
+        size, pad = len(kernel), len(kernel) // 2
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        ends = [side - size + 1 for side in x.shape[1:3]]
+        cut = lambda i, j: x[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
+        patches = jnp.concatenate([cut(i, j) for i in range(size) for j in range(size)], -1)
+        return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+    return multiply(x, kernel)
+
+
 class Conv(nn.Module):
     """A convolution without bias, padded by half its kernel on each side."""
 
@@ -71,10 +96,10 @@ class Conv(nn.Module):
         start = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
         kernel = self.param("kernel", start, shape)
         kernel = standardised(kernel) if self.standardise else kernel
-        pad = ((self.size // 2, self.size // 2),) * 2
-        names = ("NHWC", "HWIO", "NHWC")
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, pad, dimension_numbers=names)
+        on_cpu = jax.default_backend() == "cpu"
+        return (by_matmul if on_cpu else by_xla)(
+            x.astype(self.dtype), kernel.astype(self.dtype), self.stride
+        )
 
 
 class Affine(nn.Module):
@@ -118,7 +143,13 @@ class Unit(nn.Module):
 
         def norm(number):
             if self.bit:
-                return nn.GroupNorm(32, epsilon=self.norm_eps, use_fast_variance=False, dtype=self.dtype, name=f"gn{number}")
+                return nn.GroupNorm(
+                    32,
+                    epsilon=self.norm_eps,
+                    use_fast_variance=False,
+                    dtype=self.dtype,
+                    name=f"gn{number}",
+                )
             return Affine(self.dtype, name=f"bn{number}")
 
         y = nn.relu(norm(1)(x)) if self.bit else x
@@ -205,7 +236,11 @@ class ResNet(nn.Module):
                 x = module(x, rates[number], keep)
                 number += 1
         if self.bit:
-            x = nn.relu(nn.GroupNorm(32, epsilon=self.norm_eps, use_fast_variance=False, dtype=self.dtype, name="gn_head")(x))
+            x = nn.relu(
+                nn.GroupNorm(
+                    32, epsilon=self.norm_eps, use_fast_variance=False, dtype=self.dtype, name="gn_head"
+                )(x)
+            )
         x = x.reshape(len(x), -1, x.shape[-1])
         self.sow("intermediates", "encoded", x)
         high = jnp.promote_types(self.dtype, jnp.float32)

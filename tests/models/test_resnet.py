@@ -97,6 +97,18 @@ def test_names_come_back(model, tmp_path):
     jax.tree.map(close, again, jax.tree.map(np.asarray, tree))
 
 
+@pytest.mark.parametrize(("size", "stride"), [(7, 2), (3, 1), (3, 2), (1, 1), (1, 2)])
+def test_convolution_by_matmul_is_xlas(size, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 12, 5))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, 5, 4))
+    for argument in (0, 1):
+        ours, xlas = (
+            jax.value_and_grad(lambda *a, f=f: jnp.sin(f(*a, stride)).sum(), argument)(x, kernel)
+            for f in (resnet.by_matmul, resnet.by_xla)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, xlas)
+
+
 def test_files_of_another_kind_are_named(tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file(resnet_layouts.to_timm(random_tree(TINY)), path)
