@@ -48,7 +48,7 @@ class Ours:
             CLASSES,
             unroll=unroll,
             remat=remat,
-            attention=attention,
+            attention=None if attention == "xla" else attention,
             dtype=jnp.dtype(dtype),
         )
         self.precision = "highest" if dtype == "float32" else "default"
@@ -106,6 +106,11 @@ class Ours:
 
     def flop(self):
         """Of the matmuls of one image's forward pass; training takes three times as much."""
+        if "depth" not in self.sizes:  # a Swin or a ResNet: as XLA counts
+            image = _shape((1, self.size, self.size, 3), jnp.float32)
+            apply = jax.jit(lambda params, x: self.model.apply({"params": params}, x))
+            shapes = jax.tree.map(lambda x: _shape(x.shape, jnp.float32), self.frozen)
+            return apply.lower(shapes, image).cost_analysis()["flops"]
         s, tokens = self.sizes, (self.size // self.sizes["patch_size"]) ** 2 + 1
         dense = 4 * s["width"] ** 2 + 2 * s["width"] * s["mlp_dim"]
         block = tokens * dense + 2 * tokens**2 * s["width"]
@@ -126,8 +131,8 @@ class Ours:
         self.merge_all = step.map_merge(self.method, self.mesh)
         self.unmerged = mesh_lib.put_trials(self.mesh, [self.frozen] * self.trials)
         dtype, tokens = self.model.dtype, (self.size // self.model.patch_size) ** 2 + 1
-        shape = (self.batch * tokens, self.model.width)
-        self.factors = jnp.ones(shape, dtype), jnp.ones((self.model.width, self.model.mlp_dim), dtype)
+        width, hidden = (getattr(self.model, key, n) for key, n in (("width", 512), ("mlp_dim", 2048)))
+        self.factors = jnp.ones((self.batch * tokens, width), dtype), jnp.ones((width, hidden), dtype)
         self.product = jax.jit(functools.partial(jnp.matmul, precision=self.precision))
         for number in (1, self.steps):
             self.train(number)

@@ -1,6 +1,7 @@
-"""Training and evaluation speed of one ViT-B/16 beside its peers, in one run.
+"""Training and evaluation speed of a ViT-B/16 (or Swin-B) beside its peers, in one run.
 
     pip install -e . 'torch==2.13.0' && python benchmarks/peers.py --batch 8
+    pip install timm && python benchmarks/peers.py --variant swin_b --peers rlrr,torch,compiled
 
 Each peer is a process of its own, so that none shares memory or threads with another, and they take
 turns: a round is some steps of each. Prints medians over rounds, and ratios to `torch` with the range
@@ -33,6 +34,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2, help="in a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default="rlrr,full,torch,lora", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--variant", default="B/16", help="or swin_b, in PyTorch timm's")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -50,6 +52,7 @@ def main():
 def measure(names, args):
     """`{peer: {"train": [images/s of each round], "eval": [...], "matmul", "peak_gib", "first"}}`."""
     command = [sys.executable, __file__, f"--batch={args.batch}", f"--steps={args.steps}"]
+    command.append(f"--variant={args.variant}")
     workers, rows = {}, {}
     for name in names:  # one after another: compiling takes both cores
         pipe = subprocess.Popen(
@@ -106,7 +109,7 @@ def work(args):
     """Answers `start`, `train`, `eval` and `matmul` with seconds or rates, `memory` with GiB."""
     make = jax_peer if args.worker in ("rlrr", "full") else torch_peer
     begun = time.perf_counter()
-    train, evaluate, matmul = make(args.worker, args.batch, args.steps)
+    train, evaluate, matmul = make(args.worker, args.variant, args.batch, args.steps)
     for number in (1, args.steps):
         train(number)
         evaluate(number)
@@ -133,11 +136,11 @@ def timed(function):
     return time.perf_counter() - begun
 
 
-def jax_peer(name, batch, steps):
+def jax_peer(name, variant, batch, steps):
     """Our own step as a run calls it: several steps in one dispatch."""
     from ours import Ours
 
-    ours = Ours(name, batch=batch, steps=steps, drop_path=0, size=SIZE)
+    ours = Ours(name, variant, batch=batch, steps=steps, drop_path=0, size=SIZE)
     ours.fill()
 
     def evaluate(number):
@@ -148,13 +151,13 @@ def jax_peer(name, batch, steps):
     return ours.train, evaluate, ours.matmul
 
 
-def torch_peer(name, batch, steps):
+def torch_peer(name, variant, batch, steps):
     """A plain PyTorch loop over batches."""
     import torch
     from torch_vit import make
 
     torch.manual_seed(0)
-    model = make("lora" if name == "lora" else "rlrr", CLASSES)
+    model = make("lora" if name == "lora" else "rlrr", CLASSES, variant)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
     images = torch.rand(batch * steps, 3, SIZE, SIZE) * 2 - 1

@@ -1,4 +1,4 @@
-"""ViT-B/16 in PyTorch with RLRR in every layer, or LoRA: the peers of `peers.py`.
+"""ViT-B/16 (or timm's Swin-B) in PyTorch with RLRR in every layer, or LoRA: the peers of `peers.py`.
 
 RLRR here follows the description of the authors' form (tests/golden.py has its names): each layer
 holds a frozen weight and rescales it in its forward; norms and the patch embedding scale and shift
@@ -47,11 +47,11 @@ class Lora(nn.Linear):
 class Affine(nn.Module):
     """Scale and shift of an output, as SSF does it; nothing for LoRA."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, width=WIDTH):
         super().__init__()
         if kind == "rlrr":
-            self.scale = nn.Parameter(torch.randn(WIDTH) * 0.02 + 1)
-            self.shift = nn.Parameter(torch.randn(WIDTH) * 0.02)
+            self.scale = nn.Parameter(torch.randn(width) * 0.02 + 1)
+            self.shift = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, x):
         """[..., width] -> the same."""
@@ -102,9 +102,28 @@ class ViT(nn.Module):
         return self.head(self.affine(self.norm(self.blocks(x)))[:, 0])
 
 
-def make(kind, classes):
+def swin(kind, classes):
+    """timm's Swin-B with RLRR (alone) in every Dense and norm that its authors adapt."""
+    import timm
+
+    assert kind == "rlrr"
+    model = timm.create_model("swin_base_patch4_window7_224", num_classes=classes)
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        outside = name.startswith(("patch_embed", "head")) or name.endswith("downsample.norm")
+        if outside or not isinstance(module, nn.Linear | nn.LayerNorm):
+            continue
+        if isinstance(module, nn.Linear):
+            new = Rescaled(module.in_features, module.out_features)
+        else:
+            new = nn.Sequential(module, Affine(kind, module.normalized_shape[0]))
+        setattr(model.get_submodule(parent), last, new)
+    return model
+
+
+def make(kind, classes, variant="B/16"):
     """The model with only `scale*`, `shift*` and the head trained."""
-    model = ViT(kind, classes)
+    model = swin(kind, classes) if variant == "swin_b" else ViT(kind, classes)
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
         parameter.requires_grad = name.startswith("head") or last.startswith(("scale", "shift"))

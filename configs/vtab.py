@@ -63,11 +63,17 @@ def get_config(arg=None):
     config.image_size = placeholder(int)  # pixels, a multiple of the patch size
     config.model = ConfigDict()
     config.model.variant = placeholder(str)  # "B/16", "swin_b"; "bundled" is the tiny ViT
-    # "tanh" or "exact", which the authors' PyTorch code has; None: what the weights were trained with.
+    # "tanh", "exact" (the authors' PyTorch code) or "quick" (CLIP); None: as the weights were trained.
     config.model.gelu = placeholder(str)
     # What shapes do not show; None: what the weights say, else the variant's, and 1e-6.
     config.model.num_heads = placeholder(int)
     config.model.norm_eps = placeholder(float)  # of every LayerNorm
+    # Of ViTs, None: what the weights have. pool: "token", "avg", "map" or "both", see models/vit.py.
+    config.model.pool = placeholder(str)
+    config.model.registers = placeholder(int)
+    for key in ("class_token", "dist_token", "pre_norm", "fc_norm", "qk_norm"):
+        config.model[key] = placeholder(bool)
+    config.model.projection = placeholder(int)  # width of CLIP's, which is left out otherwise
     config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)
@@ -81,6 +87,8 @@ def get_config(arg=None):
     # How a position embedding is brought to another grid: "linear" (JAX code), "bicubic" (timm) or
     # "bicubic_plain" (transformers, without antialiasing); None: as where the weights come from.
     config.pretrained.resize = placeholder(str)
+    # Whether a patch embedding is brought to the variant's patch size, as FlexiViT's is.
+    config.pretrained.resize_patch = False
     config.pretrained.cache_dir = placeholder(str)  # of downloads; None is ~/.cache/rlrr_jax
     config.data = ConfigDict()
     config.data.dir = placeholder(str)  # of tfds datasets or vtab-1k/; None is ~/tensorflow_datasets

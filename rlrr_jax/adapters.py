@@ -26,6 +26,7 @@ from rlrr_jax import config as config_lib
 from rlrr_jax import files, methods, models
 from rlrr_jax.data import crops, resize
 from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.models import vit
 from rlrr_jax.weights import download, names, preprocessing, reader, vit_layouts
 
 FORMAT = 1  # of the card
@@ -249,6 +250,8 @@ def _how(card):
     how = {"subtree": _subtree(run.pretrained.name), "image_size": run.image_size}
     how["resize"] = given.get("resize") or "linear"  # which older versions always took
     how["num_heads"] = getattr(_model(card), "num_heads", None)
+    how |= {k: v for k in vit.PARTS if (v := run.model.get(k)) is not None}
+    how |= {"resize_patch": True} if given.get("resize_patch") else {}
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
 
@@ -293,11 +296,12 @@ def _check_backbone(card, sha256, how, what):
             f"{what} (SHA-256 {sha256[:12]}...) is not the backbone of this adapter of {card['task']}, "
             f"which was trained on {card['backbone']} (SHA-256 {wanted[:12]}...): give that file"
         )
-    for key, value in _how(card).items():
-        if how[key] != value:
+    mine = _how(card)
+    for key in {**how, **mine}:
+        if how.get(key) != mine.get(key):
             raise UserError(
-                f"{what} was read with {key}={how[key]}, this adapter of {card['task']} was trained on "
-                f"one with {key}={value}: read it for that adapter"
+                f"{what} was read with {key}={how.get(key)}, this adapter of {card['task']} was "
+                f"trained on one with {key}={mine.get(key)}: read it for that adapter"
             )
 
 

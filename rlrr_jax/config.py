@@ -18,8 +18,9 @@ from rlrr_jax.checks import GRID, LOSS_GRID
 from rlrr_jax.data import own, sources, store, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
+from rlrr_jax.models import vit
 from rlrr_jax.runs.identity import PLACES, recipe, together
-from rlrr_jax.weights import names, preprocessing, reader
+from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
 
 DEFAULT_GRID = {
     "lr": (1e-3, 3e-3, 1e-2),
@@ -388,11 +389,28 @@ def follow(run: ConfigDict, path: str) -> list[str]:
         mine = tuple(node[key]) if isinstance(value, tuple) else node[key]
         if value is not None and mine != value:
             notes.append(f"note: {name} has {value} ({card.source}), config.{where}{key} is {mine}")
-    if card.pooling not in (None, plain.POOLING):
-        notes.append(
-            f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by {plain.POOLING}"
-        )
     checks.heads(model.variant, model.num_heads)
+    return notes + _follow_parts(run, card, path)
+
+
+def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[str]:
+    """Fills in what a ViT has besides, or instead of, a class token; returns notes that name it."""
+    name, model = run.pretrained.name, run.model
+    if models.family(model.variant) != "vit":
+        pools = models.build(model.variant, 1).pool
+        differs = card.pooling not in (None, pools)
+        note = f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by {pools}"
+        return [note] if differs else []
+    said = vit_layouts.parts(reader.array_shapes(path))
+    if card.pooling in checks.CHOICES["model.pool"] and card.pooling != "token":
+        said.setdefault("pool", card.pooling)
+    notes = [f"note: {name} has {', '.join(f'{k}={v}' for k, v in said.items())}"] if said else []
+    for key, value in said.items():
+        _fill(model, key, value)
+        if model[key] != value:
+            notes.append(f"note: config.model.{key} is {model[key]}")
+    if model.class_token is False and (model.pool or "token") in ("token", "both"):
+        raise UserError(f"{name} has no class token: leave config.model.pool out, or set it to avg")
     return notes
 
 
@@ -425,10 +443,11 @@ def pixels(run: ConfigDict) -> store.Pixels:
 
 def architecture(run: ConfigDict) -> dict[str, Any]:
     """Attributes in which a run's model differs from its variant, see `follow`."""
-    said = {key: run.model.get(key) for key in ("num_heads", "norm_eps")}  # None in older runs
+    keys = ("num_heads", "norm_eps", *vit.PARTS)  # None in older runs
+    said = {key: run.model.get(key) for key in keys}
     if models.family(run.model.variant) == "resnet":  # which does not fold them
         said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
-    return {key: value for key, value in said.items() if value}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def build_model(run: ConfigDict) -> Any:
@@ -456,5 +475,6 @@ def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> di
       note: function called with a sentence about what was passed over.
     """
     given = run.pretrained
-    how = reader.How(given.grid, given.mean, given.std, given.get("resize") or "linear")
+    patch = bool(given.get("resize_patch"))  # older runs have none
+    how = reader.How(given.grid, given.mean, given.std, given.get("resize") or "linear", patch)
     return reader.load(path, model=model, image_size=run.image_size, how=how, note=note)

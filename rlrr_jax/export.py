@@ -21,6 +21,7 @@ import safetensors.numpy
 
 from rlrr_jax import adapters, config, files, models
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
+from rlrr_jax.models import vit
 from rlrr_jax.results import model_card, tables
 from rlrr_jax.weights import reader, resnet_layouts, swin_layouts, vit_layouts
 
@@ -87,9 +88,10 @@ def export(
         raise unknown("format", to, FORMATS)
     family = models.family(adapter.card["model"])
     ending, layout = FORMATS[to], LAYOUTS[family].get(to)
-    if layout is None and to not in TRAINED:
-        formats = ", ".join([*LAYOUTS[family], *TRAINED])
-        raise UserError(f"{adapter.card['model']} is not exported to {to}: use {formats}")
+    plain = not [key for key in vit.PARTS if adapter.run.model.get(key) is not None]
+    if to not in ("timm", *TRAINED) and (layout is None or not plain):
+        which = adapter.card["model"] + " with what it has besides" * (not plain)
+        raise UserError(f"{which} is not exported to {to}: use timm, {', '.join(TRAINED)}")
     if to in ("hub", "transformers"):
         out = _export_folder(adapter, to, files.local(out))
     elif not str(out).endswith(ending) or files.local(out).name == ending:
@@ -256,11 +258,15 @@ def advice(to: str, adapter: Any, out: Any) -> str:
         )
     if to == "timm":
         ratio = sizes["mlp_dim"] / sizes["width"]
-        act = ', act_layer="gelu_tanh"' if card["gelu"] == "tanh" else ""
+        act = {"tanh": ', act_layer="gelu_tanh"', "quick": ', act_layer="quick_gelu"'}
+        act = act.get(card["gelu"], "")
+        plain = "vision_transformer.VisionTransformer"
+        kind = "deit.VisionTransformerDistilled" if sizes.get("dist_token") else plain
+        act += "".join(f", {k}={v}" for k, v in _timm_arguments(sizes).items())
         act += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps:g})" if eps != 1e-6 else ""
         return (
-            f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.vision_transformer."
-            f"VisionTransformer(img_size={card['image_size']}, patch_size={sizes['patch_size']}, "
+            f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.{kind}("
+            f"img_size={card['image_size']}, patch_size={sizes['patch_size']}, "
             f"num_classes={classes}, embed_dim={sizes['width']}, depth={sizes['depth']}, "
             f"num_heads={sizes['num_heads']}, mlp_ratio={ratio:g}{act}); "
             f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
@@ -277,6 +283,19 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     if card["gelu"] == "exact":  # their code has the tanh form
         text += "; this model has the exact GELU: change nn.gelu(x) there to approximate=False"
     return text
+
+
+def _timm_arguments(sizes):
+    """Arguments of timm's ViT beside its sizes, of our attributes."""
+    out = {}
+    pool = sizes.get("pool", "token")
+    if pool in ("avg", "map"):
+        out |= {"global_pool": repr(pool), "fc_norm": bool(sizes.get("fc_norm"))}
+    for ours, theirs in (("class_token",) * 2, ("pre_norm",) * 2, ("qk_norm",) * 2):
+        out |= {theirs: sizes[ours]} if ours in sizes else {}
+    if sizes.get("registers"):
+        out |= {"reg_tokens": sizes["registers"], "no_embed_class": True}
+    return out
 
 
 def _resnet_advice(card, sizes, out):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError, nearest
-from rlrr_jax.methods.sites import DENSE, Site, dense, replaced, sites, stack, subtree
+from rlrr_jax.methods.sites import DENSE, STACK, Site, dense, replaced, sites, stack, subtree
 
-__all__ = ["DENSE", "Site", "dense", "replaced", "sites", "stack", "subtree"]  # for methods
+__all__ = ["DENSE", "STACK", "Site", "dense", "replaced", "sites", "stack", "subtree"]  # for methods
 
 # What gets its input straight from a LayerNorm of a block.
 AFTER_NORM = {"attention": ("query", "key", "value"), "mlp": ("Dense_0",)}

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods.base import (
+    STACK,
     Method,
     affine,
     decay_of,
@@ -37,6 +38,7 @@ PLACES = {  # role of a layer -> where it is
     **dict.fromkeys(("query", "key", "value", "qkv", "out"), "mha"),
     **dict.fromkeys(("mlp_in", "mlp_out"), "ffn"),
     **{"norm": "norm", "embedding": "patch", "merge": "patch", "conv": "conv"},
+    **{"pool": "pool", "pool_norm": "pool"},
 }
 
 
@@ -79,8 +81,8 @@ def method(
         side starts at U(+-sqrt(6 / in)).
       residual: False multiplies the kernel by the product instead of adding that.
       shift: whether biases of Dense layers are shifted.
-      where: places, of "mha", "ffn", "norm", "patch" (embedding of a ViT, merging of a Swin) and
-        "conv" (every convolution of a ResNet), joined by "+".
+      where: places, of "mha", "ffn", "norm", "patch" (embedding of a ViT, merging of a Swin),
+        "conv" (every convolution of a ResNet) and "pool" (a ViT's MAP head), joined by "+".
       layers: only the first so many blocks have adapters; None: all.
       rank_dropout: probability that a rank of a layer is left out of a training step (MLAE).
 
@@ -131,8 +133,11 @@ def _init(key, frozen, v):
     frozen, flat = _first(frozen, v.layers), {}
     for i, site in enumerate(sites(frozen)):
         if PLACES.get(site.role) in v.where:
-            start = {"norm": _affine, "embedding": _affine, "conv": _conv}.get(site.role, _dense)
-            flat[site.path] = start(jax.random.fold_in(key, i), subtree(frozen, site.path), v)
+            node, kind = subtree(frozen, site.path), site.role.rpartition("_")[2]
+            start = {"norm": _affine, "embedding": _affine, "conv": _conv}.get(kind, _dense)
+            if start is _dense and site.depth is None:
+                start = _single
+            flat[site.path] = start(jax.random.fold_in(key, i), node, v)
     return unflatten_dict(flat)
 
 
@@ -146,9 +151,7 @@ def _affine(key, node, v):
 
 
 def _dense(key, node, v):
-    """The adapter node beside a Dense of every block, or beside a single one."""
-    if node["bias"].ndim == 1:
-        return jax.tree.map(lambda x: x[0], _dense(key, jax.tree.map(lambda x: x[None], node), v))
+    """The adapter node beside a Dense of every block."""
     outputs = node["bias"].shape  # [L, ...]
     inputs = node["kernel"].shape[: node["kernel"].ndim - len(outputs) + 1]  # [L, ...]
     fan_in = math.prod(inputs[1:])
@@ -185,6 +188,11 @@ def _dense(key, node, v):
     return {**tree, "shift": jnp.zeros(outputs)} if v.shift else tree
 
 
+def _single(key, node, v):
+    """The adapter node beside a Dense that is in no block."""
+    return jax.tree.map(lambda x: x[0], _dense(key, jax.tree.map(lambda x: x[None], node), v))
+
+
 def _conv(key, node, v):
     """The adapter node beside a convolution; it has no shift, see `_convolved`."""
     size, _, inputs, outputs = node["kernel"].shape
@@ -218,16 +226,17 @@ def merge(frozen: Any, adapter: Any, v: Variant) -> Any:
     return replaced(params, path, jax.tree.map(join, subtree(params, path), subtree(frozen, path)))
 
 
-def _merge(frozen, adapter, v):
+def _merge(frozen, adapter, v, stacked=False):
     if "scale" in adapter:
         return affine(frozen, **adapter)
     if not adapter.keys() & {"scale_in", "scale_out"}:
-        return {k: _merge(x, adapter[k], v) if k in adapter else x for k, x in frozen.items()}
+        inner = lambda k, x: _merge(x, adapter[k], v, stacked or k == STACK)
+        return {k: inner(k, x) if k in adapter else x for k, x in frozen.items()}
     if "bias" not in frozen:
         return {"kernel": _convolved(frozen["kernel"], adapter, v)}
-    if frozen["bias"].ndim == 1:
+    if not stacked:
         nodes = jax.tree.map(lambda x: x[None], (frozen, adapter))
-        return jax.tree.map(lambda x: x[0], _merge(*nodes, v))
+        return jax.tree.map(lambda x: x[0], _merge(*nodes, v, True))
     kernel, bias = frozen["kernel"], frozen["bias"]
     depth, fan_in = len(kernel), kernel.size // bias.size
     equation, shape = ("li,lo->lio", (depth, -1)) if v.rank == 1 else ("lir,lro->lio", None)

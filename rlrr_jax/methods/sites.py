@@ -16,7 +16,8 @@ _ROLES = {
     **{name: name for name in (*_HEADS, "qkv", "out", "embedding")},
     **{"Dense_0": "mlp_in", "Dense_1": "mlp_out", "reduction": "merge"},
 }
-_PARENTS = {"patch_embed": "stem", "merge": "merge"}  # whose norms are no block's
+# Whose layers, norms among them, are in no block.
+_PARENTS = {"patch_embed": "stem", "merge": "merge", "MAPHead_0": "pool"}
 _CONV_NORMS = ("bn", "gn")  # how norms of convolutions begin
 
 
@@ -26,7 +27,8 @@ class Site(NamedTuple):
     Attributes:
       path: keys that lead to its node.
       role: query, key, value, qkv (the three in one kernel), out, mlp_in, mlp_out, merge (of patches),
-        norm, embedding, conv, stem (where a Swin begins), dense; stem_norm, merge_norm and conv_norm.
+        norm, embedding, conv, stem (where a Swin begins), pool (of a MAP head), dense (elsewhere);
+        stem_norm, merge_norm, pool_norm and conv_norm.
       depth: L, if the layers of several blocks are stacked here, else None.
       inputs: number of inputs of one layer, heads flattened; 1 of a norm.
       outputs: number of outputs of one layer, heads flattened.

@@ -35,5 +35,9 @@ def merge(frozen: Any, adapter: Any) -> Any:
 
 
 def _paths(frozen: Any) -> list[tuple[str, ...]]:
-    """All layers with a bias, but of a Swin's merging the LayerNorm alone, as in its authors' code."""
-    return [site.path for site in sites(frozen) if site.bias and site.role != "merge"]
+    """All layers with a bias, but none of a MAP head, and of a Swin's merging the LayerNorm alone.
+
+    The latter is as in its authors' code.
+    """
+    left_out = ("merge", "pool", "pool_norm")
+    return [site.path for site in sites(frozen) if site.bias and site.role not in left_out]

@@ -185,8 +185,6 @@ class ResNet(nn.Module):
       The others are as those of `vit.ViT`.
     """
 
-    POOLING = "avg"
-
     depths: tuple
     bottleneck: bool
     bit: bool
@@ -194,6 +192,7 @@ class ResNet(nn.Module):
     num_classes: int
     mean: tuple = HALF
     std: tuple = HALF
+    pool: str = "avg"
     drop_path_mode: str = "sample"
     remat: bool = False
     norm_eps: float = 1e-5

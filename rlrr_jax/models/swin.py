@@ -268,8 +268,6 @@ class Swin(nn.Module):
       The others are as those of `vit.ViT`.
     """
 
-    POOLING = "avg"
-
     width: int
     depths: tuple
     num_heads: tuple
@@ -277,6 +275,7 @@ class Swin(nn.Module):
     window: int
     num_classes: int
     gelu: str = "exact"
+    pool: str = "avg"
     drop_path_mode: str = "sample"
     unroll: int = 1
     remat: bool = False

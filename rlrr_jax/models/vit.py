@@ -5,6 +5,7 @@ The parameter tree is big_vision's in its scanned form: all blocks are stacked u
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,11 @@ VARIANTS = {
 }
 
 
+# Attributes that a weight file tells by its arrays.
+PARTS = (
+    *("pool", "class_token", "dist_token", "registers"),
+    *("pre_norm", "fc_norm", "qk_norm", "projection"),
+)
 EXAMPLES = tuple(f"{size}/16" for size in VARIANTS)
 
 
@@ -73,6 +79,13 @@ def drop_path(x: jax.Array, rate: Any, keep: jax.Array) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
 
 
+def activation(gelu: str) -> Callable:
+    """The function of a name: "tanh" and "exact" are forms of GELU, "quick" is CLIP's."""
+    if gelu == "quick":
+        return lambda x: x * nn.sigmoid(1.702 * x)
+    return functools.partial(nn.gelu, approximate=gelu == "tanh")
+
+
 class MlpBlock(nn.Module):
     """Dense, GELU, Dense."""
 
@@ -85,25 +98,36 @@ class MlpBlock(nn.Module):
         width = x.shape[-1]
         x = nn.Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x)
         # Without `checkpoint` the gradient would keep five arrays of this size instead of one.
-        x = jax.checkpoint(functools.partial(nn.gelu, approximate=self.gelu == "tanh"))(x)
+        x = jax.checkpoint(activation(self.gelu))(x)
         return nn.Dense(width, dtype=self.dtype, name="Dense_1")(x)
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Self-attention; `implementation` is that of `jax.nn.dot_product_attention`, "xla" or "cudnn"."""
+    """Self-attention, or from `x` to a `context`.
+
+    Attributes:
+      implementation: that of `jax.nn.dot_product_attention`, "xla" or "cudnn".
+      qk_norm: whether queries and keys pass a LayerNorm of this epsilon; None: no.
+    """
 
     num_heads: int
     implementation: str
     dtype: Any
+    qk_norm: float | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, context=None):
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
+        context = x if context is None else context
         query, key, value = (
-            nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)  # [B, T, H, Dh]
-            for name in ("query", "key", "value")
+            nn.DenseGeneral(heads, dtype=self.dtype, name=name)(y)  # [B, T, H, Dh]
+            for name, y in (("query", x), ("key", context), ("value", context))
         )
+        if self.qk_norm is not None:
+            norm = dict(epsilon=self.qk_norm, dtype=self.dtype)
+            query = nn.LayerNorm(**norm, name="query_norm")(query)
+            key = nn.LayerNorm(**norm, name="key_norm")(key)
         attention = functools.partial(jax.nn.dot_product_attention, implementation=self.implementation)
         if self.implementation == "xla":  # keep what the matmuls give, not the steps of the softmax
             attention = jax.checkpoint(attention, policy=jax.checkpoint_policies.dots_saveable)
@@ -119,6 +143,7 @@ class Block(nn.Module):
     gelu: str
     attention: str
     norm_eps: float
+    qk_norm: bool
     dtype: Any
 
     @nn.compact
@@ -129,7 +154,11 @@ class Block(nn.Module):
         norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
         y = MultiHeadDotProductAttention(
-            self.num_heads, self.attention, self.dtype, name="MultiHeadDotProductAttention_0"
+            self.num_heads,
+            self.attention,
+            self.dtype,
+            self.norm_eps if self.qk_norm else None,
+            name="MultiHeadDotProductAttention_0",
         )(y)
         x = residual(x, y, 0)
         y = norm(name="LayerNorm_1")(x)
@@ -138,12 +167,13 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All blocks, scanned over depth, and the final LayerNorm."""
+    """All blocks, scanned over depth, and the final LayerNorm, unless that comes after pooling."""
 
     depth: int
     unroll: int
     remat: bool
     drop_path_mode: str
+    final_norm: bool
     block: dict
 
     @nn.compact
@@ -164,15 +194,48 @@ class Encoder(nn.Module):
         # All masks at once: a kernel for each branch would take longer to compile than the rest.
         keep = None if keys is None else drop_path_masks(keys, rates, x.shape[1:], self.drop_path_mode)
         x, _ = blocks(x, rates, keep)
+        if not self.final_norm:
+            return x
         norm = dict(epsilon=self.block["norm_eps"], dtype=self.block["dtype"])
         return nn.LayerNorm(**norm, name="encoder_norm")(x)
 
 
+class MAPHead(nn.Module):
+    """Multihead attention pooling (Zhai et al., CVPR 2022): a learnt query, and an MLP."""
+
+    mlp_dim: int
+    num_heads: int
+    gelu: str
+    norm_eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        b, _, width = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
+        attention = MultiHeadDotProductAttention(
+            self.num_heads, "xla", self.dtype, name="MultiHeadDotProductAttention_0"
+        )
+        x = attention(jnp.tile(probe.astype(self.dtype), (b, 1, 1)), x)
+        y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_0")(x)
+        return x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
+
+
 class ViT(nn.Module):
-    """Vision Transformer with a class token and a zero-initialised float32 head.
+    """Vision Transformer with a zero-initialised float32 head.
 
     Attributes:
-      gelu: "tanh" (the public JAX weights were trained with it) or "exact".
+      pool: what the head gets: "token" (the class token), "avg" (the mean of the patches' tokens),
+        "map" (attention pooling, `MAPHead`), or "both" (class and distillation token, halved: DeiT
+        averages two heads).
+      class_token: whether there is one.
+      dist_token: whether there is a distillation token after it.
+      registers: number of further tokens (Darcet et al., ICLR 2024).
+      pre_norm: whether a LayerNorm comes before the first block, as in CLIP.
+      fc_norm: whether the last LayerNorm comes after pooling, as in MAE's fine-tuning.
+      qk_norm: whether queries and keys pass a LayerNorm.
+      projection: width of a Dense without bias before the head, as CLIP's; 0 is none.
+      gelu: "tanh" (the public JAX weights were trained with it), "exact", or "quick" (CLIP).
       attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn".
       drop_path_mode: see `drop_path`.
       unroll: how many blocks each step of the scan over depth contains.
@@ -180,8 +243,6 @@ class ViT(nn.Module):
       norm_eps: epsilon of every LayerNorm.
       dtype: dtype of activations and matmuls; parameters are always float32.
     """
-
-    POOLING = "token"
 
     width: int
     depth: int
@@ -196,6 +257,14 @@ class ViT(nn.Module):
     remat: bool = False
     norm_eps: float = 1e-6
     dtype: Any = jnp.float32
+    pool: str = "token"
+    class_token: bool = True
+    dist_token: bool = False
+    registers: int = 0
+    pre_norm: bool = False
+    fc_norm: bool = False
+    qk_norm: bool = False
+    projection: int = 0
 
     @nn.compact
     def __call__(self, images, drop_path=0.0, keys=None):
@@ -206,7 +275,7 @@ class ViT(nn.Module):
           drop_path: drop rate of the last block; rises linearly from 0 at the first. May be traced.
           keys: one PRNG key per example, [B]; None switches drop path off.
 
-        The collection "intermediates" gets `encoded` [B, 1 + h*w, D], the normalised tokens.
+        The collection "intermediates" gets `encoded` [B, tokens + h*w, D], the normalised tokens.
         """
         b, height, width, _ = images.shape
         p = self.patch_size
@@ -218,23 +287,58 @@ class ViT(nn.Module):
         x = nn.DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="embedding")(x)
         x = x.reshape(b, h * w, self.width)  # [B, h*w, D]
         position = self.param("pos_embedding", nn.initializers.normal(0.02), (1, h * w, self.width))
-        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
         x = x + position.astype(self.dtype)
-        x = jnp.concatenate([jnp.tile(cls.astype(self.dtype), (b, 1, 1)), x], axis=1)
+        tokens = [
+            jnp.tile(self.param(name, nn.initializers.zeros, (1, n, self.width)), (b, 1, 1))
+            for name, n in self.tokens().items()
+        ]
+        x = jnp.concatenate([*(token.astype(self.dtype) for token in tokens), x], axis=1)
+        if self.pre_norm:
+            x = self._norm("pre_norm")(x)
         block = dict(
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,
             gelu=self.gelu,
             attention=self.attention,
             norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
             dtype=self.dtype,
         )
-        modes = self.unroll, self.remat, self.drop_path_mode
+        modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm
         x = Encoder(self.depth, *modes, block, name="Transformer")(x, drop_path, keys)
         self.sow("intermediates", "encoded", x)
+        x = self._pooled(x)
+        if self.fc_norm:
+            x = self._norm("fc_norm")(x)
+        if self.projection:
+            x = nn.Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
         high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
-        return head(x[:, 0].astype(high))
+        return head(x.astype(high))
+
+    def tokens(self) -> dict[str, int]:
+        """Names and numbers of the tokens before those of the patches."""
+        every = {
+            "cls": int(self.class_token),
+            "dist": int(self.dist_token),
+            "registers": self.registers,
+        }
+        return {name: number for name, number in every.items() if number}
+
+    def _norm(self, name):
+        return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)
+
+    def _pooled(self, x):
+        """What is made of the tokens [B, T, D]: [B, D], or [B, 2 D] of two tokens."""
+        if self.pool == "token":
+            return x[:, 0]
+        if self.pool == "both":
+            return jnp.concatenate([x[:, 0], x[:, 1]], -1) / 2
+        x = x[:, sum(self.tokens().values()) :]
+        if self.pool == "avg":
+            return x.mean(1)
+        kind = self.mlp_dim, self.num_heads, self.gelu, self.norm_eps, self.dtype
+        return MAPHead(*kind, name="MAPHead_0")(x)[:, 0]
 
 
 Model = ViT

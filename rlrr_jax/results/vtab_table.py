@@ -39,6 +39,7 @@ A mean is left out where a task is missing. params: trained values without the h
 over tasks. Published rows are copied from their sources (results/published.csv); RLRR's are the best
 epoch's test accuracy on images saved again as JPEG, and their parameters include heads."""
 _SHOWN = ("Full fine-tuning", "Linear probing", "LoRA", "SSF", "RLRR (ViT-B/16)")
+_SWIN = ("Full fine-tuning (Swin-B)", "Linear probing (Swin-B)", "ARC (Swin-B)", "RLRR (Swin-B)")
 _MORE = {
     "augreg": "RLRR* (ViT-B/16 AugReg)",
     "ViT-L_16": "RLRR (ViT-L/16)",
@@ -198,7 +199,8 @@ def chosen(every: list[Line]) -> list[Line]:
     backbones = " ".join(line.settings.get("pretrained.name", "") for line in every).replace(
         "howto", "augreg"
     )
-    names = {*_SHOWN, *(name for part, name in _MORE.items() if part in backbones)}
+    shown = _SWIN if "swin" in backbones.lower() else _SHOWN
+    names = {*shown, *(name for part, name in _MORE.items() if part in backbones)}
     return [line for line in every if not line.source or line.label in names]
 
 

@@ -9,6 +9,7 @@ from rlrr_jax import losses, methods, models
 from rlrr_jax.checks import GRID
 from rlrr_jax.data import crops, tasks
 from rlrr_jax.data.task import Task
+from rlrr_jax.models import vit
 from rlrr_jax.weights import names, preprocessing
 
 # What may differ between two starts of the same run: where and how, not what. All other keys, those
@@ -75,12 +76,14 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         node.pop(last, None)
     model, given, data = (plain.get(key) or {} for key in ("model", "pretrained", "data"))
     heads = models.sizes(model["variant"]).get("num_heads") if model.get("variant") else None
-    for node, key, before in (
+    new: tuple = (
         (given, "mean", preprocessing.HALF),
         (given, "std", preprocessing.HALF),
         (given, "resize", "linear"),
+        (given, "resize_patch", False),
         (model, "num_heads", heads),
         (model, "norm_eps", 1e-6),
+        *((model, key, None) for key in vit.PARTS),
         (data, "upright", False),
         (plain.get("grid") or {}, "times_own_lr", False),
         (plain.get("grid") or {}, "lam", ()),
@@ -93,7 +96,8 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (plain, "average", None),
         (plain, "restarts", None),
         (plain, "warmup_epochs", None),
-    ):
+    )
+    for node, key, before in new:
         value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)
         if value is None or value == before:
             node.pop(key, None)

@@ -13,19 +13,28 @@ from rlrr_jax.models import vit
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 INDEX = ".safetensors.index.json"  # of a file in several shards
 # What file names of timm and of the original code say, where nothing else does.
 _BY_NAME = (
-    (r"(^|[^a-z])(augreg|orig_in21k|sam_in1k|resnetv2_\d+x\d_bit)", (HALF, HALF)),
+    (r"(^|[^a-z])clip", CLIP),
+    (r"(^|[^a-z])(augreg|siglip|orig_in21k|sam_in1k|resnetv2_\d+x\d_bit)", (HALF, HALF)),
     (r"(^|[^a-z])(dino|mae|moco|deit|swin|resnet\d)", IMAGENET),
 )
 _ACTIVATIONS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh"}
-_ACTIVATIONS |= {"gelu_new": "tanh"}
+_ACTIVATIONS |= {"gelu_new": "tanh", "quick_gelu": "quick"}
 # timm's architectures that have the heads of their size, as `vit.VARIANTS` says.
 _ARCHITECTURE = r"((?:vit|deit|deit3)_(tiny|small|base|large|huge)(?:_distilled)?_patch(\d+)\w*)"
 _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 # model_type of transformers and architecture of timm, of each family of models.
-_HF_TYPES = {"vit": ("vit", "deit", "dinov2", "vit_mae", "vit_msn"), "swin": ("swin",), "resnet": ()}
+_HF_TYPES = {
+    "vit": (
+        *("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
+        *("clip", "clip_vision_model", "siglip", "siglip_vision_model"),
+    ),
+    "swin": ("swin",),
+    "resnet": (),
+}
 _TIMM_NAMES = {"swin": "swin_", "resnet": "resnet"}
 
 
@@ -95,7 +104,8 @@ def read(path: Any, name: str = "", needed: bool = True, variant: str | None = N
             notes += [note] if note else []
     names = f"{pathlib.PurePath(name).name} {path.name}".lower()
     known = next((pixels for pattern, pixels in _BY_NAME if re.search(pattern, names)), (None, None))
-    card = card or Card("exact", *known, "its name says so")
+    gelu = _ACTIVATIONS[_gelu_by_name(names) or "gelu"]
+    card = card or Card(gelu, *known, "its name says so", norm_eps=_eps_by_name(names))
     if card.mean is None:
         card = card._replace(mean=known[0], std=known[1])
     if card.mean is None and needed:
@@ -111,6 +121,16 @@ def read(path: Any, name: str = "", needed: bool = True, variant: str | None = N
     return card._replace(resize=resize, notes=tuple(notes))
 
 
+def _gelu_by_name(names):
+    """The activation that timm's name of an architecture tells, else None."""
+    return "quick_gelu" if "quickgelu" in names else None
+
+
+def _eps_by_name(names):
+    """The epsilon of LayerNorms that timm's name of an architecture tells, else None."""
+    return 1e-5 if re.search(r"(^|[^a-z])clip", names) else None
+
+
 def _heads_by_name(names, heads):
     """Heads that a name tells: those of the size, but for the public exceptions."""
     if re.search(r"(^|[^a-z])moco", names):  # its ViT-S has 12 (facebookresearch/moco-v3, vits.py)
@@ -121,7 +141,7 @@ def _heads_by_name(names, heads):
 
 def check(gelu: str, mean: Any, std: Any) -> None:
     """ValueError unless these can be a GELU, and three means and standard deviations."""
-    if gelu not in ("tanh", "exact"):
+    if gelu not in ("tanh", "exact", "quick"):
         raise ValueError(f"unknown GELU {gelu!r}")
     number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
     for what, values in {"mean": mean, "std": std}.items():
@@ -159,6 +179,8 @@ def _beside(config, path, name, variant):
             raise TypeError("it is no object")
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{config} is no config.json of timm or transformers ({e!r}): remove it") from e
+    if isinstance(said.get("vision_config"), dict):  # of a model that has a text encoder, too
+        said = {**said, **said["vision_config"], "model_type": said.get("model_type")}
     hugging = "model_type" in said or "hidden_size" in said or "architectures" in said
     if not hugging and not said.keys() & {"pretrained_cfg", "architecture", "model_args", "mean"}:
         return None, f"{config} says nothing of a ViT, and is passed over"
@@ -207,7 +229,9 @@ def _other_hf(said, path, name, variant):
 def _timm(said, config):
     """The card of timm's config.json."""
     pixels, model = said.get("pretrained_cfg", said), said.get("model_args") or {}
-    size, gelu = pixels.get("input_size"), _activation(model.get("act_layer", "gelu"), config)
+    architecture = str(said.get("architecture"))
+    size = pixels.get("input_size")
+    gelu = _activation(model.get("act_layer") or _gelu_by_name(architecture) or "gelu", config)
     card = Card(gelu, None, None, f"{config.name} says so")
     if "mean" in pixels:
         card = _card(gelu, pixels, config, config.name)
@@ -219,12 +243,15 @@ def _timm(said, config):
         pooling=model.get("global_pool", said.get("global_pool")),
         num_heads=heads if heads is None else _whole(heads, "num_heads"),
         resize="bicubic",
+        norm_eps=_eps_by_name(architecture),
     )
 
 
 def _hf(said, config):
     """The card of transformers' config.json; pixels are in the preprocessor's file beside it."""
-    gelu = _activation(said.get("hidden_act", "gelu"), config)
+    kind = str(said.get("model_type")).partition("_")[0]
+    default = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}.get(kind, "gelu")
+    gelu = _activation(said.get("hidden_act", default), config)
     path, mean, std = config.with_name("preprocessor_config.json"), None, None
     try:
         pixels = json.loads(path.read_text()) if path.exists() else {}
@@ -234,7 +261,8 @@ def _hf(said, config):
     except (ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}): replace or remove it") from e
     size = said.get("image_size")
-    eps = said.get("layer_norm_eps", {"dinov2": 1e-6, "swin": 1e-5}.get(said.get("model_type"), 1e-12))
+    eps = {"dinov2": 1e-6, "swin": 1e-5, "clip": 1e-5, "siglip": 1e-6}.get(kind, 1e-12)
+    eps = said.get("layer_norm_eps", eps)
     heads = said.get("num_heads" if said.get("model_type") == "swin" else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),

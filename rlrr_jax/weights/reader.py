@@ -38,12 +38,14 @@ class How(NamedTuple):
       mean, std: mean and standard deviation of each colour, for pixels in [0, 1]. They are folded
         into the patch embedding, so that every model takes images in [-1, 1].
       resize: one of `RESIZES`.
+      patch: whether a patch embedding of another size is resized to the model's.
     """
 
     grid: tuple | None = None
     mean: tuple | None = None
     std: tuple | None = None
     resize: str | None = None
+    patch: bool = False
 
 
 def load(
@@ -81,6 +83,9 @@ def load(
     flat, outside = _read(path, subtree, model, _limit(shapes))
     shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     if layouts is vit_layouts:
+        flat = vit_layouts.with_head(flat, model)
+        if how.patch:
+            _resize_patch(flat, model.patch_size, how, path, note)
         _place_position(flat, (image_size // model.patch_size,) * 2, how, path, note)
     ours = lambda key: head or not key.startswith("head/")
     flat = {k: v for k, v in flat.items() if ours(k) or k not in shapes}
@@ -121,7 +126,7 @@ def _filled(how, model, path, name):
             f"{model.num_heads}: build it with num_heads={card.num_heads}"
         )
     mean, std = (card.mean, card.std) if how.mean is None else (how.mean, how.std)
-    return How(how.grid, mean, std, how.resize or card.resize)
+    return how._replace(mean=mean, std=std, resize=how.resize or card.resize)
 
 
 def _read(path, subtree, model, limit):
@@ -141,8 +146,11 @@ def _read(path, subtree, model, limit):
         if family == "swin":
             return swin_layouts.from_torch(flat, path)
         return resnet_layouts.from_torch(flat, model.bit, path)
-    hugging = vit_layouts.of_transformers(flat)
-    read = vit_layouts.from_transformers if hugging else vit_layouts.from_timm
+    read = vit_layouts.from_timm
+    if vit_layouts.of_transformers(flat):
+        read = vit_layouts.from_transformers
+    elif vit_layouts.of_clip(flat):
+        read = vit_layouts.from_clip
     return read(flat, model.num_heads, path)
 
 
@@ -227,25 +235,18 @@ def _place_position(flat, target, how, path, note):
     if position is None or position.ndim != 3:
         return  # reported with the other missing and mis-shaped names
     n, width = position.shape[1:]
-    grid = how.grid
-    square = lambda x: x > 0 and math.isqrt(x) ** 2 == x
-    fits = n == math.prod(grid) if grid else n == math.prod(target)
-    if grid:
-        row = not fits and "cls" in flat and n - 1 == math.prod(grid)
-        fits = fits or row
-    else:
-        row = not fits and "cls" in flat and square(n - 1)
-        grid = target if fits else (math.isqrt(n - row),) * 2
-        fits = fits or row or square(n)
-    if not fits:
+    tokens = [name for name in ("cls", "dist", "registers") if name in flat]
+    rows, grid = _rows_and_grid(n, [flat[name].shape[-2] for name in tokens], target, how.grid)
+    if grid is None:
         raise UserError(
             f"the position embedding in {path} has {n} rows, which is neither {target[0]} x "
             f"{target[1]} nor a square: give its shape as config.pretrained.grid=(rows, columns)"
         )
-    if row:
-        if flat["cls"].shape == (1, 1, width):
-            flat["cls"] = flat["cls"] + position[:, :1]
-        position = position[:, 1:]
+    for name in tokens:
+        number = min(rows, flat[name].shape[-2])
+        if number and flat[name].shape[-1] == width:
+            flat[name] = flat[name] + position[:, :number]
+        position, rows = position[:, number:], rows - number
     if tuple(grid) != tuple(target):
         if note:
             note(
@@ -254,6 +255,69 @@ def _place_position(flat, target, how, path, note):
             )
         position = resize_position(position.reshape(*grid, width), tuple(target), how.resize)
     flat["pos_embedding"] = np.ascontiguousarray(position.reshape(1, -1, width), np.float32)
+
+
+def _resize_patch(flat, patch, how, path, note):
+    """Brings the patch embedding to another patch size."""
+    kernel = flat.get("embedding/kernel")
+    if kernel is None or kernel.ndim != 4 or kernel.shape[0] == patch:
+        return
+    flat["embedding/kernel"] = resize_patch(kernel, patch, how.resize)
+    if note:
+        note(f"note: the patch embedding of {path} was resized from {len(kernel)} to {patch} pixels")
+
+
+def resize_patch(kernel: Any, patch: int, rule: str) -> np.ndarray:
+    """A patch embedding [p, p, 3, D] for patches of another size (FlexiViT; Beyer et al., CVPR 2023).
+
+    Resized patches give the outputs that the old ones gave: the kernel is multiplied by the
+    pseudo-inverse of the resizing, which is linear of the JAX code, bicubic of the others.
+    """
+    eye = np.eye(len(kernel), dtype=np.float32)
+    method = dict(method="linear", antialias=False) if rule == "linear" else dict(method="cubic")
+    along = np.asarray(jax.image.resize(eye, (patch, len(kernel)), **method), np.float64)
+    inverse = np.linalg.pinv(along.T)  # [patch, p]
+    return np.einsum("ia,jb,abcd->ijcd", inverse, inverse, kernel, optimize=True).astype(np.float32)
+
+
+def _rows_and_grid(n, tokens, target, grid):
+    """How many rows of a position embedding are of tokens, and the grid of the others (None: unknown).
+
+    Args:
+      n: number of its rows.
+      tokens: numbers of tokens of each kind; all of them have rows, or the first alone, or none.
+      target: the model's grid.
+      grid: the file's, if it is given.
+    """
+    square = lambda x: x > 0 and math.isqrt(x) ** 2 == x
+    if n == math.prod(grid or target):
+        return 0, grid or target
+    for rows in [sum(tokens), tokens[0]] if tokens else []:
+        if grid and n - rows == math.prod(grid):
+            return rows, grid
+        if not grid and square(n - rows):
+            return rows, (math.isqrt(n - rows),) * 2
+    return (0, (math.isqrt(n),) * 2) if not grid and square(n) else (0, None)
+
+
+def array_shapes(path: Any) -> dict[str, tuple]:
+    """Names and shapes of a file's arrays; of an `.npz` only the names, with shapes ().
+
+    What cannot be read has none here: whoever reads the arrays says what is wrong.
+    """
+    path = pathlib.Path(names.split_subtree(path)[0])
+    try:
+        if str(path).endswith(".npz"):
+            with zipfile.ZipFile(path) as archive:
+                return {name.removesuffix(".npy"): () for name in archive.namelist()}
+        out = {}
+        index = str(path).endswith(preprocessing.INDEX)
+        for shard in names.shards(path) if index else [path]:
+            with safetensors.safe_open(shard, "numpy") as file:
+                out |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        return out
+    except Exception:
+        return {}
 
 
 def resize_position(position: Any, target: Any, rule: str) -> np.ndarray:

@@ -30,7 +30,7 @@ _TIMM_STEM = "patch_embed.proj.weight"
 # Of other heads, of pre-training and of trainers: the class token's path does not use them.
 _UNUSED = re.compile(
     r"(pre_logits|head_dist|head[./](\d+|mlp|last_layer|fc)|fc_norm|pooler|mask_token|decoder|predictor"
-    r"|projector|dino_head|ibot_head|optimizer|opt)\b.*|decoder_.*|(.*[./])?position_ids"
+    r"|projector|projection|dino_head|ibot_head|optimizer|opt)\b.*|decoder_.*|(.*[./])?position_ids"
     r"|epoch|step|global_step|iteration"
 )
 # transformers' names in a block -> timm's.
@@ -47,15 +47,46 @@ _HF_LEAF = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.mask_token": "mask_token",
+    "embeddings.distillation_token": "dist_token",
+    "embeddings.register_tokens": "reg_token",
+}
+_HF_STEMS = {
+    "layernorm": "norm",
+    "classifier": "head",
+    "cls_classifier": "head",
+    "distillation_classifier": "head_dist",
 }
 _HF_STEM = "embeddings.patch_embeddings.projection"
-_TIMM_REFUSED = {
-    "reg_token": "register tokens",
-    "register_tokens": "register tokens",
-    "dist_token": "a distillation token",
-    "embeddings.distillation_token": "a distillation token",
-    "attn_pool": "attention pooling instead of a class token",
-    "norm_pre": "a LayerNorm before its first block",
+# timm's names of what is in no block.
+_TIMM_LEAVES = {
+    "cls_token": "cls",
+    "dist_token": "dist",
+    "reg_token": "registers",
+    "register_tokens": "registers",  # DINOv2's code
+    "pos_embed": "pos_embedding",
+    "attn_pool.latent": "MAPHead_0/probe",
+}
+_TIMM |= {
+    "projection": "projection",  # transformers' visual_projection, see `_from_clip`
+    "norm_pre": "pre_norm",
+    "fc_norm": "fc_norm",
+    "attn_pool.proj": f"MAPHead_0/{_ATTENTION}/out",
+    "attn_pool.norm": "MAPHead_0/LayerNorm_0",
+    "attn_pool.mlp.fc1": f"MAPHead_0/{_MLP}/Dense_0",
+    "attn_pool.mlp.fc2": f"MAPHead_0/{_MLP}/Dense_1",
+}
+_TIMM_BLOCK |= {
+    "attn.q_norm": f"{_ATTENTION}/query_norm",
+    "attn.k_norm": f"{_ATTENTION}/key_norm",
+}
+_REFUSED = {
+    r"rope\b.*|.*rope_embeddings.*|.*\.rotary.*": "rotary positions",
+    r"blocks\.\d+\.attn\.(relative_position|rel_pos).*|.*relative_position_bias.*": (
+        "relative positions in its attention"
+    ),
+    r"blocks\.\d+\.mlp\.(w12|w1|fc1_g)\b.*": "gated MLPs",
+    r"patch_embed\.backbone\b.*": "a convolutional stem",
+    r"attn_pool\.(pos_embed|q_norm|k_norm)\b.*": "positions or norms in its attention pooling",
 }
 
 
@@ -148,11 +179,9 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
     outside = [key for key in flat if not key.startswith(prefix)]
     flat = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
     for key in flat:
-        for name, what in _TIMM_REFUSED.items():
-            if re.match(rf"{name}\b", key):
+        for pattern, what in _REFUSED.items():
+            if re.fullmatch(pattern, key):
                 raise UserError(f"{path} has {what} ({key}), which this ViT does not: take another")
-    if "cls_token" not in flat:
-        raise UserError(f"{path} has no class token (cls_token), which this ViT needs: take another")
     out, gammas = {}, {}
     for key, value in flat.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
@@ -163,8 +192,9 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
             else:
                 out |= {f"{block}/{k}": v for k, v in _timm_block(match[2], value, num_heads)}
         else:
-            name = {"cls_token": "cls", "pos_embed": "pos_embedding"}.get(key)
-            out |= {name: value} if name else dict(timm_layer(key, value, _TIMM))
+            out |= dict(_timm_outside(key, value, num_heads))
+    if "embedding/kernel" in out:  # CLIP's has no bias
+        out.setdefault("embedding/bias", np.zeros(out["embedding/kernel"].shape[-1:], np.float32))
     for name in [key for key in out if key.endswith("/query/kernel")]:  # without biases: zeros
         for part in QKV:
             bias = name.replace("query/kernel", f"{part}/bias")
@@ -175,6 +205,71 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
                 raise UserError(f"{path}: the LayerScale of {name} has the shape {gamma.shape}")
             out |= {key: out[key] * gamma} if key in out else {}
     return out, outside
+
+
+def _timm_outside(key, value, num_heads):
+    """Our names and arrays of one of timm's that is in no block."""
+    if key in _TIMM_LEAVES:
+        yield _TIMM_LEAVES[key], value
+        return
+    stem, _, part = key.rpartition(".")
+    attention = f"MAPHead_0/{_ATTENTION}"
+    if stem in ("attn_pool.q", "attn_pool.kv"):
+        names = QKV[:1] if stem.endswith(".q") else QKV[1:]
+        for name, array in zip(names, np.split(value, len(names))):
+            heads = array.reshape(num_heads, -1, *array.shape[1:])  # [H, Dh, D] or [H, Dh]
+            if part == "weight":
+                yield f"{attention}/{name}/kernel", heads.transpose(2, 0, 1)
+            else:
+                yield f"{attention}/{name}/bias", heads
+        return
+    for name, array in timm_layer(key, value, _TIMM):
+        if name == f"{attention}/out/kernel":
+            array = array.reshape(num_heads, -1, array.shape[-1])
+        yield name, array
+
+
+def with_head(flat: dict, model: Any) -> dict:
+    """Arrays whose head fits the model: two heads of DeiT are one, CLIP's projection is kept or not."""
+    out = dict(flat)
+    if model.dist_token and "head_dist.weight" in out and "head/kernel" in out:
+        second, bias = out.pop("head_dist.weight"), out.pop("head_dist.bias")
+        out["head/kernel"] = np.concatenate([out["head/kernel"], second.T])
+        out["head/bias"] = (out["head/bias"] + bias) / 2
+    kernel = out.get("projection/kernel", out.get("head/kernel"))
+    out.pop("projection/kernel", None)
+    if model.projection and kernel is not None and kernel.shape[-1] == model.projection:
+        out["projection/kernel"] = kernel
+        out = {key: value for key, value in out.items() if not key.startswith("head/")}
+    return out
+
+
+def parts(shapes: dict[str, tuple]) -> dict[str, Any]:
+    """Attributes of `vit.ViT` that differ from the plain one's, by the arrays of a file.
+
+    Args:
+      shapes: shapes by name, of any layout that is read here.
+    """
+    ends = lambda *ending: [key for key in shapes if key.endswith(ending)]
+    out: dict[str, Any] = {}
+    if not shapes:
+        return out
+    if found := ends("reg_token", "register_tokens"):
+        out["registers"] = shapes[found[0]][1]
+    if ends("dist_token", "distillation_token"):
+        out |= {"dist_token": True, "pool": "both"}
+    if not ends("cls_token", "class_embedding", "cls"):
+        out |= {"class_token": False, "pool": "avg"}
+    if ends("attn_pool.latent", "MAPHead_0/probe", "head.probe"):
+        out["pool"] = "map"
+    if ends("norm_pre.weight", "pre_layrnorm.weight"):
+        out["pre_norm"] = True
+    final = [k for k in shapes if re.fullmatch(r"(.*\.)?(norm|layernorm)\.weight", k)]
+    if ends("fc_norm.weight") and not [key for key in final if "attn_pool" not in key]:
+        out |= {"fc_norm": True, "pool": "avg"}
+    if ends("attn.q_norm.weight"):
+        out["qk_norm"] = True
+    return out
 
 
 def of_transformers(names: Iterable[str]) -> bool:
@@ -196,7 +291,7 @@ def from_transformers(flat: dict, num_heads: int, path: Any) -> tuple:
     for key, value in flat.items():
         key = key.removeprefix(stems[0])
         stem, _, part = key.rpartition(".")
-        known = {_HF_STEM: "patch_embed.proj", "layernorm": "norm", "classifier": "head"}
+        known = {_HF_STEM: "patch_embed.proj", **_HF_STEMS}
         block = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", stem)
         if block and re.fullmatch(r"layer_scale[12]\.lambda1", f"{block[2]}.{part}"):
             named[f"blocks.{block[1]}.ls{block[2][-1]}.gamma"] = value
@@ -205,6 +300,54 @@ def from_transformers(flat: dict, num_heads: int, path: Any) -> tuple:
         else:
             named[_HF_LEAF.get(key, f"{known.get(stem, stem)}.{part}".lstrip("."))] = value
     return from_timm(join_thirds(named, r"(blocks\.\d+\.attn)"), num_heads, path)
+
+
+# transformers' names of the vision models of CLIP and SigLIP -> timm's.
+_CLIP = (
+    (r"embeddings\.class_embedding", "cls_token"),
+    (r"embeddings\.patch_embedding\.(weight|bias)", r"patch_embed.proj.\1"),
+    (r"embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"pre_layrnorm\.(weight|bias)", r"norm_pre.\1"),
+    (r"post_layernorm\.(weight|bias)", r"norm.\1"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.", r"blocks.\1.attn.query."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.k_proj\.", r"blocks.\1.attn.key."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.v_proj\.", r"blocks.\1.attn.value."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"blocks.\1.norm\2."),
+    (r"encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
+    (r"head\.probe", "attn_pool.latent"),
+    (r"head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"head\.layernorm\.", "attn_pool.norm."),
+    (r"head\.mlp\.", "attn_pool.mlp."),
+)
+_CLIP_STEM = "embeddings.patch_embedding.weight"
+
+
+def of_clip(names: Iterable[str]) -> bool:
+    """Whether these are names of a vision model of CLIP or SigLIP in transformers."""
+    return any(name.endswith(_CLIP_STEM) for name in names)
+
+
+def from_clip(flat: dict, num_heads: int, path: Any) -> tuple:
+    """The arrays of CLIP's or SigLIP's vision model in transformers as `from_timm`'s."""
+    (stem,) = [key.removesuffix(_CLIP_STEM) for key in flat if key.endswith(_CLIP_STEM)]
+    named, outside = {}, []
+    for key, value in flat.items():
+        if key == "visual_projection.weight":
+            named["projection.weight"] = value
+        elif not key.startswith(stem):
+            outside.append(key)
+        elif match := re.fullmatch(r"head\.attention\.in_proj_(weight|bias)", key.removeprefix(stem)):
+            query, key_value = np.split(value, [len(value) // 3])
+            named |= {f"attn_pool.q.{match[1]}": query, f"attn_pool.kv.{match[1]}": key_value}
+        else:
+            name = key.removeprefix(stem)
+            for pattern, theirs in _CLIP:
+                name = re.sub(rf"^{pattern}", theirs, name)
+            lead = {"cls_token": (1, 1), "pos_embed": (1,)}.get(name, ())
+            named[name] = value.reshape(*lead, *value.shape)
+    found, more = from_timm(join_thirds(named, r"(blocks\.\d+\.attn)"), num_heads, path)
+    return found, [*outside, *more]
 
 
 def join_thirds(flat: dict, stem: str) -> dict:
@@ -295,26 +438,64 @@ def to_vit_jax(params: Any) -> dict:
 
 
 def to_timm(params: Any) -> dict:
-    """A tree as the state dict of timm's `VisionTransformer`, query, key and value in one."""
+    """A tree as the state dict of timm's `VisionTransformer`, query, key and value in one.
+
+    A bias of the patch embedding is in the position embedding where timm has none (before a norm).
+    """
     flat = numbered(params)
-    out = {"cls_token": flat["cls"], "pos_embed": _with_class_row(flat["pos_embedding"])}
-    for ours, theirs in [(ours, theirs) for theirs, ours in _TIMM.items()]:
-        out |= to_timm_layer(flat, ours, theirs)
+    out = _to_timm_tokens(flat)
+    for theirs, ours in _TIMM.items():
+        if f"{ours}/kernel" in flat or f"{ours}/scale" in flat:
+            out |= to_timm_layer(flat, ours, theirs)
+    if "pre_norm/scale" in flat:
+        out["pos_embed"] = _plus_bias(out["pos_embed"], out.pop("patch_embed.proj.bias"))
+    if "dist" in flat:  # two heads, whose mean ours is
+        first, second = np.split(out["head.weight"], 2, axis=1)
+        out |= {"head.weight": first, "head_dist.weight": second, "head_dist.bias": out["head.bias"]}
+    pool = f"MAPHead_0/{_ATTENTION}"
+    if f"{pool}/query/kernel" in flat:
+        out["attn_pool.latent"] = flat["MAPHead_0/probe"]
+        for part, theirs in (("kernel", "weight"), ("bias", "bias")):
+            out[f"attn_pool.q.{theirs}"] = _rows(flat, pool, part, QKV[:1])
+            out[f"attn_pool.kv.{theirs}"] = _rows(flat, pool, part, QKV[1:])
     depth = len({key.split("/")[1] for key in flat if key.startswith("Transformer/encoderblock_")})
     for i in range(depth):
         block = f"Transformer/encoderblock_{i}"
         for part, theirs in (("kernel", "weight"), ("bias", "bias")):
-            heads = [np.asarray(flat[f"{block}/{_ATTENTION}/{n}/{part}"]) for n in QKV]
-            rows = [x.reshape(len(x), -1).T if part == "kernel" else x.reshape(-1) for x in heads]
-            out[f"blocks.{i}.attn.qkv.{theirs}"] = np.concatenate(rows)  # [3 D, D] or [3 D]
+            out[f"blocks.{i}.attn.qkv.{theirs}"] = _rows(flat, f"{block}/{_ATTENTION}", part, QKV)
         for theirs, ours in _TIMM_BLOCK.items():
-            out |= to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
+            if f"{block}/{ours}/bias" in flat:
+                out |= to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
     return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
+
+
+def _rows(flat, attention, part, names):
+    """Kernels [n D, D] or biases [n D] of some of query, key and value, as timm has them."""
+    heads = [np.asarray(flat[f"{attention}/{name}/{part}"]) for name in names]
+    return np.concatenate(
+        [x.reshape(len(x), -1).T if part == "kernel" else x.reshape(-1) for x in heads]
+    )
+
+
+def _to_timm_tokens(flat):
+    """Tokens and position embedding; with registers timm has no positions of tokens."""
+    names = {"cls": "cls_token", "dist": "dist_token", "registers": "reg_token"}
+    out = {theirs: flat[ours] for ours, theirs in names.items() if ours in flat}
+    position = np.asarray(flat["pos_embedding"])
+    rows = 0 if "registers" in flat else sum(x.shape[1] for x in out.values())
+    return {**out, "pos_embed": np.pad(position, ((0, 0), (rows, 0), (0, 0)))}
+
+
+def _plus_bias(position, bias):
+    """A position embedding with the patches' bias in the rows of patches: all but the class token's."""
+    out = np.array(position)
+    out[:, 1:] += bias
+    return out
 
 
 def to_timm_layer(flat: dict, ours: str, theirs: str) -> dict:
     """Weight and bias of a Dense, LayerNorm or patch embedding."""
-    bias = np.asarray(flat[f"{ours}/bias"])
+    bias = np.asarray(flat.get(f"{ours}/bias", ()))
     if f"{ours}/scale" in flat:
         return {f"{theirs}.weight": np.asarray(flat[f"{ours}/scale"]), f"{theirs}.bias": bias}
     kernel = np.asarray(flat[f"{ours}/kernel"])

@@ -94,7 +94,7 @@ def test_published_means_are_those_of_the_paper():
     groups = [round(100 * cells[g][0], 1) for g in tasks.GROUPS]
     assert groups == [82.6, 85.8, 61.8] or groups == [82.7, 85.8, 61.8]
     assert 100 * cells["mean_of_groups"][0] == pytest.approx(76.8, abs=0.06)
-    assert len(lines) == 29 and all(line.source for line in vtab_table.published())
+    assert len(lines) == 32 and all(line.source for line in vtab_table.published())
 
 
 def test_text_has_19_columns_means_and_published_rows():
@@ -117,6 +117,8 @@ def test_text_has_19_columns_means_and_published_rows():
     assert not [line for line in lines if line.startswith("RLRR*")]
     augreg = vtab_table.text(vtab_table.lines(rows(backbone="augreg/B_16-i21k")))
     assert "RLRR* (ViT-B/16 AugReg)" in augreg
+    swin = vtab_table.text(vtab_table.lines(rows(backbone="hf:timm/swin_base_patch4_window7_224")))
+    assert "RLRR (Swin-B)" in swin and "73.0" in swin and "ViT" not in swin
 
 
 def test_markdown_and_csv_say_the_same():
@@ -131,7 +133,7 @@ def test_markdown_and_csv_say_the_same():
     (ours, *published) = csv.DictReader(io.StringIO(vtab_table.csv(lines)))
     assert float(ours["dtd"]) == pytest.approx(0.46) and float(ours["dtd_sd"]) == pytest.approx(0.01)
     assert ours["seeds"] == "0 1 2" and ours["pixels"] == "tfds original"
-    assert len(published) == 29 and float(published[-1]["cifar"]) == pytest.approx(0.79)
+    assert len(published) == 32 and float(published[-1]["cifar"]) == pytest.approx(0.79)
     assert json.loads(json.dumps(vtab_table.plain(lines)))[0]["cells"]["dtd"][0] == pytest.approx(0.46)
 
 

@@ -265,18 +265,23 @@ def test_models_of_transformers_are_read_where_it_is_installed(kind, pixels, tmp
         close(logits(tree, images, ours), theirs.last_hidden_state[:, 0].numpy())
 
 
+ATTENTION = "MultiHeadDotProductAttention_0"
 REFUSED = {
     "registers": (
         {"reg_token": (1, 4, 24)},
-        "has register tokens (reg_token), which this ViT does not",
+        "unknown: registers",  # which a model with registers has
     ),
-    "attention pooling": ({"attn_pool.q": (24,)}, "has attention pooling instead of a class token"),
-    "before": ({"norm_pre.weight": (24,)}, "has a LayerNorm before its first block (norm_pre.weight)"),
+    "attention pooling": ({"attn_pool.latent": (1, 1, 24)}, "unknown: MAPHead_0/probe"),
+    "before": ({"norm_pre.weight": (24,)}, "unknown: pre_norm/scale"),
     "normalised queries": (
         {"blocks.0.attn.q_norm.weight": (8,)},
-        "unknown: Transformer/encoderblock_0/attn.q_norm.weight",
+        f"unknown: Transformer/encoderblock_0/{ATTENTION}/query_norm/scale",
     ),
-    "gated MLP": ({"blocks.0.mlp.w12.weight": (9, 24)}, "mlp.w12.weight"),
+    "gated MLP": ({"blocks.0.mlp.w12.weight": (9, 24)}, "gated MLPs (blocks.0.mlp.w12.weight)"),
+    "rotary positions": (
+        {"rope.freqs": (9,)},
+        "rotary positions (rope.freqs), which this ViT does not",
+    ),
     "layer scale": ({"blocks.0.ls1.gamma": (7,)}, "the LayerScale of"),
     "heads": ({"blocks.0.attn.qkv.weight": (73, 24)}, "attn.qkv.weight"),
     "scalar": ({"blocks.0.attn.qkv.weight": ()}, "attn.qkv.weight"),
@@ -298,7 +303,8 @@ def test_what_our_vit_does_not_have_is_refused(what, weights, tmp_path):
 
 def test_weights_without_class_token_or_of_no_vit_are_refused(weights, tmp_path):
     del weights["cls_token"]
-    with pytest.raises(UserError, match="has no class token"):
+    weights["pos_embed"] = weights["pos_embed"][:, 1:]
+    with pytest.raises(UserError, match="does not fit the model.*missing: cls"):
         reader.load(write(tmp_path / "a.safetensors", weights), model=MODEL, image_size=12, how=HALF)
     with pytest.raises(UserError, match="it is no Vision Transformer of timm's"):
         reader.load(
@@ -353,7 +359,9 @@ def test_the_card_is_the_headers_the_configs_or_the_names(weights, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "gelu_tanh"}}))
     assert preprocessing.read(path).gelu == "tanh"
     (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "quick_gelu"}}))
-    with pytest.raises(UserError, match="the activation quick_gelu is none of gelu"):
+    assert preprocessing.read(path).gelu == "quick"
+    (tmp_path / "x.json").write_text(json.dumps({**TIMM, "model_args": {"act_layer": "silu"}}))
+    with pytest.raises(UserError, match="the activation silu is none of gelu"):
         preprocessing.read(path)
     for bad in ("{", "[]", '{"pretrained_cfg": 1}', '{"model_args": [1]}', "[" * 100_000):
         (tmp_path / "x.json").write_text(bad)
@@ -400,7 +408,7 @@ def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
     assert notes == [
         f"note: nothing says how many attention heads {path} has, and shapes do not show it: 12 are "
         f"taken, as in ViT-B/16 (config.model.num_heads)",
-        f"note: {path} pools by avg (config.json says so), B/16 by token",
+        f"note: {path} has pool=avg",
     ]
     config.update(image_size=32)
     config.model.gelu = "tanh"
