@@ -60,13 +60,20 @@ def keys_of(step_key: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def augment(recipe: Any, images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Stored images [b, h, w, 3] as the model takes them, in [-1, 1], flipped at random by key."""
+    """Stored images [b, h, w, 3] as the model takes them, in [-1, 1], flipped at random by key.
+
+    Of outputs of first blocks [b, F, ...], see `prefix`, those of the image or of the flipped one.
+    """
+    if recipe.flip:
+        flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
+    if recipe.image_size is None:
+        which = flips.astype(jnp.int32) if recipe.flip else jnp.zeros(len(images), jnp.int32)
+        return images[jnp.arange(len(images)), which]
     size = recipe.crop_from or recipe.image_size
     images = normalize(images, size)
     if size > recipe.image_size:
         images = jax.vmap(functools.partial(_crop, recipe.image_size))(images, keys)
     if recipe.flip:
-        flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
     return images
 

@@ -28,14 +28,16 @@ def eval_step(
 
     Args:
       model: the flax model.
-      pixels: side of the images that it takes, and of what their middle is cut from, or None.
+      pixels: side of the images that it takes (None: they are outputs of first blocks, see `prefix`),
+        and of what their middle is cut from, or None.
       precision: precision of matmuls.
       params: its parameters.
       *batch: images [b, h, w, 3] uint8, labels [b] and mask [b].
     """
     images, labels, mask = batch
     with jax.default_matmul_precision(precision):
-        logits = model.apply({"params": params}, normalize(images, *pixels))
+        inputs = images if pixels[0] is None else normalize(images, *pixels)
+        logits = model.apply({"params": params}, inputs)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = losses.correct(logits, labels, each)
     return jax.lax.psum({"loss": (each * mask).sum(), "correct": (right * mask).sum()}, "data")
@@ -43,7 +45,7 @@ def eval_step(
 
 @functools.lru_cache(8)
 def map_eval_step(
-    model: Any, image_size: int, precision: str, mesh: Mesh, crop_from: int | None = None
+    model: Any, image_size: int | None, precision: str, mesh: Mesh, crop_from: int | None = None
 ) -> Callable:
     """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
     one = functools.partial(eval_step, model, (image_size, crop_from), precision)

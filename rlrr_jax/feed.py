@@ -28,7 +28,8 @@ class Feed(NamedTuple):
     each epoch.
 
     Attributes:
-      images: images [N, h, w, 3] uint8 that take indices, in memory or a file, or `crops.Crops`.
+      images: images [N, h, w, 3] uint8 that take indices, in memory or a file, or `crops.Crops`; or
+        what first blocks made of them, see `prefix`.
       labels: classes [N] int32.
       batch_size: number of images in a step.
       shard: number of steps whose images are on the devices at once; None is all of an epoch.
@@ -55,7 +56,7 @@ class Feed(NamedTuple):
         """Shapes and shardings of what `read` returns, once it is on a mesh."""
         everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
         out = {
-            "images": everywhere((self.slots, *self.images.shape[1:]), jnp.uint8),
+            "images": everywhere((self.slots, *self.images.shape[1:]), self.images.dtype),
             "labels": everywhere((self.slots,), jnp.int32),
         }
         if self.shard is None:
@@ -108,7 +109,7 @@ def steps_at_once(images: Any, batch_size: int, budget: float) -> int | None:
       batch_size: number of images in a step.
       budget: bytes of a device for training images.
     """
-    each = int(np.prod(images.shape[1:]))
+    each = int(np.prod(images.shape[1:])) * np.dtype(images.dtype).itemsize
     copies = 2 if isinstance(images, Crops) else 1
     if copies * len(images) * each <= budget:
         return None

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, losses, methods, mixing, optim, sensitivity, step
+from rlrr_jax import evaluate, losses, methods, mixing, optim, prefix, sensitivity, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax.data import crops
 from rlrr_jax.runtime import distributed, memory
@@ -37,6 +38,7 @@ class Job(NamedTuple):
       hyper: hyper-parameters and keys of the trials [T], see `step.train_steps`.
       init_keys: keys of the trials [T] for the first values.
       merge: function `(frozen, trained [T, ...]) -> params [T, ...]`, jitted.
+      begun: when this was begun, by `time.perf_counter`.
     """
 
     runs: list
@@ -50,6 +52,7 @@ class Job(NamedTuple):
     hyper: dict
     init_keys: Any
     merge: Callable
+    begun: float
 
     @property
     def epochs(self) -> int:
@@ -126,7 +129,7 @@ class Job(NamedTuple):
             yield parts
 
 
-def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
+def build(runs: list, load_weights: Callable, load_data: Callable, known: dict | None = None) -> Job:
     """Reads weights and data and puts everything on the devices.
 
     Args:
@@ -134,14 +137,19 @@ def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
       load_weights: function `(run, model) -> frozen`.
       load_data: function `(split, crop=None) -> images, labels`, see `store.load_split` and
         `load_crops`.
+      known: what `prefix.applied` keeps from one group to the next.
     """
+    begun = time.perf_counter()
     run = runs[0]
-    part, held_out = config_lib.splits(run)
+    part, other = config_lib.splits(run)
     images, labels = load_data(part, crop=(run.crop, run.seed) if crops.by_host(run.crop) else None)
-    held_out = load_data(held_out)
+    held_out = load_data(other)
     recipe = _recipe(runs, len(labels))
     frozen = load_weights(run, recipe.model)
     mesh = mesh_lib.make_mesh(jax.devices()[: run.num_devices], len(runs), run.batch_size)
+    known, both = {} if known is None else known, (images, held_out[0])
+    recipe, frozen, both = prefix.applied(recipe, frozen, both, mesh, run, known)
+    images, held_out = both[0], (both[1], held_out[1])
     lrs = [_learning_rates(r, recipe.steps) for r in runs]
     keys = [jax.random.split(jax.random.key(r.seed), 3) for r in runs]  # init, noise, order
     feed = _feed(runs, images, labels, keys[0][2])
@@ -161,6 +169,7 @@ def build(runs: list, load_weights: Callable, load_data: Callable) -> Job:
         hyper=mesh_lib.put_trials(mesh, hyper),
         init_keys=mesh_lib.put_trials(mesh, [key[0] for key in keys]),
         merge=step.map_merge(recipe.method, mesh),
+        begun=begun,
     )
 
 

@@ -33,7 +33,8 @@ class Recipe(NamedTuple):
       method: the `methods.Method`.
       batch_size: B, over all devices.
       num_images: N.
-      image_size: pixels that the model takes; smaller images are enlarged.
+      image_size: pixels that the model takes; smaller images are enlarged. None: the model takes what
+        first blocks made of images, see `prefix`.
       crop_from: side of the images from which squares are cut on the device, at random to train on,
         the middle to evaluate; None cuts nothing.
       flip: whether training images are flipped left to right at random.
@@ -49,7 +50,7 @@ class Recipe(NamedTuple):
     method: Method
     batch_size: int
     num_images: int
-    image_size: int
+    image_size: int | None
     flip: bool = False
     drop_path: bool = True
     precision: str = "highest"

@@ -34,11 +34,13 @@ class Loaders(NamedTuple):
       weights: name -> path and SHA-256.
       load_weights: function `(run, model) -> frozen`.
       load_data: function, see `_load_data`.
+      known: outputs of first blocks, see `prefix.applied`.
     """
 
     weights: dict[str, tuple[str, str]]
     load_weights: Callable
     load_data: Callable
+    known: dict
 
 
 def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list[dict], dict[str, str]]:
@@ -170,7 +172,7 @@ def _open_weights(works: list[Work]) -> Loaders:
         workdir.check_folder(work, weights[work.run.pretrained.name][1])
     load_weights = weights_reader(weights)
     load_weights(works[0].run, config_lib.build_model(works[0].run))  # a misfit is no task's fault
-    return Loaders(weights, load_weights, functools.lru_cache(8)(_load_data))
+    return Loaders(weights, load_weights, functools.lru_cache(8)(_load_data), {})
 
 
 def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
@@ -283,7 +285,8 @@ def train_group(works: list[Work], load: Loaders, forecast: Forecast, stop: Stop
         raise Stopped
     folder = _group_folder(works)
     try:
-        built = job.build([work.run for work in works], load.load_weights, _data_of(works, load))
+        group = [work.run for work in works]
+        built = job.build(group, load.load_weights, _data_of(works, load), load.known)
         outputs = _outputs(works, folder, load, forecast)
         train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
         parts = []

@@ -69,7 +69,7 @@ def train(
       Stopped: if `stop` said so, after saving.
       UserError: if no trial's loss is finite.
     """
-    clock, stop = Clock(), stop or Stop()
+    clock, stop = Clock(job.begun), stop or Stop()
     before = write_configs(job, outputs)
     with checkpoint.open_manager(outputs.checkpoints) as manager:
         pack = functools.partial(mesh_lib.without_spares, mesh=job.mesh, number=len(job.runs))

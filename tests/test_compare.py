@@ -166,6 +166,7 @@ def test_transfer_trains_on_crops_and_stops_at_its_last_step(tmp_path):
     assert (row["optimizer"], row["crop"], row["crop_from"]) == ("momentum", "resmall", 36)
 
 
+@pytest.mark.slow
 def test_crops_reach_the_step(tmp_path, monkeypatch):
     """Every epoch trains on its own crops, a resumed one on the same; the test images are central."""
     seen = []

@@ -56,11 +56,11 @@ BROKEN = {  # contracts
     ),
     "extra": (
         dict(merge="frozen = {**frozen, 'adapter': frozen['cls']}"),
-        "merge returns adapter, which the ViT does not have",
+        "merge returns adapter, which the model does not have",
     ),
     "missing": (
         dict(merge="frozen = {k: v for k, v in frozen.items() if k != 'cls'}"),
-        "merge returns no cls, which the ViT has",
+        "merge returns no cls, which the model has",
     ),
     "head": (dict(init="return {'head': jnp.zeros(2)}"), "init must return a dict without 'head'"),
     "no dict": (dict(init="return [jnp.zeros(2)]"), "init must return a dict without 'head'"),
@@ -99,7 +99,7 @@ def test_a_broken_contract_is_named(what):
     names = {}
     good = dict(init="pass", merge="pass", decay="base.decay_of('kernel')")
     exec(METHOD.format(**{**good, **changes}), names)
-    frozen = config_lib._shapes("bundled")
+    frozen = config_lib._shapes("bundled", 32)
     with pytest.raises(UserError) as e:
         methods.check("fork", names["method"](), frozen)
     assert str(e.value).startswith(f"method 'fork' breaks its contract: {message}")

@@ -195,7 +195,7 @@ IMAGES = jnp.asarray(RNG.uniform(-1, 1, (NUMBER, SIZE, SIZE, 3)), jnp.float32)
 LABELS = jnp.asarray(RNG.integers(0, 5, NUMBER), jnp.int32)
 
 
-@pytest.mark.parametrize("name", ["rlrr", "lora"])
+@pytest.mark.parametrize("name", ["rlrr", pytest.param("lora", marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_those_of_weights_of_each_image(name):
     method, frozen = methods.get(name), frozen_tree()
     batch = batch_of(IMAGES[:4], LABELS[:4])
@@ -244,6 +244,7 @@ def test_without_noise_it_is_the_merged_model(name):
     assert np.abs(np.asarray(noisy) - merged).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(unroll=3), dict(remat=True)], ids=str)
 def test_noise_is_the_same_however_the_blocks_are_run(options):
     method, frozen = methods.get("rlrr"), frozen_tree()

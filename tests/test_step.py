@@ -133,7 +133,7 @@ def gradient_on(devices, trainable, number, flip, drop_path):
 
 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 3])  # 6 images, and 4
-@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("noise", [pytest.param(False, marks=pytest.mark.slow), True])
 @in_float64
 def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable):
     kwargs, trainable = dict(flip=noise, drop_path=noise), double(trainable)
@@ -174,6 +174,7 @@ def test_gradient_is_that_of_the_plain_mean(trainable):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), ours[2], grads)
 
 
+@pytest.mark.slow
 def test_noise_matters(trainable):
     """The equality above would also hold for noise that is never applied."""
     losses = {

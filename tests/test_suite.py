@@ -220,6 +220,7 @@ def test_vtab_chooses_on_val200_and_tests_once(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.slow
 def test_vtab_with_a_given_value_resumes(tmp_path):
     grid = ConfigDict({"lr": (1.0,), "weight_decay": (0.0, 0.1), "drop_path": (0.0,)})
     settings = config("digits,method=linear", protocol="vtab", grid=grid, lr=0.03)
@@ -250,6 +251,7 @@ def test_finished_runs_need_no_data_and_are_not_forecast(data_dir, tmp_path, cap
         suite.run(settings, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_suite_that_tunes_shows_its_runs(data_dir, tmp_path):
     settings = config("kitti,dtd,method=linear", protocol="tune", seeds=(0,), epochs=1)
     settings.model.variant, settings.data.dir = "bundled", str(data_dir)

@@ -193,6 +193,7 @@ def test_other_configuration_in_the_same_workdir_is_refused(finished):
         run(small_config(protocol="official", epochs=3), finished[0])
 
 
+@pytest.mark.slow
 def test_tune_protocol_never_looks_at_the_test_set(tmp_path, monkeypatch):
     seen = []
     load_split = store.load_split

@@ -37,6 +37,9 @@ class Method(NamedTuple):
       prepare: function `(frozen, grads) -> adapter` that starts training instead of `init`'s, where it
         goes by gradients of the frozen tree over the training images (`sensitivity.gradient`); of the
         same shapes. None for most methods.
+      untouched: function `number of blocks -> how many of the first are not changed`, nor what comes
+        before them; more than all is everything but the head. Their outputs are computed once, see
+        `prefix`. None for most methods.
 
     What `init` puts under `FIXED` is saved with the adapter, and not trained: `merge` must stop its
     gradient.
@@ -48,6 +51,7 @@ class Method(NamedTuple):
     DEFAULTS: dict
     drop: Callable[[jax.Array, Any], Any] | None = None
     prepare: Callable[[Any, Any], Any] | None = None
+    untouched: Callable[[int], int] | None = None
 
 
 # The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------

@@ -19,6 +19,7 @@ def method(blocks: int = 1) -> Method:
         lambda frozen, adapter: _merge(frozen, adapter, blocks),
         decay_of("kernel"),
         DEFAULTS,
+        untouched=lambda depth: depth - blocks,
     )
 
 

@@ -12,7 +12,7 @@ DEFAULTS = dict(lr=1e-2, weight_decay=5e-5, drop_path=0.0)  # not tuned on VTAB-
 
 def method() -> Method:
     """The linear probe as a `Method`."""
-    return Method(init, merge, decay_of(), DEFAULTS)
+    return Method(init, merge, decay_of(), DEFAULTS, untouched=lambda depth: depth + 1)
 
 
 def init(key: jax.Array, frozen: Any) -> dict:

@@ -174,6 +174,8 @@ class Encoder(nn.Module):
     remat: bool
     drop_path_mode: str
     final_norm: bool
+    first: int
+    until: int | None
     block: dict
 
     @nn.compact
@@ -187,14 +189,16 @@ class Encoder(nn.Module):
             variable_axes={"params": 0, "change": 0, "noise": 0},  # others: see rlrr_jax/change.py
             split_rngs={"params": True},
             in_axes=(0, 0),
-            length=self.depth,
+            length=(self.until or self.depth) - self.first,
             unroll=self.unroll,
         )(**self.block, name="encoderblock")
         rates = jnp.linspace(0.0, 1.0, self.depth) * rate  # 0 at the first block, `rate` at the last
+        rates = rates[self.first : self.until]
         # All masks at once: a kernel for each branch would take longer to compile than the rest.
-        keep = None if keys is None else drop_path_masks(keys, rates, x.shape[1:], self.drop_path_mode)
+        noise = rates, x.shape[1:], self.drop_path_mode, self.first
+        keep = None if keys is None else drop_path_masks(keys, *noise)
         x, _ = blocks(x, rates, keep)
-        if not self.final_norm:
+        if not self.final_norm or self.until:
             return x
         norm = dict(epsilon=self.block["norm_eps"], dtype=self.block["dtype"])
         return nn.LayerNorm(**norm, name="encoder_norm")(x)
@@ -234,6 +238,8 @@ class ViT(nn.Module):
       pre_norm: whether a LayerNorm comes before the first block, as in CLIP.
       fc_norm: whether the last LayerNorm comes after pooling, as in MAE's fine-tuning.
       qk_norm: whether queries and keys pass a LayerNorm.
+      first: number of blocks that the input has passed already; it is tokens then.
+      until: number of blocks after which tokens are returned; None: logits after all.
       projection: width of a Dense without bias before the head, as CLIP's; 0 is none.
       gelu: "tanh" (the public JAX weights were trained with it), "exact", or "quick" (CLIP).
       attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn".
@@ -265,18 +271,47 @@ class ViT(nn.Module):
     fc_norm: bool = False
     qk_norm: bool = False
     projection: int = 0
+    first: int = 0
+    until: int | None = None
 
     @nn.compact
     def __call__(self, images, drop_path=0.0, keys=None):
         """Logits [B, num_classes], float32, of images [B, H, W, 3] in [-1, 1].
 
         Args:
-          images: H and W must be divisible by the patch size, else ValueError.
+          images: H and W must be divisible by the patch size, else ValueError; tokens [B, T, D] that
+            have passed `first` blocks, if there are any.
           drop_path: drop rate of the last block; rises linearly from 0 at the first. May be traced.
           keys: one PRNG key per example, [B]; None switches drop path off.
 
         The collection "intermediates" gets `encoded` [B, tokens + h*w, D], the normalised tokens.
         """
+        x = images.astype(self.dtype) if self.first else self._tokens(images)
+        block = dict(
+            mlp_dim=self.mlp_dim,
+            num_heads=self.num_heads,
+            gelu=self.gelu,
+            attention=self.attention,
+            norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+        )
+        modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm, self.first, self.until
+        x = Encoder(self.depth, *modes, block, name="Transformer")(x, drop_path, keys)
+        if self.until:
+            return x
+        self.sow("intermediates", "encoded", x)
+        x = self._pooled(x)
+        if self.fc_norm:
+            x = self._norm("fc_norm")(x)
+        if self.projection:
+            x = nn.Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
+        high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
+        head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
+        return head(x.astype(high))
+
+    def _tokens(self, images):
+        """What the first block gets of images, [B, T, D]."""
         b, height, width, _ = images.shape
         p = self.patch_size
         if height % p or width % p:
@@ -293,28 +328,7 @@ class ViT(nn.Module):
             for name, n in self.tokens().items()
         ]
         x = jnp.concatenate([*(token.astype(self.dtype) for token in tokens), x], axis=1)
-        if self.pre_norm:
-            x = self._norm("pre_norm")(x)
-        block = dict(
-            mlp_dim=self.mlp_dim,
-            num_heads=self.num_heads,
-            gelu=self.gelu,
-            attention=self.attention,
-            norm_eps=self.norm_eps,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-        )
-        modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm
-        x = Encoder(self.depth, *modes, block, name="Transformer")(x, drop_path, keys)
-        self.sow("intermediates", "encoded", x)
-        x = self._pooled(x)
-        if self.fc_norm:
-            x = self._norm("fc_norm")(x)
-        if self.projection:
-            x = nn.Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
-        high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
-        head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
-        return head(x.astype(high))
+        return self._norm("pre_norm")(x) if self.pre_norm else x
 
     def tokens(self) -> dict[str, int]:
         """Names and numbers of the tokens before those of the patches."""

@@ -14,8 +14,9 @@ class Clock:
       seconds: time of training alone, without evaluation and compilation.
     """
 
-    def __init__(self) -> None:
-        self.begun = time.perf_counter()
+    def __init__(self, begun: float | None = None) -> None:
+        """Args: begun: when its work was begun, by `time.perf_counter`; None: now."""
+        self.begun = time.perf_counter() if begun is None else begun
         self.images, self.seconds = 0.0, 0.0
 
     def elapsed(self) -> float:

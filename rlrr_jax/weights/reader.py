@@ -235,7 +235,7 @@ def _place_position(flat, target, how, path, note):
     if position is None or position.ndim != 3:
         return  # reported with the other missing and mis-shaped names
     n, width = position.shape[1:]
-    tokens = [name for name in ("cls", "dist", "registers") if name in flat]
+    tokens = [name for name in ("cls", "dist", "registers") if getattr(flat.get(name), "ndim", 0) == 3]
     rows, grid = _rows_and_grid(n, [flat[name].shape[-2] for name in tokens], target, how.grid)
     if grid is None:
         raise UserError(

@@ -48,7 +48,7 @@ OPTIONS = [
     ("pissa", dict(rank=3, targets="key+Dense_0")),
     ("gps", dict(entries=3)),
 ]
-QUICK = (0, 2, 5, 12, 13, 20, 25)  # of the options; the others with -m slow
+QUICK = (0, 2, 5, 12, 20)  # of the options; the others with -m slow
 OPTIONS = [
     case if i in QUICK else pytest.param(*case, marks=pytest.mark.slow)
     for i, case in enumerate(OPTIONS)

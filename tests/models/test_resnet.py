@@ -54,27 +54,27 @@ def test_counts_are_the_papers(variant):
     assert {key.rpartition("/")[2] for key in flat} == {"scale_in", "scale_out"}  # no shift, no norm
 
 
-def test_a_convolution_is_rescaled_as_the_matrix_of_the_paper():
+@pytest.mark.parametrize("rank", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_convolution_is_rescaled_as_the_matrix_of_the_paper(rank):
     """`RLRR_ResNet.py`: kernel [O, I, k, k] as a matrix of (O, row) by (I, column)."""
     tree = random_tree(TINY)
-    for rank in (1, 3):
-        method = methods.get("rlrr", rank=rank)
-        adapter = jax.jit(method.init)(jax.random.key(0), tree)
-        merged = method.merge(tree, adapter)
-        for name in ("conv_root", "stage_1_unit_0/conv2"):
-            path = name.split("/")
-            kernel, node, ours = tree, adapter, merged
-            for key in path:
-                kernel, node, ours = kernel[key], node[key], ours[key]
-            kernel = np.asarray(kernel["kernel"], np.float64)
-            k, _, inputs, outputs = kernel.shape
-            matrix = kernel.transpose(3, 0, 2, 1).reshape(outputs * k, inputs * k)
-            column = np.asarray(node["scale_in"], np.float64).reshape(inputs * k, rank)
-            line = np.asarray(node["scale_out"], np.float64).reshape(rank, outputs * k)
-            wanted = (matrix * (1 + (column @ line).T)).reshape(outputs, k, inputs, k)
-            np.testing.assert_allclose(ours["kernel"], wanted.transpose(1, 3, 2, 0), atol=1e-5)
-            assert np.abs(column).max() <= np.sqrt(6 / (inputs * k))
-            assert np.abs(line).max() <= np.sqrt(6 / rank)
+    method = methods.get("rlrr", rank=rank)
+    adapter = jax.jit(method.init)(jax.random.key(0), tree)
+    merged = jax.jit(method.merge)(tree, adapter)
+    for name in ("conv_root", "stage_1_unit_0/conv2"):
+        path = name.split("/")
+        kernel, node, ours = tree, adapter, merged
+        for key in path:
+            kernel, node, ours = kernel[key], node[key], ours[key]
+        kernel = np.asarray(kernel["kernel"], np.float64)
+        k, _, inputs, outputs = kernel.shape
+        matrix = kernel.transpose(3, 0, 2, 1).reshape(outputs * k, inputs * k)
+        column = np.asarray(node["scale_in"], np.float64).reshape(inputs * k, rank)
+        line = np.asarray(node["scale_out"], np.float64).reshape(rank, outputs * k)
+        wanted = (matrix * (1 + (column @ line).T)).reshape(outputs, k, inputs, k)
+        np.testing.assert_allclose(ours["kernel"], wanted.transpose(1, 3, 2, 0), atol=1e-5)
+        assert np.abs(column).max() <= np.sqrt(6 / (inputs * k))
+        assert np.abs(line).max() <= np.sqrt(6 / rank)
 
 
 @pytest.mark.parametrize("model", [TINY, BIT], ids=["resnet", "bit"])
@@ -97,7 +97,7 @@ def test_names_come_back(model, tmp_path):
     jax.tree.map(close, again, jax.tree.map(np.asarray, tree))
 
 
-@pytest.mark.parametrize(("size", "stride"), [(7, 2), (3, 1), (3, 2), (1, 1), (1, 2)])
+@pytest.mark.parametrize(("size", "stride"), [(7, 2), (3, 1), (1, 2)])
 def test_convolution_by_matmul_is_xlas(size, stride):
     x = jax.random.normal(jax.random.key(0), (2, 9, 12, 5))
     kernel = jax.random.normal(jax.random.key(1), (size, size, 5, 4))

@@ -110,6 +110,7 @@ def test_options_that_swin_has_not_are_refused():
         models.build("swin_t", 1, attention="cudnn")
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(params):
     def gradient(model):
         loss = lambda p: jnp.square(model.apply({"params": p}, images())).sum()
@@ -119,7 +120,7 @@ def test_scan_and_remat_change_nothing(params):
     jax.tree.map(close, gradient(TINY.clone(unroll=2, remat=True)), gradient(TINY))
 
 
-@pytest.mark.parametrize("mode", ["sample", "element"])
+@pytest.mark.parametrize("mode", ["sample", pytest.param("element", marks=pytest.mark.slow)])
 def test_drop_path_is_per_image_and_the_mean_stays(params, mode):
     model = TINY.clone(drop_path_mode=mode)
     apply = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))

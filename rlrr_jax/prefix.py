@@ -1,0 +1,181 @@
+"""What training does not change is computed once: the first blocks of a network, or all but its head.
+
+A method says how many of the first blocks it leaves alone (`Method.untouched`). Their outputs for the
+training and held-out images then take the place of the images, for all epochs, trials and seeds, and
+the rest of the network the place of the model. Images that are flipped have two outputs. Where random
+crops, mixing or drop path reach these blocks, there is nothing to compute once.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from rlrr_jax import evaluate
+from rlrr_jax.data.resize import normalize
+from rlrr_jax.methods.sites import replaced, stack, subtree
+from rlrr_jax.runtime import distributed
+from rlrr_jax.runtime import mesh as mesh_lib
+
+HEAD = -1  # instead of a number of blocks: all but the head
+MOST_BYTES = 2**30  # of outputs in memory; more lie in a file that goes with the process
+MOST_KNOWN = 4  # sets of outputs that are kept: those of a search, and of the runs after it
+BATCH = 64  # images that pass the prefix at once
+
+
+class Head(nn.Module):
+    """The head of a network, of its inputs [B, D]; takes and ignores what a model takes beside them."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features, drop_path=0.0, keys=None):
+        del drop_path, keys
+        return nn.Dense(self.num_classes, dtype=features.dtype, name="head")(features)
+
+
+def blocks(recipe: Any, run: Any) -> int:
+    """How many of the first blocks a run leaves alone, or `HEAD`; 0 if nothing can be computed once.
+
+    Args:
+      recipe: the `step.Recipe` of a group of trials.
+      run: the configuration of the first.
+    """
+    noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
+    noisy = noisy or run.loss.startswith("pace")  # whose noise counts all blocks
+    if recipe.method.untouched is None or noisy or recipe.method.prepare is not None:
+        return 0
+    depth = getattr(recipe.model, "depth", 0)
+    number = recipe.method.untouched(depth)
+    return HEAD if number > depth else number
+
+
+def outputs(
+    recipe: Any, frozen: Any, number: int, images: Any, mesh: Mesh, flip: bool, title: str
+) -> np.ndarray:
+    """What the first blocks make of images: [N, F, ...], F = 2 with flips (the second is flipped).
+
+    Args:
+      recipe: the `step.Recipe` of the whole network.
+      frozen: its tree.
+      number: number of blocks, or `HEAD`.
+      images: uint8 [N, h, w, 3].
+      mesh: the devices.
+      flip: whether images are flipped, too.
+      title: text before the progress bar.
+    """
+    run = _program(recipe.model, number, recipe.precision, (recipe.image_size, flip), mesh)
+    out, done, frozen = None, 0, mesh_lib.put(mesh, P(), frozen)
+    labels = np.zeros(len(images), np.int32)
+    shown = distributed.is_process_zero()
+    with tqdm(total=len(images), desc=title, unit="img", delay=2, disable=not shown) as bar:
+        for batch, _, mask in evaluate.batches(images, labels, BATCH, mesh):
+            found = np.asarray(run(frozen, batch))[: int(distributed.fetch(mask).sum())]
+            if out is None:
+                out = _room((len(images), *found.shape[1:]), found.dtype)
+            out[done : done + len(found)] = found
+            done += len(found)
+            bar.update(len(found))
+    assert out is not None
+    return out
+
+
+def _room(shape: tuple, dtype: Any) -> np.ndarray:
+    """An empty array, in a file without a name if it is large."""
+    if np.prod(shape) * np.dtype(dtype).itemsize <= MOST_BYTES:
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+@functools.lru_cache(8)
+def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh) -> Callable:
+    """A jitted function `(frozen, images) -> [B, F, ...]`, the same on every device."""
+    size, flip = pixels
+    first = model if number == HEAD else model.clone(until=number)
+
+    def one(frozen: Any, images: jax.Array) -> jax.Array:
+        if number == HEAD:
+            return _inputs_of_head(first, frozen, images)
+        path = stack(frozen)
+        cut = jax.tree.map(lambda x: x[:number], subtree(frozen, path))
+        return first.apply({"params": replaced(frozen, path, cut)}, images)
+
+    def both(frozen: Any, images: jax.Array) -> jax.Array:
+        images = normalize(images, size)
+        with jax.default_matmul_precision(precision):
+            views = [images, images[:, :, ::-1]] if flip else [images]
+            return jnp.stack([one(frozen, view) for view in views], 1)
+
+    return jax.jit(both, out_shardings=NamedSharding(mesh, P()))
+
+
+def _inputs_of_head(model: Any, frozen: Any, images: jax.Array) -> jax.Array:
+    """What a model gives its head [B, D]."""
+    found: list[jax.Array] = []
+
+    def listen(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if context.module.name == "head":
+            found.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(listen):
+        model.apply({"params": frozen}, images)
+    return found[0]
+
+
+def rest(recipe: Any, frozen: Any, number: int) -> tuple[Any, Any]:
+    """The recipe and tree of what comes after the first blocks; it takes their outputs for images."""
+    if number == HEAD:
+        model, tree = Head(recipe.model.num_classes), {"head": frozen["head"]}
+    else:
+        path, before = stack(frozen), ("embedding", "pos_embedding", "pre_norm", *recipe.model.tokens())
+        later = jax.tree.map(lambda x: x[number:], subtree(frozen, path))
+        tree = {key: x for key, x in replaced(frozen, path, later).items() if key not in before}
+        model = recipe.model.clone(first=number)
+    return recipe._replace(model=model, image_size=None), tree
+
+
+def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: dict) -> tuple:
+    """A group of trials with what nothing changes computed once; as it was if there is none of it.
+
+    Args:
+      recipe: the `step.Recipe`.
+      frozen: the backbone's tree.
+      data: images of the training set, and the held-out images.
+      mesh: the devices.
+      run: the configuration of the first trial.
+      known: outputs that were computed before, which this keeps; by images, weights and program.
+
+    Returns:
+      The recipe, the tree, and the images in the same order.
+    """
+    number = blocks(recipe, run)
+    if not number:
+        return recipe, frozen, data
+    out = []
+    for images, what in zip(data, ("training", "held-out")):
+        flip = recipe.flip and what == "training"
+        model = recipe.model.clone(num_classes=1)
+        weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
+        key = (id(images), id(weights[0]), model, number, recipe.precision, flip)
+        if key not in known:
+            where = "the head" if number == HEAD else f"block {number + 1}"
+            title = f"{run.task}: {what} images up to {where}, once"
+            arguments = number, images, mesh, flip, title
+            # The images are kept, too, so that no others get their id.
+            known[key] = outputs(recipe, frozen, *arguments), images, frozen
+            for oldest in list(known)[:-MOST_KNOWN]:
+                del known[oldest]
+        found = known[key][0]
+        out.append(found if what == "training" else found[:, 0])
+    recipe, frozen = rest(recipe, frozen, number)
+    return recipe, frozen, tuple(out)

@@ -1,0 +1,91 @@
+"""What training does not change is computed once, and nothing else differs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlrr_jax import adapters, prefix, suite
+from rlrr_jax.configs import vtab
+
+
+def config(arg, **changes):
+    config = vtab.get_config(arg)
+    config.epochs, config.batch_size = 2, 64
+    config.update(changes)
+    return config
+
+
+def train(folder, arg, **changes):
+    """The rows of some runs, and the lines of `metrics.jsonl` and the adapter of the first."""
+    rows, problems = suite.run(config(arg, **changes), folder)
+    assert not problems
+    (first, *_) = sorted(folder.glob("*/*/seed0"))
+    lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    return rows, lines, adapters.read(first / "adapter.safetensors").trainable
+
+
+def without(monkeypatch):
+    monkeypatch.setattr(prefix, "blocks", lambda recipe, run: 0)
+
+
+CASES = {
+    "linear, flipped": ("hearts,method=linear", dict(flip=True)),
+    "the last two blocks": ("hearts,method=last,blocks=2", {}),
+    "two seeds at once": ("hearts,method=linear", dict(seeds=(0, 1))),
+}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsys):
+    arg, changes = CASES[what]
+    rows, lines, tree = train(tmp_path / "once", arg, **changes)
+    without(monkeypatch)
+    others, wanted, other = train(tmp_path / "always", arg, **changes)
+    assert len(rows) == len(others) and len(lines) == 2
+    for a, b in zip(lines, wanted):
+        assert a.keys() == b.keys()
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6)
+    for a, b in zip(rows, others):
+        assert a["test_acc_final"] == b["test_acc_final"] and a["identity"] == b["identity"]
+        assert a["trainable_params"] == b["trainable_params"]
+    assert adapters._flat(tree).keys() == adapters._flat(other).keys()
+    for name, x in adapters._flat(tree).items():
+        np.testing.assert_allclose(x, adapters._flat(other)[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def passed(monkeypatch):
+    """Numbers of images that pass a prefix, as a list that grows."""
+    seen, outputs = [], prefix.outputs
+    monkeypatch.setattr(prefix, "outputs", lambda *a: seen.append(len(a[3])) or outputs(*a))
+    return seen
+
+
+def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
+    seen = passed(monkeypatch)
+    grid = dict(lr=(0.001, 0.01, 0.1), weight_decay=(0.0, 0.1), drop_path=(0.0,))
+    job = config("hearts,method=linear", protocol="vtab", seeds=(0, 1))
+    job.grid.update(grid)
+    rows, problems = suite.run(job, tmp_path)
+    assert not problems and len(rows) == 2
+    assert len(seen) == 4 and sum(seen[:2]) == seen[2]  # tuning, validation; both, and the test images
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(drop_path=0.1), dict(mixup=0.8), dict(loss="pace"), dict(method="rlrr")],
+    ids=str,
+)
+def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_path, monkeypatch):
+    seen = passed(monkeypatch)
+    arg = f"hearts,method={changes.pop('method', 'linear')}"
+    suite.run(config(arg, epochs=1, **changes), tmp_path)
+    assert seen == []
+
+
+def test_many_outputs_lie_in_a_file(monkeypatch):
+    monkeypatch.setattr(prefix, "MOST_BYTES", 100)
+    room = prefix._room((5, 6), np.float32)
+    assert isinstance(room, np.memmap)
+    room[:] = 3
+    assert room.sum() == 90 and not isinstance(prefix._room((5, 5), np.float32), np.memmap)
