@@ -61,6 +61,7 @@ def get_config(arg=None):
     config.crop_from = placeholder(int)
 
     config.image_size = placeholder(int)  # pixels, a multiple of the patch size
+    config.image_width = placeholder(int)  # where images are no squares; image_size is their height
     config.model = ConfigDict()
     config.model.variant = placeholder(str)  # "B/16", "swin_b"; "bundled" is the tiny ViT
     # "tanh", "exact" (the authors' PyTorch code) or "quick" (CLIP); None: as the weights were trained.

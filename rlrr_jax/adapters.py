@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import rlrr_jax
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, methods, models
+from rlrr_jax import files, methods, models, sides
 from rlrr_jax.data import crops, resize
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
@@ -67,7 +67,7 @@ def card(run: ConfigDict, marks: dict, classes: list[str], accuracy: dict) -> di
         "backbone": run.pretrained.name,
         "model": run.model.variant,
         "gelu": run.model.gelu,
-        "image_size": run.image_size,
+        "image_size": _plain_size(config_lib.size_of(run)),
         "value_range": [-1, 1],
         "task": run.task,
         "classes": list(classes),
@@ -97,7 +97,7 @@ class Tuned(NamedTuple):
         """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated."""
         run = self.card["config"]
         crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
-        how = (self.card["image_size"], crop_from), run["precision"]
+        how = (image_size(self.card), crop_from), run["precision"]
         return _logits(self.model, *how)(self.params, images)
 
 
@@ -197,7 +197,7 @@ def _wanted(path, card):
         if card["formula"] != formula:
             raise ValueError(f"trained as {card['formula']!r}, this version computes {formula!r}")
         _check_run(card)
-        shapes = models.shapes(_model(card), card["image_size"])
+        shapes = models.shapes(_model(card), image_size(card))
         start = functools.partial(methods.start, method)
         return jax.eval_shape(start, jax.random.key(0), shapes)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
@@ -215,11 +215,12 @@ def _check_run(card):
         raise ValueError("its backbone has no name, or its accuracies are none")
     if not card["classes"] or not all(isinstance(name, str) for name in card["classes"]):
         raise ValueError("its classes are no names")
-    side, model = run.image_size, _model(card)
-    if side != card["image_size"] or not 0 < side // model.patch_size < 1000:
-        raise ValueError(f"its images have {side} pixels")
-    models.check_size(model, side)
-    if (run.crop and run.crop_from < side) or run.eval_batch_size < 1:
+    size, model = config_lib.size_of(run), _model(card)
+    longest = max(sides.pair(size)) // model.patch_size
+    if _plain_size(size) != card["image_size"] or not 0 < longest < 1000:
+        raise ValueError(f"its images have {sides.text(size)} pixels")
+    models.check_size(model, size)
+    if (run.crop and run.crop_from < run.image_size) or run.eval_batch_size < 1:
         raise ValueError("its images or batches are too small")
     with jax.default_matmul_precision(run.precision):
         pass
@@ -238,6 +239,16 @@ def _model(card):
     )
 
 
+def image_size(card: dict) -> sides.Size:
+    """Size of the images that the model of a card takes."""
+    return config_lib.size_of(ConfigDict(card["config"]))
+
+
+def _plain_size(size):
+    """A size as JSON has it: one side, or [height, width]."""
+    return size if isinstance(size, int) else list(size)
+
+
 def _subtree(name):
     """The `:subtree` of a name; those that the reader finds by itself are none."""
     subtree = names.split_subtree(name)[1].strip("/")
@@ -247,7 +258,7 @@ def _subtree(name):
 def _how(card):
     """What besides the file decides about a frozen tree, plain values."""
     run, given = ConfigDict(card["config"]), card["config"]["pretrained"]
-    how = {"subtree": _subtree(run.pretrained.name), "image_size": run.image_size}
+    how = {"subtree": _subtree(run.pretrained.name), "image_size": card["image_size"]}
     how["resize"] = given.get("resize") or "linear"  # which older versions always took
     how["num_heads"] = getattr(_model(card), "num_heads", None)
     how |= {k: v for k in vit.PARTS if (v := run.model.get(k)) is not None}

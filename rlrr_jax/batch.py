@@ -71,7 +71,7 @@ def augment(recipe: Any, images: jax.Array, keys: jax.Array) -> jax.Array:
         return images[jnp.arange(len(images)), which]
     size = recipe.crop_from or recipe.image_size
     images = normalize(images, size)
-    if size > recipe.image_size:
+    if size != recipe.image_size:
         images = jax.vmap(functools.partial(_crop, recipe.image_size))(images, keys)
     if recipe.flip:
         images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)

@@ -34,7 +34,8 @@ CHOICES = {
     "precision": ("highest", "high", "default", "tensorfloat32", "float32", "bfloat16"),
 }
 POSITIVE = (
-    *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "model.unroll"),
+    *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "image_width"),
+    "model.unroll",
     *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
     *("data.device_gb", "warmup_epochs"),
 )

@@ -20,6 +20,7 @@ from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import vit
 from rlrr_jax.runs.identity import PLACES, recipe, together
+from rlrr_jax.sides import Size
 from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
 
 DEFAULT_GRID = {
@@ -239,6 +240,8 @@ def _resolve_one(
         _fill(run.model, "gelu", preprocessing.JAX.gelu)
     _fill(run, "image_size", models.default_size(run.model.variant))
     checks.heads(run.model.variant, run.model.num_heads)
+    if run.crop and run.image_width is not None:
+        raise UserError(f"config.crop={run.crop} cuts squares: leave config.image_width out")
     if run.crop and (run.crop_from or 0) < run.image_size:
         raise UserError(
             f"config.crop={run.crop} needs config.crop_from of at least the image size {run.image_size}"
@@ -248,8 +251,8 @@ def _resolve_one(
     default = "element" if models.family(run.model.variant) == "vit" else "sample"  # as their authors
     _fill(run, "drop_path_mode", default)
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
-    models.check_size(build_model(run), run.image_size)
-    methods.check(method_name, method, _shapes(run.model.variant, run.image_size))
+    models.check_size(build_model(run), size_of(run))
+    methods.check(method_name, method, _shapes(run.model.variant, size_of(run)))
     if run.loss.startswith("pace") and models.family(run.model.variant) == "resnet":
         raise UserError(
             f"config.loss={run.loss} is of Dense layers: leave it out for {run.model.variant}"
@@ -321,7 +324,7 @@ def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
 
 
 @functools.cache
-def _shapes(variant: str, image_size: int) -> Any:
+def _shapes(variant: str, image_size: Size) -> Any:
     """Shapes of the weights of a model with two classes."""
     return models.shapes(models.build(variant, 2), image_size)
 
@@ -438,7 +441,13 @@ def splits(run: ConfigDict) -> tuple[str, str]:
 def pixels(run: ConfigDict) -> store.Pixels:
     """What is made of a run's images."""
     options = dict(variant=run.data.variant, upright=run.data.get("upright", False))
-    return store.pixels_for(run.image_size, run.crop, run.crop_from, **options)
+    return store.pixels_for(size_of(run), run.crop, run.crop_from, **options)
+
+
+def size_of(run: ConfigDict) -> Size:
+    """Size of the images that a run's model takes, see `sides`."""
+    width = run.get("image_width")  # older runs have none
+    return run.image_size if width in (None, run.image_size) else (run.image_size, width)
 
 
 def architecture(run: ConfigDict) -> dict[str, Any]:
@@ -477,4 +486,4 @@ def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> di
     given = run.pretrained
     patch = bool(given.get("resize_patch"))  # older runs have none
     how = reader.How(given.grid, given.mean, given.std, given.get("resize") or "linear", patch)
-    return reader.load(path, model=model, image_size=run.image_size, how=how, note=note)
+    return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)

@@ -45,7 +45,7 @@ def eval_step(
 
 @functools.lru_cache(8)
 def map_eval_step(
-    model: Any, image_size: int | None, precision: str, mesh: Mesh, crop_from: int | None = None
+    model: Any, image_size: Any, precision: str, mesh: Mesh, crop_from: int | None = None
 ) -> Callable:
     """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
     one = functools.partial(eval_step, model, (image_size, crop_from), precision)

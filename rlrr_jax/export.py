@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, config, files, models
+from rlrr_jax import adapters, config, files, models, sides
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
 from rlrr_jax.models import vit
 from rlrr_jax.results import model_card, tables
@@ -143,7 +143,8 @@ def _same_logits(tuned, again, out):
 def transformers_files(adapter: Any) -> dict[str, dict]:
     """The JSON files that transformers wants beside a ViT's weights, by name."""
     model, card = adapters.model(adapter), adapter.card
-    names, size = card["classes"], card["image_size"]
+    names, size = card["classes"], card["image_size"]  # a side, or [height, width]
+    height, width = sides.pair(size)
     config = {
         "model_type": "vit",
         "architectures": ["ViTForImageClassification"],
@@ -163,7 +164,7 @@ def transformers_files(adapter: Any) -> dict[str, dict]:
     pixels = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": size, "width": size},
+        "size": {"height": height, "width": width},
         "resample": 3,  # Pillow's number for bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -222,14 +223,14 @@ def write(path: Any, flat: dict, card: dict) -> None:
 
 def read(path: Any, tuned: Any) -> dict:
     """The tree in a file, head included."""
-    return reader.load(path, model=tuned.model, image_size=tuned.card["image_size"], head=True)
+    return reader.load(path, model=tuned.model, image_size=adapters.image_size(tuned.card), head=True)
 
 
 def compare(one: Any, other: Any, number: int = 8) -> float:
     """The largest difference of the float32 logits of two `Tuned` models, on noise of several sizes."""
-    size = one.card["image_size"]
+    height, width = sides.pair(adapters.image_size(one.card))
     keys = jax.random.split(jax.random.key(0))
-    fine = jax.random.uniform(keys[0], (number, size, size, 3), minval=-1.0)
+    fine = jax.random.uniform(keys[0], (number, height, width, 3), minval=-1.0)
     coarse = jax.random.uniform(keys[1], (number, 4, 4, 3), minval=-1.0)
     images = jnp.concatenate([fine, jax.image.resize(coarse, fine.shape, "linear")])
     model = one.model.clone(dtype=jnp.float32)
@@ -266,7 +267,7 @@ def advice(to: str, adapter: Any, out: Any) -> str:
         act += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps:g})" if eps != 1e-6 else ""
         return (
             f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.{kind}("
-            f"img_size={card['image_size']}, patch_size={sizes['patch_size']}, "
+            f"img_size={adapters.image_size(card)}, patch_size={sizes['patch_size']}, "
             f"num_classes={classes}, embed_dim={sizes['width']}, depth={sizes['depth']}, "
             f"num_heads={sizes['num_heads']}, mlp_ratio={ratio:g}{act}); "
             f'model.load_state_dict(safetensors.torch.load_file("{out}"))'

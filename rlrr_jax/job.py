@@ -198,7 +198,7 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         method=methods.get(run.method, **run.method_kwargs),
         batch_size=run.batch_size,
         num_images=num_images,
-        image_size=run.image_size,
+        image_size=config_lib.size_of(run),
         flip=run.flip,
         drop_path=any(r.drop_path > 0 for r in runs),
         precision=run.precision,

@@ -95,7 +95,7 @@ def predict(
       `(path, probabilities [classes] float32 or None, why it could not be read or None)`, in order.
     """
     run = tuned.card["config"]
-    pixels = store.pixels_for(tuned.card["image_size"], run["crop"], run["crop_from"])
+    pixels = store.pixels_for(adapters.image_size(tuned.card), run["crop"], run["crop_from"])
     one = functools.partial(_one, pixels=pixels)
     softmax = jax.jit(lambda x: jax.nn.softmax(x, -1))
     with (

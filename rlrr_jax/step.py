@@ -21,6 +21,7 @@ from rlrr_jax import change, losses, methods, optim
 from rlrr_jax.methods import Method
 from rlrr_jax.mixing import Mixing
 from rlrr_jax.runtime.mesh import over_trials
+from rlrr_jax.sides import Size
 
 Tree = Any  # a pytree of arrays
 
@@ -33,8 +34,8 @@ class Recipe(NamedTuple):
       method: the `methods.Method`.
       batch_size: B, over all devices.
       num_images: N.
-      image_size: pixels that the model takes; smaller images are enlarged. None: the model takes what
-        first blocks made of images, see `prefix`.
+      image_size: size of the images that the model takes, see `sides`; smaller images are enlarged.
+        None: it takes what first blocks made of images, see `prefix`.
       crop_from: side of the images from which squares are cut on the device, at random to train on,
         the middle to evaluate; None cuts nothing.
       flip: whether training images are flipped left to right at random.
@@ -50,7 +51,7 @@ class Recipe(NamedTuple):
     method: Method
     batch_size: int
     num_images: int
-    image_size: int | None
+    image_size: Size | None
     flip: bool = False
     drop_path: bool = True
     precision: str = "highest"

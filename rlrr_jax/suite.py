@@ -186,7 +186,7 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
     def read(run: Any, model: Any) -> dict:
         path, _ = weights[run.pretrained.name]
         headless = model.clone(num_classes=1)
-        key = path, run.image_size, run.pretrained.to_json(), headless
+        key = path, config_lib.size_of(run), run.pretrained.to_json(), headless
         if key not in last:
             last.clear()
             last[key] = config_lib.load_weights(run, path, headless, note=_print)

@@ -11,9 +11,10 @@ ROOT = pathlib.Path(__file__).parents[1] / "rlrr_jax"
 # What a folder or file may import of ours, besides itself. What is not here may import all.
 ALLOWED = {
     "errors.py": {"screen"},
+    "sides.py": set(),
     "screen.py": set(),
     "files.py": {"errors"},
-    "models": {"errors"},
+    "models": {"errors", "sides"},
     "methods": {"errors"},
     "change.py": {"methods"},
     "losses.py": {"change", "errors"},
@@ -21,12 +22,13 @@ ALLOWED = {
     "batch.py": {"data", "losses", "mixing"},
     "optim.py": {"errors", "methods"},
     "runtime": {"errors"},
-    "data": {"errors", "files"},
-    "weights": {"errors", "files", "models"},
+    "data": {"errors", "files", "sides"},
+    "weights": {"errors", "files", "models", "sides"},
     "checks.py": {"data", "errors", "losses", "models", "optim", "weights"},
-    "step.py": {"batch", "change", "losses", "methods", "mixing", "optim", "runtime"},
+    "step.py": {"batch", "change", "losses", "methods", "mixing", "optim", "runtime", "sides"},
     "evaluate.py": {"data", "losses", "runtime"},
     "feed.py": {"data", "evaluate"},
+    "prefix.py": {"data", "evaluate", "methods", "runtime"},
     "sensitivity.py": {"data"},
 }
 EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlrr_jax.sides import Size, pair, text
+
 _BITS = 22  # of a weight after the point, Pillow's PRECISION_BITS
 _HALF = 11
 
@@ -30,32 +32,34 @@ def weights(old: int, new: int) -> np.ndarray:
     return np.trunc(w + np.copysign(0.5, w)).astype(np.int32)
 
 
-def bicubic(images: jax.Array, size: int) -> jax.Array:
-    """Images [B, H, W, 3] uint8 to [B, size, size, 3] uint8, enlarged, as Pillow does it.
+def bicubic(images: jax.Array, size: Size) -> jax.Array:
+    """Images [B, H, W, 3] uint8 to [B, height, width, 3] uint8, enlarged, as Pillow does it.
 
     Rows and then columns, each a product with a matrix that is rounded to 8 bits. The integer weights
     are split into halves of 11 bits, so that float32 products and sums of them are exact. Images of
     that size are returned as they are. Raises ValueError for images that would have to shrink.
     """
-    if images.shape[1:3] == (size, size):
+    height, width = pair(size)
+    if images.shape[1:3] == (height, width):
         return images
-    if max(images.shape[1:3]) > size:
-        raise ValueError(f"images of {images.shape[1:3]} cannot be enlarged to {size}")
-    wide = _pass("ow,bhwc->bhoc", weights(images.shape[2], size), images)
-    return _pass("oh,bhwc->bowc", weights(images.shape[1], size), wide)
+    if images.shape[1] > height or images.shape[2] > width:
+        raise ValueError(f"images of {images.shape[1:3]} cannot be enlarged to {text(size)}")
+    wide = _pass("ow,bhwc->bhoc", weights(images.shape[2], width), images)
+    return _pass("oh,bhwc->bowc", weights(images.shape[1], height), wide)
 
 
-def normalize(images: jax.Array, size: int, crop_from: int | None = None) -> jax.Array:
-    """Images uint8 [B, h, w, 3] to float32 [B, size, size, 3] in [-1, 1].
+def normalize(images: jax.Array, size: Size, crop_from: int | None = None) -> jax.Array:
+    """Images uint8 [B, h, w, 3] to float32 [B, height, width, 3] in [-1, 1].
 
     Args:
       images: images to enlarge, if they are smaller.
-      size: side of the result in pixels.
+      size: size of the result in pixels, see `sides`.
       crop_from: side from whose middle it is cut; None cuts nothing off.
     """
     whole = bicubic(images, crop_from or size)
-    margin = (whole.shape[1] - size) // 2
-    middle = whole[:, margin : margin + size, margin : margin + size]
+    height, width = pair(size)
+    top, left = (whole.shape[1] - height) // 2, (whole.shape[2] - width) // 2
+    middle = whole[:, top : top + height, left : left + width]
     return middle.astype(jnp.float32) / 127.5 - 1.0
 
 

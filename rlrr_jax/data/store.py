@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ from rlrr_jax import files
 from rlrr_jax.data import crops, sources, tasks
 from rlrr_jax.data.task import Found, Split, Task
 from rlrr_jax.errors import UserError
+from rlrr_jax.sides import Size, pair, text
 
 _BLOCK = 256  # images that are decoded, written and checked together
 _FORMAT = 2  # of an entry
@@ -58,43 +60,43 @@ class Entry(NamedTuple):
     Attributes:
       folder: where the entry is.
       split: the `sources.Split` it is made of.
-      side: side of the stored images in pixels.
+      side: size of the stored images in pixels, see `sides`.
       key: plain values; everything that shapes the images.
     """
 
     folder: Any
     split: sources.Split
-    side: int
+    side: Size
     key: dict
 
     @property
     def bytes(self) -> int:
         """Size of the images."""
-        return self.split.number * self.side**2 * 3
+        return self.split.number * math.prod(pair(self.side)) * 3
 
 
 class Pixels(NamedTuple):
     """What is made of an image.
 
     Attributes:
-      size: side of the images that the model takes.
+      size: size of the images that the model takes, see `sides`.
       variant: "jpeg75" saves and loads each image as JPEG of quality 75, 4:2:0, before anything else.
       shorter: big_vision's evaluation instead of the whole image: the middle of the image with its
         shorter side resized to so many pixels (`crops.central`).
       upright: whether the image is turned as its EXIF says, as viewers show it.
     """
 
-    size: int
+    size: Size
     variant: str = "original"
     shorter: int | None = None
     upright: bool = False
 
 
-def pixels_for(size: int, crop: str | None, crop_from: int | None, **options: Any) -> Pixels:
+def pixels_for(size: Size, crop: str | None, crop_from: int | None, **options: Any) -> Pixels:
     """What is stored of the images of a run, which are cut from it by `crop`, see `crops`.
 
     Args:
-      size: side of the images that the model takes.
+      size: size of the images that the model takes, see `sides`.
       crop: a name of `crops.KINDS`, or None.
       crop_from: shorter side, or side of the whole square, that crops are cut from.
       **options: other values of `Pixels`.
@@ -109,7 +111,7 @@ def _pixels(pixels):
 
 
 def decode(image: Any, pixels: Any, scale: int = 1) -> np.ndarray:
-    """An RGB image [size, size, 3] uint8 from encoded bytes or an array.
+    """An RGB image [height, width, 3] uint8 from encoded bytes or an array.
 
     The authors' preprocessing: Pillow's bicubic resize (antialiased), the aspect ratio ignored.
 
@@ -122,8 +124,9 @@ def decode(image: Any, pixels: Any, scale: int = 1) -> np.ndarray:
     image = rgb(image, pixels, scale)
     if pixels.shorter:
         return crops.central(np.asarray(image), pixels.size, pixels.shorter)
-    if image.size != (pixels.size,) * 2:
-        image = image.resize((pixels.size,) * 2, Image.Resampling.BICUBIC)
+    size = pair(pixels.size)[::-1]  # Pillow's width comes first
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
@@ -169,7 +172,7 @@ def load_split(
     found = found or sources.find(task)
     if found.kind == "bundled":
         source = sources.open_split(task, split, found)
-        small = not pixels.shorter and task.side <= pixels.size
+        small = not pixels.shorter and task.side <= min(pair(pixels.size))
         pixels = pixels._replace(size=task.side) if small else pixels
         images = [decode(i, pixels) for i, _ in source.read(0, None)]
         labels = np.array([label for _, (label,) in source.read(0, None)], np.int32)
@@ -242,7 +245,8 @@ def locate(
     task = tasks.get(task)
     found = found or sources.find(task)
     source = sources.open_split(task, split, found)
-    native = not pixels.shorter and 0 < task.side <= pixels.size and _side(source) == task.side
+    fits = not pixels.shorter and 0 < task.side <= min(pair(pixels.size))
+    native = fits and _side(source) == task.side
     side = task.side if native else pixels.size
     key = {
         **source.key,
@@ -256,7 +260,7 @@ def locate(
     key = json.loads(json.dumps(key))
     mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     stem = found.dataset.replace("/", "-").replace(":", "-")
-    folder = images_folder(cache_dir) / f"{stem}-{split}-{side}px-{key['variant']}-{mark}"
+    folder = images_folder(cache_dir) / f"{stem}-{split}-{text(side)}px-{key['variant']}-{mark}"
     return Entry(folder, source, side, key)
 
 
@@ -386,7 +390,7 @@ def intact(entry: Any) -> bool:
             return False
         labels = [(entry.folder / f"labels-{t}.npy").read_bytes() for t in entry.split.tasks]
         images = Images(entry.folder / "images.npy")
-        if images.shape != (entry.split.number, entry.side, entry.side, 3):
+        if images.shape != (entry.split.number, *pair(entry.side), 3):
             return False
         with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # a block of images each
             starts = range(0, len(images), _BLOCK)
@@ -407,7 +411,7 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
     for old in entry.folder.parent.glob(f".{entry.folder.name}.*.part") if alone else ():
         shutil.rmtree(old)
     part.mkdir()
-    number, shape = entry.split.number, (entry.split.number, entry.side, entry.side, 3)
+    number, shape = entry.split.number, (entry.split.number, *pair(entry.side), 3)
     labels = np.empty((len(entry.split.tasks), number), np.int32)
     sums = []
     with (

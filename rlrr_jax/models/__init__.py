@@ -12,6 +12,7 @@ import jax
 
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import resnet, swin, vit
+from rlrr_jax.sides import Size, pair
 
 # The bundled model, see tools/make_bundled.py.
 BUNDLED = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
@@ -67,7 +68,7 @@ def _module(variant: str) -> ModuleType:
     return FAMILIES[family(variant)]
 
 
-def check_size(model: Any, image_size: int) -> None:
+def check_size(model: Any, image_size: Size) -> None:
     """Raises UserError, with the nearest size, for images that a model cannot take."""
     FAMILIES[family_of(model)].check_size(model, image_size)
 
@@ -79,14 +80,14 @@ def default_size(variant: str) -> int:
     return getattr(_module(variant), "default_size", lambda variant: 224)(variant)
 
 
-def shapes(model: Any, image_size: int) -> Any:
+def shapes(model: Any, image_size: Size) -> Any:
     """Shapes of a model's parameters, without computing anything.
 
     Args:
       model: a model made by `build`.
-      image_size: side of its images in pixels.
+      image_size: size of its images in pixels, see `sides`.
     """
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32")
+    image = jax.ShapeDtypeStruct((1, *pair(image_size), 3), "float32")
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 

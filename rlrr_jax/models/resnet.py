@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.models.vit import drop_path, drop_path_masks
+from rlrr_jax.sides import Size, pair
 
 DEPTHS = {
     18: (2, 2, 2, 2),
@@ -43,11 +44,11 @@ def parse_variant(variant: str) -> dict[str, Any] | None:
     return dict(depths=DEPTHS[depth], bottleneck=depth >= 50, bit=bit, widen=int(match[3] or 1))
 
 
-def check_size(model: "ResNet", image_size: int) -> None:
+def check_size(model: "ResNet", image_size: Size) -> None:
     """Raises UserError for images that are smaller than the network's steps."""
     del model
-    if image_size < SMALLEST:
-        raise UserError(f"image size {image_size} is too small: set config.image_size to {SMALLEST}")
+    if (side := min(pair(image_size))) < SMALLEST:
+        raise UserError(f"image size {side} is too small: set config.image_size to {SMALLEST}")
 
 
 def standardised(kernel: jax.Array) -> jax.Array:

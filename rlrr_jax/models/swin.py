@@ -16,6 +16,7 @@ import numpy as np
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.models.vit import MlpBlock, drop_path, drop_path_masks
+from rlrr_jax.sides import Size, pair
 
 # Liu et al. (2021), section 3.3.
 VARIANTS = {
@@ -44,9 +45,12 @@ def default_size(variant: str) -> int:
     return 32 * (parse_variant(variant) or {"window": 7})["window"]
 
 
-def check_size(model: "Swin", image_size: int) -> None:
-    """Raises UserError if windows do not fill an image."""
-    grids(image_size, model)
+def check_size(model: "Swin", image_size: Size) -> None:
+    """Raises UserError if windows do not fill an image, or if it is no square."""
+    height, width = pair(image_size)
+    if height != width:
+        raise UserError("images of a Swin are squares here: leave config.image_width out")
+    grids(height, model)
 
 
 def grids(image_size: int, model: "Swin") -> list[int]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import noise
+from rlrr_jax.sides import Size, pair
 
 # Dosovitskiy et al. (2021), table 1; Ti and S as in DeiT and AugReg.
 VARIANTS = {
@@ -41,14 +42,15 @@ def parse_variant(variant: str) -> dict[str, int] | None:
     return dict(VARIANTS[size], patch_size=int(patch))
 
 
-def check_size(model: "ViT", image_size: int) -> None:
+def check_size(model: "ViT", image_size: Size) -> None:
     """Raises UserError if patches do not fill an image."""
     patch = model.patch_size
-    if image_size % patch or image_size < patch:
-        raise UserError(
-            f"image size {image_size} is not divisible by the patch size {patch}: set "
-            f"config.image_size to {max(round(image_size / patch), 1) * patch}"
-        )
+    for key, side in zip(("image_size", "image_width"), pair(image_size)):
+        if side % patch or side < patch:
+            raise UserError(
+                f"image size {side} is not divisible by the patch size {patch}: set "
+                f"config.{key} to {max(round(side / patch), 1) * patch}"
+            )
 
 
 def drop_path_masks(

@@ -3,6 +3,8 @@
 import json
 import string
 
+from rlrr_jax import sides
+
 CARD = string.Template("""\
 ---
 $head
@@ -17,7 +19,7 @@ The backbone's weights are not in this file; its SHA-256 is `$sha256`.
 | classes | $classes |
 | dataset | $dataset |
 | accuracy | $accuracy |
-| images | $size x $size pixels, protocol `$protocol`, seed $seed |
+| images | $size pixels, protocol `$protocol`, seed $seed |
 | trained with | $versions |
 
 ```
@@ -48,7 +50,7 @@ def text(card: dict, where: str = "adapter.safetensors") -> str:
         classes=", ".join(names[:SHOWN]) + more,
         dataset=card.get("dataset", card["task"]),
         accuracy=", ".join(f"{k.replace('_acc', '')} {v}" for k, v in accuracy.items()) or "not tested",
-        size=card["image_size"],
+        size=" x ".join(map(str, sides.pair(card["image_size"]))),
         protocol=config["protocol"],
         seed=config["seed"],
         versions=", ".join(f"{k} {v}" for k, v in card["versions"].items()),

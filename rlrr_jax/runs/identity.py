@@ -96,6 +96,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (plain, "average", None),
         (plain, "restarts", None),
         (plain, "warmup_epochs", None),
+        (plain, "image_width", None),
     )
     for node, key, before in new:
         value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax import models
 from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.sides import Size, pair
 from rlrr_jax.weights import names, preprocessing, resnet_layouts, swin_layouts, vit_layouts
 
 # How a position embedding is brought to another grid: "linear" is SciPy's zoom, as in the public JAX
@@ -52,7 +53,7 @@ def load(
     name_or_path: Any,
     *,
     model: Any,
-    image_size: int,
+    image_size: Size,
     how: How | None = None,
     cache_dir: str | None = None,
     head: bool = False,
@@ -63,7 +64,8 @@ def load(
     Args:
       name_or_path: a name, path or address of weights, see `names`.
       model: the model to fill, see `models.build`.
-      image_size: side of the images in pixels; the position embedding is resized to its grid.
+      image_size: size of the images in pixels, see `sides`; the position embedding is resized to its
+        grid.
       how: a `How`; None leaves all to the file's card.
       cache_dir: folder of downloaded files.
       head: whether to read the file's head, too.
@@ -86,7 +88,8 @@ def load(
         flat = vit_layouts.with_head(flat, model)
         if how.patch:
             _resize_patch(flat, model.patch_size, how, path, note)
-        _place_position(flat, (image_size // model.patch_size,) * 2, how, path, note)
+        grid = tuple(side // model.patch_size for side in pair(image_size))
+        _place_position(flat, grid, how, path, note)
     ours = lambda key: head or not key.startswith("head/")
     flat = {k: v for k, v in flat.items() if ours(k) or k not in shapes}
     wanted = {k: v.shape for k, v in shapes.items() if ours(k)}
@@ -236,7 +239,8 @@ def _place_position(flat, target, how, path, note):
         return  # reported with the other missing and mis-shaped names
     n, width = position.shape[1:]
     tokens = [name for name in ("cls", "dist", "registers") if getattr(flat.get(name), "ndim", 0) == 3]
-    rows, grid = _rows_and_grid(n, [flat[name].shape[-2] for name in tokens], target, how.grid)
+    numbers, npz = [flat[name].shape[-2] for name in tokens], str(path).endswith(".npz")
+    rows, grid = _rows_and_grid(n, numbers, target, how.grid, npz)
     if grid is None:
         raise UserError(
             f"the position embedding in {path} has {n} rows, which is neither {target[0]} x "
@@ -280,7 +284,7 @@ def resize_patch(kernel: Any, patch: int, rule: str) -> np.ndarray:
     return np.einsum("ia,jb,abcd->ijcd", inverse, inverse, kernel, optimize=True).astype(np.float32)
 
 
-def _rows_and_grid(n, tokens, target, grid):
+def _rows_and_grid(n, tokens, target, grid, without):
     """How many rows of a position embedding are of tokens, and the grid of the others (None: unknown).
 
     Args:
@@ -288,16 +292,21 @@ def _rows_and_grid(n, tokens, target, grid):
       tokens: numbers of tokens of each kind; all of them have rows, or the first alone, or none.
       target: the model's grid.
       grid: the file's, if it is given.
+      without: whether tokens have no rows where both could be, as in big_vision's files.
     """
     square = lambda x: x > 0 and math.isqrt(x) ** 2 == x
-    if n == math.prod(grid or target):
-        return 0, grid or target
-    for rows in [sum(tokens), tokens[0]] if tokens else []:
-        if grid and n - rows == math.prod(grid):
-            return rows, grid
-        if not grid and square(n - rows):
+    some = [sum(tokens), tokens[0]] if tokens else []
+    wide = not square(math.prod(target)) and not without  # 50 rows are 1 + 49 sooner than 5 x 10
+    unsure = grid is None and wide and any(square(n - rows) for rows in some)
+    for rows in [*some, 0] if unsure else [0, *some]:
+        if n - rows == math.prod(grid or target):
+            return rows, grid or target
+        if unsure and rows and square(n - rows):
             return rows, (math.isqrt(n - rows),) * 2
-    return (0, (math.isqrt(n),) * 2) if not grid and square(n) else (0, None)
+    for rows in [*some, 0]:
+        if grid is None and square(n - rows):
+            return rows, (math.isqrt(n - rows),) * 2
+    return 0, None
 
 
 def array_shapes(path: Any) -> dict[str, tuple]:
