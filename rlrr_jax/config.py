@@ -400,10 +400,8 @@ def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[
     """Fills in what a ViT has besides, or instead of, a class token; returns notes that name it."""
     name, model = run.pretrained.name, run.model
     if models.family(model.variant) != "vit":
-        pools = models.build(model.variant, 1).pool
-        differs = card.pooling not in (None, pools)
-        note = f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by {pools}"
-        return [note] if differs else []
+        note = f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by avg"
+        return [note] if card.pooling not in (None, "avg") else []
     said = vit_layouts.parts(reader.array_shapes(path))
     if card.pooling in checks.CHOICES["model.pool"] and card.pooling != "token":
         said.setdefault("pool", card.pooling)

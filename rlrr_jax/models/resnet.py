@@ -193,7 +193,6 @@ class ResNet(nn.Module):
     num_classes: int
     mean: tuple = HALF
     std: tuple = HALF
-    pool: str = "avg"
     drop_path_mode: str = "sample"
     remat: bool = False
     norm_eps: float = 1e-5

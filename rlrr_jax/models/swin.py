@@ -279,7 +279,6 @@ class Swin(nn.Module):
     window: int
     num_classes: int
     gelu: str = "exact"
-    pool: str = "avg"
     drop_path_mode: str = "sample"
     unroll: int = 1
     remat: bool = False

@@ -108,6 +108,8 @@ def test_unknown_variants_name_the_nearest(name):
 def test_options_that_swin_has_not_are_refused():
     with pytest.raises(UserError, match="config.model.attention is of no use for swin_t"):
         models.build("swin_t", 1, attention="cudnn")
+    with pytest.raises(UserError, match="config.model.pool is of no use for resnet18"):
+        models.build("resnet18", 1, pool="avg")
 
 
 @pytest.mark.slow
