@@ -2,8 +2,8 @@
 
     python benchmarks/convolution.py
 
-A ResNet-18 at 64 pixels, batch 32, float32: images a second of the forward pass and of the gradient of all
-weights, each compiled by itself, in turns. Prints medians over rounds and the median of the ratios.
+A ResNet-18 at 64 pixels, batch 32, float32: images a second of the forward pass and of the gradient of
+all weights, each compiled by itself, in turns. Prints medians over rounds and the median of the ratios.
 """
 
 import statistics
