@@ -97,6 +97,9 @@ def _check_numbers(config):
             f"config.seeds={seeds} must be different whole numbers below 2^32, such as (0,1,2)"
         )
     hyper("config.own", {"seed": config.own.seed})
+    for key in ("registers", "projection"):
+        if (config.model[key] or 0) < 0:
+            raise UserError(f"config.model.{key}={config.model[key]} must not be negative")
     for key in ("mixup", "cutmix"):
         if not 0 <= config[key] < math.inf:
             raise UserError(f"config.{key}={config[key]} must be finite and not negative")

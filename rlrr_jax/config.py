@@ -234,6 +234,8 @@ def _resolve_one(
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
     has_gelu = models.family(run.model.variant) != "resnet"
+    if run.model.variant.startswith("resnet") and run.model.norm_eps is not None:
+        raise UserError(f"config.model.norm_eps is of no use for {run.model.variant}: leave it out")
     if has_gelu and preprocessing.of_jax(
         run.pretrained.name
     ):  # others say it when they are there: `follow`
@@ -381,7 +383,7 @@ def follow(run: ConfigDict, path: str) -> list[str]:
     for node, key, value, default in (
         *([(model, "gelu", card.gelu, "exact")] if hasattr(plain, "gelu") else []),
         (model, "num_heads", ours and card.num_heads, ours),
-        (model, "norm_eps", card.norm_eps, plain.norm_eps),
+        (model, "norm_eps", card.norm_eps if ours else None, plain.norm_eps),
         (given, "mean", card.mean, None),
         (given, "std", card.std, None),
         (given, "resize", card.resize, None),
@@ -410,6 +412,10 @@ def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[
         _fill(model, key, value)
         if model[key] != value:
             notes.append(f"note: config.model.{key} is {model[key]}")
+    if model.class_token is False and "class_token" not in said:
+        raise UserError(f"{name} has a class token: leave config.model.class_token out")
+    if model.pool == "both" and not model.dist_token:
+        raise UserError(f"{name} has no distillation token: leave config.model.pool out")
     if model.class_token is False and (model.pool or "token") in ("token", "both"):
         raise UserError(f"{name} has no class token: leave config.model.pool out, or set it to avg")
     return notes

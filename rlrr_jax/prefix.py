@@ -7,6 +7,7 @@ crops, mixing or drop path reach these blocks, there is nothing to compute once.
 """
 
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from rlrr_jax.runtime import mesh as mesh_lib
 
 HEAD = -1  # instead of a number of blocks: all but the head
 MOST_BYTES = 2**30  # of outputs in memory; more lie in a file that goes with the process
+MOST_FILE = 8 * 2**30  # of outputs of a run, training and held-out images together
 MOST_KNOWN = 4  # sets of outputs that are kept: those of a search, and of the runs after it
 BATCH = 64  # images that pass the prefix at once
 
@@ -96,6 +98,25 @@ def _room(shape: tuple, dtype: Any) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
+def _bytes(recipe: Any, number: int, data: tuple) -> int:
+    """What the outputs of training and held-out images take."""
+    if number == HEAD:
+        return 0  # a few values an image
+    size = (recipe.image_size,) * 2 if isinstance(recipe.image_size, int) else recipe.image_size
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    first = recipe.model.clone(until=number)
+    start = lambda image: first.init_with_output(jax.random.key(0), image)[0]
+    tokens = jax.eval_shape(start, image)
+    each = tokens.size * tokens.dtype.itemsize
+    return each * (len(data[0]) * (1 + recipe.flip) + len(data[1]))
+
+
+def _free() -> int:
+    """Bytes that outputs may take: a third of what is free where temporary files lie."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free // 3
+    return distributed.broadcast(int(min(free, MOST_FILE)))
+
+
 @functools.lru_cache(8)
 def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh) -> Callable:
     """A jitted function `(frozen, images) -> [B, F, ...]`, the same on every device."""
@@ -160,6 +181,12 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
     """
     number = blocks(recipe, run)
     if not number:
+        return recipe, frozen, data
+    if (wanted := _bytes(recipe, number, data)) > (free := _free()):
+        text = (
+            f"{run.task}: outputs of the first blocks would take {wanted / 1e9:.1f} GB, more than the "
+        )
+        print(f"{text}{free / 1e9:.1f} GB for them: they are computed each time", flush=True)
         return recipe, frozen, data
     out = []
     for images, what in zip(data, ("training", "held-out")):

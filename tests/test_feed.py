@@ -48,6 +48,7 @@ def left(folder):
     return out
 
 
+@pytest.mark.slow
 def test_shards_give_the_order_and_the_losses_of_the_whole_set(tmp_path, capsys):
     """Same bits, with flips and drop path, and a last shard and a last batch that are short."""
     options = dict(flip=True, drop_path=0.1)

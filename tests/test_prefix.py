@@ -36,7 +36,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("what", CASES)
+@pytest.mark.parametrize(
+    "what", [*list(CASES)[:2], pytest.param("two seeds at once", marks=pytest.mark.slow)]
+)
 def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsys):
     arg, changes = CASES[what]
     rows, lines, tree = train(tmp_path / "once", arg, **changes)
@@ -73,7 +75,12 @@ def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(drop_path=0.1), dict(mixup=0.8), dict(loss="pace"), dict(method="rlrr")],
+    [
+        dict(drop_path=0.1),
+        pytest.param(dict(mixup=0.8), marks=pytest.mark.slow),
+        pytest.param(dict(loss="pace"), marks=pytest.mark.slow),
+        pytest.param(dict(method="rlrr"), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_path, monkeypatch):
@@ -81,6 +88,16 @@ def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_p
     arg = f"hearts,method={changes.pop('method', 'linear')}"
     suite.run(config(arg, epochs=1, **changes), tmp_path)
     assert seen == []
+
+
+def test_what_would_take_too_much_is_computed_each_time(tmp_path, monkeypatch, capsys):
+    seen = passed(monkeypatch)
+    monkeypatch.setattr(prefix, "MOST_FILE", 10**6)
+    suite.run(config("hearts,method=last", epochs=1), tmp_path)
+    assert (
+        seen == []
+        and "more than the 0.0 GB for them: they are computed each time" in capsys.readouterr().out
+    )
 
 
 def test_many_outputs_lie_in_a_file(monkeypatch):

@@ -150,7 +150,8 @@ def test_dsprites_labels_follow_from_the_factors():
     assert len(vtab_check.dsprites_labels("dsprites_loc", "test")) == 73728
 
 
-@pytest.mark.parametrize("right", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.slow
 def test_a_dsprites_folder_is_checked_by_its_labels(right, tmp_path):
     """Of the real size; every line names the same image."""
     folder = tmp_path / "dsprites_ori"

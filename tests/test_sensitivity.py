@@ -37,6 +37,7 @@ def test_the_loss_is_that_of_the_paper():
     np.testing.assert_allclose(ours, in_loops(features, labels, mask), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_sum_over_batches():
     frozen = random_tree(MODEL, 16)
     recipe = step.Recipe(MODEL, methods.get("gps"), 4, 10, 16)

@@ -218,6 +218,7 @@ def test_chunks_change_no_bit_and_nothing_is_compiled_twice(caplog):
     np.testing.assert_array_equal(whole.metrics["loss"], parts.metrics["loss"])
 
 
+@pytest.mark.slow
 @in_float64
 def test_trials_equal_single_runs_whatever_the_mesh():
     hypers = [hyper(0), hyper(1, lr=3e-3, drop_path=0.1)]

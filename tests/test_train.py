@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 KEYS = {
     *("identity", "task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
     *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
-    *("backbone_sha256", "image_size", "gelu", "dtype", "precision", "trainable_params"),
+    *("backbone_sha256", "image_size", "image_width", "gelu", "dtype", "precision", "trainable_params"),
     *(
         "optimizer",
         "loss",

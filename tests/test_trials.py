@@ -268,6 +268,7 @@ def test_a_trial_that_does_not_fit_computes_twice(tmp_path, monkeypatch, capsys)
     assert run(settings, tmp_path / "again") == again
 
 
+@pytest.mark.slow
 def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplog):
     """Also for several trials; the first step of all is one by itself, to learn the speed."""
     dispatches = []

@@ -17,6 +17,7 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 INDEX = ".safetensors.index.json"  # of a file in several shards
 # What file names of timm and of the original code say, where nothing else does.
 _BY_NAME = (
+    (r"vit_large_patch14_clip_\d+\.laion2b", (HALF, HALF)),
     (r"(^|[^a-z])clip", CLIP),
     (r"(^|[^a-z])(augreg|siglip|orig_in21k|sam_in1k|resnetv2_\d+x\d_bit)", (HALF, HALF)),
     (r"(^|[^a-z])(dino|mae|moco|deit|swin|resnet\d)", IMAGENET),
@@ -123,6 +124,8 @@ def read(path: Any, name: str = "", needed: bool = True, variant: str | None = N
 
 def _gelu_by_name(names):
     """The activation that timm's name of an architecture tells, else None."""
+    if re.search(r"vit_(base_patch32_siglip_(gap_)?256|large_patch16_siglip_(gap_)?512)", names):
+        return "gelu_tanh"  # of SigLIP 2
     return "quick_gelu" if "quickgelu" in names else None
 
 
@@ -201,6 +204,9 @@ def _other_timm(said, path, name, variant):
         own = re.search(_ARCHITECTURE, text.lower().partition(".")[0])
         if own and not own[1].startswith(architecture.partition(".")[0]):  # or a name made from it
             return f"its architecture is {architecture}"
+    bit = re.sub(r"^bit_(\d+x\d)$", r"resnetv2_\1_bit", str(variant))
+    if variant and models.family(variant) == "resnet" and architecture not in (variant, bit):
+        return f"its architecture is {architecture}, the model is {variant}"
     if variant and not architecture.startswith(_TIMM_NAMES.get(models.family(variant), "")):
         return f"its architecture is {architecture}, the model is {variant}"
     sizes = re.search(_ARCHITECTURE, architecture)

@@ -81,7 +81,12 @@ def load(
     path, subtree = names.split_subtree(names.local_path(name_or_path, cache_dir))
     how = _filled(how or How(), model, path, str(name_or_path))
     shapes = models.shapes(model, image_size)
-    layouts = LAYOUTS[models.family_of(model)]
+    layouts, pixels = LAYOUTS[models.family_of(model)], (tuple(how.mean), tuple(how.std))
+    if not layouts.STEM and pixels != (tuple(model.mean), tuple(model.std)):
+        raise UserError(
+            f"{path} was trained on pixels that this model does not take: build the model with "
+            f"mean={pixels[0]}, std={pixels[1]}"
+        )
     flat, outside = _read(path, subtree, model, _limit(shapes))
     shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     if layouts is vit_layouts:
@@ -97,7 +102,6 @@ def load(
     if note and (unused or outside):
         note(f"note: {path} has arrays that this model does not use: {_some([*outside, *unused])}")
     _check_arrays(path, flat, wanted)
-    pixels = tuple(how.mean), tuple(how.std)
     if layouts.STEM and pixels != (preprocessing.HALF, preprocessing.HALF):
         flat = vit_layouts.fold_pixels(flat, *pixels, layouts.STEM)
     zeros = {k: np.zeros(v.shape, np.float32) for k, v in shapes.items() if k.startswith("head/")}

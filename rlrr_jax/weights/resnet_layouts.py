@@ -52,6 +52,9 @@ def from_torch(flat: dict, bit: bool, path: Any) -> tuple:
             value = value[:, :, 0, 0]
         axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(value.ndim)
         out[name] = value.transpose(axes) if axes and name.endswith("/kernel") else value
+    norms = [key.removesuffix("/scale") for key in out if key.endswith("/scale") and not bit]
+    if plain := [name for name in norms if f"{name}/var" not in out]:
+        raise UserError(f"{path}: {plain[0]} is no BatchNorm (no running_var): it is another ResNet")
     for name in [key.removesuffix("/var") for key in out if key.endswith("/var")]:
         mean, var = out.pop(f"{name}/mean", None), out.pop(f"{name}/var")
         parts = [out.get(f"{name}/scale"), out.get(f"{name}/bias"), mean, var]

@@ -36,7 +36,9 @@ _REST = {
     "head.fc": "head",
 }
 _STEM = "patch_embed.proj.weight"
-_BUFFERS = re.compile(r".*[./](relative_position_index|attn_mask)")
+_BUFFERS = re.compile(
+    r".*[./](relative_position_index|attn_mask|mask_token)|decoder\..*|hidden_states_norms\..*"
+)
 # transformers' names -> timm's older ones.
 _HF = (
     (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),

@@ -19,7 +19,10 @@ from rlrr_jax.runtime import mesh as mesh_lib
 
 MODEL = vit.ViT(**SMALL)
 LABELS = jnp.array([0, 3, 6, 1, 2])
-EVERY = [(name, {}) for name in methods.METHODS]
+EVERY = [
+    pytest.param(name, {}, marks=pytest.mark.slow) if name in ("gps", "oft") else (name, {})
+    for name in methods.METHODS
+]
 OPTIONS = [
     ("rlrr", dict(rank=3)),
     ("rlrr", dict(with_weight=False)),
@@ -261,7 +264,7 @@ def test_decay(name, frozen):
         assert names
 
 
-SHORT = ("fact",)  # of each kind of tree one; the others with -m slow
+SHORT = ("bitfit",)  # the others with -m slow
 TRAINED = [
     name if name in SHORT else pytest.param(name, marks=pytest.mark.slow)
     for name in methods.METHODS

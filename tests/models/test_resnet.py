@@ -119,6 +119,15 @@ def test_files_of_another_kind_are_named(tmp_path):
     safetensors.numpy.save_file(state, path)
     with pytest.raises(UserError, match="the BatchNorm bn_root is not whole"):
         reader.load(path, model=TINY, image_size=32, how=HOW)
+    del state["bn1.running_var"]
+    safetensors.numpy.save_file(state, path)
+    with pytest.raises(UserError, match="bn_root is no BatchNorm .*another ResNet"):
+        reader.load(path, model=TINY, image_size=32, how=HOW)
+    imagenet = reader.How(
+        mean=preprocessing.IMAGENET[0], std=preprocessing.IMAGENET[1], resize="bicubic"
+    )
+    with pytest.raises(UserError, match=r"build the model with mean=\(0.485, .*std="):
+        reader.load(path, model=TINY, image_size=32, how=imagenet)
     with pytest.raises(UserError, match="no ResNet of BiT"):
         reader.load("bundled", model=BIT, image_size=32, how=HOW)
     with pytest.raises(UserError, match="too small: set config.image_size to 32"):

@@ -45,7 +45,12 @@ def load(name, folder):
     return weights, pool, gelu, parts, model, tree
 
 
-@pytest.mark.parametrize("name", KINDS)
+QUICK = ("distilled", "clip", "map", "fc_norm")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
 def test_a_kind_is_seen_in_its_file_and_computed_as_timm_does(name, pictures, tmp_path):
     weights, pool, gelu, parts, model, tree = load(name, tmp_path)
     assert parts == KINDS[name]
