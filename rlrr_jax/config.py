@@ -233,12 +233,9 @@ def _resolve_one(
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
-    has_gelu = models.family(run.model.variant) != "resnet"
-    if run.model.variant.startswith("resnet") and run.model.norm_eps is not None:
-        raise UserError(f"config.model.norm_eps is of no use for {run.model.variant}: leave it out")
-    if has_gelu and preprocessing.of_jax(
-        run.pretrained.name
-    ):  # others say it when they are there: `follow`
+    _check_family(run)
+    # Others than the JAX weights say their GELU when they are there: `follow`.
+    if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
         _fill(run.model, "gelu", preprocessing.JAX.gelu)
     _fill(run, "image_size", models.default_size(run.model.variant))
     checks.heads(run.model.variant, run.model.num_heads)
@@ -255,11 +252,21 @@ def _resolve_one(
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
     methods.check(method_name, method, _shapes(run.model.variant, size_of(run)))
-    if run.loss.startswith("pace") and models.family(run.model.variant) == "resnet":
-        raise UserError(
-            f"config.loss={run.loss} is of Dense layers: leave it out for {run.model.variant}"
-        )
     return run
+
+
+def _check_family(run: ConfigDict) -> None:
+    """UserError for a key that does nothing for models of the variant's family."""
+    variant, family = run.model.variant, models.family(run.model.variant)
+    of_vit = {"pretrained.grid": None, "pretrained.resize": None, "pretrained.resize_patch": False}
+    for key, nothing in of_vit.items() if family != "vit" else ():
+        node, last = checks.group(run, key)
+        if node[last] != nothing:
+            raise UserError(f"config.{key} is of no use for {variant}: leave it out")
+    if variant.startswith("resnet") and run.model.norm_eps is not None:
+        raise UserError(f"config.model.norm_eps is of no use for {variant}: leave it out")
+    if run.loss.startswith("pace") and family == "resnet":
+        raise UserError(f"config.loss={run.loss} is of Dense layers: leave it out for {variant}")
 
 
 def _fill(node: ConfigDict, key: str, value: Any) -> None:
@@ -380,10 +387,12 @@ def follow(run: ConfigDict, path: str) -> list[str]:
             f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
             f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
         )
+    jax_of_others = not ours and preprocessing.of_jax(path)  # BiT's: the card is that of ViTs
+    eps = None if jax_of_others else card.norm_eps
     for node, key, value, default in (
         *([(model, "gelu", card.gelu, "exact")] if hasattr(plain, "gelu") else []),
         (model, "num_heads", ours and card.num_heads, ours),
-        (model, "norm_eps", card.norm_eps if ours else None, plain.norm_eps),
+        (model, "norm_eps", eps, plain.norm_eps),
         (given, "mean", card.mean, None),
         (given, "std", card.std, None),
         (given, "resize", card.resize, None),

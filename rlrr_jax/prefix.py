@@ -153,6 +153,11 @@ def _inputs_of_head(model: Any, frozen: Any, images: jax.Array) -> jax.Array:
     return found[0]
 
 
+def _print(text: str) -> None:
+    if distributed.is_process_zero():
+        print(text, flush=True)
+
+
 def rest(recipe: Any, frozen: Any, number: int) -> tuple[Any, Any]:
     """The recipe and tree of what comes after the first blocks; it takes their outputs for images."""
     if number == HEAD:
@@ -182,12 +187,15 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
     number = blocks(recipe, run)
     if not number:
         return recipe, frozen, data
+    where = "the head" if number == HEAD else f"block {number + 1}"
     if (wanted := _bytes(recipe, number, data)) > (free := _free()):
-        text = (
-            f"{run.task}: outputs of the first blocks would take {wanted / 1e9:.1f} GB, more than the "
+        _print(
+            f"{run.task} {run.method}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
+            f"the {free / 1e9:.1f} GB for it, and is computed each time"
         )
-        print(f"{text}{free / 1e9:.1f} GB for them: they are computed each time", flush=True)
         return recipe, frozen, data
+    label = f"{run.task} {run.method}"
+    _print(f"{label}: what reaches {where} is computed once; images/s is of the rest")
     out = []
     for images, what in zip(data, ("training", "held-out")):
         flip = recipe.flip and what == "training"
@@ -195,7 +203,6 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
         weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
         key = (id(images), id(weights[0]), model, number, recipe.precision, flip)
         if key not in known:
-            where = "the head" if number == HEAD else f"block {number + 1}"
             title = f"{run.task}: {what} images up to {where}, once"
             arguments = number, images, mesh, flip, title
             # The images are kept, too, so that no others get their id.

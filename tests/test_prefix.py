@@ -96,7 +96,7 @@ def test_what_would_take_too_much_is_computed_each_time(tmp_path, monkeypatch, c
     suite.run(config("hearts,method=last", epochs=1), tmp_path)
     assert (
         seen == []
-        and "more than the 0.0 GB for them: they are computed each time" in capsys.readouterr().out
+        and "more than the 0.0 GB for it, and is computed each time" in capsys.readouterr().out
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.models.vit import MlpBlock, drop_path, drop_path_masks
+from rlrr_jax.models.vit import MlpBlock, added, drop_path_masks, over_depth
 from rlrr_jax.sides import Size, pair
 
 # Liu et al. (2021), section 3.3.
@@ -169,9 +169,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, rate, keep):
-        def residual(x, y, branch):
-            return x + (y if keep is None else drop_path(y, rate, keep[branch]))
-
+        first, second = (None, None) if keep is None else keep
         b, tokens, width = x.shape
         norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x).reshape(b, self.grid, self.grid, width)
@@ -180,10 +178,10 @@ class Block(nn.Module):
         attention = WindowAttention(self.num_heads, self.window, self.dtype, name="WindowAttention_0")
         y = unwindowed(attention(y, mask), self.grid, self.window)
         y = jnp.roll(y, (self.shift,) * 2, (1, 2)).reshape(b, tokens, width)
-        x = residual(x, y, 0)
+        x = added(x, y, rate, first)
         y = norm(name="LayerNorm_1")(x)
         y = MlpBlock(4 * width, self.gelu, self.dtype, name="MlpBlock_0")(y)
-        return residual(x, y, 1)
+        return added(x, y, rate, second)
 
 
 class Pair(nn.Module):
@@ -225,19 +223,8 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x, rates, keep):
-        pair = Pair
-        if self.remat:
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            pair = nn.remat(Pair, policy=policy, prevent_cse=self.unroll > 1)
         pairs = self.depth // 2
-        blocks = nn.scan(
-            pair,
-            variable_axes={"params": 0, "change": 0, "noise": 0},  # others: see rlrr_jax/change.py
-            split_rngs={"params": True},
-            in_axes=(0, 0),
-            length=pairs,
-            unroll=min(self.unroll, pairs),
-        )(self.block, name="encoderblock")
+        blocks = over_depth(Pair, pairs, self.unroll, self.remat)(self.block, name="encoderblock")
         halve = lambda x: x.reshape(pairs, 2, *x.shape[1:])
         x, _ = blocks(x, halve(rates), None if keep is None else halve(keep))
         if not self.merges:

@@ -88,6 +88,34 @@ def activation(gelu: str) -> Callable:
     return functools.partial(nn.gelu, approximate=gelu == "tanh")
 
 
+def added(x: jax.Array, branch: jax.Array, rate: Any, keep: jax.Array | None) -> jax.Array:
+    """`x` and a residual branch, parts of which are dropped where `keep` says so; None keeps all."""
+    return x + (branch if keep is None else drop_path(branch, rate, keep))
+
+
+def over_depth(block: Any, number: int, unroll: int, remat: bool) -> Any:
+    """The module that applies so many of a block in turn, `(x, rates, keep) -> (x, None)`.
+
+    Args:
+      block: class of a flax module.
+      number: how many; the leading axis of its parameters.
+      unroll: how many each step of the scan contains.
+      remat: whether training computes again what it can: what Dense layers give is kept, attention and
+        the rest are made again.
+    """
+    if remat:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        block = nn.remat(block, policy=policy, prevent_cse=unroll > 1)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "change": 0, "noise": 0},  # others: see rlrr_jax/change.py
+        split_rngs={"params": True},
+        in_axes=(0, 0),
+        length=number,
+        unroll=min(unroll, number),
+    )
+
+
 class MlpBlock(nn.Module):
     """Dense, GELU, Dense."""
 
@@ -150,9 +178,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, rate, keep):
-        def residual(x, y, branch):
-            return x + (y if keep is None else drop_path(y, rate, keep[branch]))
-
+        first, second = (None, None) if keep is None else keep
         norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
         y = MultiHeadDotProductAttention(
@@ -162,10 +188,10 @@ class Block(nn.Module):
             self.norm_eps if self.qk_norm else None,
             name="MultiHeadDotProductAttention_0",
         )(y)
-        x = residual(x, y, 0)
+        x = added(x, y, rate, first)
         y = norm(name="LayerNorm_1")(x)
         y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
-        return residual(x, y, 1), None
+        return added(x, y, rate, second), None
 
 
 class Encoder(nn.Module):
@@ -182,18 +208,8 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, rate, keys):
-        block = Block
-        if self.remat:  # keep what the Dense layers give; attention and the rest are made again
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            block = nn.remat(Block, policy=keep, prevent_cse=self.unroll > 1)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0, "change": 0, "noise": 0},  # others: see rlrr_jax/change.py
-            split_rngs={"params": True},
-            in_axes=(0, 0),
-            length=(self.until or self.depth) - self.first,
-            unroll=self.unroll,
-        )(**self.block, name="encoderblock")
+        number = (self.until or self.depth) - self.first
+        blocks = over_depth(Block, number, self.unroll, self.remat)(**self.block, name="encoderblock")
         rates = jnp.linspace(0.0, 1.0, self.depth) * rate  # 0 at the first block, `rate` at the last
         rates = rates[self.first : self.until]
         # All masks at once: a kernel for each branch would take longer to compile than the rest.

@@ -105,6 +105,7 @@ def read(path: Any, name: str = "", needed: bool = True, variant: str | None = N
             notes += [note] if note else []
     names = f"{pathlib.PurePath(name).name} {path.name}".lower()
     known = next((pixels for pattern, pixels in _BY_NAME if re.search(pattern, names)), (None, None))
+    _check_positions(names, path)
     gelu = _ACTIVATIONS[_gelu_by_name(names) or "gelu"]
     card = card or Card(gelu, *known, "its name says so", norm_eps=_eps_by_name(names))
     if card.mean is None:
@@ -120,6 +121,14 @@ def read(path: Any, name: str = "", needed: bool = True, variant: str | None = N
         card = card._replace(num_heads=_heads_by_name(names, heads))
     resize = card.resize or ("bicubic_plain" if _of_transformers(path) else "bicubic")
     return card._replace(resize=resize, notes=tuple(notes))
+
+
+def _check_positions(names, path):
+    """UserError for models that only their name tells to have rotary positions."""
+    if found := re.search(r"\w*(vit_pe_|dinov3|_rope_)\w*", names):
+        raise UserError(
+            f"{path} is a {found[0]}, which has rotary positions, as this ViT does not: take another"
+        )
 
 
 def _gelu_by_name(names):
@@ -236,6 +245,7 @@ def _timm(said, config):
     """The card of timm's config.json."""
     pixels, model = said.get("pretrained_cfg", said), said.get("model_args") or {}
     architecture = str(said.get("architecture"))
+    _check_positions(architecture, config)
     size = pixels.get("input_size")
     gelu = _activation(model.get("act_layer") or _gelu_by_name(architecture) or "gelu", config)
     card = Card(gelu, None, None, f"{config.name} says so")

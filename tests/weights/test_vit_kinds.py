@@ -1,5 +1,7 @@
 """ViTs with more, or less, than a class token: read, computed, tuned, written."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import named_vits
@@ -157,6 +159,19 @@ def test_a_resized_patch_embedding_is_timms_where_it_is_installed(patch):
     )
     ours = reader.resize_patch(kernel, patch, "bicubic")
     np.testing.assert_allclose(ours, theirs.permute(2, 3, 1, 0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_pe_core_tiny_patch16_384", "vit_small_patch16_dinov3"])
+def test_rotary_positions_that_only_a_name_tells_are_refused(name, tmp_path):
+    weights, *_ = named_vits.kind(np.random.default_rng(0), "clip")
+    path = tmp_path / f"{name}.safetensors"
+    safetensors.numpy.save_file(weights, path)
+    with pytest.raises(UserError, match=f"is a {name}.*, which has rotary positions, .* take another"):
+        preprocessing.read(path)
+    path = path.rename(tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    with pytest.raises(UserError, match=f"config.json is a {name}.*rotary positions"):
+        preprocessing.read(path)
 
 
 # Against the libraries -------------------------------------------------------------------------
