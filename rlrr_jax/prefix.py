@@ -187,14 +187,14 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
     number = blocks(recipe, run)
     if not number:
         return recipe, frozen, data
+    label = f"{run.task} {run.method}"
     where = "the head" if number == HEAD else f"block {number + 1}"
     if (wanted := _bytes(recipe, number, data)) > (free := _free()):
         _print(
-            f"{run.task} {run.method}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
+            f"{label}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
             f"the {free / 1e9:.1f} GB for it, and is computed each time"
         )
         return recipe, frozen, data
-    label = f"{run.task} {run.method}"
     _print(f"{label}: what reaches {where} is computed once; images/s is of the rest")
     out = []
     for images, what in zip(data, ("training", "held-out")):
