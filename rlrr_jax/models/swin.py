@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlrr_jax.errors import UserError
+from rlrr_jax.models import matmul
+from rlrr_jax.models.matmul import Dense, DenseGeneral
 from rlrr_jax.models.vit import MlpBlock, added, drop_path_masks, over_depth
 from rlrr_jax.sides import Size, pair
 
@@ -138,22 +140,13 @@ class WindowAttention(nn.Module):
         bias = table[relative_index(self.window)].transpose(2, 0, 1)[None]  # [1, heads, N, N]
         if mask is not None:
             bias = bias + mask[:, None]  # [windows, heads, N, N]
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, width // self.num_heads)
         # Keep what the matmuls give, not the steps of the softmax.
         keep = jax.checkpoint_policies.dots_saveable
-        x = jax.checkpoint(_attention, policy=keep)(qkv, bias)
-        return nn.Dense(width, dtype=self.dtype, name="out")(x.reshape(*x.shape[:-2], width))
-
-
-def _attention(qkv, bias):
-    """[B, windows, N, 3, heads, Dh] -> [B, windows, N, heads, Dh]; the softmax in float32 or higher."""
-    query, key, value = (qkv[..., i, :, :] for i in range(3))
-    query = query * query.shape[-1] ** -0.5
-    high = jnp.promote_types(qkv.dtype, jnp.float32)
-    logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=high)
-    weights = jax.nn.softmax(logits + bias[None], -1).astype(qkv.dtype)
-    return jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value)
+        heads = (qkv[..., i, :, :] for i in range(3))
+        x = jax.checkpoint(matmul.attention, policy=keep)(*heads, bias[None])
+        return Dense(width, dtype=self.dtype, name="out")(x.reshape(*x.shape[:-2], width))
 
 
 class Block(nn.Module):
@@ -209,7 +202,7 @@ class PatchMerging(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(merged_patches(x))
-        return nn.Dense(2 * width, dtype=self.dtype, name="reduction")(x)
+        return Dense(2 * width, dtype=self.dtype, name="reduction")(x)
 
 
 class Stage(nn.Module):
@@ -244,7 +237,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dense = nn.DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="proj")
+        dense = DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="proj")
         return nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(dense(x))
 
 

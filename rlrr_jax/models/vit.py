@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import noise
+from rlrr_jax.models import matmul, noise
+from rlrr_jax.models.matmul import Dense, DenseGeneral
 from rlrr_jax.sides import Size, pair
 
 # Dosovitskiy et al. (2021), table 1; Ti and S as in DeiT and AugReg.
@@ -126,17 +127,17 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x)
+        x = Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x)
         # Without `checkpoint` the gradient would keep five arrays of this size instead of one.
         x = jax.checkpoint(activation(self.gelu))(x)
-        return nn.Dense(width, dtype=self.dtype, name="Dense_1")(x)
+        return Dense(width, dtype=self.dtype, name="Dense_1")(x)
 
 
 class MultiHeadDotProductAttention(nn.Module):
     """Self-attention, or from `x` to a `context`.
 
     Attributes:
-      implementation: that of `jax.nn.dot_product_attention`, "xla" or "cudnn".
+      implementation: "xla", or that of `jax.nn.dot_product_attention`, "cudnn".
       qk_norm: whether queries and keys pass a LayerNorm of this epsilon; None: no.
     """
 
@@ -151,18 +152,19 @@ class MultiHeadDotProductAttention(nn.Module):
         heads = (self.num_heads, width // self.num_heads)
         context = x if context is None else context
         query, key, value = (
-            nn.DenseGeneral(heads, dtype=self.dtype, name=name)(y)  # [B, T, H, Dh]
+            DenseGeneral(heads, dtype=self.dtype, name=name)(y)  # [B, T, H, Dh]
             for name, y in (("query", x), ("key", context), ("value", context))
         )
         if self.qk_norm is not None:
             norm = dict(epsilon=self.qk_norm, dtype=self.dtype)
             query = nn.LayerNorm(**norm, name="query_norm")(query)
             key = nn.LayerNorm(**norm, name="key_norm")(key)
-        attention = functools.partial(jax.nn.dot_product_attention, implementation=self.implementation)
         if self.implementation == "xla":  # keep what the matmuls give, not the steps of the softmax
-            attention = jax.checkpoint(attention, policy=jax.checkpoint_policies.dots_saveable)
-        x = attention(query, key, value)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(x)
+            keep = jax.checkpoint_policies.dots_saveable
+            x = jax.checkpoint(matmul.attention, policy=keep)(query, key, value)
+        else:
+            x = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
+        return DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(x)
 
 
 class Block(nn.Module):
@@ -260,7 +262,7 @@ class ViT(nn.Module):
       until: number of blocks after which tokens are returned; None: logits after all.
       projection: width of a Dense without bias before the head, as CLIP's; 0 is none.
       gelu: "tanh" (the public JAX weights were trained with it), "exact", or "quick" (CLIP).
-      attention: implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn".
+      attention: "xla" or "cudnn", see `MultiHeadDotProductAttention`.
       drop_path_mode: see `drop_path`.
       unroll: how many blocks each step of the scan over depth contains.
       remat: whether training computes again what it can instead of keeping it, to save memory.
@@ -323,7 +325,7 @@ class ViT(nn.Module):
         if self.fc_norm:
             x = self._norm("fc_norm")(x)
         if self.projection:
-            x = nn.Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
+            x = Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
         high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
         return head(x.astype(high))
@@ -337,7 +339,7 @@ class ViT(nn.Module):
         h, w = height // p, width // p
         x = images.astype(self.dtype).reshape(b, h, p, w, p, 3).transpose(0, 1, 3, 2, 4, 5)
         # The same as a convolution of stride p, kernel [p, p, 3, D], but its gradient is one matmul.
-        x = nn.DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="embedding")(x)
+        x = DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="embedding")(x)
         x = x.reshape(b, h * w, self.width)  # [B, h*w, D]
         position = self.param("pos_embedding", nn.initializers.normal(0.02), (1, h * w, self.width))
         x = x + position.astype(self.dtype)

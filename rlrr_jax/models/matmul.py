@@ -1,0 +1,137 @@
+"""Dense layers and attention, whose matmuls use the bfloat16 units of CPUs where that is asked for.
+
+With `config.precision=bfloat16` the inputs of a float32 matmul are rounded to bfloat16 and their
+products summed in float32, as TPUs do by default. XLA ignores that word on CPUs, so it is done here,
+in the forms that XLA's library for CPUs (YNNPACK, with AMX or AVX512-BF16) takes. A CPU without such
+units computes the same, no faster than in float32.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention, its softmax in float32 or higher.
+
+    Args:
+      query: queries [..., T, heads, Dh].
+      key, value: of S tokens [..., S, heads, Dh].
+      bias: what is added to the logits, of as many axes, broadcast to [..., heads, T, S]; None adds nothing.
+
+    Returns [..., T, heads, Dh] in the dtype of `query`.
+    """
+    query = query * query.shape[-1] ** -0.5
+    # Heads first: with them between tokens and channels XLA's matmuls take twice as long on CPUs.
+    q, k, v = (jnp.moveaxis(x, -2, -3) for x in (query, key, value))
+    logits = _times_transposed(q, k)
+    weights = jax.nn.softmax(logits if bias is None else logits + bias, -1).astype(query.dtype)
+    return jnp.moveaxis(_times(weights, v), -3, -2).astype(query.dtype)
+
+
+def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> Any:
+    """`jax.lax.dot_general` as a Dense layer calls it: the last axes of `x`, the first of a kernel.
+
+    Args:
+      x: inputs [..., inputs...].
+      kernel: weights [inputs..., outputs...].
+      dimension_numbers: the axes that are summed over; no batch axes.
+      precision: the layer's own, see `jax.lax.dot_general`.
+
+    Returns [..., outputs...] in the dtype of `x`.
+    """
+    if not _narrow(x):
+        return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+    number = len(dimension_numbers[0][0])
+    inputs, before, outputs = math.prod(kernel.shape[:number]), x.shape[:-number], kernel.shape[number:]
+    y = _times(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
+    return y.reshape(*before, *outputs).astype(x.dtype)
+
+
+Dense = functools.partial(nn.Dense, dot_general=dot_general)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
+
+
+# Products of matrices [..., m, k], in float32 or higher -----------------------------------------
+
+
+def _narrow(x: jax.Array) -> bool:
+    """Whether the matmul of an array is one of bfloat16 on a CPU."""
+    asked = jax.config.jax_default_matmul_precision == "bfloat16" and x.dtype == jnp.float32
+    return jax.default_backend() == "cpu" and (asked or x.dtype == jnp.bfloat16)
+
+
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b`."""
+    if _narrow(a):
+        return _narrow_times(a, b)
+    return _dot(a, b, 1, jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _times_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b^T`."""
+    if _narrow(a):
+        return _narrow_times_transposed(a, b)
+    return _dot(a, b, 2, jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _dot(a: jax.Array, b: jax.Array, summed: int, kind: Any) -> jax.Array:
+    """The products, in a dtype; the axis of `b` that is summed over is 2 if it is the last, else 1."""
+    batch = tuple(range(a.ndim - 2))
+    axes = (a.ndim - 1,), (b.ndim - 3 + summed,)
+    return lax.dot_general(a, b, (axes, (batch, batch)), preferred_element_type=kind)
+
+
+def _short(*arrays: jax.Array) -> tuple:
+    """Arrays in bfloat16, and empty ones of their dtypes, which gradients have."""
+    return *(x.astype(jnp.bfloat16) for x in arrays), [jnp.zeros(0, x.dtype) for x in arrays]
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """A transpose that XLA writes in order: its library takes no first factor transposed in place."""
+    return lax.optimization_barrier(jnp.swapaxes(x, -1, -2)[None])[0]
+
+
+@jax.custom_vjp
+def _narrow_times(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _narrow_times_forward(a, b)[0]
+
+
+def _narrow_times_forward(a: jax.Array, b: jax.Array) -> tuple:
+    a, b, kinds = _short(a, b)
+    return _dot(a, b, 1, jnp.float32), (a, b, kinds)
+
+
+def _narrow_times_backward(kept: tuple, g: jax.Array) -> tuple:
+    a, b, kinds = kept
+    g = g.astype(jnp.bfloat16)
+    grads = _dot(g, b, 2, jnp.float32), _dot(_transposed(a), g, 1, jnp.float32)
+    return tuple(grad.astype(kind.dtype) for grad, kind in zip(grads, kinds))
+
+
+@jax.custom_vjp
+def _narrow_times_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _narrow_times_transposed_forward(a, b)[0]
+
+
+def _narrow_times_transposed_forward(a: jax.Array, b: jax.Array) -> tuple:
+    a, b, kinds = _short(a, b)
+    return _dot(a, b, 2, jnp.float32), (a, b, kinds)
+
+
+def _narrow_times_transposed_backward(kept: tuple, g: jax.Array) -> tuple:
+    a, b, kinds = kept
+    g = g.astype(jnp.bfloat16)
+    grads = _dot(g, b, 1, jnp.float32), _dot(_transposed(g), a, 1, jnp.float32)
+    return tuple(grad.astype(kind.dtype) for grad, kind in zip(grads, kinds))
+
+
+_narrow_times.defvjp(_narrow_times_forward, _narrow_times_backward)
+_narrow_times_transposed.defvjp(_narrow_times_transposed_forward, _narrow_times_transposed_backward)
