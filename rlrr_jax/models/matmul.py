@@ -24,7 +24,7 @@ def attention(
     Args:
       query: queries [..., T, heads, Dh].
       key, value: of S tokens [..., S, heads, Dh].
-      bias: what is added to the logits, of as many axes, broadcast to [..., heads, T, S]; None adds nothing.
+      bias: what is added to the logits, as many axes as [..., heads, T, S]; None: nothing.
 
     Returns [..., T, heads, Dh] in the dtype of `query`.
     """

@@ -94,6 +94,12 @@ def added(x: jax.Array, branch: jax.Array, rate: Any, keep: jax.Array | None) ->
     return x + (branch if keep is None else drop_path(branch, rate, keep))
 
 
+def rematerialised(block: Any, prevent_cse: bool) -> Any:
+    """A block in whose training what Dense layers give is kept, attention and the rest made again."""
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return nn.remat(block, policy=policy, prevent_cse=prevent_cse)
+
+
 def over_depth(block: Any, number: int, unroll: int, remat: bool) -> Any:
     """The module that applies so many of a block in turn, `(x, rates, keep) -> (x, None)`.
 
@@ -101,14 +107,10 @@ def over_depth(block: Any, number: int, unroll: int, remat: bool) -> Any:
       block: class of a flax module.
       number: how many; the leading axis of its parameters.
       unroll: how many each step of the scan contains.
-      remat: whether training computes again what it can: what Dense layers give is kept, attention and
-        the rest are made again.
+      remat: whether training computes again what it can, see `rematerialised`.
     """
-    if remat:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = nn.remat(block, policy=policy, prevent_cse=unroll > 1)
     return nn.scan(
-        block,
+        rematerialised(block, unroll > 1) if remat else block,
         variable_axes={"params": 0, "change": 0, "noise": 0},  # others: see rlrr_jax/change.py
         split_rngs={"params": True},
         in_axes=(0, 0),
@@ -168,7 +170,10 @@ class MultiHeadDotProductAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm encoder block, as the body of a scan over depth."""
+    """One pre-norm encoder block, as the body of a scan over depth.
+
+    With `tokens` it returns so many of the first tokens; they attend to all.
+    """
 
     mlp_dim: int
     num_heads: int
@@ -177,10 +182,11 @@ class Block(nn.Module):
     norm_eps: float
     qk_norm: bool
     dtype: Any
+    tokens: int | None = None
 
     @nn.compact
     def __call__(self, x, rate, keep):
-        first, second = (None, None) if keep is None else keep
+        first, second = (None, None) if keep is None else keep[:, :, : self.tokens]  # or [2, B, 1, 1]
         norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
         y = MultiHeadDotProductAttention(
@@ -189,8 +195,8 @@ class Block(nn.Module):
             self.dtype,
             self.norm_eps if self.qk_norm else None,
             name="MultiHeadDotProductAttention_0",
-        )(y)
-        x = added(x, y, rate, first)
+        )(y[:, : self.tokens], y)
+        x = added(x[:, : self.tokens], y, rate, first)
         y = norm(name="LayerNorm_1")(x)
         y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
         return added(x, y, rate, second), None
@@ -206,22 +212,41 @@ class Encoder(nn.Module):
     final_norm: bool
     first: int
     until: int | None
+    pooled: int | None
     block: dict
 
     @nn.compact
     def __call__(self, x, rate, keys):
         number = (self.until or self.depth) - self.first
-        blocks = over_depth(Block, number, self.unroll, self.remat)(**self.block, name="encoderblock")
         rates = jnp.linspace(0.0, 1.0, self.depth) * rate  # 0 at the first block, `rate` at the last
         rates = rates[self.first : self.until]
         # All masks at once: a kernel for each branch would take longer to compile than the rest.
         noise = rates, x.shape[1:], self.drop_path_mode, self.first
         keep = None if keys is None else drop_path_masks(keys, *noise)
-        x, _ = blocks(x, rates, keep)
+        seen = self.is_initializing() or self.is_mutable_collection("intermediates")
+        # Cut apart only where nothing is scanned: a second kind of block would be compiled, too.
+        if self.pooled and self.unroll >= number and not self.until and not seen:
+            x = self._apart(x, rates, keep)
+        else:
+            blocks = over_depth(Block, number, self.unroll, self.remat)
+            x, _ = blocks(**self.block, name="encoderblock")(x, rates, keep)
         if not self.final_norm or self.until:
             return x
         norm = dict(epsilon=self.block["norm_eps"], dtype=self.block["dtype"])
         return nn.LayerNorm(**norm, name="encoder_norm")(x)
+
+    def _apart(self, x, rates, keep):
+        """All blocks, of which the last computes what is pooled alone: [B, pooled, D]."""
+        name, last = "encoderblock", len(rates) - 1
+        kinds = {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
+        own = lambda index: jax.tree.map(lambda leaf: leaf[index], kinds)
+        masks = lambda index: None if keep is None else keep[index]
+        if last:
+            blocks = over_depth(Block, last, self.unroll, self.remat)(**self.block, parent=None)
+            x, _ = blocks.apply(own(slice(last)), x, rates[:last], masks(slice(last)))
+        block = rematerialised(Block, True) if self.remat else Block
+        block = block(**self.block, tokens=self.pooled, parent=None)
+        return block.apply(own(last), x, rates[last], masks(last))[0]
 
 
 class MAPHead(nn.Module):
@@ -304,7 +329,8 @@ class ViT(nn.Module):
           drop_path: drop rate of the last block; rises linearly from 0 at the first. May be traced.
           keys: one PRNG key per example, [B]; None switches drop path off.
 
-        The collection "intermediates" gets `encoded` [B, tokens + h*w, D], the normalised tokens.
+        The collection "intermediates" gets `encoded` [B, tokens + h*w, D], the normalised tokens, if it
+        is asked for; else the last block computes no token that is not pooled, where depth is unrolled.
         """
         x = images.astype(self.dtype) if self.first else self._tokens(images)
         block = dict(
@@ -317,7 +343,8 @@ class ViT(nn.Module):
             dtype=self.dtype,
         )
         modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm, self.first, self.until
-        x = Encoder(self.depth, *modes, block, name="Transformer")(x, drop_path, keys)
+        pooled = {"token": 1, "both": 2}.get(self.pool)
+        x = Encoder(self.depth, *modes, pooled, block, name="Transformer")(x, drop_path, keys)
         if self.until:
             return x
         self.sow("intermediates", "encoded", x)

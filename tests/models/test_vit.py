@@ -59,12 +59,38 @@ def test_remat_changes_no_gradient(unroll):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), plain, saved)
 
 
+@pytest.mark.parametrize("pool", ["token", "both", "avg"])
+@pytest.mark.parametrize("mode", ["element", "sample"])
 @in_float64
-def test_unroll_changes_no_result():
-    wide = dict(**SMALL, dtype=jnp.float64)
-    params = double(random_tree(vit.ViT(**SMALL), 48))
-    one, three = (apply(vit.ViT(**wide, unroll=n), params, images()) for n in (1, 3))
-    np.testing.assert_allclose(one, three, rtol=0, atol=1e-10)
+def test_unroll_changes_no_result(pool, mode):
+    wide = dict(SMALL, dtype=jnp.float64, pool=pool, drop_path_mode=mode, dist_token=pool == "both")
+    params = double(random_tree(vit.ViT(**wide), 48))
+
+    def run(unroll, remat=False):
+        model = vit.ViT(**wide, unroll=unroll, remat=remat)
+        loss = lambda params: (apply(model, params, images(), 0.3, keys(5)) ** 2).mean()
+        return jax.value_and_grad(loss)(params)
+
+    for other in (run(3), run(3, remat=True)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), run(1), other)
+
+
+def test_the_last_block_computes_what_is_pooled_alone():
+    tokens, width, hidden = 37, SMALL["width"], SMALL["mlp_dim"]
+
+    def flops(unroll, **more):
+        model = vit.ViT(**SMALL, unroll=unroll)
+        params = jax.eval_shape(model.init, jax.random.key(0), images(1))
+        run = jax.jit(lambda params, x: model.apply(params, x, **more))
+        return run.lower(params, images(1)).compile().cost_analysis()["flops"]
+
+    idle = 2 * (tokens - 1) * (2 * width**2 + 2 * width * hidden + 2 * tokens * width)
+    kept = flops(3, mutable=["intermediates"]) - flops(3)
+    assert idle < kept < 1.2 * idle  # the rest is the softmax, GELU, and LayerNorms
+    model = vit.ViT(**SMALL, unroll=3)
+    params = random_tree(model, 48)
+    _, more = model.apply({"params": params}, images(1), mutable=["intermediates"])
+    assert more["intermediates"]["encoded"][0].shape == (1, tokens, width)
 
 
 def test_bfloat16_computes_low_and_answers_in_float32():
