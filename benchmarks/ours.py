@@ -23,6 +23,7 @@ class Ours:
       drop_path: rate; 0 leaves drop path and flip out of the program.
       unroll, remat, attention: as in `config.model`.
       loss: a name of `losses.LOSSES`, with its default options.
+      precision: as `config.precision`; None goes by the dtype.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Ours:
         remat=False,
         attention="xla",
         loss="cross_entropy",
+        precision=None,
     ):
         self.batch, self.size, self.trials, self.steps = batch, size, trials, steps
         self.sizes = models.sizes(variant)
@@ -51,7 +53,7 @@ class Ours:
             attention=None if attention == "xla" else attention,
             dtype=jnp.dtype(dtype),
         )
-        self.precision = "highest" if dtype == "float32" else "default"
+        self.precision = precision or ("highest" if dtype == "float32" else "default")
         self.mesh = mesh_lib.make_mesh(jax.devices(), trials)
         self.method = methods.get(method)
         self.recipe = step.Recipe(
@@ -131,9 +133,11 @@ class Ours:
         self.merge_all = step.map_merge(self.method, self.mesh)
         self.unmerged = mesh_lib.put_trials(self.mesh, [self.frozen] * self.trials)
         dtype, tokens = self.model.dtype, (self.size // self.model.patch_size) ** 2 + 1
+        dtype = jnp.bfloat16 if self.precision == "bfloat16" else dtype
         width, hidden = (getattr(self.model, key, n) for key, n in (("width", 512), ("mlp_dim", 2048)))
         self.factors = jnp.ones((self.batch * tokens, width), dtype), jnp.ones((width, hidden), dtype)
-        self.product = jax.jit(functools.partial(jnp.matmul, precision=self.precision))
+        sums = dict(precision=self.precision, preferred_element_type=jnp.float32)
+        self.product = jax.jit(functools.partial(jnp.matmul, **sums))
         for number in (1, self.steps):
             self.train(number)
         self.merge()

@@ -12,10 +12,15 @@ over rounds; the last line is JSON. Peers, all in float32 with drop path 0 and A
     torch     RLRR as the authors do it: every layer rescales its frozen weight as it is used
     compiled  the same through torch.compile
     lora      LoRA of rank 8 on query and value, in PyTorch
+    ours_lora the same, ours
+
+PyTorch's attention is `scaled_dot_product_attention`, as in timm today.
 """
 
 import argparse
+import functools
 import json
+import os
 import resource
 import signal
 import statistics
@@ -23,7 +28,9 @@ import subprocess
 import sys
 import time
 
-PEERS = ("rlrr", "full", "torch", "compiled", "lora")
+OURS = {"rlrr": "rlrr", "full": "full", "ours_lora": "lora"}  # peers and methods
+PEERS = (*OURS, "torch", "compiled", "lora")
+LOW = "_bfloat16"
 CLASSES, SIZE = 100, 224
 
 
@@ -42,8 +49,8 @@ def main():
         return
     names = args.peers.split(",")
     for name in names:
-        if name not in PEERS:
-            parser.error(f"unknown peer {name!r}: use {', '.join(PEERS)}")
+        if name.removesuffix(LOW) not in PEERS:
+            parser.error(f"unknown peer {name!r}: use {', '.join(PEERS)}, with {LOW} behind it or not")
     rows = measure(names, args)
     print(table(rows, "torch" if "torch" in rows else names[0]))
     print(json.dumps({"batch": args.batch, "steps": args.steps, "peers": rows}))
@@ -56,7 +63,11 @@ def measure(names, args):
     workers, rows = {}, {}
     for name in names:  # one after another: compiling takes both cores
         pipe = subprocess.Popen(
-            [*command, f"--worker={name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, f"--worker={name}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # several on a GPU
         )
         workers[name], rows[name] = pipe, {"train": [], "eval": [], "matmul": []}
         rows[name]["first"] = ask(pipe, "start")
@@ -107,7 +118,7 @@ def table(rows, base):
 
 def work(args):
     """Answers `start`, `train`, `eval` and `matmul` with seconds or rates, `memory` with GiB."""
-    make = jax_peer if args.worker in ("rlrr", "full") else torch_peer
+    make = jax_peer if args.worker.removesuffix(LOW) in OURS else torch_peer
     begun = time.perf_counter()
     train, evaluate, matmul = make(args.worker, args.variant, args.batch, args.steps)
     for number in (1, args.steps):
@@ -138,9 +149,13 @@ def timed(function):
 
 def jax_peer(name, variant, batch, steps):
     """Our own step as a run calls it: several steps in one dispatch."""
+    import jax
     from ours import Ours
 
-    ours = Ours(name, variant, batch=batch, steps=steps, drop_path=0, size=SIZE)
+    options = dict(batch=batch, steps=steps, drop_path=0, size=SIZE)
+    if name.endswith(LOW):
+        options |= {"precision" if jax.default_backend() == "cpu" else "dtype": "bfloat16"}
+    ours = Ours(OURS[name.removesuffix(LOW)], variant, **options)
     ours.fill()
 
     def evaluate(number):
@@ -157,6 +172,11 @@ def torch_peer(name, variant, batch, steps):
     from torch_vit import make
 
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_device(device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    low, name = name.endswith(LOW), name.removesuffix(LOW)
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=low)
     model = make("lora" if name == "lora" else "rlrr", CLASSES, variant)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
@@ -168,18 +188,22 @@ def torch_peer(name, variant, batch, steps):
         model.train()
         for i in range(0, number * batch, batch):
             optimizer.zero_grad()
-            logits = forward(images[i : i + batch])
-            torch.nn.functional.cross_entropy(logits, labels[i : i + batch]).backward()
+            with autocast():
+                logits = forward(images[i : i + batch])
+            torch.nn.functional.cross_entropy(logits.float(), labels[i : i + batch]).backward()
             optimizer.step()
+        wait()
 
     def evaluate(number):
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             for i in range(0, number * batch, batch):
                 forward(images[i : i + batch]).argmax(1)
+        wait()
 
-    a, b = torch.ones(batch * 197, 768), torch.ones(768, 3072)
-    return train, evaluate, lambda: a @ b
+    kind = torch.bfloat16 if low else torch.float32
+    a, b = torch.ones(batch * 197, 768, dtype=kind), torch.ones(768, 3072, dtype=kind)
+    return train, evaluate, lambda: (a @ b, wait())
 
 
 if __name__ == "__main__":

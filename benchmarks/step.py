@@ -2,6 +2,7 @@
 
     pip install -e . && python benchmarks/step.py                       # B/16; float32 on CPUs
     python benchmarks/step.py --batch 32,128 --trials 1,8               # on a GPU: bfloat16
+    python benchmarks/step.py --precision highest,bfloat16              # on a CPU
     python benchmarks/step.py --variant bundled --size 32 --batch 32 --trials 1,8 --steps 32
     python benchmarks/step.py --variant H/14 --compile_only             # needs no memory
     python benchmarks/step.py --method rlrr --loss cross_entropy,pace,pace_lazy,pace_fast
@@ -26,7 +27,7 @@ import time
 import jax
 from ours import Ours
 
-KEYS = ("method", "variant", "dtype", "batch", "size", "trials", "loss")
+KEYS = ("method", "variant", "dtype", "precision", "batch", "size", "trials", "loss")
 COLUMNS = (
     "train images/s",
     "ratio",
@@ -61,6 +62,7 @@ def arguments():
     parser.add_argument("--method", type=several(str), default=["rlrr", "full"])
     parser.add_argument("--variant", type=several(str), default=["B/16"], help="or bundled")
     parser.add_argument("--dtype", type=several(str), default=["float32" if cpu else "bfloat16"])
+    parser.add_argument("--precision", type=several(str), default=[None], help="as config.precision")
     parser.add_argument("--batch", type=several(int), default=[8] if cpu else [32, 128])
     parser.add_argument("--size", type=several(int), default=[224])
     parser.add_argument("--trials", type=several(int), default=[1])
@@ -150,6 +152,7 @@ def name(case):
     """`"rlrr B/16 float32, batch 8, 224 px"`, with the number of trials if there are several."""
     trials = f", {case['trials']} trials" if case["trials"] > 1 else ""
     trials += f", {case['loss']}" if case["loss"] != "cross_entropy" else ""
+    trials += f", matmuls in {case['precision']}" if case["precision"] else ""
     return "{method} {variant} {dtype}, batch {batch}, {size} px".format(**case) + trials
 
 

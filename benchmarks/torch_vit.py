@@ -59,7 +59,7 @@ class Affine(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block with written-out attention."""
+    """A pre-norm encoder block."""
 
     def __init__(self, kind):
         super().__init__()
@@ -76,8 +76,7 @@ class Block(nn.Module):
         y = self.affine_0(self.norm_0(x))
         split = lambda t: t.view(*t.shape[:2], HEADS, -1).transpose(1, 2)
         query, key, value = split(self.query(y)), split(self.key(y)), split(self.value(y))
-        weights = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(WIDTH // HEADS), -1)
-        y = (weights @ value).transpose(1, 2).reshape(x.shape)
+        y = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
         x = x + self.out(y)
         y = self.affine_1(self.norm_1(x))
         return x + self.fc2(F.gelu(self.fc1(y)))

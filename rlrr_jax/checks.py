@@ -35,6 +35,7 @@ CHOICES = {
 }
 POSITIVE = (
     *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "image_width"),
+    "eval_every",
     "model.unroll",
     *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
     *("data.device_gb", "warmup_epochs"),
@@ -43,7 +44,7 @@ POSITIVE = (
 
 GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs", "loss_kwargs")
 NEEDED = (
-    *("batch_size", "eval_batch_size", "checkpoint_seconds", "optimizer", "loss"),
+    *("batch_size", "eval_batch_size", "eval_every", "checkpoint_seconds", "optimizer", "loss"),
     *("mixup", "cutmix", "label_smoothing"),
 )
 

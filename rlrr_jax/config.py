@@ -451,6 +451,15 @@ def splits(run: ConfigDict) -> tuple[str, str]:
     return (train, val) if run.protocol == "tune" else (both, "test")
 
 
+def evaluates(run: ConfigDict, epoch: int) -> bool:
+    """Whether a run is evaluated after an epoch, counted from 0: always after the last."""
+    if epoch + 1 == run.epochs:
+        return True
+    if run.protocol in ("fast", "vtab") or epoch == 0:  # the authors skip the first, too
+        return False
+    return (epoch + 1) % run.get("eval_every", 1) == 0
+
+
 def pixels(run: ConfigDict) -> store.Pixels:
     """What is made of a run's images."""
     options = dict(variant=run.data.variant, upright=run.data.get("upright", False))

@@ -7,15 +7,10 @@ import signal
 import sys
 import traceback
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlrr_jax import files, report, suite
-from rlrr_jax.config import RETIRED
 from rlrr_jax.errors import UserError, one_sentence, unknown
-from rlrr_jax.runtime import distributed
-from rlrr_jax.runtime.stop import Stop, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -25,7 +20,7 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
-    distributed.MODES,
+    ["auto", "on", "off"],
     "several processes in one run: if something announces them, always, or never",
 )
 _TIMEOUT = flags.DEFINE_integer(
@@ -65,6 +60,10 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"{argv[1]!r} belongs to no flag: a task is written --config configs/vtab.py:cifar"
         )
+    from rlrr_jax import report, suite  # not before: --help and wrong flags are answered at once
+    from rlrr_jax.runtime import distributed
+    from rlrr_jax.runtime.stop import Stop, Stopped
+
     logging.set_verbosity(logging.FATAL)  # Orbax tells much, and what matters it raises, too
     config = _CONFIG.value
     if config is None:
@@ -97,6 +96,10 @@ def main(argv: list[str]) -> None:
 
 def _cache_programs():
     """Keeps compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR says where already."""
+    import jax
+
+    from rlrr_jax import files
+
     if jax.config.jax_compilation_cache_dir is not None:
         return
     try:
@@ -152,6 +155,8 @@ def _parse_flags(argv):
         if "ml_collections" not in traceback.extract_tb(e.__traceback__)[-1].filename:
             raise  # a mistake in the configuration file
         if any(f"config.{old}" in " ".join(argv) for old in ("trials", "variants")):
+            from rlrr_jax.config import RETIRED
+
             raise UserError(RETIRED) from e
         key, near = re.search(r"\w+", str(e)), re.search(r'Did you mean "(.*?)"', str(e))
         hint = f"did you mean {near[1]!r}?" if near else _KEYS

@@ -318,6 +318,16 @@ def test_what_a_suite_costs(capsys):
     assert cost(official, 1) == (32, 1000, 0, 0)
     (one,) = config_lib.resolve(config("kitti", epochs=1))
     assert cost(one).evaluations == 1
+    (tenth,) = config_lib.resolve(config("kitti", epochs=25, eval_every=10))
+    assert cost(tenth).evaluations == 3  # epochs 10, 20, and the last
+    capsys.readouterr()
+    Forecast([Work(official, nowhere, None, "a")])
+    assert "of the work" not in capsys.readouterr().out  # 711 images
+    (flowers,) = config_lib.resolve(config("flowers", epochs=None))
+    Forecast([Work(flowers, nowhere, None, "b")])
+    assert "testing after every epoch is about 67% of the work: --config.eval_every=10" in (
+        capsys.readouterr().out
+    )
     (vtab_run,) = config_lib.resolve(config("kitti", epochs=None, protocol="vtab"))
     forecast = Forecast([Work(vtab_run, pathlib.Path("w"), None, "x")])
     assert len(forecast.left) == 19

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from scipy import stats
+from scipy import special
 
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.results import rows as rows_lib
@@ -72,7 +72,7 @@ def interval(values: list[float]) -> float | None:
     """Half the width of Student's confidence interval of a mean; None for a single value."""
     if len(values) < 2:
         return None
-    quantile = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+    quantile = special.stdtrit(len(values) - 1, (1 + LEVEL) / 2)  # of Student's t
     return float(quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 

@@ -35,10 +35,7 @@ def cost(run: Any, epochs: int | None = None) -> Cost:
     """The `Cost` of a run, or of its first epochs."""
     images, held_out = map(config_lib.task_of(run).number, config_lib.splits(run))
     epochs = run.epochs if epochs is None else epochs
-    if run.protocol in ("official", "tune"):
-        times = max(epochs - 1, int(run.epochs == 1 == epochs))
-    else:
-        times = int(epochs == run.epochs)
+    times = sum(config_lib.evaluates(run, epoch) for epoch in range(epochs))
     steps = epochs * math.ceil(images / run.batch_size)
     if run.total_steps and steps > run.total_steps:
         steps, images = run.total_steps, images * run.total_steps / steps
@@ -73,6 +70,13 @@ class Forecast:
             * bool(before),
             flush=True,
         )
+        share = total.evaluated / 3 / (total.passes or 1)
+        if share > 0.5 and any(w.run.protocol == "official" for w in works):
+            print(
+                f"testing after every epoch is about {share:.0%} of the work: --config.eval_every=10 "
+                f"tests every tenth, --config.protocol=fast the last alone",
+                flush=True,
+            )
 
     def title(self, *works: Work) -> str:
         """`"[3/57] cifar rlrr seed 0"`, `"[4-6/57] dtd rlrr, 3 trials"`."""

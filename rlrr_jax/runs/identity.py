@@ -97,6 +97,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (plain, "restarts", None),
         (plain, "warmup_epochs", None),
         (plain, "image_width", None),
+        (plain, "eval_every", 1),
     )
     for node, key, before in new:
         value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)

@@ -21,7 +21,6 @@ from jax.experimental import multihost_utils
 
 from rlrr_jax.errors import TRACEBACK, UserError, first_line
 
-MODES = ("auto", "on", "off")
 _FAILED, _STOPPED = "rlrr_jax/failed", "rlrr_jax/stopped"
 STOPPED_TEXT = "stopped and saved: the same command goes on"
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
-import scipy.ndimage
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax import models
@@ -337,6 +336,8 @@ def resize_position(position: Any, target: Any, rule: str) -> np.ndarray:
     """A position embedding [h, w, D] on the grid `target` (rows, columns), by one of `RESIZES`."""
     if rule == "linear":
         zoom = (target[0] / position.shape[0], target[1] / position.shape[1], 1)
+        import scipy.ndimage  # slow to import
+
         return scipy.ndimage.zoom(position, zoom, order=1)
     if rule == "bicubic":
         shape = (*target, position.shape[-1])
