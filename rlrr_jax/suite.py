@@ -24,7 +24,7 @@ from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime.memory import TooLarge
 from rlrr_jax.runtime.stop import Stop, Stopped
-from rlrr_jax.weights import names
+from rlrr_jax.weights import guard, names
 
 
 class Loaders(NamedTuple):
@@ -190,6 +190,7 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
         if key not in last:
             last.clear()
             last[key] = config_lib.load_weights(run, path, headless, note=_print)
+            guard.warn(last[key], str(run.pretrained.name), _print)
         width = len(last[key]["head"]["kernel"])
         head = {"kernel": np.zeros((width, model.num_classes), np.float32)}
         return {**last[key], "head": {**head, "bias": np.zeros(model.num_classes, np.float32)}}

@@ -107,7 +107,9 @@ def test_trials_together_are_trials_alone(axes):
     close([together[0]], [np.stack(alone)])
 
 
-@pytest.mark.parametrize("variant, size", [("bundled", 32), ("swin_t_2", 64)])
+@pytest.mark.parametrize(
+    "variant, size", [("bundled", 32), pytest.param("swin_t_2", 64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("precision, dtype", [("bfloat16", "float32"), ("default", "bfloat16")])
 def test_a_network_in_bfloat16_is_nearly_that_in_float32(variant, size, precision, dtype):
     def run(precision, dtype):
