@@ -63,7 +63,7 @@ def card(run: ConfigDict, marks: dict, classes: list[str], accuracy: dict) -> di
         "format": FORMAT,
         "method": run.method,
         "method_kwargs": run.method_kwargs.to_dict(),
-        "formula": methods.METHODS[run.method].FORMULA,
+        "formula": methods.module(run.method).FORMULA,
         "backbone": run.pretrained.name,
         "model": run.model.variant,
         "gelu": run.model.gelu,
@@ -193,7 +193,7 @@ def _wanted(path, card):
     """Shapes of the tree that the card's method trains; checks what a card says."""
     try:
         method = methods.get(card["method"], **_plain(card["method_kwargs"]))
-        formula = methods.METHODS[card["method"]].FORMULA
+        formula = methods.module(card["method"]).FORMULA
         if card["formula"] != formula:
             raise ValueError(f"trained as {card['formula']!r}, this version computes {formula!r}")
         _check_run(card)

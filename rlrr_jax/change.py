@@ -51,7 +51,7 @@ def split(frozen: Any, params: Any) -> tuple[dict, dict]:
     """The tree to apply, frozen in its Dense layers, and what was changed there: kernels and biases."""
     base, change = {}, {}
     for name, node in params.items():
-        if name in PLAIN or not isinstance(node, dict):
+        if name in PLAIN or not isinstance(node, dict) or name not in frozen:
             base[name] = node
         elif "kernel" in node:
             base[name] = frozen[name]

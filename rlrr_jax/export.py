@@ -86,6 +86,11 @@ def export(
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
+    if to not in TRAINED and not adapters.method(adapter).folds:
+        raise UserError(
+            f"method {adapter.card['method']} folds into no weight, so {to} has no place for it: use "
+            f"{', '.join(TRAINED)}"
+        )
     family = models.family(adapter.card["model"])
     ending, layout = FORMATS[to], LAYOUTS[family].get(to)
     plain = not [key for key in vit.PARTS if adapter.run.model.get(key) is not None]

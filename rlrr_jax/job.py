@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, losses, methods, mixing, optim, prefix, sensitivity, step
+from rlrr_jax import evaluate, losses, methods, mixing, optim, prefix, sensitivity, sides, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax.data import crops
 from rlrr_jax.runtime import distributed, memory
@@ -146,6 +146,12 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
     held_out = load_data(other)
     recipe = _recipe(runs, len(labels))
     frozen = load_weights(run, recipe.model)
+    if not recipe.method.folds and distributed.is_process_zero():
+        print(
+            f"{run.task} {run.method}: folds into no weight, a tuned model computes "
+            f"{overhead(recipe, frozen):.1%} more for each image",
+            flush=True,
+        )
     mesh = mesh_lib.make_mesh(jax.devices()[: run.num_devices], len(runs), run.batch_size)
     known, both = {} if known is None else known, (images, held_out[0])
     recipe, frozen, both = prefix.applied(recipe, frozen, both, mesh, run, known)
@@ -171,6 +177,19 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
         merge=step.map_merge(recipe.method, mesh),
         begun=begun,
     )
+
+
+def overhead(recipe: step.Recipe, frozen: Any) -> float:
+    """How many more FLOPs a tuned model needs for an image than the backbone, as a share of those."""
+    image = jax.ShapeDtypeStruct((1, *sides.pair(recipe.image_size), 3), jnp.float32)
+    start = methods.start(recipe.method, jax.random.key(0), frozen)
+    tuned = jax.eval_shape(functools.partial(methods.merge, recipe.method), frozen, start)
+
+    def flops(params: Any) -> float:
+        apply = jax.jit(lambda params, image: recipe.model.apply({"params": params}, image))
+        return apply.lower(params, image).cost_analysis()["flops"]
+
+    return flops(tuned) / flops(frozen) - 1
 
 
 def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array) -> feed_lib.Feed:

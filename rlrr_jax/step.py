@@ -139,7 +139,12 @@ def loss_and_grad(
         each, values = recipe.loss(forward, batch, **hyper.get("loss", {}))
         kept = {name: values.pop(name) for name in ("remember",) if name in values}
         sums = {name: (v * batch.mask).sum() for name, v in values.items()}
-        return (each * batch.mask).sum() / count, (sums, kept)
+        total = (each * batch.mask).sum()
+        if recipe.method.penalty is not None:
+            total += (
+                recipe.method.penalty(trainable["adapter"]) * batch.mask.sum()
+            )  # once, over devices
+        return total / count, (sums, kept)
 
     with jax.default_matmul_precision(recipe.precision):
         (loss, (sums, kept)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)

@@ -241,6 +241,17 @@ def test_commands_on_finished_runs(text, tuned_runs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "leakage"])
+def test_gradients_are_attacked_as_the_page_says(text, tuned_runs, tmp_path):
+    *words, path, flag, out = program(text)
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).symlink_to(tuned_runs / "digits/rlrr/seed0")
+    small = ["--candidates=20", "--probes=1", "--batches=1"]
+    assert "Whose gradient is it?" in run([*words, path, flag, out, *small], tmp_path)
+    assert (tmp_path / out / "leakage.md").exists()
+
+
+@pytest.mark.slow
 def test_two_processes_as_the_page_starts_them(tmp_path):
     """The block of launch/README.md, at another port and for one epoch."""
     ((_, text),) = [(page, t) for page, t in blocks("bash") if "JAX_NUM_PROCESSES" in t]

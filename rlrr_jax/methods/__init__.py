@@ -22,6 +22,7 @@ from rlrr_jax.methods import (
     last,
     linear,
     lora,
+    moppa,
     norm,
     oft,
     pissa,
@@ -55,8 +56,18 @@ METHODS = {
     "gps": gps,
 }
 
-__all__ = ["METHODS", "Method", "check", "decay", "get", "head_count", "merge", "options", "start"]
-__all__ += ["trainable_count"]
+ACTIVATIONS = {"moppa": moppa}  # which fold into no weight; nothing takes them unless they are named
+
+__all__ = ["ACTIVATIONS", "METHODS", "Method", "check", "decay", "get", "head_count", "merge"]
+__all__ += ["module", "options", "start", "trainable_count"]
+
+
+def module(name: str) -> Any:
+    """The file of a method, with its `FORMULA` and `DEFAULTS`; UserError for an unknown name."""
+    known = METHODS | ACTIVATIONS
+    if name not in known:
+        raise unknown("method", name, known)
+    return known[name]
 
 
 def get(name: str, **kwargs: Any) -> Method:
@@ -64,14 +75,13 @@ def get(name: str, **kwargs: Any) -> Method:
 
     Raises UserError for an unknown name, option or value, with the nearest known one.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
+    known = module(name)
     for key in kwargs:
         if key not in options(name):
             raise unknown(f"option of method {name!r}", key, options(name))
-    return METHODS[name].method(**kwargs)
+    return known.method(**kwargs)
 
 
 def options(name: str) -> dict[str, Any]:
     """A method's options and their defaults."""
-    return {k: p.default for k, p in inspect.signature(METHODS[name].method).parameters.items()}
+    return {k: p.default for k, p in inspect.signature(module(name).method).parameters.items()}

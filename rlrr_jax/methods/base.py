@@ -41,6 +41,10 @@ class Method(NamedTuple):
         before them; more than all is everything but the head. Their outputs are computed once, see
         `prefix`. None for most methods.
 
+      penalty: function `adapter -> number` that is added to the loss; None for most methods.
+      folds: whether `merge` returns the names of the frozen tree and no others, so that a tuned model
+        costs what its backbone costs. If not, it may add some: an activation method.
+
     What `init` puts under `FIXED` is saved with the adapter, and not trained: `merge` must stop its
     gradient.
     """
@@ -52,6 +56,8 @@ class Method(NamedTuple):
     drop: Callable[[jax.Array, Any], Any] | None = None
     prepare: Callable[[Any, Any], Any] | None = None
     untouched: Callable[[int], int] | None = None
+    penalty: Callable[[Any], jax.Array] | None = None
+    folds: bool = True
 
 
 # The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------
@@ -172,7 +178,10 @@ def check(name: str, method: Method, frozen: Any) -> Any:
     if not isinstance(adapter, dict) or "head" in adapter:
         raise UserError(f"{told}init must return a dict without 'head', which is trained beside it")
     params = jax.eval_shape(method.merge, frozen, adapter)
-    _same_leaves(f"{told}merge returns ", leaves(params), leaves(frozen))
+    found, wanted = leaves(params), leaves(frozen)
+    if not method.folds:
+        found = {key: found[key] for key in wanted if key in found}
+    _same_leaves(f"{told}merge returns ", found, wanted)
     decay = method.decay(adapter)
     structure: Any = jax.tree.structure(decay)
     if structure != jax.tree.structure(adapter) or not all(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import matmul, noise
+from rlrr_jax.models import matmul, noise, physics
 from rlrr_jax.models.matmul import Dense, DenseGeneral
 from rlrr_jax.sides import Size, pair
 
@@ -172,7 +172,8 @@ class MultiHeadDotProductAttention(nn.Module):
 class Block(nn.Module):
     """One pre-norm encoder block, as the body of a scan over depth.
 
-    With `tokens` it returns so many of the first tokens; they attend to all.
+    With `tokens` it returns so many of the first tokens; they attend to all. `grid` is that of the
+    patches, rows and columns.
     """
 
     mlp_dim: int
@@ -182,6 +183,7 @@ class Block(nn.Module):
     norm_eps: float
     qk_norm: bool
     dtype: Any
+    grid: tuple | None = None
     tokens: int | None = None
 
     @nn.compact
@@ -189,6 +191,8 @@ class Block(nn.Module):
         first, second = (None, None) if keep is None else keep[:, :, : self.tokens]  # or [2, B, 1, 1]
         norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
+        if self.has_variable("params", physics.NAME):  # of an activation method
+            y = physics.before_attention(self.get_variable("params", physics.NAME), y, self.grid)
         y = MultiHeadDotProductAttention(
             self.num_heads,
             self.attention,
@@ -341,6 +345,7 @@ class ViT(nn.Module):
             norm_eps=self.norm_eps,
             qk_norm=self.qk_norm,
             dtype=self.dtype,
+            grid=None if self.first else tuple(n // self.patch_size for n in images.shape[1:3]),
         )
         modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm, self.first, self.until
         pooled = {"token": 1, "both": 2}.get(self.pool)

@@ -4,6 +4,7 @@ import statistics
 
 from tabulate import tabulate
 
+from rlrr_jax import methods
 from rlrr_jax.data import tasks
 from rlrr_jax.results import rows as rows_lib
 
@@ -82,8 +83,12 @@ def which(row: dict, seed: bool = True) -> list[str]:
         [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()],
         row.get("trial") or "",
     )
+    if row["method"] in methods.ACTIVATIONS:
+        options.append("(not folded)")
     if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in trial:
         options.append(f"loss={row['loss']}")
+    if row.get("precision") not in (None, "highest", "default") and "precision" not in trial:
+        options.append(f"precision={row['precision']}")  # other than what goes with the dtype
     options += [f"{key}={row[key]:g}" for key in MIXED if row.get(key) and key not in trial]
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
     return options + seeds + ([trial.replace("-", " ")] if trial else [])

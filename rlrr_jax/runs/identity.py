@@ -36,7 +36,7 @@ PLACES = (
 
 def recipe(task: Task, method_name: str) -> dict[str, Any]:
     """What a task and a method bring where the configuration says nothing."""
-    own = methods.METHODS[method_name].DEFAULTS
+    own = methods.module(method_name).DEFAULTS
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
     return {**recipe, **task.extra, **own, **task.recipes.get(method_name, {})}
 

@@ -38,6 +38,8 @@ def test_tasks_count_once_however_many_seeds_they_have():
 
 
 def test_what_is_mixed_or_averaged_is_another_line():
+    low = rows("rlrr", B, precision="bfloat16") + rows("rlrr", A, precision="highest")
+    assert {paired.differences(low, "rlrr precision=bfloat16")[0].label} == {"rlrr"}
     both = rows("rlrr", A) + rows("rlrr", B, mixup=0.8, average=0.99)
     (found,) = paired.differences(both, "rlrr mixup=0.8 average=0.99")
     assert found.label == "rlrr" and found.mean == pytest.approx(-0.03)
