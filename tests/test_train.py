@@ -31,7 +31,16 @@ from rlrr_jax.weights import names, reader
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = {
     *("identity", "task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
-    *("drop_path_mode", "epochs", "batch_size", "protocol", "source", "variant", "backbone"),
+    *(
+        "drop_path_mode",
+        "epochs",
+        "eval_every",
+        "batch_size",
+        "protocol",
+        "source",
+        "variant",
+        "backbone",
+    ),
     *("backbone_sha256", "image_size", "image_width", "gelu", "dtype", "precision", "trainable_params"),
     *(
         "optimizer",
