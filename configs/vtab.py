@@ -29,7 +29,7 @@ def get_config(arg=None):
     # "vtab": choose from the grid on 800/200, then train on 1000, tested once;
     # "tune": train on 800, evaluate on 200, never test.
     config.protocol = placeholder(str)
-    config.eval_every = 1  # epochs between the tests of "official" and "tune"; the last is always tested
+    config.eval_every = 1  # epochs between the tests of "official" and "tune"; the last is always one
     # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead, and () is the
     # method's own value. With times_own_lr, those of lr are multiples of the method's own. lam and
     # sigma, if there are any, are those of a loss that has them.

@@ -233,7 +233,7 @@ def _resolve_one(
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
-    _check_family(run)
+    _check_family(run, method)
     # Others than the JAX weights say their GELU when they are there: `follow`.
     if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
         _fill(run.model, "gelu", preprocessing.JAX.gelu)
@@ -255,8 +255,8 @@ def _resolve_one(
     return run
 
 
-def _check_family(run: ConfigDict) -> None:
-    """UserError for a key that does nothing for models of the variant's family."""
+def _check_family(run: ConfigDict, method: methods.Method) -> None:
+    """UserError for a key that does nothing for models of the variant's family, or for the method."""
     variant, family = run.model.variant, models.family(run.model.variant)
     of_vit = {"pretrained.grid": None, "pretrained.resize": None, "pretrained.resize_patch": False}
     for key, nothing in of_vit.items() if family != "vit" else ():
@@ -267,6 +267,11 @@ def _check_family(run: ConfigDict) -> None:
         raise UserError(f"config.model.norm_eps is of no use for {variant}: leave it out")
     if run.loss.startswith("pace") and family == "resnet":
         raise UserError(f"config.loss={run.loss} is of Dense layers: leave it out for {variant}")
+    if run.loss.startswith("pace") and not method.folds:
+        raise UserError(
+            f"config.loss={run.loss} puts noise on changed weights, and method {run.method!r} changes "
+            f"none: leave it out"
+        )
 
 
 def _fill(node: ConfigDict, key: str, value: Any) -> None:

@@ -181,13 +181,16 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
 
 def overhead(recipe: step.Recipe, frozen: Any) -> float:
     """How many more FLOPs a tuned model needs for an image than the backbone, as a share of those."""
+    assert recipe.image_size is not None  # a prefix is of methods that train the last blocks
     image = jax.ShapeDtypeStruct((1, *sides.pair(recipe.image_size), 3), jnp.float32)
     start = methods.start(recipe.method, jax.random.key(0), frozen)
     tuned = jax.eval_shape(functools.partial(methods.merge, recipe.method), frozen, start)
 
     def flops(params: Any) -> float:
         apply = jax.jit(lambda params, image: recipe.model.apply({"params": params}, image))
-        return apply.lower(params, image).cost_analysis()["flops"]
+        cost = apply.lower(params, image).cost_analysis()
+        assert cost is not None
+        return cost["flops"]
 
     return flops(tuned) / flops(frozen) - 1
 

@@ -4,6 +4,7 @@ Writes `leakage.json` (all numbers), `leakage.md` (tables, and how to read them)
 pictures of true and recovered images.
 """
 
+import argparse
 import functools
 import pathlib
 import time
@@ -14,14 +15,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, files, methods
+from rlrr_jax import adapters, checks, files, methods
 from rlrr_jax import config as config_lib
-from rlrr_jax.data import store
+from rlrr_jax.data import crops, store
 from rlrr_jax.data.resize import normalize
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.leakage import gradients, inversion
 from rlrr_jax.leakage.gradients import Client
-from rlrr_jax.results import plots, tables
+from rlrr_jax.results import plots, rows, tables
 
 STATES = ("start", "trained")
 PARTS = ("adapter", "head", "both")
@@ -79,48 +80,68 @@ class Case(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = Parser(prog="python -m rlrr_jax.leakage", description=__doc__)
-    parser.add_argument("runs", nargs="+", help="workdirs or folders of finished runs of one task")
-    parser.add_argument("--candidates", type=int, default=1000)
-    parser.add_argument("--probes", type=int, default=8, help="batches of each size")
-    parser.add_argument("--batches", default="1,4,8", help="sizes of batches")
-    parser.add_argument("--invert", type=int, default=0, help="how many images to recover")
-    parser.add_argument("--steps", type=int, default=400, help="of each recovery")
-    parser.add_argument("--restarts", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="highest", help="of matmuls, as config.precision")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("leakage"))
-    args = parser.parse_args(argv)
+    args = _arguments(argv)
     begun = time.monotonic()
     found = [path for run in args.runs for path in adapters.finished(files.local(run))]
     if not found:
         raise UserError(f"there is no finished run in {', '.join(args.runs)}: give a --workdir")
-    sizes = [int(size) for size in args.batches.split(",")]
     run = ConfigDict(adapters.read(found[0]).card["config"])
-    images, labels = _candidates(run, args.candidates, args.seed)
-    batches = _batches(len(labels), sizes, args.probes, args.seed)
     cases = [_case(path, run, args.precision) for path in found]  # a misfit is said before any work
-    rows, exact, inverted, pictures = [], [], [], {}
+    known = images, labels = _candidates(run, args.candidates, args.seed)
+    batches = _batches(len(labels), args.batches, args.probes, args.seed)
+    results: dict[str, list] = {"reidentification": [], "exact": [], "inversion": []}
+    pictures = []
     for case in cases:
         for state, client in case.clients.items():
-            rows += reidentify(case.label, state, client, (images, labels), batches)
-        exact.append({"run": case.label, **exact_leaks(case.clients, images, labels, args.probes)})
+            results["reidentification"] += reidentify(case.label, state, client, known, batches)
+        exact = exact_leaks(case.clients["trained"], images, labels, args.probes)
+        results["exact"].append({"run": case.label, **exact})
         if args.invert:
             attack = inversion.Attack(steps=args.steps, restarts=args.restarts)
-            known = images, labels
             numbers, shown = invert(case, attack, known, args.invert, args.seed)
-            inverted.append(numbers)
-            pictures[case.label] = shown
+            results["inversion"].append(numbers)
+            pictures.append((case.label, shown))
     facts = dict(task=run.task, size=run.image_size, seconds=time.monotonic() - begun, **vars(args))
     args.out.mkdir(parents=True, exist_ok=True)
-    results = {"reidentification": rows, "exact": exact, "inversion": inverted}
-    plain = {key: str(x) if isinstance(x, pathlib.Path) else x for key, x in facts.items()}
-    files.write_json(args.out / "leakage.json", {**results, "facts": plain})
-    if pictures:
-        files.write(args.out / "leakage.png", draw(pictures))
+    files.write_json(args.out / "leakage.json", {**results, "facts": {**facts, "out": str(args.out)}})
     text = page(results, facts, labels)
     files.write(args.out / "leakage.md", text)
+    if pictures:
+        plots.save(args.out / "leakage.png", draw, pictures)
     print(f"{text}\nwritten to {args.out}", flush=True)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m rlrr_jax.leakage", description=__doc__)
+    parser.add_argument("runs", nargs="+", help="workdirs or folders of finished runs of one task")
+    several = lambda text: [_whole(part) for part in text.split(",")]
+    parser.add_argument("--candidates", type=_whole, default=1000)
+    parser.add_argument("--probes", type=_whole, default=8, help="batches of each size")
+    parser.add_argument("--batches", type=several, default=[1, 4, 8], help="sizes of batches: 1,4,8")
+    parser.add_argument("--invert", type=_natural, default=0, help="how many images to recover")
+    parser.add_argument("--steps", type=_whole, default=400, help="of each recovery")
+    parser.add_argument("--restarts", type=_whole, default=1)
+    parser.add_argument("--seed", type=_natural, default=0)
+    precisions = checks.CHOICES["precision"]
+    parser.add_argument("--precision", choices=precisions, default="highest", help="of matmuls")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("leakage"))
+    args = parser.parse_args(argv)
+    for flag in ("invert", "batches"):
+        if (most := np.max(getattr(args, flag))) > args.candidates:
+            raise UserError(
+                f"--{flag}={most} is more than the {args.candidates} candidates: ask for fewer"
+            )
+    return args
+
+
+def _natural(text: str, least: int = 0) -> int:
+    """A number of a flag; an error, which argparse shows, below the least."""
+    if not text.strip().isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
+    return int(text)
+
+
+_whole = functools.partial(_natural, least=1)
 
 
 def _candidates(run: ConfigDict, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +154,8 @@ def _candidates(run: ConfigDict, number: int, seed: int) -> tuple[np.ndarray, np
         )
     index = np.random.default_rng(seed).permutation(len(labels))[:number]
     chosen = np.stack([np.asarray(images[int(i) : int(i) + 1])[0] for i in index])
-    resized = jax.jit(functools.partial(normalize, size=config_lib.size_of(run)))
+    crop_from = run.crop_from if run.crop == crops.SQUARE else None
+    resized = jax.jit(lambda x: normalize(x, config_lib.size_of(run), crop_from))
     parts = [np.asarray(resized(chosen[i : i + 64])) for i in range(0, number, 64)]
     return np.concatenate(parts), np.asarray(labels)[index].astype(np.int32)
 
@@ -141,8 +163,6 @@ def _candidates(run: ConfigDict, number: int, seed: int) -> tuple[np.ndarray, np
 def _batches(number: int, sizes: list[int], probes: int, seed: int) -> list[np.ndarray]:
     """Numbers of the candidates in each shared batch."""
     rng = np.random.default_rng(seed + 1)
-    if max(sizes) > number:
-        raise UserError(f"--batches={max(sizes)} is more than the candidates: take smaller batches")
     return [rng.choice(number, size, replace=False) for size in sizes for _ in range(probes)]
 
 
@@ -155,21 +175,22 @@ def _case(path: Any, first: ConfigDict, precision: str) -> Case:
                 f"{path} is a run with {key}={run[key]}, the first with {first[key]}: give runs alike"
             )
     backbone = adapters.backbone(adapter)
-    client = Client(
-        adapters.model(adapter), adapters.method(adapter), backbone.frozen, adapter.trainable, precision
-    )
+    how = adapters.model(adapter), adapters.method(adapter), backbone.frozen
+    client = Client(*how, adapter.trainable, precision)
+    label = tables.label([rows.read(path.parent / "result.json")])
+    if client.method.prepare is not None:
+        print(f"{label}: starts from gradients of the data, and is attacked after training only")
+        return Case(label, {"trained": client})
     key = jax.random.split(jax.random.key(run.seed), 3)[0]
-    width = adapter.trainable["head"]["kernel"].shape
-    frozen = {**backbone.frozen, "head": {"kernel": np.zeros(width), "bias": np.zeros(width[1:])}}
-    start = client._replace(trainable=methods.start(client.method, key, frozen))
-    options = [f"{k}={v}" for k, v in run.method_kwargs.items() if v != methods.options(run.method)[k]]
-    return Case(" ".join([run.method, *options]), {"start": start, "trained": client})
+    head = jax.tree.map(np.zeros_like, adapter.trainable["head"])
+    start = methods.start(client.method, key, {**backbone.frozen, "head": head})
+    return Case(label, {"start": client._replace(trainable=start), "trained": client})
 
 
 def reidentify(label: str, state: str, client: Client, known: tuple, batches: list) -> list[dict]:
     """Rows of ranks: of each size of batch, and of single images behind each defence."""
     images, labels = known
-    shared = jax.jit(functools.partial(gradients.gradient, client))
+    shared = gradients.compiled(client, gradients.gradient)
     plain = [jax.device_get(shared(images[batch], labels[batch])) for batch in batches]
     probes = {("none", i): tree for i, tree in enumerate(plain)}
     for name, defence in gradients.DEFENCES.items():
@@ -193,18 +214,18 @@ def reidentify(label: str, state: str, client: Client, known: tuple, batches: li
     ]
 
 
-def exact_leaks(clients: dict[str, Client], images: Any, labels: Any, number: int) -> dict[str, float]:
+def exact_leaks(client: Client, images: Any, labels: Any, number: int) -> dict[str, float]:
     """How many labels the head's gradient gives away, and the relative error of its features."""
-    client = clients["trained"]
     model = client.model.clone(num_classes=1)
     params = methods.merge(client.method, client.frozen, client.trainable)
     width = len(params["head"]["kernel"])
     # A head of one row for each input passes the features on.
     params = {**params, "head": {"kernel": np.eye(width), "bias": np.zeros(width)}}
     features = jax.jit(model.clone(num_classes=width).apply)
+    shared = gradients.compiled(client, gradients.gradient)
     right, errors = [], []
     for image, y in zip(images[:number], labels[:number]):
-        head = gradients.gradient(client, image[None], y[None])["head"]
+        head = jax.device_get(shared(image[None], y[None])["head"])
         right.append(gradients.label(head) == y)
         with jax.default_matmul_precision(client.precision):
             true = np.asarray(features({"params": params}, image[None]))[0]
@@ -215,29 +236,33 @@ def exact_leaks(clients: dict[str, Client], images: Any, labels: Any, number: in
 def invert(case: Case, attack: Any, known: tuple, number: int, seed: int) -> tuple[dict, list]:
     """PSNR and SSIM of images recovered after training, and the images (true, recovered)."""
     (images, labels), client = known, case.clients["trained"]
-    attacked = jax.jit(functools.partial(inversion.invert, client, attack), static_argnums=2)
-    rows, shown = [], []
+    recover = lambda client, *args: inversion.invert(client, attack, *args, images[0].shape)
+    attacked = gradients.compiled(client, recover)
+    shared = gradients.compiled(client, gradients.gradient)
+    measured, shown = [], []
     for i in tqdm(range(number), unit="img", desc=f"{case.label}, recovered", delay=2):
-        shared = gradients.gradient(client, images[i][None], labels[i][None])
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        found, _ = attacked(shared, labels[i], images[i].shape, key)
+        seen = shared(images[i][None], labels[i][None])
+        found, _ = attacked(seen, labels[i], jax.random.fold_in(jax.random.key(seed), i))
         guesses = {"recovered": np.asarray(found)}
         guesses |= inversion.baselines(images[i], np.delete(images, i, 0))
         measures = {"PSNR": inversion.psnr, "SSIM": inversion.ssim}
-        rows.append(
+        measured.append(
             {f"{k} {name}": f(x, images[i]) for k, f in measures.items() for name, x in guesses.items()}
         )
         shown.append((images[i], guesses["recovered"]))
-    return {"run": case.label, **{k: float(np.mean([row[k] for row in rows])) for k in rows[0]}}, shown
+    return {
+        "run": case.label,
+        **{k: float(np.mean([row[k] for row in measured])) for k in measured[0]},
+    }, shown
 
 
-def draw(pictures: dict[str, list]) -> bytes:
+def draw(pictures: list[tuple[str, list]]) -> bytes:
     """True images in the first row, and those of each run below them."""
-    number = len(next(iter(pictures.values())))
-    figure, axes = plots.subplots(1 + len(pictures), number, (1.1 * number, 1.2 * (1 + len(pictures))))
-    rows = {"true": [true for true, _ in next(iter(pictures.values()))]}
-    rows |= {name: [found for _, found in pairs] for name, pairs in pictures.items()}
-    for (name, several), line in zip(rows.items(), np.reshape(axes, (len(rows), number))):
+    lines = [("true", [true for true, _ in pictures[0][1]])]
+    lines += [(name, [found for _, found in pairs]) for name, pairs in pictures]
+    number = len(lines[0][1])
+    figure, axes = plots.subplots(len(lines), number, (1.1 * number, 1.2 * len(lines)))
+    for (name, several), line in zip(lines, axes):
         for image, axis in zip(several, line):
             axis.imshow(np.clip(image / 2 + 0.5, 0, 1))
             axis.set_xticks([])

@@ -32,7 +32,9 @@ class Client(NamedTuple):
 
 
 def gradient(client: Client, images: jax.Array, labels: jax.Array) -> Any:
-    """The gradient of the mean cross-entropy of a batch, a tree `{"adapter", "head"}`.
+    """The gradient of the loss of a batch, a tree `{"adapter", "head"}`.
+
+    The loss is the mean cross-entropy, with the method's own penalty where it has one.
 
     Args:
       client: the `Client`.
@@ -43,10 +45,25 @@ def gradient(client: Client, images: jax.Array, labels: jax.Array) -> Any:
     def loss(trainable: Any) -> jax.Array:
         params = methods.merge(client.method, client.frozen, trainable)
         logits = client.model.apply({"params": params}, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        total = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        penalty = client.method.penalty
+        return total if penalty is None else total + penalty(trainable["adapter"])
 
     with jax.default_matmul_precision(client.precision):
         return jax.grad(loss)(client.trainable)
+
+
+def compiled(client: Client, function: Callable) -> Callable:
+    """`function(client, ...)`, jitted, as a function of what comes after the client.
+
+    Weights are arguments of the program: as constants XLA would fold them, which takes minutes.
+    """
+
+    @jax.jit
+    def run(frozen: Any, trainable: Any, *args: Any) -> Any:
+        return function(client._replace(frozen=frozen, trainable=trainable), *args)
+
+    return functools.partial(run, client.frozen, client.trainable)
 
 
 def flat(tree: Any) -> jax.Array:
@@ -91,19 +108,18 @@ def similarities(
     """
     known = [jnp.stack([flat(probe[part]) for probe in probes]) for part in ("adapter", "head")]
 
-    @jax.jit
-    def compare(trainable: Any, known: list, images: jax.Array, labels: jax.Array) -> tuple:
+    def compare(client: Client, known: list, images: jax.Array, labels: jax.Array) -> tuple:
         def one(pair: tuple) -> tuple:
-            tree = gradient(client._replace(trainable=trainable), pair[0][None], pair[1][None])
+            tree = gradient(client, pair[0][None], pair[1][None])
             parts = [flat(tree[part]) for part in ("adapter", "head")]
             return [k @ g for k, g in zip(known, parts)], [g @ g for g in parts]
 
         return jax.lax.map(one, (images, labels))
 
-    size, found = min(100, len(images)), []
+    run, size, found = compiled(client, compare), min(100, len(images)), []
     for i in range(0, len(images), size):
         index = np.minimum(np.arange(i, i + size), len(images) - 1)  # of one shape, compiled once
-        found.append(compare(client.trainable, known, images[index], labels[index]))
+        found.append(run(known, images[index], labels[index]))
         done(min(size, len(images) - i))
     products, squares = jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *found)
     lengths = [np.square(np.asarray(k)).sum(1) for k in known]
@@ -134,11 +150,10 @@ def scores(all_ranks: np.ndarray) -> dict[str, float]:
 
 
 def clip_and_noise(key: jax.Array, tree: Any, norm: float, sigma: float) -> Any:
-    """Clips the norm of a gradient and adds normal noise of standard deviation `sigma * norm`.
+    """Clips a gradient to a norm and adds normal noise whose own norm is about `sigma * norm`.
 
-    As in DP-SGD (Abadi et al., CCS 2016) with a batch as the unit that is clipped; sigma is
-    divided by the root of the number of values, so that it is the ratio of the noise's norm to the
-    clipped norm.
+    As in DP-SGD (Abadi et al., CCS 2016), but the batch is what is clipped, and sigma is of the whole
+    noise instead of each value.
     """
     values = flat(tree)
     shrink = jnp.minimum(1, norm / jnp.maximum(jnp.linalg.norm(values), 1e-12))

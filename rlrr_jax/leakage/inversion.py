@@ -47,7 +47,7 @@ def objective(client: Client, attack: Attack, shared: Any, image: jax.Array, lab
 
 
 def invert(
-    client: Client, attack: Attack, shared: Any, label: Any, shape: tuple, key: jax.Array
+    client: Client, attack: Attack, shared: Any, label: Any, key: jax.Array, shape: tuple
 ) -> tuple[jax.Array, jax.Array]:
     """An image [h, w, 3] in [-1, 1] whose gradient is like the shared one, and its objective.
 
@@ -56,8 +56,8 @@ def invert(
       attack: the `Attack`.
       shared: gradient of a single image, see `gradients.gradient`.
       label: its class, which the gradient of the head gives away.
-      shape: shape of the image, (h, w, 3).
       key: PRNG key of the beginnings.
+      shape: shape of the image, (h, w, 3).
     """
     ends = [int(attack.steps * part) for part in (3 / 8, 5 / 8, 7 / 8)]
     tx = optax.adam(optax.piecewise_constant_schedule(attack.lr, dict.fromkeys(ends, 0.1)))

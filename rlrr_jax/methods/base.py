@@ -40,7 +40,6 @@ class Method(NamedTuple):
       untouched: function `number of blocks -> how many of the first are not changed`, nor what comes
         before them; more than all is everything but the head. Their outputs are computed once, see
         `prefix`. None for most methods.
-
       penalty: function `adapter -> number` that is added to the loss; None for most methods.
       folds: whether `merge` returns the names of the frozen tree and no others, so that a tuned model
         costs what its backbone costs. If not, it may add some: an activation method.

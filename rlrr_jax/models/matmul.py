@@ -31,9 +31,9 @@ def attention(
     query = query * query.shape[-1] ** -0.5
     # Heads first: with them between tokens and channels XLA's matmuls take twice as long on CPUs.
     q, k, v = (jnp.moveaxis(x, -2, -3) for x in (query, key, value))
-    logits = _times_transposed(q, k)
+    logits = _product(q, k, transposed=True)
     weights = jax.nn.softmax(logits if bias is None else logits + bias, -1).astype(query.dtype)
-    return jnp.moveaxis(_times(weights, v), -3, -2).astype(query.dtype)
+    return jnp.moveaxis(_product(weights, v), -3, -2).astype(query.dtype)
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> Any:
@@ -51,7 +51,7 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precisi
         return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
     number = len(dimension_numbers[0][0])
     inputs, before, outputs = math.prod(kernel.shape[:number]), x.shape[:-number], kernel.shape[number:]
-    y = _times(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
+    y = _product(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
     return y.reshape(*before, *outputs).astype(x.dtype)
 
 
@@ -64,74 +64,47 @@ DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
 
 def _narrow(x: jax.Array) -> bool:
     """Whether the matmul of an array is one of bfloat16 on a CPU."""
-    asked = jax.config.jax_default_matmul_precision == "bfloat16" and x.dtype == jnp.float32
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    asked = precision == "bfloat16" and x.dtype == jnp.float32
     return jax.default_backend() == "cpu" and (asked or x.dtype == jnp.bfloat16)
 
 
-def _times(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b`."""
+def _product(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """`a @ b`, or `a @ b^T`."""
     if _narrow(a):
-        return _narrow_times(a, b)
-    return _dot(a, b, 1, jnp.promote_types(a.dtype, jnp.float32))
+        return _narrow_product(a, b, transposed)
+    return _dot(a, b, transposed, jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _times_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b^T`."""
-    if _narrow(a):
-        return _narrow_times_transposed(a, b)
-    return _dot(a, b, 2, jnp.promote_types(a.dtype, jnp.float32))
-
-
-def _dot(a: jax.Array, b: jax.Array, summed: int, kind: Any) -> jax.Array:
-    """The products, in a dtype; the axis of `b` that is summed over is 2 if it is the last, else 1."""
+def _dot(a: jax.Array, b: jax.Array, transposed: bool, kind: Any = jnp.float32) -> jax.Array:
+    """The product with sums in a dtype."""
     batch = tuple(range(a.ndim - 2))
-    axes = (a.ndim - 1,), (b.ndim - 3 + summed,)
+    axes = (a.ndim - 1,), (b.ndim - (1 if transposed else 2),)
     return lax.dot_general(a, b, (axes, (batch, batch)), preferred_element_type=kind)
 
 
-def _short(*arrays: jax.Array) -> tuple:
-    """Arrays in bfloat16, and empty ones of their dtypes, which gradients have."""
-    return *(x.astype(jnp.bfloat16) for x in arrays), [jnp.zeros(0, x.dtype) for x in arrays]
-
-
-def _transposed(x: jax.Array) -> jax.Array:
+def _written_transposed(x: jax.Array) -> jax.Array:
     """A transpose that XLA writes in order: its library takes no first factor transposed in place."""
     return lax.optimization_barrier(jnp.swapaxes(x, -1, -2)[None])[0]
 
 
-@jax.custom_vjp
-def _narrow_times(a: jax.Array, b: jax.Array) -> jax.Array:
-    return _narrow_times_forward(a, b)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_product(a: jax.Array, b: jax.Array, transposed: bool) -> jax.Array:
+    return _forward(a, b, transposed)[0]
 
 
-def _narrow_times_forward(a: jax.Array, b: jax.Array) -> tuple:
-    a, b, kinds = _short(a, b)
-    return _dot(a, b, 1, jnp.float32), (a, b, kinds)
+def _forward(a: jax.Array, b: jax.Array, transposed: bool) -> tuple:
+    kinds = jnp.zeros(0, a.dtype), jnp.zeros(0, b.dtype)  # the dtypes of the gradients
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return _dot(a, b, transposed), (a, b, kinds)
 
 
-def _narrow_times_backward(kept: tuple, g: jax.Array) -> tuple:
+def _backward(transposed: bool, kept: tuple, g: jax.Array) -> tuple:
     a, b, kinds = kept
     g = g.astype(jnp.bfloat16)
-    grads = _dot(g, b, 2, jnp.float32), _dot(_transposed(a), g, 1, jnp.float32)
+    left, right = (g, a) if transposed else (a, g)  # g^T a, or a^T g
+    grads = _dot(g, b, not transposed), _dot(_written_transposed(left), right, False)
     return tuple(grad.astype(kind.dtype) for grad, kind in zip(grads, kinds))
 
 
-@jax.custom_vjp
-def _narrow_times_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    return _narrow_times_transposed_forward(a, b)[0]
-
-
-def _narrow_times_transposed_forward(a: jax.Array, b: jax.Array) -> tuple:
-    a, b, kinds = _short(a, b)
-    return _dot(a, b, 2, jnp.float32), (a, b, kinds)
-
-
-def _narrow_times_transposed_backward(kept: tuple, g: jax.Array) -> tuple:
-    a, b, kinds = kept
-    g = g.astype(jnp.bfloat16)
-    grads = _dot(g, b, 1, jnp.float32), _dot(_transposed(g), a, 1, jnp.float32)
-    return tuple(grad.astype(kind.dtype) for grad, kind in zip(grads, kinds))
-
-
-_narrow_times.defvjp(_narrow_times_forward, _narrow_times_backward)
-_narrow_times_transposed.defvjp(_narrow_times_transposed_forward, _narrow_times_transposed_backward)
+_narrow_product.defvjp(_forward, _backward)

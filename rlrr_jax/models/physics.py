@@ -68,14 +68,9 @@ def before_attention(values: Any, tokens: jax.Array, grid: tuple[int, int]) -> j
     first = tokens.shape[1] - grid[0] * grid[1]
     x = tokens[:, first:].reshape(len(tokens), *grid, -1)
     shares, each = routes(values), multipliers(values, grid)
-    mask = sum(shares[i] * each[path] for i, path in enumerate(PATHS)).astype(x.dtype)
+    paths = jnp.stack([each[path] for path in PATHS])
+    mask = jnp.sum(shares[:, None, None, None] * paths, 0).astype(x.dtype)
     rows, columns = (jnp.asarray(dct(size), x.dtype) for size in grid)
     spectrum = jnp.einsum("ih,jw,bhwd->bijd", rows, columns, x)
     x = jnp.einsum("ih,jw,bijd->bhwd", rows, columns, spectrum * mask[None])
     return jnp.concatenate([tokens[:, :first], x.reshape(len(x), -1, x.shape[-1])], 1)
-
-
-def flops(grid: tuple[int, int], width: int, depth: int) -> float:
-    """FLOPs of an image's transforms in all blocks, 2 for a multiplication with its addition."""
-    h, w = grid
-    return depth * 2 * 2 * h * w * (h + w) * width

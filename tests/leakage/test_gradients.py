@@ -147,7 +147,7 @@ def test_an_inversion_falls_and_is_the_written_out_attack(frozen):
     shared = gradients.gradient(c, images, labels)
     attack = inversion.Attack(steps=8, lr=0.05, variation=0.01)
     key = jax.random.key(0)
-    found, loss = inversion.invert(c, attack, shared, labels[0], (16, 16, 3), key)
+    found, loss = inversion.invert(c, attack, shared, labels[0], key, (16, 16, 3))
     assert found.shape == (16, 16, 3) and float(jnp.abs(found).max()) <= 1
     # Written out: Adam on signs, step sizes by hand.
     image = jnp.clip(jax.random.normal(jax.random.split(key, 1)[0], (16, 16, 3)), -1, 1)

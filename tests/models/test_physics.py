@@ -136,7 +136,3 @@ def test_a_vit_mixes_before_attention(unroll):
                 part = part.clone(until=i + 1) if i < 2 else part
                 tokens = part.apply({"params": one}, tokens)
     np.testing.assert_allclose(found, tokens, atol=1e-9)
-
-
-def test_flops():
-    assert physics.flops((14, 14), 768, 12) == 12 * 4 * 196 * 28 * 768
