@@ -40,7 +40,7 @@ def get_config(arg=None):
     config.optimizer = "adamw"  # or "momentum"
     config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"
     config.grad_clip = placeholder(float)  # largest norm of the gradient
-    config.loss = "cross_entropy"  # or "pace", "pace_lazy", "pace_fast": see rlrr_jax/losses.py
+    config.loss = "cross_entropy"  # or "pace", "pace_lazy", "pace_fast", "exits": see losses.py
     config.loss_kwargs = loss_options()  # such as lam and sigma; None: the default of the loss
     # Parameters of mixup and CutMix (0 is off), and the share of a label that all classes get.
     config.mixup = config.cutmix = config.label_smoothing = 0.0
@@ -76,6 +76,9 @@ def get_config(arg=None):
     for key in ("class_token", "dist_token", "pre_norm", "fc_norm", "qk_norm"):
         config.model[key] = placeholder(bool)
     config.model.projection = placeholder(int)  # width of CLIP's, which is left out otherwise
+    config.model.depth = placeholder(int)  # of a ViT, its first so many blocks; None: all
+    # Numbers of blocks after which there are heads, too, trained by config.loss=exits, see exits.md.
+    config.model.exits = placeholder(tuple)
     config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)

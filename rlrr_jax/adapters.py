@@ -87,11 +87,15 @@ class Backbone(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """A merged model: a plain one of flax, its tree, and the adapter's card."""
+    """A merged model: a plain one of flax, its tree, and the adapter's card.
+
+    Where each early exit has a tree of its own (`Method.merge_exit`), those are `exits`.
+    """
 
     model: Any
     params: Any
     card: dict
+    exits: tuple = ()
 
     def logits(self, images: Any) -> jax.Array:
         """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated."""
@@ -262,6 +266,7 @@ def _how(card):
     how["resize"] = given.get("resize") or "linear"  # which older versions always took
     how["num_heads"] = getattr(_model(card), "num_heads", None)
     how |= {k: v for k in vit.PARTS if (v := run.model.get(k)) is not None}
+    how |= {"depth": depth} if (depth := run.model.get("depth")) else {}
     how |= {"resize_patch": True} if given.get("resize_patch") else {}
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
@@ -335,7 +340,11 @@ def load(
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     on = on or backbone(adapter, weights, cache_dir)
     _check_backbone(adapter.card, on.sha256, on.how, "this backbone")
-    return Tuned(_model(adapter.card), merged(adapter, on.frozen), adapter.card)
+    tuned = Tuned(_model(adapter.card), merged(adapter, on.frozen), adapter.card)
+    if (how := method(adapter)).merge_exit is None:
+        return tuned
+    trees = jax.jit(functools.partial(methods.exit_trees, how))(on.frozen, adapter.trainable)
+    return tuned._replace(exits=tuple(trees[:-1]))
 
 
 def merged(adapter: Adapter, frozen: Any) -> Any:

@@ -12,7 +12,7 @@ from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import names, preprocessing, reader
 
 # Keys whose value is a tuple.
-TUPLES = ("pretrained.grid", "pretrained.mean", "pretrained.std", "restarts")
+TUPLES = ("pretrained.grid", "pretrained.mean", "pretrained.std", "restarts", "model.exits")
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 LOSS_GRID = ("lam", "sigma")  # and these, of losses that have them
@@ -36,7 +36,7 @@ CHOICES = {
 POSITIVE = (
     *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "image_width"),
     "eval_every",
-    "model.unroll",
+    *("model.unroll", "model.depth"),
     *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
     *("data.device_gb", "warmup_epochs"),
 )
@@ -107,6 +107,9 @@ def _check_numbers(config):
     for key in ("label_smoothing", "average"):
         if config[key] is not None and not 0 <= config[key] < 1:
             raise UserError(f"config.{key}={config[key]} must be at least 0 and less than 1")
+    exits = config.model.exits
+    if exits is not None and not (exits and all(_whole(n) for n in exits)):
+        raise UserError(f"config.model.exits={exits} must be numbers of blocks, such as (3,6,9)")
     restarts = config.restarts
     if restarts is not None and (len(restarts) != 2 or not all(_whole(n) and n > 0 for n in restarts)):
         raise UserError(f"config.restarts={restarts} must be two whole numbers, such as (10, 2)")

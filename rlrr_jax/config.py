@@ -18,6 +18,7 @@ from rlrr_jax.checks import GRID, LOSS_GRID
 from rlrr_jax.data import own, sources, store, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
+from rlrr_jax.methods.sites import replaced, stack, subtree
 from rlrr_jax.models import vit
 from rlrr_jax.runs.identity import PLACES, recipe, together
 from rlrr_jax.sides import Size
@@ -234,6 +235,7 @@ def _resolve_one(
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
     _check_family(run, method)
+    _check_exits(run)
     # Others than the JAX weights say their GELU when they are there: `follow`.
     if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
         _fill(run.model, "gelu", preprocessing.JAX.gelu)
@@ -251,7 +253,8 @@ def _resolve_one(
     _fill(run, "drop_path_mode", default)
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
-    methods.check(method_name, method, _shapes(run.model.variant, size_of(run)))
+    chosen = tuple(architecture(run).get(key) for key in vit.CHOSEN)
+    methods.check(method_name, method, _shapes(run.model.variant, size_of(run), chosen))
     return run
 
 
@@ -271,6 +274,29 @@ def _check_family(run: ConfigDict, method: methods.Method) -> None:
         raise UserError(
             f"config.loss={run.loss} puts noise on changed weights, and method {run.method!r} changes "
             f"none: leave it out"
+        )
+
+
+def _check_exits(run: ConfigDict) -> None:
+    """UserError unless exits and the number of blocks fit the model, and the loss the exits."""
+    variant, exits, depth = run.model.variant, run.model.exits, run.model.depth
+    for key in vit.CHOSEN if models.family(variant) != "vit" else ():
+        if run.model[key] is not None:
+            raise UserError(f"config.model.{key} is of no use for {variant}: leave it out")
+    if bool(exits) != (run.loss == "exits"):
+        way = "set the loss, too" if exits else "set the exits, too, such as (3,6,9)"
+        raise UserError(f"config.model.exits and config.loss=exits go together: {way}")
+    if not exits and depth is None:
+        return
+    blocks = models.sizes(variant)["depth"]
+    if depth is not None and depth >= blocks:
+        raise UserError(
+            f"config.model.depth={depth} must be less than the {blocks} of {variant}: leave it out"
+        )
+    last = (depth or blocks) - 1
+    if exits and (sorted(set(exits)) != list(exits) or exits[0] < 1 or exits[-1] > last):
+        raise UserError(
+            f"config.model.exits={exits} must be numbers of blocks from 1 to {last}, in order"
         )
 
 
@@ -338,9 +364,9 @@ def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
 
 
 @functools.cache
-def _shapes(variant: str, image_size: Size) -> Any:
-    """Shapes of the weights of a model with two classes."""
-    return models.shapes(models.build(variant, 2), image_size)
+def _shapes(variant: str, image_size: Size, chosen: tuple) -> Any:
+    """Shapes of the weights of a model with two classes, and what a run chooses, see `vit.CHOSEN`."""
+    return models.shapes(models.build(variant, 2, **dict(zip(vit.CHOSEN, chosen))), image_size)
 
 
 def _default_weights(variant: str) -> str:
@@ -479,8 +505,9 @@ def size_of(run: ConfigDict) -> Size:
 
 def architecture(run: ConfigDict) -> dict[str, Any]:
     """Attributes in which a run's model differs from its variant, see `follow`."""
-    keys = ("num_heads", "norm_eps", *vit.PARTS)  # None in older runs
+    keys = ("num_heads", "norm_eps", *vit.PARTS, *vit.CHOSEN)  # None in older runs
     said = {key: run.model.get(key) for key in keys}
+    said["exits"] = said["exits"] and tuple(said["exits"])
     if models.family(run.model.variant) == "resnet":  # which does not fold them
         said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
     return {key: value for key, value in said.items() if value is not None}
@@ -513,4 +540,9 @@ def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> di
     given = run.pretrained
     patch = bool(given.get("resize_patch"))  # older runs have none
     how = reader.How(given.grid, given.mean, given.std, given.get("resize") or "linear", patch)
-    return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)
+    if (depth := run.model.get("depth")) is None:
+        return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)
+    whole = model.clone(depth=models.sizes(run.model.variant)["depth"])
+    tree = reader.load(path, model=whole, image_size=size_of(run), how=how, note=note)
+    where = stack(tree)
+    return replaced(tree, where, jax.tree.map(lambda x: x[:depth], subtree(tree, where)))

@@ -7,7 +7,8 @@ A loss is called once for each trial and step, with this device's share of the b
 Args:
   forward: function `(images, keys, noise=None) -> logits [b, classes]` float32: merges, applies the
     model with drop path from these keys, and with a `change.Noise` on what was changed. It may be
-    called more than once, and on some of the images.
+    called more than once, and on some of the images. With `exits=True` it returns what
+    `models.exits.apply` does.
   batch: the `Batch`.
   **options: `config.loss_kwargs`. Real numbers are traced, so that runs which differ in them train
     together; the rest is fixed.
@@ -167,6 +168,54 @@ def _every_second(batch: Batch) -> tuple[Batch, jax.Array]:
     return batch._replace(**{**arrays, "mask": arrays["mask"] * there}), rows
 
 
+# Early exits ----------------------------------------------------------------------------------
+
+
+def exits(
+    forward: Forward, batch: Batch, early: float = 1.0, distill: float = 1.0, graph: float = 0.1
+) -> Values:
+    """Cross-entropies of all exits of a ViT, distillation from the last, and a graph of labels.
+
+    That is, of an image: the cross-entropy of the whole network, plus means over the early exits of
+    `early` times theirs, `distill` times the Kullback-Leibler divergence from the last's probabilities
+    (which get no gradient), and `graph` times the mean square of the difference of its features to
+    those of the other images of its label in the batch, over all devices. MET (Liu et al., 2024, see
+    `methods/met.py`) has the graph; its exact form is not public, and this is ours.
+
+    Args:
+      early: weight of the early exits' cross-entropies.
+      distill: weight of the divergences.
+      graph: weight of the differences of features.
+    """
+    every, features = forward(batch.images, batch.keys, exits=True)
+    losses = jax.vmap(cross_entropies, (1, None), 1)(every, batch)  # [b, E + 1]
+    wanted = jax.lax.stop_gradient(jax.nn.log_softmax(every[:, -1]))[:, None]
+    found = jax.nn.log_softmax(every[:, :-1])
+    divergence = (jnp.exp(wanted) * (wanted - found)).sum(-1)
+    distance = _to_own_class(features, batch)
+    right = correct(every[:, -1], batch.labels, losses[:, -1])
+    values = {
+        "acc": right,
+        "early_acc": (every[:, :-1].argmax(-1) == batch.labels[:, None]).mean(1),
+        "distance": distance,
+    }
+    extra = (early * losses[:, :-1] + distill * divergence).mean(1)
+    return losses[:, -1] + extra + graph * distance, values
+
+
+def _to_own_class(features: jax.Array, batch: Batch) -> jax.Array:
+    """Mean square [b] of the difference of features [b, E, D] to those of other images of the label."""
+    mine = features, batch.labels, batch.mask, batch.slots
+    others, labels, mask, slots = jax.lax.all_gather(mine, "data", tiled=True)
+    alike = (batch.labels[:, None] == labels[None]) & (batch.slots[:, None] != slots[None])
+    weight = alike * mask[None]
+    # By |a|^2 - 2ab + |b|^2, so that no array [b, B, E, D] is made.
+    flat, rest = features.reshape(len(features), -1), others.reshape(len(others), -1)
+    squares = jnp.square(flat).sum(1)[:, None] + jnp.square(rest).sum(1)[None]
+    squares = (squares - 2 * jnp.matmul(flat, rest.T, precision="highest")) / flat.shape[1]
+    return (weight * squares).sum(1) / jnp.maximum(weight.sum(1), 1)
+
+
 # Names ----------------------------------------------------------------------------------------
 
 LOSSES: dict[str, Loss] = {
@@ -174,6 +223,7 @@ LOSSES: dict[str, Loss] = {
     "pace": pace,
     "pace_lazy": pace_lazy,
     "pace_fast": pace_fast,
+    "exits": exits,
 }
 
 
@@ -214,7 +264,10 @@ def outputs(loss: Loss, classes: int) -> set[str]:
     """
 
     def values(batch: Batch) -> dict[str, jax.Array]:
-        forward = lambda images, keys, noise=None: jnp.zeros((len(images), classes))
+        def forward(images: jax.Array, keys: Any, noise: Any = None, exits: bool = False) -> Any:
+            logits = jnp.zeros((len(images), classes))
+            return (logits[:, None].repeat(2, 1), logits[:, None]) if exits else logits
+
         return loss(forward, batch)[1]
 
     def call() -> Any:

@@ -20,6 +20,7 @@ from rlrr_jax import batch as batch_lib
 from rlrr_jax import change, losses, methods, optim
 from rlrr_jax.methods import Method
 from rlrr_jax.mixing import Mixing
+from rlrr_jax.models import exits as exits_lib
 from rlrr_jax.runtime.mesh import over_trials
 from rlrr_jax.sides import Size
 
@@ -130,8 +131,13 @@ def loss_and_grad(
             key = jax.random.fold_in(key, 2**31 - 2)  # of the batch; images have smaller numbers
         params = methods.merge(recipe.method, frozen, trainable, key)
 
-        def forward(images: Any, keys: Any, noise: change.Noise | None = None) -> jax.Array:
+        def forward(images: Any, keys: Any, noise: Any = None, exits: bool = False) -> Any:
             inputs = images, hyper["drop_path"], keys if recipe.drop_path else None
+            if exits and recipe.method.merge_exit is not None:
+                trees = methods.exit_trees(recipe.method, frozen, trainable)
+                return exits_lib.apply_each(recipe.model, trees, *inputs)
+            if exits:
+                return exits_lib.apply(recipe.model, params, *inputs)
             if noise is None:
                 return recipe.model.apply({"params": params}, *inputs)
             return change.apply(recipe.model, frozen, params, noise, *inputs)

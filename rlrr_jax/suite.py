@@ -16,6 +16,7 @@ from rlrr_jax import files, job, report, train
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.models import exits
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results.outputs import Outputs
 from rlrr_jax.runs import identity, search, workdir
@@ -192,8 +193,11 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
             last[key] = config_lib.load_weights(run, path, headless, note=_print)
             guard.warn(last[key], str(run.pretrained.name), _print)
         width = len(last[key]["head"]["kernel"])
-        head = {"kernel": np.zeros((width, model.num_classes), np.float32)}
-        return {**last[key], "head": {**head, "bias": np.zeros(model.num_classes, np.float32)}}
+        head: dict = {"kernel": np.zeros((width, model.num_classes), np.float32)}
+        head["bias"] = np.zeros(model.num_classes, np.float32)
+        if number := len(getattr(model, "exits", ())):
+            head["exits"] = exits.empty(number, model.width, model.num_classes)
+        return {**last[key], "head": head}
 
     return read
 

@@ -22,6 +22,7 @@ from rlrr_jax.methods import (
     last,
     linear,
     lora,
+    met,
     moppa,
     norm,
     oft,
@@ -31,7 +32,16 @@ from rlrr_jax.methods import (
     ssf,
     vera,
 )
-from rlrr_jax.methods.base import Method, check, decay, head_count, merge, start, trainable_count
+from rlrr_jax.methods.base import (
+    Method,
+    check,
+    decay,
+    exit_trees,
+    head_count,
+    merge,
+    start,
+    trainable_count,
+)
 
 METHODS = {
     "rlrr": rlrr,
@@ -56,15 +66,17 @@ METHODS = {
     "gps": gps,
 }
 
-ACTIVATIONS = {"moppa": moppa}  # which fold into no weight; nothing takes them unless they are named
+# Nothing takes these unless they are named: an activation method, which folds into no weight, and one
+# that needs early exits.
+SPECIAL = {"moppa": moppa, "met": met}
 
-__all__ = ["ACTIVATIONS", "METHODS", "Method", "check", "decay", "get", "head_count", "merge"]
+__all__ = ["METHODS", "SPECIAL", "Method", "check", "decay", "exit_trees", "get", "head_count", "merge"]
 __all__ += ["module", "options", "start", "trainable_count"]
 
 
 def module(name: str) -> Any:
     """The file of a method, with its `FORMULA` and `DEFAULTS`; UserError for an unknown name."""
-    known = METHODS | ACTIVATIONS
+    known = METHODS | SPECIAL
     if name not in known:
         raise unknown("method", name, known)
     return known[name]

@@ -16,7 +16,7 @@ def main() -> None:
     args = parser.parse_args()
     model = models.build(args.variant, 2)
     frozen = models.shapes(model, models.default_size(args.variant))
-    for name, module in (methods.METHODS | methods.ACTIVATIONS).items():
+    for name, module in (methods.METHODS | methods.SPECIAL).items():
         try:
             number = f"{count(methods.get(name), frozen):,} values and the head on {args.variant}"
         except UserError as e:

@@ -41,6 +41,8 @@ class Method(NamedTuple):
         before them; more than all is everything but the head. Their outputs are computed once, see
         `prefix`. None for most methods.
       penalty: function `adapter -> number` that is added to the loss; None for most methods.
+      merge_exit: function `(frozen, adapter, number) -> params`, the tree up to an exit, where each has
+        its own (see `models/exits.py`); the last, -1, is what `merge` returns. None for most methods.
       folds: whether `merge` returns the names of the frozen tree and no others, so that a tuned model
         costs what its backbone costs. If not, it may add some: an activation method.
 
@@ -56,6 +58,7 @@ class Method(NamedTuple):
     prepare: Callable[[Any, Any], Any] | None = None
     untouched: Callable[[int], int] | None = None
     penalty: Callable[[Any], jax.Array] | None = None
+    merge_exit: Callable[[Any, Any, int], Any] | None = None
     folds: bool = True
 
 
@@ -81,6 +84,14 @@ def merge(method: "Method", frozen: Any, trained: Any, key: jax.Array | None = N
     if key is not None and method.drop is not None:
         adapter = method.drop(key, adapter)
     return {**method.merge(frozen, adapter), "head": trained["head"]}
+
+
+def exit_trees(method: "Method", frozen: Any, trained: Any) -> list[dict]:
+    """The plain trees up to each exit, and to the end, of a method with `merge_exit`."""
+    assert method.merge_exit is not None
+    number = len(trained["head"]["exits"]["bias"])
+    each = [method.merge_exit(frozen, trained["adapter"], i) for i in (*range(number), -1)]
+    return [{**tree, "head": trained["head"]} for tree in each]
 
 
 def decay(method: "Method", trained: Any) -> dict:

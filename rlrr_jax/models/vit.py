@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import matmul, noise, physics
+from rlrr_jax.models import exits, matmul, noise, physics
 from rlrr_jax.models.matmul import Dense, DenseGeneral
 from rlrr_jax.sides import Size, pair
 
@@ -32,6 +32,7 @@ PARTS = (
     *("pool", "class_token", "dist_token", "registers"),
     *("pre_norm", "fc_norm", "qk_norm", "projection"),
 )
+CHOSEN = ("depth", "exits")  # and what a run chooses
 EXAMPLES = tuple(f"{size}/16" for size in VARIANTS)
 
 
@@ -101,7 +102,7 @@ def rematerialised(block: Any, prevent_cse: bool) -> Any:
 
 
 def over_depth(block: Any, number: int, unroll: int, remat: bool) -> Any:
-    """The module that applies so many of a block in turn, `(x, rates, keep) -> (x, None)`.
+    """The module that applies so many of a block in turn, `(x, rates, keep) -> (x, what each returns)`.
 
     Args:
       block: class of a flax module.
@@ -173,7 +174,7 @@ class Block(nn.Module):
     """One pre-norm encoder block, as the body of a scan over depth.
 
     With `tokens` it returns so many of the first tokens; they attend to all. `grid` is that of the
-    patches, rows and columns.
+    patches, rows and columns. Beside the tokens it returns the mean [B, D] of those that are `seen`.
     """
 
     mlp_dim: int
@@ -185,6 +186,7 @@ class Block(nn.Module):
     dtype: Any
     grid: tuple | None = None
     tokens: int | None = None
+    seen: tuple | None = None
 
     @nn.compact
     def __call__(self, x, rate, keep):
@@ -203,11 +205,15 @@ class Block(nn.Module):
         x = added(x[:, : self.tokens], y, rate, first)
         y = norm(name="LayerNorm_1")(x)
         y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
-        return added(x, y, rate, second), None
+        x = added(x, y, rate, second)
+        return x, None if self.seen is None else exits.pooled(x, self.seen)
 
 
 class Encoder(nn.Module):
-    """All blocks, scanned over depth, and the final LayerNorm, unless that comes after pooling."""
+    """All blocks, scanned over depth, and the final LayerNorm, unless that comes after pooling.
+
+    Returns the tokens, and what each block was asked for beside them.
+    """
 
     depth: int
     unroll: int
@@ -227,17 +233,18 @@ class Encoder(nn.Module):
         # All masks at once: a kernel for each branch would take longer to compile than the rest.
         noise = rates, x.shape[1:], self.drop_path_mode, self.first
         keep = None if keys is None else drop_path_masks(keys, *noise)
-        seen = self.is_initializing() or self.is_mutable_collection("intermediates")
+        every = self.is_initializing() or self.is_mutable_collection("intermediates")
+        every, early = every or self.block["seen"] is not None, None
         # Cut apart only where nothing is scanned: a second kind of block would be compiled, too.
-        if self.pooled and self.unroll >= number and not self.until and not seen:
+        if self.pooled and self.unroll >= number and not self.until and not every:
             x = self._apart(x, rates, keep)
         else:
             blocks = over_depth(Block, number, self.unroll, self.remat)
-            x, _ = blocks(**self.block, name="encoderblock")(x, rates, keep)
+            x, early = blocks(**self.block, name="encoderblock")(x, rates, keep)
         if not self.final_norm or self.until:
-            return x
+            return x, early
         norm = dict(epsilon=self.block["norm_eps"], dtype=self.block["dtype"])
-        return nn.LayerNorm(**norm, name="encoder_norm")(x)
+        return nn.LayerNorm(**norm, name="encoder_norm")(x), early
 
     def _apart(self, x, rates, keep):
         """All blocks, of which the last computes what is pooled alone: [B, pooled, D]."""
@@ -290,6 +297,7 @@ class ViT(nn.Module):
       first: number of blocks that the input has passed already; it is tokens then.
       until: number of blocks after which tokens are returned; None: logits after all.
       projection: width of a Dense without bias before the head, as CLIP's; 0 is none.
+      exits: numbers of blocks after which there are heads, too, see `models/exits.py`.
       gelu: "tanh" (the public JAX weights were trained with it), "exact", or "quick" (CLIP).
       attention: "xla" or "cudnn", see `MultiHeadDotProductAttention`.
       drop_path_mode: see `drop_path`.
@@ -320,6 +328,7 @@ class ViT(nn.Module):
     fc_norm: bool = False
     qk_norm: bool = False
     projection: int = 0
+    exits: tuple[int, ...] = ()
     first: int = 0
     until: int | None = None
 
@@ -335,6 +344,7 @@ class ViT(nn.Module):
 
         The collection "intermediates" gets `encoded` [B, tokens + h*w, D], the normalised tokens, if it
         is asked for; else the last block computes no token that is not pooled, where depth is unrolled.
+        The collection "exits" gets `logits` [B, E, num_classes] and `features` [B, E, D] of the exits.
         """
         x = images.astype(self.dtype) if self.first else self._tokens(images)
         block = dict(
@@ -345,11 +355,12 @@ class ViT(nn.Module):
             norm_eps=self.norm_eps,
             qk_norm=self.qk_norm,
             dtype=self.dtype,
+            seen=exits.seen(self) if self.exits and self.is_mutable_collection("exits") else None,
             grid=None if self.first else tuple(n // self.patch_size for n in images.shape[1:3]),
         )
         modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm, self.first, self.until
         pooled = {"token": 1, "both": 2}.get(self.pool)
-        x = Encoder(self.depth, *modes, pooled, block, name="Transformer")(x, drop_path, keys)
+        x, early = Encoder(self.depth, *modes, pooled, block, name="Transformer")(x, drop_path, keys)
         if self.until:
             return x
         self.sow("intermediates", "encoded", x)
@@ -359,6 +370,10 @@ class ViT(nn.Module):
         if self.projection:
             x = Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
         high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
+        if self.exits:
+            sizes = len(self.exits), self.width, self.norm_eps
+            head = exits.Head(self.num_classes, *sizes, name="head")
+            return head(x.astype(high), exits.chosen(early, self.exits, high))
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
         return head(x.astype(high))
 

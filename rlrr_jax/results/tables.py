@@ -83,12 +83,16 @@ def which(row: dict, seed: bool = True) -> list[str]:
         [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()],
         row.get("trial") or "",
     )
-    if row["method"] in methods.ACTIVATIONS:
+    if row["method"] in methods.SPECIAL and not methods.get(row["method"]).folds:
         options.append("(not folded)")
-    if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in trial:
+    if row.get("loss", "cross_entropy") not in ("cross_entropy", "exits") and "loss" not in trial:
         options.append(f"loss={row['loss']}")
     if row.get("precision") not in (None, "highest", "default") and "precision" not in trial:
         options.append(f"precision={row['precision']}")  # other than what goes with the dtype
+    model = (row.get("config") or {}).get("model") or {}
+    options += [f"depth={model['depth']}"] if model.get("depth") else []
+    if model.get("exits"):
+        options.append("exits=" + "+".join(map(str, model["exits"])))
     options += [f"{key}={row[key]:g}" for key in MIXED if row.get(key) and key not in trial]
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
     return options + seeds + ([trial.replace("-", " ")] if trial else [])

@@ -83,7 +83,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (given, "resize_patch", False),
         (model, "num_heads", heads),
         (model, "norm_eps", 1e-6),
-        *((model, key, None) for key in vit.PARTS),
+        *((model, key, None) for key in (*vit.PARTS, *vit.CHOSEN)),
         (data, "upright", False),
         (plain.get("grid") or {}, "times_own_lr", False),
         (plain.get("grid") or {}, "lam", ()),

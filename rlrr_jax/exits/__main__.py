@@ -1,0 +1,115 @@
+"""Accuracy against cost of early exits: `python -m rlrr_jax.exits WORKDIR...`, for runs of one task.
+
+Runs with exits need config.protocol=vtab: the thresholds for a budget are chosen on the validation
+images, by the run of its search that was not trained on them, and tested with the final run. Runs
+without exits, of any depth, are put beside them. Writes `exits.json`, `exits.md` and `exits.png`.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from rlrr_jax import adapters, checks, files
+from rlrr_jax import config as config_lib
+from rlrr_jax.adapters import Adapter
+from rlrr_jax.data import store
+from rlrr_jax.errors import Parser, UserError, one_sentence
+from rlrr_jax.exits import choose, leave, page
+from rlrr_jax.results import plots, rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = Parser(prog="python -m rlrr_jax.exits", description=__doc__)
+    parser.add_argument("workdirs", nargs="+", help="of finished runs of one task")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("exits"))
+    args = parser.parse_args(argv)
+    plans = plan(args.workdirs)
+    runs = [measure(*one) for one in plans]
+    groups: dict[str, list[page.Run]] = {}
+    for run in runs:
+        groups.setdefault(run.row["setting"], []).append(run)
+    args.out.mkdir(parents=True, exist_ok=True)
+    each = list(groups.values())
+    text = page.text(each)
+    files.write_json(args.out / "exits.json", [page.plain(group) for group in each])
+    files.write(args.out / "exits.md", text)
+    plots.save(args.out / "exits.png", page.draw, each)
+    print(f"{text}\nwritten to {args.out}", flush=True)
+
+
+def plan(workdirs: list[str]) -> list[tuple[pathlib.Path, Adapter, Adapter | None]]:
+    """The finished runs, their adapters, and the adapters that choose their thresholds."""
+    found = [path for workdir in workdirs for path in adapters.finished(files.local(workdir))]
+    if not found:
+        raise UserError(f"there is no finished run in {', '.join(workdirs)}: give a --workdir")
+    plans = [
+        (path, adapter, chooser(path, adapter)) for path in found for adapter in [adapters.read(path)]
+    ]
+    first = plans[0][1].card
+    for path, adapter, _ in plans:
+        for key in ("task", "image_size"):
+            if adapter.card[key] != first[key]:
+                raise UserError(
+                    f"{path} is a run with {key}={adapter.card[key]}, the first with {first[key]}: "
+                    f"give runs alike"
+                )
+    if all(one is None for *_, one in plans):
+        raise UserError(
+            f"no run in {', '.join(workdirs)} has early exits: train one with config.model.exits, "
+            f"config.loss=exits and config.protocol=vtab"
+        )
+    return plans
+
+
+def chooser(path: pathlib.Path, adapter: Adapter) -> Adapter | None:
+    """The adapter of a run's settings that was not trained on the validation images; None: no exits.
+
+    Raises UserError for a run with exits that has none.
+    """
+    if not adapter.run.model.get("exits"):
+        return None
+    same = lambda run: [run[key] for key in checks.GRID] + [run.loss_kwargs.to_dict()]
+    for other in sorted((path.parent.parent / "search").glob("*/adapter.safetensors")):
+        found = adapters.read(other)
+        if same(found.run) == same(adapter.run):
+            return found
+    raise UserError(
+        f"{path.parent} was trained on the validation images, too, and has no search beside it: train "
+        f"it with config.protocol=vtab, so that thresholds can be chosen on them"
+    )
+
+
+def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None) -> page.Run:
+    """What a run gives at its exits, and for each budget."""
+    row, size = rows.read(path.parent / "result.json"), adapters.image_size(adapter.card)
+    model = adapters.model(adapter)
+    plain = float(leave.flops(model.clone(exits=()), size)[-1])
+    if chooser is None:
+        return page.Run(row, plain, np.array([plain]), [row["test_acc_final"]], [])
+    backbone, part = adapters.backbone(adapter), config_lib.task_of(adapter.run).parts[1]
+    said, _ = probabilities(chooser, backbone, part)
+    found, labels = probabilities(adapter, backbone, "test")
+    costs = leave.flops(model, size, adapters.method(adapter).merge_exit is not None)
+    thresholds = [choose.threshold_of(said, costs, budget) for budget in choose.budgets(costs)]
+    points = [choose.point(found, labels, costs, threshold) for threshold in thresholds]
+    alone = (found.argmax(-1) == labels[:, None]).mean(0).tolist()
+    return page.Run(row, plain, costs, alone, points)
+
+
+def probabilities(adapter: Adapter, backbone: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [N, E + 1, C] of a split's images at all exits, and their labels [N]."""
+    run, parts = adapter.run, leave.stages(adapters.load(adapter, backbone))
+    pixels, found = config_lib.pixels(run), config_lib.locate(run)
+    task = config_lib.task_of(run)
+    images, labels = store.load_split(task, split, pixels, found, run.data.cache_dir)
+    title = f"{run.task} {run.method} seed {run.seed}: {split}"
+    with tqdm(total=len(labels), unit="img", desc=title, delay=2) as bar:
+        every = leave.every(parts, images, run.eval_batch_size, bar.update)
+    return every, np.asarray(labels)
+
+
+if __name__ == "__main__":
+    one_sentence(main)

@@ -1,0 +1,142 @@
+"""Networks that stop early: an image that an exit is sure of does not pass the blocks after it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlrr_jax import adapters, evaluate
+from rlrr_jax.data import crops, resize
+from rlrr_jax.errors import UserError
+from rlrr_jax.models import exits
+from rlrr_jax.sides import Size, pair
+
+
+class Stage(NamedTuple):
+    """What an image passes from one exit to the next.
+
+    Attributes:
+      run: jitted function `(params, x) -> tokens, logits [B, C]`; the last returns no tokens.
+      params: the tree that it takes.
+      images: whether it begins with the images again, where each exit has a tree of its own.
+    """
+
+    run: Callable
+    params: Any
+    images: bool
+
+
+def stages(tuned: adapters.Tuned) -> list[Stage]:
+    """The parts of a `Tuned` model with exits; UserError for one without, or that cannot be cut."""
+    model, run = tuned.model, tuned.card["config"]
+    if not getattr(model, "exits", ()):
+        raise UserError(
+            "this adapter was trained without early exits: train one with config.model.exits and "
+            "config.loss=exits"
+        )
+    if "physics" in tuned.params["Transformer"]["encoderblock"]:
+        raise UserError(f"a model of method {tuned.card['method']} is not cut at its exits")
+    ends, out, begin = (*model.exits, None), [], 0
+    for number, end in enumerate(ends):
+        own = bool(tuned.exits)
+        params = (*tuned.exits, tuned.params)[number] if own else tuned.params
+        first = 0 if own else begin
+        _, cut = exits.prefix(model, params, first, end)
+        crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
+        pixels = None if first else (adapters.image_size(tuned.card), crop_from)
+        run_stage = _program(model, (first, end, number), pixels, run["precision"])
+        out.append(Stage(run_stage, cut, not first))
+        begin = end
+    return out
+
+
+@functools.lru_cache(64)
+def _program(model: Any, where: tuple, pixels: tuple | None, precision: str) -> Callable:
+    """The jitted `Stage.run` from a block to before another, to the exit of a number."""
+    first, end, number = where
+    part = model.clone(first=first, until=end, exits=())
+
+    @jax.jit
+    def run(params: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        with jax.default_matmul_precision(precision):
+            x = resize.normalize(x, *pixels) if pixels else x
+            out = part.apply({"params": params}, x)
+            return (None, out) if end is None else (out, exits.at(model, params, number, out)[0])
+
+    return run
+
+
+def classify(
+    parts: list[Stage], images: Any, threshold: float, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [N, C] of images uint8 [N, h, w, 3], and the number [N] of the exit of each.
+
+    An image leaves at the first exit whose largest probability is at least the threshold, or at the
+    end. What is left goes on in full batches of one size, so that each stage is compiled once.
+
+    Args:
+      parts: what `stages` returned.
+      images: uint8 [N, h, w, 3].
+      threshold: from 0 (all leave at the first exit) to above 1 (none does).
+      batch_size: images at once.
+    """
+    number = len(images)
+    left, left_at = np.arange(number), np.full(number, len(parts) - 1)
+    out, x = None, images
+    for i, stage in enumerate(parts):
+        tokens, found = _stage(stage, images[left] if stage.images else x, batch_size)
+        out = np.zeros((number, found.shape[1]), np.float32) if out is None else out
+        out[left] = found
+        sure = found.max(1) >= threshold
+        left_at[left[sure]] = np.minimum(left_at[left[sure]], i)
+        x, left = None if tokens is None else tokens[~sure], left[~sure]
+        if not len(left):
+            break
+    return out, left_at
+
+
+def _stage(stage: Stage, x: Any, batch_size: int) -> tuple[Any, np.ndarray]:
+    """Tokens and probabilities of all images at a stage."""
+    tokens, probabilities = [], []
+    size = min(batch_size, len(x))
+    for start in range(0, len(x), size):
+        batch = np.asarray(x[start : start + size])
+        found, logits = stage.run(stage.params, evaluate.pad(batch, size))
+        probabilities.append(np.asarray(jax.nn.softmax(logits))[: len(batch)])
+        tokens.append(None if found is None else np.asarray(found)[: len(batch)])
+    together = None if tokens[0] is None else np.concatenate(tokens)
+    return together, np.concatenate(probabilities)
+
+
+def every(parts: list[Stage], images: Any, batch_size: int, done: Callable = lambda n: None) -> Any:
+    """Probabilities [N, E + 1, C] of all exits."""
+    out = []
+    for start in range(0, len(images), batch_size):
+        batch = np.asarray(images[start : start + batch_size])
+        x, mine = batch, []
+        for stage in parts:
+            x, found = _stage(stage, batch if stage.images else x, batch_size)
+            mine.append(found)
+        out.append(np.stack(mine, 1))
+        done(len(batch))
+    return np.concatenate(out)
+
+
+def flops(model: Any, image_size: Size, own: bool = False) -> np.ndarray:
+    """FLOPs [E + 1] of the matmuls until an image leaves at each exit, and at the end.
+
+    Args:
+      model: a ViT.
+      image_size: size of the images, see `sides`.
+      own: whether each exit has a tree of its own, and an image begins again after one it did not take.
+    """
+    height, width = pair(image_size)
+    patches = height * width // model.patch_size**2
+    tokens, d = patches + sum(model.tokens().values()), model.width
+    stem = 2 * patches * 3 * model.patch_size**2 * d
+    block = 2 * tokens * (4 * d * d + 2 * d * model.mlp_dim) + 4 * tokens**2 * d
+    head, ends = 2 * d * model.num_classes, np.array((*model.exits, model.depth))
+    alone = stem + ends * block + head
+    return np.cumsum(alone) if own else alone + head * np.arange(len(ends))
