@@ -192,6 +192,7 @@ def test_runs_of_the_pages(text, data, dinov2, tmp_path):
     trained(text, tmp_path, data, dinov2)
 
 
+@pytest.mark.slow
 def test_the_page_of_own_images_from_a_folder_to_a_file(tmp_path):
     """Every command of docs/own_images.md and the README on a folder of 60 pictures, in order."""
     rng = np.random.default_rng(0)

@@ -90,6 +90,7 @@ def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_p
     assert seen == []
 
 
+@pytest.mark.slow
 def test_what_would_take_too_much_is_computed_each_time(tmp_path, monkeypatch, capsys):
     seen = passed(monkeypatch)
     monkeypatch.setattr(prefix, "MOST_FILE", 10**6)

@@ -142,6 +142,7 @@ def test_baselines():
     assert found["mean image"][0, 0, 0] == pytest.approx(-0.1)
 
 
+@pytest.mark.slow
 def test_an_inversion_falls_and_is_the_written_out_attack(frozen):
     c, (images, labels) = client(frozen, "full"), pictures(1, seed=3)
     shared = gradients.gradient(c, images, labels)

@@ -59,7 +59,14 @@ def test_remat_changes_no_gradient(unroll):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), plain, saved)
 
 
-@pytest.mark.parametrize("pool, mode", [("token", "element"), ("token", "sample"), ("both", "element")])
+@pytest.mark.parametrize(
+    "pool, mode",
+    [
+        ("token", "element"),
+        ("token", "sample"),
+        pytest.param("both", "element", marks=pytest.mark.slow),
+    ],
+)
 @in_float64
 def test_unroll_changes_no_result(pool, mode):
     wide = dict(SMALL, dtype=jnp.float64, pool=pool, drop_path_mode=mode, dist_token=pool == "both")

@@ -32,6 +32,7 @@ def test_a_quarter_of_the_directions_is_a_quarter_turn(direction):
     assert np.abs(np.rot90(first) - second).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_labels_are_sixteen_sectors():
     _, labels = make.hearts(600, np.random.default_rng(1))
     counts = np.bincount(labels)

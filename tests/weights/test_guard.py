@@ -75,7 +75,10 @@ def test_a_single_part_is_enough_for_a_warning():
     ]
 
 
-@pytest.mark.parametrize("variant, size", [("bundled", 32), ("swin_t_2", 64), ("resnet18", 32)])
+@pytest.mark.parametrize(
+    "variant, size",
+    [("bundled", 32), pytest.param("swin_t_2", 64, marks=pytest.mark.slow), ("resnet18", 32)],
+)
 def test_random_starts_pass(variant, size):
     said = []
     guard.warn(start(models.build(variant, 3), size), "none", said.append)

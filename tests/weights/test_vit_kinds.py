@@ -47,7 +47,7 @@ def load(name, folder):
     return weights, pool, gelu, parts, model, tree
 
 
-QUICK = ("distilled", "clip", "map", "fc_norm")
+QUICK = ("distilled", "clip", "fc_norm")
 
 
 @pytest.mark.parametrize(
