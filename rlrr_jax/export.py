@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from rlrr_jax import adapters, config, files, models, sides
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
-from rlrr_jax.models import vit
+from rlrr_jax.models import exits, vit
 from rlrr_jax.results import model_card, tables
 from rlrr_jax.weights import reader, resnet_layouts, swin_layouts, vit_layouts
 
@@ -105,6 +105,8 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     backbone = adapters.backbone(adapter, weights, cache_dir)
     tuned = adapters.load(adapter, backbone)
+    if to not in TRAINED and not keeps_exits(to, adapter):
+        tuned = _ending(tuned)
     special = files.is_special(out)  # whose folder may be /dev
     target = pathlib.Path(files.through(out))  # a link stays
     beside = tempfile.gettempdir() if special else target.parent
@@ -121,6 +123,21 @@ def export(
     finally:
         part.unlink(missing_ok=True)
     return difference
+
+
+def keeps_exits(to: str, adapter: Any) -> bool:
+    """Whether a format of the merged model has the early exits of an adapter, if there are any.
+
+    Those with a tree of their own for each exit have no place in one file of one tree.
+    """
+    return FORMATS[to] == ".npz" and adapters.method(adapter).merge_exit is None
+
+
+def _ending(tuned):
+    """A `Tuned` model without early exits."""
+    head = {key: tuned.params["head"][key] for key in ("kernel", "bias")}
+    model = tuned.model.clone(exits=()) if getattr(tuned.model, "exits", ()) else tuned.model
+    return tuned._replace(model=model, params={**tuned.params, "head": head}, exits=())
 
 
 def _export_folder(adapter, to, folder):
@@ -243,6 +260,8 @@ def compare(one: Any, other: Any, number: int = 8) -> float:
     @jax.jit
     def logits(params):
         with jax.default_matmul_precision("highest"):
+            if getattr(model, "exits", ()):
+                return exits.apply(model, params, images)[0]
             return model.apply({"params": params}, images)
 
     return float(jnp.abs(logits(one.params) - logits(other.params)).max())
@@ -252,7 +271,7 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     """How the file is used elsewhere."""
     card, classes = adapter.card, len(adapter.card["classes"])
     sizes = {**models.sizes(card["model"]), **config.architecture(adapter.run)}
-    eps = sizes.pop("norm_eps", 1e-6)
+    early, eps = sizes.pop("exits", ()), sizes.pop("norm_eps", 1e-6)
     if to == "timm" and models.family(card["model"]) == "resnet":
         return _resnet_advice(card, sizes, out)
     if to == "timm" and models.family(card["model"]) == "swin":
@@ -286,6 +305,9 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     pool = ', pool_type="tok"' if to == "big_vision" else ""
     sizes = ", ".join(f"{name}={value}" for name, value in sizes.items())
     text = f"{to}, with pixels in [-1, 1]: ViT of num_classes={classes}, {sizes}{pool}"
+    if early and keeps_exits(to, adapter):
+        blocks = ", ".join(map(str, early))
+        text += f"; head/exits are the heads after blocks {blocks}, which only rlrr_jax knows"
     if card["gelu"] == "exact":  # their code has the tanh form
         text += "; this model has the exact GELU: change nn.gelu(x) there to approximate=False"
     return text
@@ -337,6 +359,8 @@ def main() -> None:
         + f", {_size(files.local(args.out)) / 1e6:.1f} MB; read back, its logits "
         f"differ by at most {difference:.1g}"
     )
+    if adapter.run.model.get("exits") and args.to not in TRAINED and not keeps_exits(args.to, adapter):
+        print("note: early exits are left out; .npz files have those of methods other than met")
     if args.push:
         print(f"uploaded to {push(files.local(args.out), args.push, adapter.card)}")
     print(advice(args.to, adapter, f"hf:{args.push}" if args.push else args.out))

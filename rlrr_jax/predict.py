@@ -24,8 +24,10 @@ from tqdm import tqdm
 from rlrr_jax import adapters, evaluate, files
 from rlrr_jax.data import examples, store
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
+from rlrr_jax.exits import leave
 
 FORMATS = ("table", "csv", "jsonl")
+CHUNK = 16  # batches of images that are read before those that an exit is sure of are left out
 
 
 def find(names: Iterable[str], note: Callable[[str], None] = lambda text: None) -> list:
@@ -81,7 +83,11 @@ def read(path: Any, pixels: Any) -> np.ndarray:
 
 
 def predict(
-    tuned: adapters.Tuned, paths: list, batch_size: int = 64, progress: bool = False
+    tuned: adapters.Tuned,
+    paths: list,
+    batch_size: int = 64,
+    progress: bool = False,
+    classify: Callable[[Any], Any] | None = None,
 ) -> Iterator[tuple]:
     """Probabilities of classes for image files.
 
@@ -90,6 +96,8 @@ def predict(
       paths: image files.
       batch_size: images at once; all batches have one shape.
       progress: whether to show a bar.
+      classify: function `images uint8 [b, h, w, 3], b <= batch_size -> probabilities [b or more,
+        classes]`; None: those of the whole model, of which all batches have one shape.
 
     Yields:
       `(path, probabilities [classes] float32 or None, why it could not be read or None)`, in order.
@@ -98,6 +106,8 @@ def predict(
     pixels = store.pixels_for(adapters.image_size(tuned.card), run["crop"], run["crop_from"])
     one = functools.partial(_one, pixels=pixels)
     softmax = jax.jit(lambda x: jax.nn.softmax(x, -1))
+    size = min(batch_size, len(paths))
+    classify = classify or (lambda images: softmax(tuned.logits(evaluate.pad(images, size))))
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(paths), unit="img", disable=not progress) as bar,
@@ -108,8 +118,7 @@ def predict(
             images = [image for image, _ in decoded if image is not None]
             rows = iter(())
             if images:
-                padded = evaluate.pad(np.stack(images), min(batch_size, len(paths)))
-                rows = iter(np.asarray(softmax(tuned.logits(padded))))
+                rows = iter(np.asarray(classify(np.stack(images))))
             for path, (image, why) in zip(batch, decoded):
                 yield path, None if image is None else next(rows), why
             bar.update(len(batch))
@@ -158,13 +167,20 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--out", help="file for the predictions; default: the screen")
     parser.add_argument("--batch_size", type=int, default=64)
+    sure = "probability at which an image leaves at an early exit; 0: at the first, above 1: at none"
+    parser.add_argument("--exit_threshold", type=float, help=sure)
     args = parser.parse_args()
     if args.top_k < 1 or args.batch_size < 1:
         raise UserError("--top_k and --batch_size must be greater than 0")
+    if args.exit_threshold is not None and not args.exit_threshold >= 0:
+        raise UserError(f"--exit_threshold={args.exit_threshold} must be a number of at least 0")
     paths = find(args.images, note=lambda text: print(text, file=sys.stderr, flush=True))
     tuned = adapters.load(args.adapter, weights=args.weights, cache_dir=args.cache_dir)
-    rows, bad = [], []
-    found = predict(tuned, paths, args.batch_size, progress=len(paths) > args.batch_size)
+    rows, bad, how, size = [], [], {}, args.batch_size
+    if args.exit_threshold is not None:
+        leaver = leave.Leaver(tuned, args.exit_threshold, size)
+        how, size = {"classify": leaver}, CHUNK * size
+    found = predict(tuned, paths, size, progress=len(paths) > args.batch_size, **how)
     for path, probabilities, why in found:
         if probabilities is None:
             bad.append(f"  {path}: {why}".encode("utf-8", "backslashreplace").decode())
@@ -175,6 +191,8 @@ def main() -> None:
         files.write(files.local(args.out), text)
     else:
         print(text, end="", flush=True)
+    if how:
+        print(leaver.told(), file=sys.stderr, flush=True)
     if bad:
         print("not read:", *bad, sep="\n", file=sys.stderr)
         raise UserError(f"{len(bad)} of {len(paths)} files could not be read: see above")

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from rlrr_jax import change, losses, methods, step, suite, train
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import vit
+from rlrr_jax.models import exits, vit
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.runtime.stop import Stop, Stopped
 
@@ -267,7 +267,7 @@ def test_noise_is_the_same_however_the_blocks_are_run(options):
 
 def recipe(loss):
     return step.Recipe(
-        model=MODEL,
+        model=MODEL.clone(exits=(1,)) if loss == "exits" else MODEL,
         method=methods.get("lora"),
         batch_size=6,
         num_images=NUMBER,
@@ -286,12 +286,24 @@ def hyper(seed=0, lam=0.5, sigma=1.0):
     }
 
 
+def for_loss(loss, hyper):
+    """Hyper-parameters of PACE as those of another loss."""
+    if loss != "exits":
+        return hyper
+    lam, sigma = hyper["loss"]["lam"], hyper["loss"]["sigma"]
+    return {**hyper, "loss": {"early": lam, "distill": sigma, "graph": lam + sigma}}
+
+
 def train_two_epochs(loss, devices, hypers):
     r, mesh = recipe(loss), mesh_lib.make_mesh(jax.devices()[:devices], len(hypers), 6)
     stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     put = functools.partial(mesh_lib.put, mesh)
     keys = mesh_lib.put_trials(mesh, [jax.random.key(0)] * len(hypers))
-    frozen = put(P(), frozen_tree())
+    frozen = frozen_tree()
+    if loss == "exits":
+        width, classes = frozen["head"]["kernel"].shape
+        frozen = {**frozen, "head": {**frozen["head"], "exits": exits.empty(1, width, classes)}}
+    frozen, hypers = put(P(), frozen), [for_loss(loss, h) for h in hypers]
     state, metrics = step.map_start(r, mesh)(keys, frozen)
     images = jnp.round((IMAGES + 1) * 127.5).astype(jnp.uint8)
     data, out = put(P(), {"images": images, "labels": LABELS}), []
@@ -307,7 +319,7 @@ def train_two_epochs(loss, devices, hypers):
 
 @pytest.mark.parametrize(
     "loss",
-    [*(pytest.param(x, marks=pytest.mark.slow) for x in ("pace", "pace_lazy")), "pace_fast"],
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in ("pace", "pace_lazy", "exits")), "pace_fast"],
 )
 def test_one_device_equals_four_and_trials_equal_single_runs(loss):
     hypers = [hyper(), hyper(1, lam=0.1, sigma=0.4)]
@@ -334,6 +346,63 @@ def test_fast_pulls_to_zero_first_and_then_to_the_last_epoch():
     np.testing.assert_array_equal(values["remember"], logits)
     again = batch._replace(remembered=logits)
     assert losses.pace_fast(lambda *_: logits, again, 0.5)[1]["distance"].max() == 0
+
+
+def test_exits_are_what_numpy_computes():
+    rng = np.random.default_rng(0)
+    logits, features = rng.normal(size=(6, 3, 5)), rng.normal(size=(6, 2, 4))
+    labels, mask = np.array([0, 1, 0, 0, 1, 2]), np.array([1, 1, 1, 1, 1, 0.0])
+    batch = batch_of(IMAGES[:6], jnp.asarray(labels), mask=jnp.asarray(mask, jnp.float32))
+    given = jnp.asarray(logits), jnp.asarray(features)
+    one = lambda batch: losses.exits(lambda *_, exits: given, batch, 0.5, 2.0, 3.0)
+    run = jax.jit(jax.vmap(one, axis_name="data"))
+    each, values = run(jax.tree.map(lambda x: x[None], batch))
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for i in range(5):
+        entropy = [-log[i, place, labels[i]] for place in range(3)]
+        last = np.exp(log[i, 2])
+        divergence = [(last * (log[i, 2] - log[i, place])).sum() for place in range(2)]
+        alike = [j for j in range(5) if labels[j] == labels[i] and j != i]  # image 5 is padding
+        distance = np.mean([((features[i] - features[j]) ** 2).mean() for j in alike])
+        wanted = entropy[2] + 0.5 * np.mean(entropy[:2]) + 2 * np.mean(divergence) + 3 * distance
+        assert float(each[0, i]) == pytest.approx(wanted, rel=1e-5)
+        assert float(values["distance"][0, i]) == pytest.approx(distance, rel=1e-5)
+        assert values["acc"][0, i] == (logits[i, 2].argmax() == labels[i])
+        early = (logits[i, :2].argmax(-1) == labels[i]).mean()
+        assert float(values["early_acc"][0, i]) == pytest.approx(early)
+
+
+def test_exits_are_the_same_on_four_devices():
+    """Images of a label lie on several; loss and gradient, as the step sums them."""
+    rng = np.random.default_rng(0)
+    given = jnp.asarray(rng.normal(size=(8, 3, 5))), jnp.asarray(rng.normal(size=(8, 2, 4)))
+    batch = batch_of(jnp.zeros((8, 1)), jnp.asarray([0, 1, 0, 2, 1, 0, 2, 2]), step=jnp.zeros(8))
+
+    def total(given, devices):
+        one = lambda given, batch: losses.exits(lambda *_, exits: given, batch)[0]
+        cut = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (given, batch))
+        return jax.vmap(one, axis_name="data")(*cut).sum()
+
+    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    (a, ga), (b, gb) = (run(given, devices) for devices in (1, 4))
+    assert float(a) == pytest.approx(float(b), rel=1e-6) and np.abs(ga[1]).max() > 1e-3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), ga, gb)
+
+
+def test_the_last_exit_learns_nothing_from_the_others():
+    """Distillation goes one way."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 5)))
+
+    def loss(logits, distill):
+        forward = lambda *_, exits: (logits, jnp.zeros((4, 2, 3)))
+        one = lambda batch: losses.exits(forward, batch, 0.0, distill, 0.0)[0]
+        batch = batch_of(IMAGES[:4], LABELS[:4])
+        return jax.vmap(one, axis_name="data")(jax.tree.map(lambda x: x[None], batch)).sum()
+
+    run = jax.jit(jax.grad(loss))
+    without, grads = (run(logits, distill) for distill in (0.0, 1.0))
+    np.testing.assert_allclose(grads[:, 2], without[:, 2], rtol=1e-6)
+    assert np.abs(grads[:, :2]).max() > 0.01 and np.abs(without[:, :2]).max() == 0
 
 
 def test_lazy_takes_half_the_images_in_every_second_step():

@@ -60,7 +60,10 @@ def budgets(costs: np.ndarray, number: int = 12) -> np.ndarray:
 
 
 def knee(points: list[tuple[float, float]]) -> int:
-    """The place of the knee of a curve of (cost, accuracy): farthest above the line of its ends."""
+    """The place of the knee of a curve of (cost, accuracy), rising cost: farthest above the diagonal.
+
+    Both are scaled to their range (Satopaa et al., 2011, "Finding a Kneedle in a haystack").
+    """
     x, y = np.array(points, float).T
-    scale = lambda v: (v - v[0]) / ((v[-1] - v[0]) or 1.0)
+    scale = lambda v: (v - v.min()) / (np.ptp(v) or 1.0)
     return int(np.argmax(scale(y) - scale(x)))

@@ -97,6 +97,31 @@ def classify(
     return out, left_at
 
 
+class Leaver:
+    """`classify` of a `Tuned` model with a threshold, which counts who leaves where."""
+
+    def __init__(self, tuned: adapters.Tuned, threshold: float, batch_size: int):
+        self.parts, self.threshold, self.batch_size = stages(tuned), threshold, batch_size
+        self.model, self.own = tuned.model, bool(tuned.exits)
+        self.size = adapters.image_size(tuned.card)
+        self.counts = np.zeros(len(self.parts), int)
+
+    def __call__(self, images: Any) -> np.ndarray:
+        """Probabilities [N, C] of images uint8 [N, h, w, 3]."""
+        out, left = classify(self.parts, images, self.threshold, self.batch_size)
+        self.counts += np.bincount(left, minlength=len(self.parts))
+        return out
+
+    def told(self) -> str:
+        """How many images left where, and what that cost."""
+        places = [f"block {number}" for number in self.model.exits] + ["the end"]
+        left = ", ".join(f"{n} at {place}" for n, place in zip(self.counts, places))
+        costs = flops(self.model, self.size, self.own)
+        whole = flops(self.model.clone(exits=()), self.size)[-1]
+        mean = self.counts @ costs / max(self.counts.sum(), 1) / whole
+        return f"left {left}; {100 * mean:.0f} % of the FLOPs of the whole network"
+
+
 def _stage(stage: Stage, x: Any, batch_size: int) -> tuple[Any, np.ndarray]:
     """Tokens and probabilities of all images at a stage."""
     tokens, probabilities = [], []

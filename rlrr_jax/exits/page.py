@@ -93,7 +93,7 @@ def _with_exits(group: list[Run], full: float) -> str:
         lines.append(
             [
                 share(choose.budgets(first.costs)[i]),
-                f"{statistics.mean(min(point.threshold, 1.0) for point in each):.3f}",
+                f"{statistics.mean(min(point.threshold, 1.0) for point in each):.4f}",
                 share(points[i][0]),
                 spread([point.accuracy for point in each]) + " (knee)" * (i == mark),
                 *(f"{100 * x:.0f} %" for x in left),

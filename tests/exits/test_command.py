@@ -1,0 +1,140 @@
+"""The command, predict and export, on runs of the bundled model."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlrr_jax import adapters, export, predict, suite
+from rlrr_jax import config as config_lib
+from rlrr_jax.configs import vtab
+from rlrr_jax.data import store
+from rlrr_jax.errors import UserError
+from rlrr_jax.exits import __main__ as command
+
+HYPER = {"lr": 0.02, "weight_decay": 0.0, "drop_path": 0.0, "num_devices": 1}
+EXITS = {"model.exits": (2, 4), "loss": "exits"}
+
+
+def run(workdir, arg, **changes):
+    config = vtab.get_config(f"hearts,{arg}")
+    config.update_from_flattened_dict({"epochs": 1, **HYPER, **changes})
+    rows, problems = suite.run(config, workdir)
+    assert not problems
+    return rows
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """RLRR with exits, chosen on val200; and, each alone, without a choice, and of three blocks."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(folder / "exits", "method=rlrr", protocol="vtab", seeds=(0, 1), **EXITS)
+    run(folder / "shallow", "method=rlrr", **{"model.depth": 3})
+    return folder
+
+
+def test_the_page_has_curves_knees_and_what_is_beside_them(runs, tmp_path, capsys):
+    command.main([str(runs / "exits"), str(runs / "shallow"), f"--out={tmp_path}"])
+    shown = capsys.readouterr().out
+    text = (tmp_path / "exits.md").read_text()
+    assert text in shown and "## rlrr exits=2+4" in text and "| rlrr depth=3 |" in text
+    found = {group["run"]: group for group in json.loads((tmp_path / "exits.json").read_text())}
+    group = found["rlrr exits=2+4"]
+    for seed in group["seeds"]:
+        costs = [point["cost"] for point in seed["points"]]
+        assert np.all(np.diff(costs) >= 0) and seed["alone"][-1] == pytest.approx(seed["test_acc"])
+        assert costs[-1] == pytest.approx(group["costs"][-1])  # none leaves early
+        assert seed["points"][-1]["accuracy"] == pytest.approx(seed["test_acc"])
+        assert all(sum(point["shares"]) == pytest.approx(1) for point in seed["points"])
+    assert len(group["seeds"]) == 2 and text.count("(knee)") == 1
+    # Three of six blocks, and the patch embedding.
+    assert found["rlrr depth=3"]["costs"][0] / group["costs"][-1] == pytest.approx(0.51, abs=0.02)
+    with Image.open(tmp_path / "exits.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_what_has_no_curve_is_said(runs, tmp_path):
+    for folders, message in (
+        ([tmp_path], "there is no finished run in .*: give a --workdir"),
+        ([runs / "shallow"], "no run in .* has early exits: train one with config.model.exits"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.main([*map(str, folders), f"--out={tmp_path / 'out'}"])
+    adapter = adapters.read(runs / "exits/hearts/rlrr/seed0/adapter.safetensors")
+    with pytest.raises(UserError, match="was trained on the validation images, too, and has no search"):
+        command.chooser(tmp_path / "rlrr" / "seed0" / "adapter.safetensors", adapter)
+
+
+def test_predict_leaves_early_and_says_where(runs, tmp_path, monkeypatch, capsys):
+    images, _ = store.load_split("hearts", "test", 32)
+    for i in range(70):
+        Image.fromarray(images[i][..., 0]).save(tmp_path / f"{i:02d}.png")
+    adapter = runs / "exits/hearts/rlrr/seed0/adapter.safetensors"
+
+    def classes(*flags):
+        out = tmp_path / "out.csv"
+        flags = [*map(str, flags), "--format=csv", f"--out={out}", "--batch_size=16"]
+        monkeypatch.setattr(sys, "argv", ["predict", f"--adapter={adapter}", str(tmp_path), *flags])
+        predict.main()
+        with open(out) as file:
+            rows = list(csv.reader(file))[1:]
+        return [float(row[2]) for row in rows], capsys.readouterr().err
+
+    whole, said = classes()
+    assert "left" not in said
+    same, said = classes("--exit_threshold=2")
+    np.testing.assert_allclose(same, whole, rtol=1e-4)
+    assert "left 0 at block 2, 0 at block 4, 70 at the end; 100 % of the FLOPs" in said
+    first, said = classes("--exit_threshold=0")
+    assert "left 70 at block 2, 0 at block 4, 0 at the end; 35 % of the FLOPs" in said
+    assert np.abs(np.array(first) - whole).max() > 0.01
+    with pytest.raises(UserError, match="--exit_threshold=-1.0 must be a number of at least 0"):
+        classes("--exit_threshold=-1")
+    adapter = runs / "shallow/hearts/rlrr/seed0/adapter.safetensors"
+    with pytest.raises(UserError, match="trained without early exits"):
+        classes("--exit_threshold=0.5")
+
+
+def test_a_file_of_all_exits_and_one_of_the_last(runs, tmp_path, monkeypatch, capsys):
+    path = runs / "exits/hearts/rlrr/seed0"
+    for to, name in (("big_vision", "a.npz"), ("timm", "a.safetensors")):
+        monkeypatch.setattr(sys, "argv", ["export", str(path), "--to", to, str(tmp_path / name)])
+        export.main()
+        said = capsys.readouterr().out
+        assert ("early exits are left out" in said) == (to == "timm")
+    assert "head/exits are the heads after blocks 2, 4" in export.advice(
+        "big_vision", adapters.read(path / "adapter.safetensors"), "a.npz"
+    )
+    tuned = adapters.load(path / "adapter.safetensors")
+    with np.load(tmp_path / "a.npz") as file:
+        kernel = file["params/head/exits/kernel"]
+    np.testing.assert_array_equal(kernel, tuned.params["head"]["exits"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model.exits": (2, 4)}, "config.model.exits and config.loss=exits go together: set the loss"),
+        ({"loss": "exits"}, "config.loss=exits go together: set the exits, too, such as (3,6,9)"),
+        ({**EXITS, "model.exits": (4, 2)}, "must be numbers of blocks from 1 to 5, in order"),
+        ({**EXITS, "model.exits": (2, 6)}, "must be numbers of blocks from 1 to 5, in order"),
+        ({**EXITS, "model.exits": (0,)}, "must be numbers of blocks from 1 to 5, in order"),
+        ({**EXITS, "model.exits": ("a",)}, "must be numbers of blocks, such as (3,6,9)"),
+        ({**EXITS, "model.depth": 4}, "must be numbers of blocks from 1 to 3, in order"),
+        ({"model.depth": 6}, "config.model.depth=6 must be less than the 6 of bundled: leave it out"),
+        ({"model.depth": 0}, "config.model.depth=0 must be greater than 0"),
+        ({"model.variant": "swin_t", "model.depth": 2}, "config.model.depth is of no use for swin_t"),
+        ({"arg": "hearts,method=met"}, "method 'met' does not fit this model: it needs exits, such as"),
+        ({"arg": "hearts,method=moppa", "loss": "pace"}, "method 'moppa' changes none: leave it out"),
+    ],
+    ids=str,
+)
+def test_wrong_exits_are_one_sentence(changes, message):
+    config = vtab.get_config(changes.get("arg", "hearts,method=rlrr"))
+    config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "arg"})
+    with pytest.raises(UserError) as error:
+        config_lib.resolve(config)
+    assert message in str(error.value)

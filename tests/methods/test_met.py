@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models.test_vit import SMALL, images, random_tree
+
+from rlrr_jax import methods
+from rlrr_jax.errors import UserError
+from rlrr_jax.models import exits, vit
+
+MODEL = vit.ViT(**SMALL, exits=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return random_tree(MODEL, 48)
+
+
+def tuned(frozen, seed=1):
+    """A trained tree without a zero in it."""
+    method = methods.get("met", bottleneck=5)
+    trained = methods.start(method, jax.random.key(0), frozen)
+    leaves, tree = jax.tree.flatten(trained)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    return method, jax.tree.unflatten(tree, leaves)
+
+
+def test_it_keeps_its_contract_and_starts_as_the_backbone(frozen):
+    method = methods.get("met", bottleneck=5)
+    methods.check("met", method, frozen)
+    trained = methods.start(method, jax.random.key(0), frozen)
+    # Two projections; for three ends, three blocks and two places a diagonal and a shift.
+    assert methods.trainable_count(trained) == 2 * 32 * 5 + 3 * 3 * 2 * (5 + 32)
+    merged = method.merge(frozen, trained["adapter"])
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), merged, frozen))
+
+
+def test_each_exit_has_its_own_adapters_before_attention_and_mlp(frozen):
+    method, trained = tuned(frozen)
+    trees = methods.exit_trees(method, frozen, trained)
+    assert len(trees) == 3
+    merged = methods.merge(method, frozen, trained)
+    same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), trees[-1], merged)
+    assert jax.tree.all(same)
+    x = jax.random.normal(jax.random.key(3), (6, 32))
+    adapter, block = trained["adapter"], "encoderblock"
+    for number, tree in enumerate(trees):
+        for place, path in (
+            ("attention", ("MultiHeadDotProductAttention_0", "query")),
+            ("mlp", ("MlpBlock_0", "Dense_0")),
+        ):
+            ours, theirs = (t["Transformer"][block][path[0]][path[1]] for t in (tree, frozen))
+            for layer in range(3):
+                node = {key: adapter[place][key][number, layer] for key in ("scale", "shift")}
+                moved = x + (x @ adapter["down"] * node["scale"][None]) @ adapter["up"]
+                moved = moved + node["shift"][None]
+                dense = lambda x, w, layer=layer: (
+                    jnp.tensordot(x, w["kernel"][layer], 1) + w["bias"][layer][None]
+                )
+                np.testing.assert_allclose(dense(x, ours), dense(moved, theirs), rtol=1e-3, atol=1e-4)
+
+
+def test_an_exit_trains_its_own_first_blocks(frozen):
+    method, trained = tuned(frozen)
+
+    def loss(trained, number):
+        trees = methods.exit_trees(method, frozen, trained)
+        return (exits.apply_each(MODEL, trees, images())[0][:, number] ** 2).sum()
+
+    for number, depth in ((0, 1), (2, 3)):
+        grads = jax.jit(jax.grad(loss), static_argnums=1)(trained, number)["adapter"]
+        moved = np.abs(grads["mlp"]["scale"]).max(-1) > 0  # [ends, blocks]
+        assert moved[number].tolist() == [layer < depth for layer in range(3)]
+        assert not np.delete(moved, number, 0).any() and np.abs(grads["up"]).max() > 0
+
+
+def test_without_exits_it_says_what_it_needs():
+    plain = random_tree(MODEL.clone(exits=()), 48)
+    with pytest.raises(
+        UserError, match="method 'met' does not fit this model: it needs exits, such as"
+    ):
+        methods.check("met", methods.get("met"), plain)
