@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["rlrr_jax", "rlrr_jax.*"]),
     package_data={
         "rlrr_jax.bundled": ["*.npz", "README.md"],
-        "rlrr_jax.results": ["page.html", "published.csv"],
+        "rlrr_jax.results": ["page.html", "published.csv", "published_fgvc.csv"],
     },
     # Lower bounds are the oldest versions the tests ran with, upper bounds the next untested minor.
     install_requires=[

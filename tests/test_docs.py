@@ -142,6 +142,8 @@ def rule(text):
         return "own"
     if "launch/" in text:
         return "launch"
+    if "exit" in text or "depth6" in text:
+        return "exits"
     if text.startswith(("export JAX_", "JAX_PROCESS_ID")):
         return "processes"
     match = re.match(r"(?:venv/bin/)?python -m rlrr_jax\.(\w+)", text)
@@ -250,6 +252,28 @@ def test_gradients_are_attacked_as_the_page_says(text, tuned_runs, tmp_path):
     small = ["--candidates=20", "--probes=1", "--batches=1"]
     assert "Whose gradient is it?" in run([*words, path, flag, out, *small], tmp_path)
     assert (tmp_path / out / "leakage.md").exists()
+
+
+@pytest.mark.slow
+def test_images_leave_early_as_the_page_says(data, tmp_path):
+    """Every command of docs/exits.md, in order, with the bundled model of six blocks."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "photos/a.jpg")
+    every = [text for text in COMMANDS if rule(text) == "exits"]
+    assert len(every) == 4
+    for text in every:
+        words = program(text.replace("(4,6,8,10)", "(2,4)").replace("depth=6", "depth=3"))
+        if "rlrr_jax.main" in text:
+            words += [*SMALL, "--config.pretrained.name=bundled", f"--config.data.dir={data}"]
+            words.append("--config.seeds=(0,)")
+        out = run(words, tmp_path)
+        if "rlrr_jax.exits" in text:
+            assert (
+                "## rlrr precision=bfloat16 exits=2+4" in out
+                and "rlrr precision=bfloat16 depth=3" in out
+            )
+        if "predict" in text:
+            assert "photos/a.jpg" in out and "of the FLOPs of the whole network" in out
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ ALLOWED = {
     "data": {"errors", "files", "sides"},
     "weights": {"errors", "files", "models", "sides"},
     "checks.py": {"data", "errors", "losses", "models", "optim", "weights"},
-    "step.py": {"batch", "change", "losses", "methods", "mixing", "optim", "runtime", "sides"},
+    "step.py": {
+        *("batch", "change", "losses", "methods", "mixing", "models", "optim", "runtime", "sides"),
+    },
     "evaluate.py": {"data", "losses", "runtime"},
     "feed.py": {"data", "evaluate"},
     "prefix.py": {"data", "evaluate", "methods", "runtime"},

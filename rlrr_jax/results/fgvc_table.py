@@ -1,0 +1,63 @@
+"""The table of the five FGVC datasets: seeds folded, beside published rows."""
+
+import csv
+import pathlib
+import statistics
+
+from rlrr_jax.data.fgvc import FGVC
+from rlrr_jax.results import tables
+
+PUBLISHED = pathlib.Path(__file__).parent / "published_fgvc.csv"
+COLUMNS = dict(zip(FGVC, ("cub", "nabirds", "flowers", "dogs", "cars")))  # names in that file
+CAPTION = """\
+Test accuracy in percent, mean and standard deviation (n - 1) over seeds; mean: of the five datasets,
+left out where one is missing. params: trained values, with the mean head. trained on: "trainval", the
+official training images (of Flowers training and validation), or VPT's "train", nine tenths of them (of
+Flowers half); empty where it is not known. Published rows are copied from their sources
+(results/published_fgvc.csv), * is AugReg's ViT-B/16; RLRR's are of the best epoch."""
+
+
+def table(rows: list[dict]) -> str:
+    """Our lines and the published ones, in Markdown; "" without tested rows of FGVC.
+
+    Args:
+      rows: of `results.json`. A line is what `row["line"]` says tasks and seeds have in common.
+    """
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["task"] in FGVC and row["test_acc_final"] is not None:
+            groups.setdefault(row["line"], []).append(row)
+    lines = [_line(group) for group in groups.values()]
+    if not lines:
+        return ""
+    header = ["", *COLUMNS.values(), "mean", "params", "trained on"]
+    return tables.markdown(header, lines + [_published(row) for row in published()])
+
+
+def published() -> list[dict[str, str]]:
+    """Rows of the file of published numbers."""
+    with PUBLISHED.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def _published(row: dict[str, str]) -> list[str]:
+    values = [float(row[name]) for name in COLUMNS.values()]
+    cells = [f"{value:.1f}" for value in (*values, statistics.mean(values))]
+    return [f"{row['method']}, published", *cells, row["params_with_head"], row["trained_on"]]
+
+
+def _line(group: list[dict]) -> list[str]:
+    """A line of ours; the deviation of a mean is that of the seeds that all datasets have."""
+    accuracies: dict[str, dict[int, float]] = {task: {} for task in COLUMNS}
+    for row in group:
+        accuracies[row["task"]][row["seed"]] = row["test_acc_final"]
+    cells = [_spread(list(seeds.values())) for seeds in accuracies.values()]
+    shared = set.intersection(*(set(seeds) for seeds in accuracies.values()))
+    means = [statistics.mean(seeds[seed] for seeds in accuracies.values()) for seed in sorted(shared)]
+    heads = {row["task"]: row["head_params"] for row in group}
+    params = (group[0]["trainable_params"] + statistics.mean(heads.values())) / 1e6
+    return [tables.label(group), *cells, _spread(means), f"{params:.2f}M", "trainval"]
+
+
+def _spread(values: list[float]) -> str:
+    return tables.spread(values).removesuffix(" %") if values else ""
