@@ -364,7 +364,7 @@ def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
 
 
 @functools.cache
-def _shapes(variant: str, image_size: Size, chosen: tuple) -> Any:
+def _shapes(variant: str, image_size: Size, chosen: tuple = ()) -> Any:
     """Shapes of the weights of a model with two classes, and what a run chooses, see `vit.CHOSEN`."""
     return models.shapes(models.build(variant, 2, **dict(zip(vit.CHOSEN, chosen))), image_size)
 

@@ -51,6 +51,7 @@ def test_a_vit_on_a_wide_grid_is_timms(tmp_path):
     np.testing.assert_allclose(ours, named_vits.timm(weights, images, 3), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_its_adapter_and_its_file(tmp_path, monkeypatch):
     config = vtab.get_config("hearts,method=linear")
     config.update(epochs=1, image_size=32, image_width=48)

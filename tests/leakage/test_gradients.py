@@ -37,6 +37,7 @@ def pictures(number, seed=0):
     return images, rng.integers(0, CLASSES, number).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_merged_model(frozen):
     c, (images, labels) = client(frozen), pictures(3)
 

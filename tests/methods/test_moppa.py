@@ -47,6 +47,7 @@ def test_the_penalty_keeps_shares_alike():
     assert penalty([[0.0, 0.0, 99.0]]) == pytest.approx(2 * np.log(3), rel=1e-5)  # one takes all
 
 
+@pytest.mark.slow
 def test_the_penalty_counts_once_on_any_number_of_devices(frozen):
     rng = np.random.default_rng(0)
     data = {"images": rng.integers(0, 256, (6, 48, 48, 3), np.uint8)}

@@ -97,7 +97,9 @@ def test_names_come_back(model, tmp_path):
     jax.tree.map(close, again, jax.tree.map(np.asarray, tree))
 
 
-@pytest.mark.parametrize(("size", "stride"), [(7, 2), (3, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("size", "stride"), [pytest.param(7, 2, marks=pytest.mark.slow), (3, 1), (1, 2)]
+)
 def test_convolution_by_matmul_is_xlas(size, stride):
     x = jax.random.normal(jax.random.key(0), (2, 9, 12, 5))
     kernel = jax.random.normal(jax.random.key(1), (size, size, 5, 4))

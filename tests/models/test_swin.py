@@ -190,6 +190,7 @@ def test_lora_of_a_fused_kernel_changes_query_and_value_alone(params):
         assert (node is not None) == (name.rpartition(".")[2] in ("query", "value"))
 
 
+@pytest.mark.slow
 def test_pace_without_noise_is_the_merged_model(params):
     method = methods.get("rlrr")
     merged = jax.jit(lambda: method.merge(params, method.init(jax.random.key(0), params)))()

@@ -16,6 +16,7 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.exits import __main__ as command
 
 HYPER = {"lr": 0.02, "weight_decay": 0.0, "drop_path": 0.0, "num_devices": 1}
+HYPER["model.unroll"] = 1  # which compiles faster
 EXITS = {"model.exits": (2, 4), "loss": "exits"}
 
 
