@@ -40,6 +40,8 @@ def get_config(arg=None):
     config.optimizer = "adamw"  # or "momentum"
     config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"
     config.grad_clip = placeholder(float)  # largest norm of the gradient
+    # What is done to gradients to hide images: "noise1", "noise10", "prune90", "prune99".
+    config.defence = placeholder(str)
     config.loss = "cross_entropy"  # or "pace", "pace_lazy", "pace_fast", "exits": see losses.py
     config.loss_kwargs = loss_options()  # such as lam and sigma; None: the default of the loss
     # Parameters of mixup and CutMix (0 is off), and the share of a label that all classes get.

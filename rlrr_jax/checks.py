@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlrr_jax import losses, models, optim
+from rlrr_jax import defences, losses, models, optim
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import names, preprocessing, reader
@@ -21,6 +21,7 @@ CHOICES = {
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
     "loss": losses.LOSSES,
+    "defence": defences.DEFENCES,
     "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
     "data.source": sources.KINDS,

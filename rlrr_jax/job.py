@@ -228,6 +228,7 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         loss=functools.partial(losses.LOSSES[run.loss], **losses.fixed(run.loss_kwargs)),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
         average=run.average,
+        defence=run.defence,
         crop_from=run.crop_from if run.crop == crops.SQUARE else None,
     )
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import batch as batch_lib
-from rlrr_jax import change, losses, methods, optim
+from rlrr_jax import change, defences, losses, methods, optim
 from rlrr_jax.methods import Method
 from rlrr_jax.mixing import Mixing
 from rlrr_jax.models import exits as exits_lib
@@ -45,6 +45,7 @@ class Recipe(NamedTuple):
       optimizer: how gradients become updates, see `optim.build`.
       loss: what is minimised, with its fixed options, see `losses`.
       mixing: how images and labels are mixed.
+      defence: what is done to the gradient of a batch before it is used, see `defences`; None: nothing.
       average: decay of the running average of the trained tree; None keeps none.
     """
 
@@ -60,6 +61,7 @@ class Recipe(NamedTuple):
     loss: losses.Loss = losses.cross_entropy
     mixing: Mixing = Mixing()
     average: float | None = None
+    defence: str | None = None
     crop_from: int | None = None
 
     @property
@@ -175,6 +177,10 @@ def train_step(
     batch = batch_lib.take(recipe, data, order, state, hyper, now)
     trainable = state["trainable"]
     metrics, grads, kept = loss_and_grad(recipe, frozen, trainable, batch, hyper)
+    if recipe.defence is not None:
+        key = jax.random.fold_in(hyper["noise_key"], batch.step)
+        key = jax.random.fold_in(key, 2**31 - 3)  # of the batch; images have smaller numbers
+        grads = defences.DEFENCES[recipe.defence](key, grads)
     lr = hyper["lr"][epoch * recipe.steps + step]
     tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper["weight_decay"])
     updates, opt_state = tx.update(grads, state["opt_state"], trainable)

@@ -24,9 +24,11 @@ ALLOWED = {
     "runtime": {"errors"},
     "data": {"errors", "files", "sides"},
     "weights": {"errors", "files", "models", "sides"},
-    "checks.py": {"data", "errors", "losses", "models", "optim", "weights"},
+    "defences.py": set(),
+    "checks.py": {"data", "defences", "errors", "losses", "models", "optim", "weights"},
     "step.py": {
-        *("batch", "change", "losses", "methods", "mixing", "models", "optim", "runtime", "sides"),
+        *("batch", "change", "defences", "losses", "methods"),
+        *("mixing", "models", "optim", "runtime", "sides"),
     },
     "evaluate.py": {"data", "losses", "runtime"},
     "feed.py": {"data", "evaluate"},

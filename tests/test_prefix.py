@@ -37,7 +37,14 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "what", [*list(CASES)[:2], pytest.param("two seeds at once", marks=pytest.mark.slow)]
+    "what",
+    [
+        "the last two blocks",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("linear, flipped", "two seeds at once")
+        ),
+    ],
 )
 def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsys):
     arg, changes = CASES[what]

@@ -19,6 +19,7 @@ from rlrr_jax import adapters, checks, files, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import crops, store
 from rlrr_jax.data.resize import normalize
+from rlrr_jax.defences import DEFENCES
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.leakage import gradients, inversion
 from rlrr_jax.leakage.gradients import Client
@@ -39,12 +40,14 @@ it was taken. {task}, {size} pixels, {candidates} candidates (test images, seed 
 For each image of a batch: its rank among all candidates by the cosine of their gradients with the
 shared one. **top-1** is the share of images ranked first, **MRR** the mean reciprocal rank; guessing
 has {chance}. An attacker who knows the label alone, which the head's gradient gives away, has {label}.
-The gradient of the adapter alone is what is shared where the head is withheld.
+The gradient of the adapter alone is what is shared where the head is withheld. What a defence costs in
+accuracy is seen by training with it, config.defence.
 
 {table}
 
 At the start the head is zero, and with it every gradient but the head's own. **noise** clips the
-norm to 1 and adds noise of that many times that norm, **prune** keeps the largest values alone.
+norm to 1 and adds noise of that many times that norm, **prune** sets so many percent of the values
+to zero, the smallest.
 
 ## Exact leaks
 
@@ -193,10 +196,10 @@ def reidentify(label: str, state: str, client: Client, known: tuple, batches: li
     shared = gradients.compiled(client, gradients.gradient)
     plain = [jax.device_get(shared(images[batch], labels[batch])) for batch in batches]
     probes = {("none", i): tree for i, tree in enumerate(plain)}
-    for name, defence in gradients.DEFENCES.items():
+    for name, defence in DEFENCES.items():
         defend = jax.jit(defence)
         for i, batch in enumerate(batches):
-            if name != "none" and len(batch) == 1:
+            if len(batch) == 1:
                 probes[name, i] = jax.device_get(defend(jax.random.key(i), plain[i]))
     with tqdm(total=len(images), unit="img", desc=f"{label}, {state}", delay=2) as bar:
         cosines = gradients.similarities(client, list(probes.values()), images, labels, bar.update)

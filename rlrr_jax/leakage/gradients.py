@@ -1,7 +1,6 @@
-"""Shared gradients: what can be read off them exactly, whose they are, and what hides that."""
+"""Shared gradients: what can be read off them exactly, and whose they are."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 
 from rlrr_jax import methods
+from rlrr_jax.defences import flat
 
 
 class Client(NamedTuple):
@@ -64,12 +64,6 @@ def compiled(client: Client, function: Callable) -> Callable:
         return function(client._replace(frozen=frozen, trainable=trainable), *args)
 
     return functools.partial(run, client.frozen, client.trainable)
-
-
-def flat(tree: Any) -> jax.Array:
-    """All values of a tree in one vector."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.concatenate([x.ravel() for x in leaves]) if leaves else jnp.zeros(0)
 
 
 # Exact leaks ----------------------------------------------------------------------------------
@@ -144,37 +138,3 @@ def ranks(cosines: np.ndarray, true: Iterable[int]) -> np.ndarray:
 def scores(all_ranks: np.ndarray) -> dict[str, float]:
     """The share of images that are ranked first, and the mean reciprocal rank."""
     return {"top1": float((all_ranks < 1.5).mean()), "mrr": float((1 / all_ranks).mean())}
-
-
-# Defences: each a function (key, gradient) -> gradient ----------------------------------------
-
-
-def clip_and_noise(key: jax.Array, tree: Any, norm: float, sigma: float) -> Any:
-    """Clips a gradient to a norm and adds normal noise whose own norm is about `sigma * norm`.
-
-    As in DP-SGD (Abadi et al., CCS 2016), but the batch is what is clipped, and sigma is of the whole
-    noise instead of each value.
-    """
-    values = flat(tree)
-    shrink = jnp.minimum(1, norm / jnp.maximum(jnp.linalg.norm(values), 1e-12))
-    leaves, structure = jax.tree.flatten(tree)
-    keys, level = jax.random.split(key, len(leaves)), sigma * norm / math.sqrt(values.size)
-    noisy = [x * shrink + level * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    return jax.tree.unflatten(structure, noisy)
-
-
-def prune(key: jax.Array, tree: Any, share: float) -> Any:
-    """Sets that share of a gradient's values to zero, the smallest (Zhu et al., NeurIPS 2019)."""
-    del key
-    values = jnp.abs(flat(tree))
-    least = jnp.quantile(values, share)
-    return jax.tree.map(lambda x: jnp.where(jnp.abs(x) > least, x, 0), tree)
-
-
-DEFENCES = {
-    "none": lambda key, tree: tree,
-    "noise 1": functools.partial(clip_and_noise, norm=1.0, sigma=1.0),
-    "noise 10": functools.partial(clip_and_noise, norm=1.0, sigma=10.0),
-    "prune 90 %": functools.partial(prune, share=0.9),
-    "prune 99 %": functools.partial(prune, share=0.99),
-}

@@ -89,6 +89,7 @@ def which(row: dict, seed: bool = True) -> list[str]:
         options.append(f"loss={row['loss']}")
     if row.get("precision") not in (None, "highest", "default") and "precision" not in trial:
         options.append(f"precision={row['precision']}")  # other than what goes with the dtype
+    options += [f"defence={row['defence']}"] if row.get("defence") else []
     model = (row.get("config") or {}).get("model") or {}
     options += [f"depth={model['depth']}"] if model.get("depth") else []
     if model.get("exits"):

@@ -61,6 +61,7 @@ def test_each_exit_has_its_own_adapters_before_attention_and_mlp(frozen):
                 np.testing.assert_allclose(dense(x, ours), dense(moved, theirs), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_exit_trains_its_own_first_blocks(frozen):
     method, trained = tuned(frozen)
 

@@ -63,7 +63,7 @@ def test_remat_changes_no_gradient(unroll):
     "pool, mode",
     [
         ("token", "element"),
-        ("token", "sample"),
+        pytest.param("token", "sample", marks=pytest.mark.slow),
         pytest.param("both", "element", marks=pytest.mark.slow),
     ],
 )
