@@ -50,10 +50,12 @@ def cache(folder: Any = None) -> pathlib.Path:
 def walk(folder: Any) -> Iterator[pathlib.Path]:
     """All files below a local folder, linked folders followed once each, in order of their paths.
 
-    Raises UserError for a folder that must not be read.
+    Raises UserError for a folder that is not there, or must not be read.
     """
 
     def refuse(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"there is no folder {error.filename}: check the path")
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}): change its permissions"
         ) from error

@@ -129,3 +129,8 @@ def test_nobodys_home_is_one_sentence(monkeypatch):
         files.cache()
     with pytest.raises(UserError, match="~/x names no home directory: write the whole path"):
         files.local("~/x")
+
+
+def test_a_missing_folder_is_said_to_be_missing(tmp_path):
+    with pytest.raises(UserError, match="there is no folder .*/nowhere: check the path"):
+        list(files.walk(tmp_path / "nowhere"))
