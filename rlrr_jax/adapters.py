@@ -376,12 +376,11 @@ def combine(
     first = adapters[0].card
     rank = options["rank"] * (len(adapters) if way == "products" else 1)
     trees = [_flat(a.trainable) for a in adapters]
-    out = {}
-    for key in trees[0]:
+    of_head = lambda key: key.startswith("head/")
+    out = {key: value for key, value in trees[head].items() if of_head(key)}
+    for key in (key for key in trees[0] if not of_head(key)):
         parts, name = [tree[key] for tree in trees], key.rsplit("/", 1)[-1]
-        if key.startswith("head/"):
-            out[key] = trees[head][key]
-        elif name == "scale":
+        if name == "scale":
             out[key] = 1 + sum(w * (x - 1) for w, x in zip(weights, parts))
         elif way == "products" and name in ("scale_in", "scale_out"):
             factors = weights if name == "scale_in" else [1] * len(parts)

@@ -235,7 +235,7 @@ def _resolve_one(
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
     _check_family(run, method)
-    _check_exits(run)
+    _check_exits(run, method)
     # Others than the JAX weights say their GELU when they are there: `follow`.
     if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
         _fill(run.model, "gelu", preprocessing.JAX.gelu)
@@ -277,7 +277,7 @@ def _check_family(run: ConfigDict, method: methods.Method) -> None:
         )
 
 
-def _check_exits(run: ConfigDict) -> None:
+def _check_exits(run: ConfigDict, method: methods.Method) -> None:
     """UserError unless exits and the number of blocks fit the model, and the loss the exits."""
     variant, exits, depth = run.model.variant, run.model.exits, run.model.depth
     for key in vit.CHOSEN if models.family(variant) != "vit" else ():
@@ -293,7 +293,11 @@ def _check_exits(run: ConfigDict) -> None:
         raise UserError(
             f"config.model.depth={depth} must be less than the {blocks} of {variant}: leave it out"
         )
+    if exits and not method.folds:
+        raise UserError(f"method {run.method} does not fold: leave config.model.exits out")
     last = (depth or blocks) - 1
+    if exits and last < 1:
+        raise UserError(f"config.model.depth={depth} leaves no block for an exit: raise it")
     if exits and (sorted(set(exits)) != list(exits) or exits[0] < 1 or exits[-1] > last):
         raise UserError(
             f"config.model.exits={exits} must be numbers of blocks from 1 to {last}, in order"

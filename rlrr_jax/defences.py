@@ -12,6 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.methods.base import FIXED
+
+
+def defend(name: str, key: jax.Array, gradient: Any) -> Any:
+    """A gradient `{"adapter", "head"}` behind the defence of a name; what is not trained stays zero."""
+    adapter = dict(gradient["adapter"])
+    fixed = {FIXED: adapter.pop(FIXED)} if FIXED in adapter else {}
+    found = DEFENCES[name](key, {**gradient, "adapter": adapter})
+    return {**found, "adapter": {**found["adapter"], **fixed}}
+
 
 def flat(tree: Any) -> jax.Array:
     """All values of a tree in one vector."""

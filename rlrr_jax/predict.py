@@ -178,7 +178,7 @@ def main() -> None:
     tuned = adapters.load(args.adapter, weights=args.weights, cache_dir=args.cache_dir)
     rows, bad, how, size = [], [], {}, args.batch_size
     if args.exit_threshold is not None:
-        leaver = leave.Leaver(tuned, args.exit_threshold, size)
+        leaver = leave.Leaver(tuned, args.exit_threshold, min(size, len(paths)))
         how, size = {"classify": leaver}, CHUNK * size
     found = predict(tuned, paths, size, progress=len(paths) > args.batch_size, **how)
     for path, probabilities, why in found:

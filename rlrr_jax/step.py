@@ -180,7 +180,7 @@ def train_step(
     if recipe.defence is not None:
         key = jax.random.fold_in(hyper["noise_key"], batch.step)
         key = jax.random.fold_in(key, 2**31 - 3)  # of the batch; images have smaller numbers
-        grads = defences.DEFENCES[recipe.defence](key, grads)
+        grads = defences.defend(recipe.defence, key, grads)
     lr = hyper["lr"][epoch * recipe.steps + step]
     tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper["weight_decay"])
     updates, opt_state = tx.update(grads, state["opt_state"], trainable)

@@ -81,7 +81,8 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
         group = list(several)
         with survive(*group), workdir.locked(group):
             train_all = functools.partial(finish, load=load, forecast=forecast, stop=stop)
-            rows += train_all(search.choose(group, train_all))
+            settings = itertools.groupby(group, lambda work: work.run.trial)  # each chooses for itself
+            rows += train_all([w for _, part in settings for w in search.choose(list(part), train_all)])
     if not rows:
         raise UserError(f"every run failed; {explain(problems)[0]}")
     if distributed.is_process_zero():

@@ -57,3 +57,12 @@ def test_an_unknown_defence_is_said_with_the_nearest():
     config.defence = "prune9"
     with pytest.raises(UserError, match="'prune9': did you mean 'prune9"):
         config_lib.resolve(config)
+
+
+@pytest.mark.parametrize("name", defences.DEFENCES)
+def test_what_is_not_trained_stays_zero(name):
+    adapter = {"a": jnp.arange(1.0, 201), "fixed": {"index": jnp.zeros(500)}}
+    found = defences.defend(name, jax.random.key(0), {"adapter": adapter, "head": {"b": jnp.ones(3)}})
+    assert (found["adapter"]["fixed"]["index"] == 0).all()
+    kept = int((defences.flat(found) != 0).sum())
+    assert kept == {"prune90": 21, "prune99": 3}.get(name, 203)  # of 203 values, not of 703

@@ -394,3 +394,14 @@ def test_weights_are_read_once_a_start(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "load", lambda *a, **k: reads.append(a) or load(*a, **k))
     rows, _ = suite.run(config("digits,hearts,method=linear"), tmp_path)
     assert len(rows) == 2 and len(reads) == 1
+
+
+@pytest.mark.slow
+def test_settings_that_train_together_choose_for_themselves(tmp_path):
+    """Fixed learning rates of `config.runs` stay those of their runs."""
+    config = vtab.get_config("hearts,method=linear")
+    config.update_from_flattened_dict({"protocol": "vtab", "epochs": 1, "weight_decay": 0.0})
+    config.runs, config.grid.drop_path = ({"lr": (0.01, 0.1)},), (0.0,)
+    rows, problems = suite.run(config, tmp_path)
+    assert not problems and sorted(row["lr"] for row in rows) == [0.01, 0.1]
+    assert len(list((tmp_path / "hearts/linear/search").glob("*/result.json"))) == 2

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import adapters, checks, files
+from rlrr_jax import adapters, files, models
 from rlrr_jax import config as config_lib
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.data import store
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.exits import choose, leave, page
 from rlrr_jax.results import plots, rows
+from rlrr_jax.runs import identity
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,26 +43,33 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(workdirs: list[str]) -> list[tuple[pathlib.Path, Adapter, Adapter | None]]:
     """The finished runs, their adapters, and the adapters that choose their thresholds."""
-    found = [path for workdir in workdirs for path in adapters.finished(files.local(workdir))]
+    found = [path.resolve() for workdir in workdirs for path in adapters.finished(files.local(workdir))]
     if not found:
         raise UserError(f"there is no finished run in {', '.join(workdirs)}: give a --workdir")
-    plans = [
-        (path, adapter, chooser(path, adapter)) for path in found for adapter in [adapters.read(path)]
-    ]
-    first = plans[0][1].card
-    for path, adapter, _ in plans:
-        for key in ("task", "image_size"):
-            if adapter.card[key] != first[key]:
-                raise UserError(
-                    f"{path} is a run with {key}={adapter.card[key]}, the first with {first[key]}: "
-                    f"give runs alike"
-                )
+    read = {path: adapters.read(path) for path in dict.fromkeys(found)}
+    first = next(iter(read.values())).card
+    for path, adapter in read.items():
+        _check(path, adapter.card, first)
+    plans = [(path, adapter, chooser(path, adapter)) for path, adapter in read.items()]
     if all(one is None for *_, one in plans):
         raise UserError(
             f"no run in {', '.join(workdirs)} has early exits: train one with config.model.exits, "
             f"config.loss=exits and config.protocol=vtab"
         )
     return plans
+
+
+def _check(path: pathlib.Path, card: dict, first: dict) -> None:
+    """UserError unless a run was tested, of a ViT, and on the task and backbone of the first run."""
+    for key in ("task", "image_size", "model", "backbone_sha256"):
+        if card[key] != first[key]:
+            raise UserError(
+                f"{path} is a run with {key}={card[key]}, the first with {first[key]}: give runs alike"
+            )
+    if models.family(card["model"]) != "vit":
+        raise UserError(f"{path} is a run of {card['model']}: only ViTs have exits, give runs of one")
+    if card["accuracy"].get("test_acc") is None:
+        raise UserError(f"{path} was never tested (config.protocol=tune): leave it out")
 
 
 def chooser(path: pathlib.Path, adapter: Adapter) -> Adapter | None:
@@ -71,7 +79,8 @@ def chooser(path: pathlib.Path, adapter: Adapter) -> Adapter | None:
     """
     if not adapter.run.model.get("exits"):
         return None
-    same = lambda run: [run[key] for key in checks.GRID] + [run.loss_kwargs.to_dict()]
+    apart = ("seed", "protocol", "grid", "recipe", "epochs")  # of a run and of what it chose from
+    same = lambda run: {k: v for k, v in identity.described(run).items() if k not in apart}
     for other in sorted((path.parent.parent / "search").glob("*/adapter.safetensors")):
         found = adapters.read(other)
         if same(found.run) == same(adapter.run):
@@ -88,7 +97,7 @@ def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None) -> pa
     model = adapters.model(adapter)
     plain = float(leave.flops(model.clone(exits=()), size)[-1])
     if chooser is None:
-        return page.Run(row, plain, np.array([plain]), [row["test_acc_final"]], [])
+        return page.Run(row, plain, np.array([plain]), np.array([plain]), [row["test_acc_final"]], [])
     backbone, part = adapters.backbone(adapter), config_lib.task_of(adapter.run).parts[1]
     said, _ = probabilities(chooser, backbone, part)
     found, labels = probabilities(adapter, backbone, "test")
@@ -96,7 +105,7 @@ def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None) -> pa
     thresholds = [choose.threshold_of(said, costs, budget) for budget in choose.budgets(costs)]
     points = [choose.point(found, labels, costs, threshold) for threshold in thresholds]
     alone = (found.argmax(-1) == labels[:, None]).mean(0).tolist()
-    return page.Run(row, plain, costs, alone, points)
+    return page.Run(row, plain, costs, leave.flops(model, size), alone, points)
 
 
 def probabilities(adapter: Adapter, backbone: Any, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -82,7 +82,8 @@ def classify(
       threshold: from 0 (all leave at the first exit) to above 1 (none does).
       batch_size: images at once.
     """
-    number = len(images)
+    if not (number := len(images)):
+        return np.zeros((0, len(parts[-1].params["head"]["bias"])), np.float32), np.zeros(0, int)
     left, left_at = np.arange(number), np.full(number, len(parts) - 1)
     out, x = None, images
     for i, stage in enumerate(parts):
@@ -125,10 +126,9 @@ class Leaver:
 def _stage(stage: Stage, x: Any, batch_size: int) -> tuple[Any, np.ndarray]:
     """Tokens and probabilities of all images at a stage."""
     tokens, probabilities = [], []
-    size = min(batch_size, len(x))
-    for start in range(0, len(x), size):
-        batch = np.asarray(x[start : start + size])
-        found, logits = stage.run(stage.params, evaluate.pad(batch, size))
+    for start in range(0, len(x), batch_size):
+        batch = np.asarray(x[start : start + batch_size])
+        found, logits = stage.run(stage.params, evaluate.pad(batch, batch_size))
         probabilities.append(np.asarray(jax.nn.softmax(logits))[: len(batch)])
         tokens.append(None if found is None else np.asarray(found)[: len(batch)])
     together = None if tokens[0] is None else np.concatenate(tokens)

@@ -26,7 +26,9 @@ class Run(NamedTuple):
     Attributes:
       row: of its `result.json`.
       plain: FLOPs of its network without exits.
-      costs: FLOPs of its exits and its end [E + 1].
+      costs: FLOPs until an image leaves at each exit, and at the end [E + 1].
+      direct: the same if all leave there, and no exit before is tried; others than `costs` where each
+        exit has a tree of its own.
       alone: accuracy on the test images if all leave at the same exit [E + 1].
       points: a `choose.Point` on the test images for each budget; none without exits.
     """
@@ -34,6 +36,7 @@ class Run(NamedTuple):
     row: dict
     plain: float
     costs: np.ndarray
+    direct: np.ndarray
     alone: list[float]
     points: list[choose.Point]
 
@@ -84,7 +87,7 @@ def _with_exits(group: list[Run], full: float) -> str:
     share = lambda cost: f"{100 * cost / full:.0f} %"
     alone = [
         [place, share(cost), spread([run.alone[i] for run in group])]
-        for i, (place, cost) in enumerate(zip(places, first.costs))
+        for i, (place, cost) in enumerate(zip(places, first.direct))
     ]
     points, lines = curve(group), []
     mark = choose.knee(points)
@@ -93,7 +96,7 @@ def _with_exits(group: list[Run], full: float) -> str:
         lines.append(
             [
                 share(choose.budgets(first.costs)[i]),
-                f"{statistics.mean(min(point.threshold, 1.0) for point in each):.4f}",
+                _threshold([point.threshold for point in each]),
                 share(points[i][0]),
                 spread([point.accuracy for point in each]) + " (knee)" * (i == mark),
                 *(f"{100 * x:.0f} %" for x in left),
@@ -107,6 +110,11 @@ def _with_exits(group: list[Run], full: float) -> str:
         f"{tables.markdown(['place', 'cost', 'test accuracy [%]'], alone)}\n\n"
         f"Each leaves when sure:\n\n{tables.markdown(head, lines)}\n\n{knee}\n"
     )
+
+
+def _threshold(values: list[float]) -> str:
+    """The mean over seeds; "none" where no image leaves early."""
+    return "none" if max(values) > 1 else f"{statistics.mean(values):.4f}"
 
 
 def plain(group: list[Run]) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def draw(groups: list[list[Run]]) -> bytes:
     lines = [group for group in groups if group[0].points]
     for colour, group in zip(plots.COLOURS, lines):
         axis.plot(*percent(curve(group)), "-o", ms=3, color=colour, label=name(group))
-        places = zip(group[0].costs, np.mean([run.alone for run in group], 0))
+        places = zip(group[0].direct, np.mean([run.alone for run in group], 0))
         axis.plot(*percent(list(places)), "x", color=colour)
     for i, group in enumerate(group for group in groups if not group[0].points):
         at = [(group[0].plain, statistics.mean(run.alone[-1] for run in group))]

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, checks, files, methods
+from rlrr_jax import adapters, checks, defences, files, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import crops, store
 from rlrr_jax.data.resize import normalize
@@ -177,6 +177,11 @@ def _case(path: Any, first: ConfigDict, precision: str) -> Case:
             raise UserError(
                 f"{path} is a run with {key}={run[key]}, the first with {first[key]}: give runs alike"
             )
+    if run.model.get("exits"):
+        raise UserError(
+            f"{path} was trained with early exits, whose gradient is not the one that is attacked here: "
+            f"give runs without"
+        )
     backbone = adapters.backbone(adapter)
     how = adapters.model(adapter), adapters.method(adapter), backbone.frozen
     client = Client(*how, adapter.trainable, precision)
@@ -196,8 +201,8 @@ def reidentify(label: str, state: str, client: Client, known: tuple, batches: li
     shared = gradients.compiled(client, gradients.gradient)
     plain = [jax.device_get(shared(images[batch], labels[batch])) for batch in batches]
     probes = {("none", i): tree for i, tree in enumerate(plain)}
-    for name, defence in DEFENCES.items():
-        defend = jax.jit(defence)
+    for name in DEFENCES:
+        defend = jax.jit(functools.partial(defences.defend, name))
         for i, batch in enumerate(batches):
             if len(batch) == 1:
                 probes[name, i] = jax.device_get(defend(jax.random.key(i), plain[i]))

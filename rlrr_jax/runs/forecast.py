@@ -50,9 +50,9 @@ class Forecast:
         self.number: dict[str, int] = {}
         self.before: set[str] = set()
         for i, work in enumerate(works, 1):
-            searched = work.run.protocol == "vtab" and work.folder.parent not in {
-                w.folder.parent for w in works[: i - 1]
-            }
+            which = lambda w: (w.folder.parent, w.run.trial)  # seeds share a search
+            seen = map(which, works[: i - 1])
+            searched = work.run.protocol == "vtab" and which(work) not in seen
             for w in [*(search.trials(work) if searched else ()), work]:
                 if w.finished:
                     self.before.add(w.label)

@@ -38,7 +38,8 @@ def runs(tmp_path_factory):
 
 
 def test_the_page_has_curves_knees_and_what_is_beside_them(runs, tmp_path, capsys):
-    command.main([str(runs / "exits"), str(runs / "shallow"), f"--out={tmp_path}"])
+    twice = [runs / "exits", runs / "exits/hearts", runs / "shallow"]
+    command.main([*map(str, twice), f"--out={tmp_path}"])
     shown = capsys.readouterr().out
     text = (tmp_path / "exits.md").read_text()
     assert text in shown and "## rlrr exits=2+4" in text and "| rlrr depth=3 |" in text
@@ -64,7 +65,25 @@ def test_what_has_no_curve_is_said(runs, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             command.main([*map(str, folders), f"--out={tmp_path / 'out'}"])
-    adapter = adapters.read(runs / "exits/hearts/rlrr/seed0/adapter.safetensors")
+    path = runs / "exits/hearts/rlrr/seed0/adapter.safetensors"
+    adapter = adapters.read(path)
+    assert command.chooser(path, adapter).run.protocol == "tune"
+    config = {**adapter.card["config"], "model": {**adapter.card["config"]["model"], "exits": [1]}}
+    other = adapter._replace(card={**adapter.card, "config": config})
+    with pytest.raises(UserError, match="has no search beside it"):  # that is of other exits
+        command.chooser(path, other)
+    for change, message in (
+        ({"accuracy": {"test_acc": None}}, "was never tested .config.protocol=tune.: leave it out"),
+        (
+            {"backbone_sha256": "a"},
+            "is a run with backbone_sha256=a, the first with .*: give",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            command._check(path, {**adapter.card, **change}, adapter.card)
+    swin = {**adapter.card, "model": "swin_t"}
+    with pytest.raises(UserError, match="is a run of swin_t: only ViTs have exits, give runs of one"):
+        command._check(path, swin, swin)
     with pytest.raises(UserError, match="was trained on the validation images, too, and has no search"):
         command.chooser(tmp_path / "rlrr" / "seed0" / "adapter.safetensors", adapter)
 
@@ -115,6 +134,18 @@ def test_a_file_of_all_exits_and_one_of_the_last(runs, tmp_path, monkeypatch, ca
     np.testing.assert_array_equal(kernel, tuned.params["head"]["exits"]["kernel"])
 
 
+def test_adapters_with_and_without_exits_are_combined(runs):
+    """The head, and what exits it has, is that of the one that is named."""
+    one = adapters.read(runs / "exits/hearts/rlrr/seed0/adapter.safetensors")
+    head = {key: one.trainable["head"][key] for key in ("kernel", "bias")}
+    model = {**one.card["config"]["model"], "exits": None}
+    card = {**one.card, "config": {**one.card["config"], "model": model}}
+    other = adapters.Adapter({**one.trainable, "head": head}, card)
+    for number, wanted in ((0, one), (1, other)):
+        found = adapters.combine([one, other], head=number)
+        assert found.trainable["head"].keys() == wanted.trainable["head"].keys()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -125,6 +156,11 @@ def test_a_file_of_all_exits_and_one_of_the_last(runs, tmp_path, monkeypatch, ca
         ({**EXITS, "model.exits": (0,)}, "must be numbers of blocks from 1 to 5, in order"),
         ({**EXITS, "model.exits": ("a",)}, "must be numbers of blocks, such as (3,6,9)"),
         ({**EXITS, "model.depth": 4}, "must be numbers of blocks from 1 to 3, in order"),
+        ({**EXITS, "model.exits": (1,), "model.depth": 1}, "leaves no block for an exit: raise it"),
+        (
+            {"arg": "hearts,method=moppa", **EXITS},
+            "method moppa does not fold: leave config.model",
+        ),
         ({"model.depth": 6}, "config.model.depth=6 must be less than the 6 of bundled: leave it out"),
         ({"model.depth": 0}, "config.model.depth=0 must be greater than 0"),
         ({"model.variant": "swin_t", "model.depth": 2}, "config.model.depth is of no use for swin_t"),
