@@ -179,7 +179,7 @@ def _case(path: Any, first: ConfigDict, precision: str) -> Case:
             )
     if run.model.get("exits"):
         raise UserError(
-            f"{path} was trained with early exits, whose gradient is not the one that is attacked here: "
+            f"{path} was trained with early exits, whose gradient is not the one attacked here: "
             f"give runs without"
         )
     backbone = adapters.backbone(adapter)
