@@ -35,6 +35,7 @@ KEYS = {
         "drop_path_mode",
         "epochs",
         "eval_every",
+        "defence",
         "batch_size",
         "protocol",
         "source",
