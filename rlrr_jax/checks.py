@@ -21,7 +21,7 @@ CHOICES = {
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
     "loss": losses.LOSSES,
-    "defence": defences.DEFENCES,
+    "defence": tuple(defences.DEFENCES),
     "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
     "data.source": sources.KINDS,

@@ -133,7 +133,7 @@ def test_wrong_input_is_one_sentence(case, answers):
     assert lines[-1].startswith("error: ") and WRONG[case][1] in lines[-1], answer
     assert len(lines) == 1 or all("img/s" in line for line in lines[:-1]), answer
     assert "Traceback" not in answer["out"] and "pickle was run" not in answer["out"]
-    assert answer["seconds"] < 10 or case == "diverging", answer  # that one trains
+    assert answer["seconds"] < 60 or case == "diverging", answer  # that one trains
 
 
 def test_a_process_of_its_own_answers_the_same(answers):
