@@ -70,13 +70,13 @@ def check(config: ConfigDict) -> None:
     for key in GRID:
         for value in config.grid[key]:
             hyper("config.grid", {key: value})
-    for key in (*GRID, *LOSS_GRID):
-        if len(set(config.grid[key])) < len(config.grid[key]):
-            raise UserError(f"config.grid.{key}={config.grid[key]} must be different values")
     for key in LOSS_GRID:
         for value in config.grid[key]:
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise UserError(f"config.grid.{key}={value} must be finite and not negative")
+    for key in (*GRID, *LOSS_GRID):
+        if len(set(config.grid[key])) < len(config.grid[key]):
+            raise UserError(f"config.grid.{key}={config.grid[key]} must be different values")
     _check_numbers(config)
     _check_pixels(config.pretrained.mean, config.pretrained.std)
     if config.model.variant is not None:
@@ -94,7 +94,7 @@ def _check_numbers(config):
             f"config.checkpoint_seconds={config.checkpoint_seconds} must be finite and not negative"
         )
     seeds = (0,) if config.seeds is None else config.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or not all(map(_seed, seeds)):
+    if not seeds or not all(map(_seed, seeds)) or len(set(seeds)) < len(seeds):
         raise UserError(
             f"config.seeds={seeds} must be different whole numbers below 2^32, such as (0,1,2)"
         )
