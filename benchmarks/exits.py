@@ -57,8 +57,8 @@ def main():
     images = pictures(adapter.run, args.images // args.batch * args.batch)
     plain = tuned._replace(model=tuned.model.clone(exits=()))
     base = best(lambda: whole(plain, images, args.batch))
-    costs = leave.flops(tuned.model, adapters.image_size(tuned.card), bool(tuned.exits))
-    full = leave.flops(plain.model.clone(exits=()), adapters.image_size(tuned.card))[-1]
+    costs = leave.flops(tuned.model, adapters.image_size(tuned.card), bool(tuned.exit_trees))
+    full = leave.flops(plain.model, adapters.image_size(tuned.card))[-1]
     print(f"{len(images)} images, batches of {args.batch}; the whole network takes {base:.2f} s")
     print("| threshold | FLOPs | time |\n| ---: | ---: | ---: |")
     for threshold in map(float, args.thresholds.split(",")):

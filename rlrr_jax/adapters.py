@@ -89,13 +89,13 @@ class Backbone(NamedTuple):
 class Tuned(NamedTuple):
     """A merged model: a plain one of flax, its tree, and the adapter's card.
 
-    Where each early exit has a tree of its own (`Method.merge_exit`), those are `exits`.
+    `exit_trees` are those of the early exits, where each has one of its own (`Method.merge_exit`).
     """
 
     model: Any
     params: Any
     card: dict
-    exits: tuple = ()
+    exit_trees: tuple = ()
 
     def logits(self, images: Any) -> jax.Array:
         """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated."""
@@ -344,7 +344,7 @@ def load(
     if (how := method(adapter)).merge_exit is None:
         return tuned
     trees = jax.jit(functools.partial(methods.exit_trees, how))(on.frozen, adapter.trainable)
-    return tuned._replace(exits=tuple(trees[:-1]))
+    return tuned._replace(exit_trees=tuple(trees[:-1]))
 
 
 def merged(adapter: Adapter, frozen: Any) -> Any:

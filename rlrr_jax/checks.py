@@ -21,7 +21,7 @@ CHOICES = {
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
     "loss": losses.LOSSES,
-    "defence": tuple(defences.DEFENCES),
+    "defence": defences.DEFENCES,
     "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
     "data.source": sources.KINDS,

@@ -18,8 +18,7 @@ from rlrr_jax.checks import GRID, LOSS_GRID
 from rlrr_jax.data import own, sources, store, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.methods.sites import replaced, stack, subtree
-from rlrr_jax.models import vit
+from rlrr_jax.models import exits, vit
 from rlrr_jax.runs.identity import PLACES, recipe, together
 from rlrr_jax.sides import Size
 from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
@@ -279,28 +278,28 @@ def _check_family(run: ConfigDict, method: methods.Method) -> None:
 
 def _check_exits(run: ConfigDict, method: methods.Method) -> None:
     """UserError unless exits and the number of blocks fit the model, and the loss the exits."""
-    variant, exits, depth = run.model.variant, run.model.exits, run.model.depth
+    variant, numbers, depth = run.model.variant, run.model.exits, run.model.depth
     for key in vit.CHOSEN if models.family(variant) != "vit" else ():
         if run.model[key] is not None:
             raise UserError(f"config.model.{key} is of no use for {variant}: leave it out")
-    if bool(exits) != (run.loss == "exits"):
-        way = "set the loss, too" if exits else "set the exits, too, such as (3,6,9)"
+    if bool(numbers) != (run.loss == "exits"):
+        way = "set the loss, too" if numbers else "set the exits, too, such as (3,6,9)"
         raise UserError(f"config.model.exits and config.loss=exits go together: {way}")
-    if not exits and depth is None:
+    if not numbers and depth is None:
         return
     blocks = models.sizes(variant)["depth"]
     if depth is not None and depth >= blocks:
         raise UserError(
             f"config.model.depth={depth} must be less than the {blocks} of {variant}: leave it out"
         )
-    if exits and not method.folds:
+    if numbers and not method.folds:
         raise UserError(f"method {run.method} does not fold: leave config.model.exits out")
     last = (depth or blocks) - 1
-    if exits and last < 1:
+    if numbers and last < 1:
         raise UserError(f"config.model.depth={depth} leaves no block for an exit: raise it")
-    if exits and (sorted(set(exits)) != list(exits) or exits[0] < 1 or exits[-1] > last):
+    if numbers and (sorted(set(numbers)) != list(numbers) or numbers[0] < 1 or numbers[-1] > last):
         raise UserError(
-            f"config.model.exits={exits} must be numbers of blocks from 1 to {last}, in order"
+            f"config.model.exits={numbers} must be numbers of blocks from 1 to {last}, in order"
         )
 
 
@@ -548,5 +547,4 @@ def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> di
         return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)
     whole = model.clone(depth=models.sizes(run.model.variant)["depth"])
     tree = reader.load(path, model=whole, image_size=size_of(run), how=how, note=note)
-    where = stack(tree)
-    return replaced(tree, where, jax.tree.map(lambda x: x[:depth], subtree(tree, where)))
+    return exits.part(whole, tree, 0, depth)[1]

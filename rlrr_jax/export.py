@@ -105,7 +105,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     backbone = adapters.backbone(adapter, weights, cache_dir)
     tuned = adapters.load(adapter, backbone)
-    if to not in TRAINED and not keeps_exits(to, adapter):
+    if drops_exits(to, adapter):
         tuned = _ending(tuned)
     special = files.is_special(out)  # whose folder may be /dev
     target = pathlib.Path(files.through(out))  # a link stays
@@ -125,19 +125,20 @@ def export(
     return difference
 
 
-def keeps_exits(to: str, adapter: Any) -> bool:
-    """Whether a format of the merged model has the early exits of an adapter, if there are any.
+def drops_exits(to: str, adapter: Any) -> bool:
+    """Whether an adapter has early exits for which a format has no place.
 
-    Those with a tree of their own for each exit have no place in one file of one tree.
+    An .npz file has, for those of one tree; the formats of other libraries have the last exit alone.
     """
-    return FORMATS[to] == ".npz" and adapters.method(adapter).merge_exit is None
+    one_tree = FORMATS[to] == ".npz" and adapters.method(adapter).merge_exit is None
+    return bool(adapter.run.model.get("exits")) and to not in TRAINED and not one_tree
 
 
 def _ending(tuned):
     """A `Tuned` model without early exits."""
     head = {key: tuned.params["head"][key] for key in ("kernel", "bias")}
-    model = tuned.model.clone(exits=()) if getattr(tuned.model, "exits", ()) else tuned.model
-    return tuned._replace(model=model, params={**tuned.params, "head": head}, exits=())
+    model = tuned.model.clone(exits=())
+    return tuned._replace(model=model, params={**tuned.params, "head": head}, exit_trees=())
 
 
 def _export_folder(adapter, to, folder):
@@ -305,7 +306,7 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     pool = ', pool_type="tok"' if to == "big_vision" else ""
     sizes = ", ".join(f"{name}={value}" for name, value in sizes.items())
     text = f"{to}, with pixels in [-1, 1]: ViT of num_classes={classes}, {sizes}{pool}"
-    if early and keeps_exits(to, adapter):
+    if early and not drops_exits(to, adapter):
         blocks = ", ".join(map(str, early))
         text += f"; head/exits are the heads after blocks {blocks}, which only rlrr_jax knows"
     if card["gelu"] == "exact":  # their code has the tanh form
@@ -359,7 +360,7 @@ def main() -> None:
         + f", {_size(files.local(args.out)) / 1e6:.1f} MB; read back, its logits "
         f"differ by at most {difference:.1g}"
     )
-    if adapter.run.model.get("exits") and args.to not in TRAINED and not keeps_exits(args.to, adapter):
+    if drops_exits(args.to, adapter):
         print("note: early exits are left out; .npz files have those of methods other than met")
     if args.push:
         print(f"uploaded to {push(files.local(args.out), args.push, adapter.card)}")

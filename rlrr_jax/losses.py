@@ -179,7 +179,8 @@ def exits(
     That is, of an image: the cross-entropy of the whole network, plus means over the early exits of
     `early` times theirs, `distill` times the Kullback-Leibler divergence from the last's probabilities
     (which get no gradient), and `graph` times the mean square of the difference of its features to
-    those of the other images of its label in the batch, over all devices. MET (Liu et al., 2024, see
+    those of the other images of its label in the batch, over all devices (where images are mixed, its
+    own label, not its partner's). MET (Liu et al., 2024, see
     `methods/met.py`) has the graph; its exact form is not public, and this is ours.
 
     Args:
@@ -193,10 +194,10 @@ def exits(
     found = jax.nn.log_softmax(every[:, :-1])
     divergence = (jnp.exp(wanted) * (wanted - found)).sum(-1)
     distance = _to_own_class(features, batch)
-    right = correct(every[:, -1], batch.labels, losses[:, -1])
+    right = jax.vmap(correct, (1, None, 1), 1)(every, batch.labels, losses)
     values = {
-        "acc": right,
-        "early_acc": (every[:, :-1].argmax(-1) == batch.labels[:, None]).mean(1),
+        "acc": right[:, -1],
+        "early_acc": right[:, :-1].mean(1),
         "distance": distance,
     }
     extra = (early * losses[:, :-1] + distill * divergence).mean(1)

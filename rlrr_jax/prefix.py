@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rlrr_jax import evaluate
 from rlrr_jax.data.resize import normalize
-from rlrr_jax.methods.sites import replaced, stack, subtree
+from rlrr_jax.models import exits
 from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -122,14 +122,12 @@ def _free() -> int:
 def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh) -> Callable:
     """A jitted function `(frozen, images) -> [B, F, ...]`, the same on every device."""
     size, flip = pixels
-    first = model if number == HEAD else model.clone(until=number)
 
     def one(frozen: Any, images: jax.Array) -> jax.Array:
         if number == HEAD:
-            return _inputs_of_head(first, frozen, images)
-        path = stack(frozen)
-        cut = jax.tree.map(lambda x: x[:number], subtree(frozen, path))
-        return first.apply({"params": replaced(frozen, path, cut)}, images)
+            return _inputs_of_head(model, frozen, images)
+        first, own = exits.part(model, frozen, 0, number)
+        return first.apply({"params": own}, images)
 
     def both(frozen: Any, images: jax.Array) -> jax.Array:
         images = normalize(images, size)
@@ -164,10 +162,9 @@ def rest(recipe: Any, frozen: Any, number: int) -> tuple[Any, Any]:
     if number == HEAD:
         model, tree = Head(recipe.model.num_classes), {"head": frozen["head"]}
     else:
-        path, before = stack(frozen), ("embedding", "pos_embedding", "pre_norm", *recipe.model.tokens())
-        later = jax.tree.map(lambda x: x[number:], subtree(frozen, path))
-        tree = {key: x for key, x in replaced(frozen, path, later).items() if key not in before}
-        model = recipe.model.clone(first=number)
+        model, own = exits.part(recipe.model, frozen, number, None)
+        before = ("embedding", "pos_embedding", "pre_norm", *model.tokens())
+        tree = {key: x for key, x in own.items() if key not in before}
     return recipe._replace(model=model, image_size=None), tree
 
 

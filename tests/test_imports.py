@@ -32,7 +32,7 @@ ALLOWED = {
     },
     "evaluate.py": {"data", "losses", "runtime"},
     "feed.py": {"data", "evaluate"},
-    "prefix.py": {"data", "evaluate", "methods", "runtime"},
+    "prefix.py": {"data", "evaluate", "models", "runtime"},
     "sensitivity.py": {"data"},
 }
 EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models

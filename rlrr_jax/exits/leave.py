@@ -29,41 +29,34 @@ class Stage(NamedTuple):
 
 
 def stages(tuned: adapters.Tuned) -> list[Stage]:
-    """The parts of a `Tuned` model with exits; UserError for one without, or that cannot be cut."""
+    """The parts of a `Tuned` model with exits; UserError for one without."""
     model, run = tuned.model, tuned.card["config"]
     if not getattr(model, "exits", ()):
         raise UserError(
             "this adapter was trained without early exits: train one with config.model.exits and "
             "config.loss=exits"
         )
-    if "physics" in tuned.params["Transformer"]["encoderblock"]:
-        raise UserError(f"a model of method {tuned.card['method']} is not cut at its exits")
     ends, out, begin = (*model.exits, None), [], 0
+    own = (*tuned.exit_trees, tuned.params) if tuned.exit_trees else None
+    crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
     for number, end in enumerate(ends):
-        own = bool(tuned.exits)
-        params = (*tuned.exits, tuned.params)[number] if own else tuned.params
-        first = 0 if own else begin
-        _, cut = exits.prefix(model, params, first, end)
-        crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
+        tree, first = (own[number], 0) if own else (tuned.params, begin)
+        part, cut = exits.part(model, tree, first, end)
         pixels = None if first else (adapters.image_size(tuned.card), crop_from)
-        run_stage = _program(model, (first, end, number), pixels, run["precision"])
-        out.append(Stage(run_stage, cut, not first))
+        out.append(Stage(_program(part, model, number, pixels, run["precision"]), cut, not first))
         begin = end
     return out
 
 
 @functools.lru_cache(64)
-def _program(model: Any, where: tuple, pixels: tuple | None, precision: str) -> Callable:
-    """The jitted `Stage.run` from a block to before another, to the exit of a number."""
-    first, end, number = where
-    part = model.clone(first=first, until=end, exits=())
+def _program(part: Any, model: Any, number: int, pixels: tuple | None, precision: str) -> Callable:
+    """The jitted `Stage.run` of a part of a model, to the exit of a number or to the end."""
 
     @jax.jit
     def run(params: Any, x: jax.Array) -> tuple[Any, jax.Array]:
         with jax.default_matmul_precision(precision):
-            x = resize.normalize(x, *pixels) if pixels else x
-            out = part.apply({"params": params}, x)
-            return (None, out) if end is None else (out, exits.at(model, params, number, out)[0])
+            out = part.apply({"params": params}, resize.normalize(x, *pixels) if pixels else x)
+            return (out, exits.at(model, params, number, out)[0]) if part.until else (None, out)
 
     return run
 
@@ -91,7 +84,7 @@ def classify(
         out = np.zeros((number, found.shape[1]), np.float32) if out is None else out
         out[left] = found
         sure = found.max(1) >= threshold
-        left_at[left[sure]] = np.minimum(left_at[left[sure]], i)
+        left_at[left[sure]] = i
         x, left = None if tokens is None else tokens[~sure], left[~sure]
         if not len(left):
             break
@@ -103,7 +96,7 @@ class Leaver:
 
     def __init__(self, tuned: adapters.Tuned, threshold: float, batch_size: int):
         self.parts, self.threshold, self.batch_size = stages(tuned), threshold, batch_size
-        self.model, self.own = tuned.model, bool(tuned.exits)
+        self.model, self.own = tuned.model, bool(tuned.exit_trees)
         self.size = adapters.image_size(tuned.card)
         self.counts = np.zeros(len(self.parts), int)
 

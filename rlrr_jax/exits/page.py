@@ -46,12 +46,6 @@ def whole(groups: list[list[Run]]) -> float:
     return max(group[0].plain for group in groups)
 
 
-def spread(values: list[float]) -> str:
-    """`"91.20 ± 0.31"` in percent, of the seeds' values."""
-    text = f"{100 * statistics.mean(values):.2f}"
-    return text + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def name(group: list[Run]) -> str:
     """What tells a group's runs from the others'."""
     return tables.label([run.row for run in group])
@@ -71,12 +65,16 @@ def text(groups: list[list[Run]]) -> str:
         if group[0].points:
             parts.append(_with_exits(group, full))
     plain = [
-        [name(group), f"{100 * group[0].plain / full:.0f} %", spread([run.alone[-1] for run in group])]
+        [
+            name(group),
+            f"{100 * group[0].plain / full:.0f} %",
+            tables.spread([run.alone[-1] for run in group]),
+        ]
         for group in groups
         if not group[0].points
     ]
     if plain:
-        table = tables.markdown(["run", "cost", "test accuracy [%]"], plain)
+        table = tables.markdown(["run", "cost", "test accuracy"], plain)
         parts.append(f"## Without exits\n\n{table}\n")
     return TEXT.format(task=groups[0][0].row["task"], whole=full, sections="\n".join(parts))
 
@@ -86,7 +84,7 @@ def _with_exits(group: list[Run], full: float) -> str:
     places = [f"block {number}" for number in exits] + ["end"]
     share = lambda cost: f"{100 * cost / full:.0f} %"
     alone = [
-        [place, share(cost), spread([run.alone[i] for run in group])]
+        [place, share(cost), tables.spread([run.alone[i] for run in group])]
         for i, (place, cost) in enumerate(zip(places, first.direct))
     ]
     points, lines = curve(group), []
@@ -98,16 +96,16 @@ def _with_exits(group: list[Run], full: float) -> str:
                 share(choose.budgets(first.costs)[i]),
                 _threshold([point.threshold for point in each]),
                 share(points[i][0]),
-                spread([point.accuracy for point in each]) + " (knee)" * (i == mark),
+                tables.spread([point.accuracy for point in each]) + " (knee)" * (i == mark),
                 *(f"{100 * x:.0f} %" for x in left),
             ]
         )
-    head = ["budget", "threshold", "cost", "test accuracy [%]", *(f"left at {p}" for p in places)]
+    head = ["budget", "threshold", "cost", "test accuracy", *(f"left at {p}" for p in places)]
     cost, accuracy = points[mark]
     knee = f"The knee is at {share(cost)} of the cost, with {100 * accuracy:.2f} %."
     return (
         f"## {name(group)}\n\nAll images leave at the same place:\n\n"
-        f"{tables.markdown(['place', 'cost', 'test accuracy [%]'], alone)}\n\n"
+        f"{tables.markdown(['place', 'cost', 'test accuracy'], alone)}\n\n"
         f"Each leaves when sure:\n\n{tables.markdown(head, lines)}\n\n{knee}\n"
     )
 

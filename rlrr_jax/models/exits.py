@@ -46,8 +46,7 @@ def logits(tree: Any, x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
       x: pooled tokens [..., E, D].
       eps: epsilon of the LayerNorm.
     """
-    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    features = (x - mean) * jax.lax.rsqrt(variance + eps)
+    features = jax.nn.standardize(x, epsilon=eps)
     ours = lambda leaf: jnp.broadcast_to(leaf, features.shape)  # no rank is raised silently
     features = features * (1 + ours(tree["scale"])) + ours(tree["shift"])
     out = jnp.einsum("...d,...dc->...c", features, tree["kernel"])
@@ -108,7 +107,7 @@ def apply_each(model: Any, trees: list, *inputs: Any) -> tuple[jax.Array, jax.Ar
     """As `apply`, of a network for each exit: the first blocks of each of E + 1 trees."""
     answers, features = [], []
     for i, (number, tree) in enumerate(zip(model.exits, trees)):
-        first, own = prefix(model, tree, 0, number)
+        first, own = part(model, tree, 0, number)
         tokens = first.apply({"params": own}, *inputs)
         mine, found = at(model, tree, i, tokens)
         answers.append(mine)
@@ -117,8 +116,8 @@ def apply_each(model: Any, trees: list, *inputs: Any) -> tuple[jax.Array, jax.Ar
     return jnp.stack([*answers, whole], 1), jnp.stack(features, 1)
 
 
-def prefix(model: Any, tree: Any, first: int, until: int | None) -> tuple[Any, Any]:
-    """The model and tree of the blocks from `first` to before `until`; None: to logits."""
+def part(model: Any, tree: Any, first: int, until: int | None) -> tuple[Any, Any]:
+    """The model and tree of a ViT's blocks after the first so many, until a number; None: to logits."""
     blocks = jax.tree.map(lambda x: x[first:until], tree["Transformer"]["encoderblock"])
     own = {**tree, "Transformer": {**tree["Transformer"], "encoderblock": blocks}}
     return model.clone(first=first, until=until, exits=()), own

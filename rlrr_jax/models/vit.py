@@ -233,8 +233,8 @@ class Encoder(nn.Module):
         # All masks at once: a kernel for each branch would take longer to compile than the rest.
         noise = rates, x.shape[1:], self.drop_path_mode, self.first
         keep = None if keys is None else drop_path_masks(keys, *noise)
-        every = self.is_initializing() or self.is_mutable_collection("intermediates")
-        every, early = every or self.block["seen"] is not None, None
+        asked = self.is_mutable_collection("intermediates") or self.block["seen"] is not None
+        every, early = self.is_initializing() or asked, None
         # Cut apart only where nothing is scanned: a second kind of block would be compiled, too.
         if self.pooled and self.unroll >= number and not self.until and not every:
             x = self._apart(x, rates, keep)

@@ -5,7 +5,7 @@ import pathlib
 import statistics
 
 from rlrr_jax.data.fgvc import FGVC
-from rlrr_jax.results import tables
+from rlrr_jax.results import tables, vtab_table
 
 PUBLISHED = pathlib.Path(__file__).parent / "published_fgvc.csv"
 COLUMNS = dict(zip(FGVC, ("cub", "nabirds", "flowers", "dogs", "cars")))  # names in that file
@@ -22,6 +22,8 @@ def table(rows: list[dict]) -> str:
 
     Args:
       rows: of `results.json`. A line is what `row["line"]` says tasks and seeds have in common.
+
+    Raises UserError for rows that `vtab_table.by_task` cannot put into one line.
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
@@ -48,9 +50,8 @@ def _published(row: dict[str, str]) -> list[str]:
 
 def _line(group: list[dict]) -> list[str]:
     """A line of ours; the deviation of a mean is that of the seeds that all datasets have."""
-    accuracies: dict[str, dict[int, float]] = {task: {} for task in COLUMNS}
-    for row in group:
-        accuracies[row["task"]][row["seed"]] = row["test_acc_final"]
+    found = vtab_table.by_task(group, "test_acc_final")
+    accuracies = {task: found.get(task, {}) for task in COLUMNS}
     cells = [_spread(list(seeds.values())) for seeds in accuracies.values()]
     shared = set.intersection(*(set(seeds) for seeds in accuracies.values()))
     means = [statistics.mean(seeds[seed] for seeds in accuracies.values()) for seed in sorted(shared)]

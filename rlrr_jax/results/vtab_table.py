@@ -114,8 +114,12 @@ def _flat(values, prefix=""):
     return out
 
 
-def _line(rows, key, suffix):
-    values = {}  # task -> seed -> accuracy
+def by_task(rows: list[dict], key: str) -> dict[str, dict[int, float]]:
+    """What rows of one line have under a key, by task and seed.
+
+    Raises UserError if two rows have task and seed in common, or if those of a task differ in more.
+    """
+    values: dict[str, dict[int, float]] = {}
     for row in rows:
         seeds = values.setdefault(row["task"], {})
         if row["seed"] in seeds:
@@ -125,6 +129,11 @@ def _line(rows, key, suffix):
             )
         seeds[row["seed"]] = row[key]
     _check_alike(rows)
+    return values
+
+
+def _line(rows, key, suffix):
+    values = by_task(rows, key)
     counts = [len(seeds) for seeds in values.values()]
     first = rows[0]
     options = [f"{k}={v}" for k, v in first["method_kwargs"].items()]

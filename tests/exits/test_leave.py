@@ -64,9 +64,9 @@ def test_a_tree_for_each_exit_begins_again(tuned):
     """Each with its own answer: those of three trees."""
     others = tuple(random_tree(MODEL, 48, seed) for seed in (1, 2))
     head = {"head": tuned.params["head"]}
-    own = tuned._replace(exits=tuple({**tree, **head} for tree in others))
+    own = tuned._replace(exit_trees=tuple({**tree, **head} for tree in others))
     apply = jax.jit(lambda trees, x: exits.apply_each(MODEL, trees, x)[0])
-    logits = apply([*own.exits, own.params], jnp.asarray(IMAGES) / 127.5 - 1)
+    logits = apply([*own.exit_trees, own.params], jnp.asarray(IMAGES) / 127.5 - 1)
     wanted = np.asarray(jax.nn.softmax(logits))
     np.testing.assert_allclose(leave.every(leave.stages(own), IMAGES, 21), wanted, rtol=1e-4, atol=1e-6)
     _, left = leave.classify(leave.stages(own), IMAGES, 0.9, 8)
@@ -93,7 +93,7 @@ def test_flops_are_what_xla_counts(variant, size):
 
     def count(until):
         zeros = jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), params)
-        part, cut = exits.prefix(model, zeros, 0, until)
+        part, cut = exits.part(model, zeros, 0, until)
         part = part.clone(unroll=12)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), cut)
         apply = jax.jit(lambda params, image: part.apply({"params": params}, image))

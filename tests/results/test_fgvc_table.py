@@ -5,6 +5,7 @@ from rows import row as make
 
 from rlrr_jax import report
 from rlrr_jax.data.fgvc import FGVC
+from rlrr_jax.errors import UserError
 from rlrr_jax.results import fgvc_table
 
 
@@ -37,6 +38,11 @@ def test_ours_stand_above_the_published():
 def test_a_missing_dataset_leaves_out_the_mean():
     found = cells(fgvc_table.table(rows(names=("cub", "cars"), seeds=(3,))), "rlrr")
     assert found[1:7] == ["83.00", "", "", "", "91.00", ""]
+
+
+def test_two_runs_of_a_seed_are_not_averaged():
+    with pytest.raises(UserError, match="two different runs of cub rlrr seed 0 are to be put into one"):
+        fgvc_table.table(rows() + rows(names=("cub",), seeds=(0,), test_acc_final=0.1))
 
 
 def test_published_means_are_those_printed():
