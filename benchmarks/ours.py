@@ -20,7 +20,7 @@ class Ours:
     Args:
       method, variant, dtype, batch, size, trials: as in a configuration.
       steps: the most that one call will do.
-      drop_path: rate; 0 leaves drop path and flip out of the program.
+      drop_path: rate; 0 leaves drop path out of the program, and flips nothing.
       unroll, remat, attention: as in `config.model`.
       loss: a name of `losses.LOSSES`, with its default options.
       precision: as `config.precision`; None goes by the dtype.
@@ -62,13 +62,13 @@ class Ours:
             batch_size=batch,
             num_images=batch * steps,
             image_size=size,
-            flip=drop_path > 0,
             drop_path=drop_path > 0,
             precision=self.precision,
             loss=functools.partial(losses.LOSSES[loss], **losses.fixed(losses.options(loss))),
         )
         hyper = {"lr": jnp.array([1e-3]), "weight_decay": jnp.array(1e-4)}
         hyper["drop_path"] = jnp.array(float(drop_path))
+        hyper["flip"] = jnp.array(drop_path > 0)
         options = {k: v for k, v in losses.options(loss).items() if isinstance(v, float)}
         hyper["loss"] = {key: jnp.array(value) for key, value in options.items()}
         keys = [

@@ -4,9 +4,9 @@
     python benchmarks/suite_time.py --seeds 3 --trials 3               # three seeds, trained together
 
 Measures training (drop path on) and evaluation of one batch shape and the compile time, then adds up
-the steps and images that `suite.cost` counts, the compilation of 19 tasks (each has its own number of
-classes; a second start takes them from the cache) and a merge for each evaluation. Decoding images,
-once ever, is not in it: see input.py. The last line is JSON.
+the steps and images that `forecast.cost` counts, the compilations (one for all tasks, and one for the
+search of "vtab", see compilations.py) and a merge for each evaluation. Decoding images, once ever, is
+not in it: see input.py. The last line is JSON.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from ours import Ours
 from step import timed
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import suite
 from rlrr_jax.configs import vtab
+from rlrr_jax.runs import forecast
 
 
 def main():
@@ -43,7 +43,7 @@ def main():
     )
     print(f"| protocol | 19 tasks, {args.seeds} seed(s) |\n| --- | ---: |")
     for protocol, seconds in times.items():
-        print(f"| {protocol} | {suite.duration(seconds)} |")
+        print(f"| {protocol} | {forecast.duration(seconds)} |")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(json.dumps({"device": device, **vars(args), **speed, "seconds": times}))
 
@@ -80,10 +80,10 @@ def total(args, protocol, speed):
         if protocol == "vtab" and run.seed == 0:
             runs += config_lib.trials(run)
         for one in runs:
-            cost = suite.cost(one)
+            cost = forecast.cost(one)
             seconds += cost.images / speed["train"] + cost.evaluated / speed["eval"]
             seconds += cost.evaluations * speed["merge"]
-            compiled.add((one.task, one.protocol))  # the shapes differ
+            compiled.add(one.protocol)  # which trains on 800 images or on all
     return seconds + len(compiled) * speed["compile"]
 
 

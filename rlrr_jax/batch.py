@@ -37,7 +37,7 @@ def take(recipe: Any, data: Any, order: jax.Array, state: Any, hyper: Any, now: 
     numbers = data["numbers"][rows] if "numbers" in data else rows
     remembered = state.get("remembered")
     batch = Batch(
-        images=augment(recipe, data["images"][rows], keys),
+        images=augment(recipe, data["images"][rows], keys, hyper.get("flip", False)),
         labels=data["labels"][rows],
         targets=None,
         mask=mask.astype(jnp.float32),
@@ -51,7 +51,7 @@ def take(recipe: Any, data: Any, order: jax.Array, state: Any, hyper: Any, now: 
         return batch
     others = jnp.minimum(recipe.batch_size, recipe.num_images - first) - 1 - slots
     partners = order[jnp.clip(first + others, first, last)]
-    return mixed(recipe, data, state, batch, (others, partners, step_key))
+    return mixed(recipe, data, hyper, batch, (others, partners, step_key))
 
 
 def keys_of(step_key: jax.Array, slots: jax.Array) -> jax.Array:
@@ -59,23 +59,19 @@ def keys_of(step_key: jax.Array, slots: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(slots)
 
 
-def augment(recipe: Any, images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Stored images [b, h, w, 3] as the model takes them, in [-1, 1], flipped at random by key.
+def augment(recipe: Any, images: jax.Array, keys: jax.Array, flip: Any = False) -> jax.Array:
+    """Stored images [b, h, w, 3] as the model takes them, in [-1, 1]; with `flip`, flipped by key.
 
     Of outputs of first blocks [b, F, ...], see `prefix`, those of the image or of the flipped one.
     """
-    if recipe.flip:
-        flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys)
+    flips = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 0)))(keys) & flip
     if recipe.image_size is None:
-        which = flips.astype(jnp.int32) if recipe.flip else jnp.zeros(len(images), jnp.int32)
-        return images[jnp.arange(len(images)), which]
+        return images[jnp.arange(len(images)), flips.astype(jnp.int32)]
     size = recipe.crop_from or recipe.image_size
     images = normalize(images, size)
     if size != recipe.image_size:
         images = jax.vmap(functools.partial(_crop, recipe.image_size))(images, keys)
-    if recipe.flip:
-        images = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
-    return images
+    return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
 
 
 def _crop(size: int, image: jax.Array, key: jax.Array) -> jax.Array:
@@ -84,22 +80,24 @@ def _crop(size: int, image: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(image, (*corner, 0), (size, size, 3))
 
 
-def mixed(recipe: Any, data: Any, state: Any, batch: Batch, pairs: tuple) -> Batch:
+def mixed(recipe: Any, data: Any, hyper: Any, batch: Batch, pairs: tuple) -> Batch:
     """A batch mixed with partners, which other devices may have, and its targets.
 
     Args:
       recipe: the `step.Recipe`.
       data: images and labels.
-      state: see `step.init_state`.
+      hyper: hyper-parameters and keys.
       batch: the batch before.
       pairs: places in the batch [b] and rows of `data` [b] of the partners, and the step's key.
     """
     others, partners, step_key = pairs
     how, images, weight = recipe.mixing, batch.images, 1.0
     if how.images:
-        second = augment(recipe, data["images"][partners], keys_of(step_key, others))
+        second = augment(
+            recipe, data["images"][partners], keys_of(step_key, others), hyper.get("flip", False)
+        )
         one = jax.random.fold_in(step_key, 2**31 - 1)  # of the batch; images have smaller numbers
         images, weight = mixing.mix(how, one, images, second)
-    classes = state["trainable"]["head"]["bias"].size
-    targets = mixing.targets(how, batch.labels, data["labels"][partners], weight, classes)
+    labels = batch.labels, data["labels"][partners]
+    targets = mixing.targets(how, *labels, weight, recipe.model.num_classes)
     return batch._replace(images=images, targets=targets)

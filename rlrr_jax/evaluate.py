@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from rlrr_jax import losses
-from rlrr_jax.data.resize import normalize
+from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -139,7 +139,11 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
     """
     recipe, mesh, number = job.recipe, job.mesh, len(job.held_out[1])
     how = recipe.image_size, recipe.precision, mesh, recipe.crop_from
-    eval_step = map_eval_step(recipe.model, *how)
+    program, stored_as = map_eval_step(recipe.model, *how), recipe.crop_from or recipe.image_size
+
+    def eval_step(params: Any, images: jax.Array, *rest: jax.Array) -> Any:
+        return program(params, images if stored_as is None else enlarge(images, stored_as), *rest)
+
     out: list[Any] = [None] * len(job.init_keys)
     together = at_once(job, memory.limit())
     total = number * -(-len(out) // (together * mesh.shape["trial"]))

@@ -14,11 +14,14 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, losses, methods, mixing, optim, prefix, sensitivity, sides, step
+from rlrr_jax import evaluate, heads, losses, methods, mixing, optim, prefix, sensitivity, sides, step
 from rlrr_jax import feed as feed_lib
-from rlrr_jax.data import crops
+from rlrr_jax.data import crops, resize
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
+
+MOST_ENLARGED = 2**30  # bytes of a training set whose images are enlarged before training
+_MADE: dict = {}  # see `_same`
 
 
 class Job(NamedTuple):
@@ -55,6 +58,11 @@ class Job(NamedTuple):
     begun: float
 
     @property
+    def classes(self) -> int:
+        """Number of classes of the task; the head may have more, see `heads`."""
+        return config_lib.task_of(self.runs[0]).classes
+
+    @property
     def epochs(self) -> int:
         """Number of epochs."""
         return self.runs[0].epochs
@@ -67,6 +75,8 @@ class Job(NamedTuple):
     def start(self) -> tuple[Any, Any]:
         """State and metrics before training."""
         state, metrics = step.map_start(self.recipe, self.mesh)(self.init_keys, self.frozen)
+        for name in {"trainable", "average"} & state.keys():
+            state[name] = heads.hide(state[name], self.classes)
         if self.recipe.method.prepare is None:
             return state, metrics
         run, number = self.runs[0], len(self.feed.labels)
@@ -93,9 +103,9 @@ class Job(NamedTuple):
         Raises memory.TooLarge if it needs more memory than there is and something can be done.
         """
         scalars = lambda *values: tuple(mesh_lib.put(self.mesh, P(), jnp.int32(i)) for i in values)
-        mapped: Any = step.map_train_steps(self.recipe, self.mesh)
-        lowered = mapped.lower(self.frozen, self.data, state, metrics, self.hyper, scalars(0, 0, 0))
-        compiled = lowered.compile()
+        arguments = self.frozen, self.data, state, metrics, self.hyper, scalars(0, 0, 0)
+        shapes, tree = jax.tree.flatten(jax.tree.map(_shape, arguments))
+        compiled = _compiled(self.recipe, self.mesh, tuple(shapes), tree)
         check_memory(self, compiled.memory_analysis(), memory.limit())
 
         def train_steps(data: Any, state: Any, metrics: Any, *chunk: int) -> tuple[Any, Any]:
@@ -158,11 +168,12 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
     images, held_out = both[0], (both[1], held_out[1])
     lrs = [_learning_rates(r, recipe.steps) for r in runs]
     keys = [jax.random.split(jax.random.key(r.seed), 3) for r in runs]  # init, noise, order
-    feed = _feed(runs, images, labels, keys[0][2])
+    budget = _budget(run)
+    feed = _feed(runs, images, labels, keys[0][2], budget)
     hyper = [_hyper(r, lr, key) for r, lr, key in zip(runs, lrs, keys)]
     spare = -len(runs) % mesh.shape["trial"]
     keys, hyper = keys + keys[-1:] * spare, hyper + hyper[-1:] * spare
-    data = feed.shapes(mesh) if feed.renewed else mesh_lib.put(mesh, P(), feed.read(0, 0, slice(None)))
+    data = feed.shapes(mesh) if feed.renewed else _whole(recipe, mesh, feed, budget)
     return Job(
         runs=runs,
         recipe=recipe,
@@ -195,10 +206,15 @@ def overhead(recipe: step.Recipe, frozen: Any) -> float:
     return flops(tuned) / flops(frozen) - 1
 
 
-def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array) -> feed_lib.Feed:
+def _budget(run: Any) -> float:
+    """Bytes of a device that training images may take."""
+    gigabytes = run.data.device_gb
+    return memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
+
+
+def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array, budget: float) -> feed_lib.Feed:
     """Where training images come from; memory.TooLarge if the trials need them in several orders."""
-    run, gigabytes = runs[0], runs[0].data.device_gb
-    budget = memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
+    run = runs[0]
     steps = distributed.broadcast(feed_lib.steps_at_once(images, run.batch_size, budget) or 0)
     if steps and len({r.seed for r in runs}) > 1:
         raise memory.TooLarge(1, "one after another, since streamed images come in the order of a seed")
@@ -213,24 +229,58 @@ def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array) -> feed_li
     return feed
 
 
+def _whole(recipe: step.Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) -> dict[str, Any]:
+    """The training set on the devices; its images enlarged once, unless that takes much memory."""
+    data = mesh_lib.put(mesh, P(), feed.read(0, 0, slice(None)))
+    size = recipe.crop_from or recipe.image_size
+    room = min(MOST_ENLARGED, budget)
+    if size is not None and math.prod((len(feed.labels), *sides.pair(size), 3)) <= room:
+        data["images"] = resize.enlarge_all(data["images"], size)
+    return data
+
+
 def _recipe(runs: list, num_images: int) -> step.Recipe:
     run = runs[0]
+    model = config_lib.build_model(run)
+    method = _same(methods.module(run.method).method, **run.method_kwargs)
+    rates = [r.drop_path for r in runs]
+    if method.untouched is None:  # a rate of 0 changes nothing, and other tasks may have another
+        rates.append(method.DEFAULTS["drop_path"])
     return step.Recipe(
-        model=config_lib.build_model(run),
-        method=methods.get(run.method, **run.method_kwargs),
+        model=model.clone(num_classes=heads.size(run, model.num_classes)),
+        method=method,
         batch_size=run.batch_size,
         num_images=num_images,
         image_size=config_lib.size_of(run),
-        flip=run.flip,
-        drop_path=any(r.drop_path > 0 for r in runs),
+        drop_path=any(rate > 0 for rate in rates),
         precision=run.precision,
         optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
-        loss=functools.partial(losses.LOSSES[run.loss], **losses.fixed(run.loss_kwargs)),
+        loss=_same(functools.partial, losses.LOSSES[run.loss], **losses.fixed(run.loss_kwargs)),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
         average=run.average,
         defence=run.defence,
         crop_from=run.crop_from if run.crop == crops.SQUARE else None,
     )
+
+
+def _same(make: Callable, *given: Any, **options: Any) -> Any:
+    """`make(*given, **options)`, the same object each time: programs are kept by what they are of."""
+    key = make, given, repr(sorted(options.items()))
+    if key not in _MADE:
+        _MADE[key] = make(*given, **options)
+    return _MADE[key]
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+@functools.lru_cache(8)
+def _compiled(recipe: step.Recipe, mesh: Mesh, shapes: tuple, tree: Any) -> Any:
+    """`step.map_train_steps` compiled for arguments of these shapes, flattened."""
+    arguments = jax.tree.unflatten(tree, shapes)
+    lowered: Any = step.map_train_steps(recipe, mesh)
+    return lowered.lower(*arguments).compile()
 
 
 def _learning_rates(run: Any, steps: int) -> list[float]:
@@ -250,6 +300,7 @@ def _hyper(run: Any, lrs: list[float], keys: jax.Array) -> dict[str, Any]:
         "lr": jnp.array(lrs),
         "weight_decay": jnp.array(run.weight_decay),
         "drop_path": jnp.array(run.drop_path),
+        "flip": jnp.array(run.flip),
         "noise_key": keys[1],
         "loss": {k: jnp.array(v) for k, v in run.loss_kwargs.items() if isinstance(v, float)},
         "order_key": keys[2],

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from rlrr_jax import evaluate
-from rlrr_jax.data.resize import normalize
+from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.models import exits
 from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -81,7 +81,8 @@ def outputs(
     shown = distributed.is_process_zero()
     with tqdm(total=len(images), desc=title, unit="img", delay=2, disable=not shown) as bar:
         for batch, _, mask in evaluate.batches(images, labels, BATCH, mesh):
-            found = np.asarray(run(frozen, batch))[: int(distributed.fetch(mask).sum())]
+            large = enlarge(batch, recipe.image_size)  # so that one program does for all sizes
+            found = np.asarray(run(frozen, large))[: int(distributed.fetch(mask).sum())]
             if out is None:
                 out = _room((len(images), *found.shape[1:]), found.dtype)
             out[done : done + len(found)] = found
@@ -99,7 +100,7 @@ def _room(shape: tuple, dtype: Any) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def _bytes(recipe: Any, number: int, data: tuple) -> int:
+def _bytes(recipe: Any, number: int, data: tuple, flip: bool) -> int:
     """What the outputs of training and held-out images take."""
     if number == HEAD:
         return 0  # a few values an image
@@ -109,7 +110,7 @@ def _bytes(recipe: Any, number: int, data: tuple) -> int:
     start = lambda image: first.init_with_output(jax.random.key(0), image)[0]
     tokens = jax.eval_shape(start, image)
     each = tokens.size * tokens.dtype.itemsize
-    return each * (len(data[0]) * (1 + recipe.flip) + len(data[1]))
+    return each * (len(data[0]) * (1 + flip) + len(data[1]))
 
 
 def _free() -> int:
@@ -187,7 +188,7 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
         return recipe, frozen, data
     label = f"{run.task} {run.method}"
     where = "the head" if number == HEAD else f"block {number + 1}"
-    if (wanted := _bytes(recipe, number, data)) > (free := _free()):
+    if (wanted := _bytes(recipe, number, data, run.flip)) > (free := _free()):
         _print(
             f"{label}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
             f"the {free / 1e9:.1f} GB for it, and is computed each time"
@@ -196,7 +197,7 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
     _print(f"{label}: what reaches {where} is computed once; images/s is of the rest")
     out = []
     for images, what in zip(data, ("training", "held-out")):
-        flip = recipe.flip and what == "training"
+        flip = run.flip and what == "training"
         model = recipe.model.clone(num_classes=1)
         weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
         key = (id(images), id(weights[0]), model, number, recipe.precision, flip)
@@ -208,6 +209,8 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
             for oldest in list(known)[:-MOST_KNOWN]:
                 del known[oldest]
         found = known[key][0]
+        if number == HEAD and what == "training" and not flip:
+            found = np.repeat(found, 2, 1)  # as with flips, so that tasks share a program
         out.append(found if what == "training" else found[:, 0])
     recipe, frozen = rest(recipe, frozen, number)
     return recipe, frozen, tuple(out)

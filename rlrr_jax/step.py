@@ -39,7 +39,6 @@ class Recipe(NamedTuple):
         None: it takes what first blocks made of images, see `prefix`.
       crop_from: side of the images from which squares are cut on the device, at random to train on,
         the middle to evaluate; None cuts nothing.
-      flip: whether training images are flipped left to right at random.
       precision: precision of matmuls, as `jax.default_matmul_precision` names it.
       drop_path: whether its noise is in the program; the rate itself is traced.
       optimizer: how gradients become updates, see `optim.build`.
@@ -54,7 +53,6 @@ class Recipe(NamedTuple):
     batch_size: int
     num_images: int
     image_size: Size | None
-    flip: bool = False
     drop_path: bool = True
     precision: str = "highest"
     optimizer: optim.Optimizer = optim.Optimizer()
@@ -209,8 +207,9 @@ def train_steps(
       data: `images` [N, h, w, 3] uint8 and `labels` [N], the whole training set; or of those steps
         alone, in order, with their `numbers` and `first`, how many come before them in the epoch.
       metrics: values of the steps of this epoch so far, see `init_metrics`.
-      hyper: `lr` [epochs * S], `weight_decay`, `drop_path`, `noise_key`, `order_key`, and the options
-        of the loss that are not fixed, `loss`.
+      hyper: `lr` [epochs * S], `weight_decay`, `drop_path`, `flip` (whether images are flipped left to
+        right at random), `noise_key`, `order_key`, and the options of the loss that are not fixed,
+        `loss`.
       chunk: epoch, first step, and the step to stop before.
 
     Returns:
@@ -234,6 +233,7 @@ def train_steps(
 # Many devices, many trials --------------------------------------------------------------------
 
 
+@functools.lru_cache(8)
 def map_train_steps(recipe: Recipe, mesh: Mesh) -> Callable:
     """`train_steps` for all trials on a mesh, jitted; state and metrics are donated.
 
@@ -252,6 +252,7 @@ def map_train_steps(recipe: Recipe, mesh: Mesh) -> Callable:
     return jax.jit(mapped, donate_argnums=(2, 3))
 
 
+@functools.lru_cache(8)
 def map_start(recipe: Recipe, mesh: Mesh) -> Callable:
     """State and metrics before training, jitted: `(keys [T], frozen) -> state, metrics`."""
 
@@ -262,6 +263,7 @@ def map_start(recipe: Recipe, mesh: Mesh) -> Callable:
     return jax.jit(jax.vmap(start, (0, None)), out_shardings=NamedSharding(mesh, P("trial")))
 
 
+@functools.lru_cache(8)
 def map_merge(method: Method, mesh: Mesh) -> Callable:
     """`methods.merge` for trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
     merge = jax.vmap(functools.partial(methods.merge, method), in_axes=(None, 0))

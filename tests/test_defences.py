@@ -28,11 +28,11 @@ def test_values_by_hand():
 def moved(defence, devices):
     """What two steps of plain gradient descent change, of each leaf."""
     sgd = optim.Optimizer("momentum", "float32")
-    r = recipe(defence=defence, optimizer=sgd, flip=False, drop_path=False)
+    r = recipe(defence=defence, optimizer=sgd, drop_path=False)
     mesh = mesh_lib.make_mesh(jax.devices()[:devices], 1)
     state, metrics = step.map_start(r, mesh)(jax.random.split(jax.random.key(0), 1), FROZEN)
     before = jax.tree.map(np.asarray, state["trainable"])
-    hyper = jax.tree.map(lambda x: x[None], hyper_of(weight_decay=0.0))
+    hyper = jax.tree.map(lambda x: x[None], hyper_of(weight_decay=0.0, flip=False))
     after, _ = step.map_train_steps(r, mesh)(FROZEN, DATA, state, metrics, hyper, (0, 0, 2))
     return jax.tree.map(lambda a, b: np.asarray(a) - b, after["trainable"], before)
 

@@ -272,7 +272,6 @@ def recipe(loss):
         batch_size=6,
         num_images=NUMBER,
         image_size=SIZE,
-        flip=True,
         loss=functools.partial(losses.LOSSES[loss], **losses.fixed(losses.options(loss))),
     )
 
@@ -281,7 +280,7 @@ def hyper(seed=0, lam=0.5, sigma=1.0):
     keys = jax.random.split(jax.random.key(seed), 2)
     return {
         **{"lr": jnp.full(8, 1e-2), "weight_decay": jnp.float32(0), "drop_path": jnp.float32(0.2)},
-        **{"noise_key": keys[0], "order_key": keys[1]},
+        **{"noise_key": keys[0], "order_key": keys[1], "flip": jnp.array(True)},
         "loss": {"lam": jnp.float32(lam), "sigma": jnp.float32(sigma)},
     }
 

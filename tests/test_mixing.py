@@ -27,6 +27,8 @@ LR, DECAY, AVERAGE = 0.03, 0.1, 0.9
 class Regression:
     """A head on pixels."""
 
+    num_classes = CLASSES
+
     def apply(self, variables, images, drop_path, keys):
         head = variables["params"]["head"]
         return images.reshape(len(images), -1) @ head["kernel"] + head["bias"][None]
@@ -41,21 +43,21 @@ def frozen_tree():
     return {"head": {"kernel": jnp.zeros((SIDE * SIDE * 3, CLASSES)), "bias": jnp.zeros(CLASSES)}}
 
 
-def hyper():
+def hyper(flip=False):
     noise, order = jax.random.split(jax.random.key(5))
     lrs = optim.learning_rates("restarts", LR, EPOCHS, 4, restarts=(2, 2))
     values = dict(lr=jnp.array(lrs), weight_decay=jnp.float32(DECAY), drop_path=jnp.float32(0))
-    return {**values, "noise_key": noise, "order_key": order}
+    return {**values, "flip": jnp.array(flip), "noise_key": noise, "order_key": order}
 
 
-def train(r, devices=1):
+def train(r, devices=1, flip=False):
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     put = functools.partial(mesh_lib.put, mesh)
     frozen = put(P(), frozen_tree())
     state, metrics = step.map_start(r, mesh)(mesh_lib.put_trials(mesh, [jax.random.key(0)]), frozen)
     steps, one = (
         step.map_train_steps(r, mesh),
-        put(P("trial"), jax.tree.map(lambda x: x[None], hyper())),
+        put(P("trial"), jax.tree.map(lambda x: x[None], hyper(flip))),
     )
     losses = []
     for epoch in range(EPOCHS):
@@ -159,8 +161,8 @@ def test_thirty_steps(how):
 
 def test_mixing_does_not_depend_on_the_number_of_devices():
     """Partners lie on other devices; images are flipped by their own key before they are mixed."""
-    r = recipe(Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1), flip=True)
-    (one, a), (four, b) = train(r, 1), train(r, 4)
+    r = recipe(Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1))
+    (one, a), (four, b) = (train(r, devices, flip=True) for devices in (1, 4))
     np.testing.assert_allclose(a, b, rtol=1e-5)
     np.testing.assert_allclose(
         one["average"]["head"]["kernel"], four["average"]["head"]["kernel"], atol=1e-5

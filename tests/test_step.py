@@ -39,21 +39,20 @@ DATA = {
 def recipe(**kwargs):
     """In float64 where a test is."""
     model = MODEL.clone(dtype=jnp.zeros(()).dtype)
-    return step.Recipe(
-        model, METHOD, BATCH, NUMBER, SIZE, **{"flip": True, "drop_path": True, **kwargs}
-    )
+    return step.Recipe(model, METHOD, BATCH, NUMBER, SIZE, **{"drop_path": True, **kwargs})
 
 
 def frozen_tree():
     return double(FROZEN) if jax.config.jax_enable_x64 else FROZEN
 
 
-def hyper(seed=0, lr=1e-2, weight_decay=1e-2, drop_path=0.4, epochs=5):
+def hyper(seed=0, lr=1e-2, weight_decay=1e-2, drop_path=0.4, epochs=5, flip=True):
     noise, order = jax.random.split(jax.random.key(seed))
     return {
         "lr": jnp.full(epochs, lr),
         "weight_decay": jnp.asarray(weight_decay),
         "drop_path": jnp.asarray(drop_path),
+        "flip": jnp.asarray(flip),
         "noise_key": noise,
         "order_key": order,
     }
@@ -114,11 +113,11 @@ def trainable():
 
 
 @functools.cache
-def mapped_gradient(devices, flip, drop_path, x64):
+def mapped_gradient(devices, drop_path, x64):
     del x64  # another program
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     mapped = jax.shard_map(
-        functools.partial(one_gradient, recipe(flip=flip, drop_path=drop_path)),
+        functools.partial(one_gradient, recipe(drop_path=drop_path)),
         mesh=mesh,
         in_specs=P(),
         out_specs=P(),
@@ -128,8 +127,8 @@ def mapped_gradient(devices, flip, drop_path, x64):
 
 
 def gradient_on(devices, trainable, number, flip, drop_path):
-    mapped = mapped_gradient(devices, flip, drop_path, jax.config.jax_enable_x64)
-    return mapped(frozen_tree(), DATA, hyper(), trainable, number)
+    mapped = mapped_gradient(devices, drop_path, jax.config.jax_enable_x64)
+    return mapped(frozen_tree(), DATA, hyper(flip=flip), trainable, number)
 
 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 3])  # 6 images, and 4
@@ -143,10 +142,10 @@ def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable)
         many = gradient_on(devices, trainable, number, **kwargs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one, many)
     pmapped = jax.pmap(
-        functools.partial(one_gradient, recipe(**kwargs)),
+        functools.partial(one_gradient, recipe(drop_path=noise)),
         axis_name="data",
         in_axes=(None, None, None, None, 0),
-    )(frozen_tree(), jax.tree.map(jnp.asarray, DATA), hyper(), trainable, jnp.full(4, number))
+    )(frozen_tree(), jax.tree.map(jnp.asarray, DATA), hyper(flip=noise), trainable, jnp.full(4, number))
     for shard in range(jax.device_count()):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b[shard], rtol=0, atol=1e-6), one, pmapped
@@ -157,7 +156,7 @@ def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable)
 def test_gradient_is_that_of_the_plain_mean(trainable):
     """Against a formulation without masks, sums and devices."""
     trainable, frozen = double(trainable), frozen_tree()
-    r, h = recipe(flip=False, drop_path=False), hyper()
+    r, h = recipe(drop_path=False), hyper(flip=False)
     order = jax.random.permutation(jax.random.fold_in(h["order_key"], 1), NUMBER)
 
     @jax.jit
@@ -169,7 +168,7 @@ def test_gradient_is_that_of_the_plain_mean(trainable):
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
     loss, grads = plain(trainable)
-    ours = gradient_on(4, trainable, 3, flip=r.flip, drop_path=r.drop_path)
+    ours = gradient_on(4, trainable, 3, flip=False, drop_path=False)
     np.testing.assert_allclose(ours[0], loss, rtol=0, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), ours[2], grads)
 
@@ -264,13 +263,11 @@ def test_steps_use_their_own_learning_rate_and_order(tmp_path):
     golden = Golden("open_a", tmp_path)
     frozen = reader.load(golden.weights, model=golden.model, image_size=golden.image_size)
     number = len(golden.labels)
-    r = step.Recipe(
-        golden.model, METHOD, number, number, golden.image_size, flip=False, drop_path=False
-    )
+    r = step.Recipe(golden.model, METHOD, number, number, golden.image_size, drop_path=False)
     state = step.init_state(r, jax.random.key(0), frozen)
     state["trainable"] = golden.tree("init/", state["trainable"])
     data = {"images": jnp.asarray((golden.images + 1) * 127.5), "labels": jnp.asarray(golden.labels)}
-    h = {**hyper(), "lr": jnp.asarray(golden.data["lrs"], jnp.float32)}
+    h = {**hyper(flip=False), "lr": jnp.asarray(golden.data["lrs"], jnp.float32)}
     h["weight_decay"] = jnp.float32(golden.data["weight_decay"])
     one = jax.shard_map(
         lambda state, epoch: step.train_step(r, frozen, data, jnp.arange(number), state, h, (epoch, 0)),
@@ -309,7 +306,7 @@ def test_flip_is_left_to_right_and_keyed():
     data = {**jax.tree.map(jnp.asarray, DATA), "labels": jnp.arange(NUMBER)}
     seen = set()
     for number in range(3):
-        images, labels, _ = shard_batch(recipe(flip=True), data, hyper(), 0, number)
+        images, labels, _ = shard_batch(recipe(), data, hyper(), 0, number)
         for image, label in zip(np.asarray(images), np.asarray(labels)):
             plain = DATA["images"][label] / np.float32(127.5) - 1
             flipped = np.allclose(image, plain[:, ::-1], atol=1e-6)
@@ -320,13 +317,13 @@ def test_flip_is_left_to_right_and_keyed():
 
 def test_every_epoch_has_its_own_order():
     data = {**jax.tree.map(jnp.asarray, DATA), "labels": jnp.arange(NUMBER)}
-    r = recipe(flip=False)
+    r = recipe()
     orders = [np.asarray(shard_batch(r, data, hyper(), epoch, 0)[1]) for epoch in (0, 1)]
     assert (orders[0] != orders[1]).any()
 
 
 def test_an_epoch_shows_every_image_once():
-    r, h = recipe(flip=False), hyper()
+    r, h = recipe(), hyper(flip=False)
     data = {"images": np.zeros_like(DATA["images"]), "labels": np.arange(NUMBER, dtype=np.int32)}
     data = jax.tree.map(jnp.asarray, data)
     mesh = mesh_lib.make_mesh(jax.devices()[:4])
@@ -363,7 +360,7 @@ def test_evaluation_counts_every_image_once(devices, size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
     model = models.build("B/16", 100, dtype=dtype)
-    r = step.Recipe(model, METHOD, 32, 1000, 224, flip=True)
+    r = step.Recipe(model, METHOD, 32, 1000, 224)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     frozen = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     state = jax.eval_shape(functools.partial(step.init_state, r), jax.random.key(0), frozen)

@@ -271,11 +271,10 @@ def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
     jobs, build = [], job.build
     monkeypatch.setattr(job, "build", lambda *a: jobs.append(build(*a)) or jobs[-1])
     run(small_config(epochs=1), tmp_path)
-    model = config_lib.build_model(jobs[0].runs[0])
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.device_get(jobs[0].frozen),
-        reader.load("bundled", model=model, image_size=32),
+        reader.load("bundled", model=jobs[0].recipe.model, image_size=32),
     )
 
 

@@ -10,6 +10,7 @@ from rlrr_jax.sides import Size, pair, text
 
 _BITS = 22  # of a weight after the point, Pillow's PRECISION_BITS
 _HALF = 11
+_AT_ONCE = 64  # images, whose steps between are 8 times as large as they are
 
 
 @functools.cache
@@ -46,6 +47,18 @@ def bicubic(images: jax.Array, size: Size) -> jax.Array:
         raise ValueError(f"images of {images.shape[1:3]} cannot be enlarged to {text(size)}")
     wide = _pass("ow,bhwc->bhoc", weights(images.shape[2], width), images)
     return _pass("oh,bhwc->bowc", weights(images.shape[1], height), wide)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def enlarge(images: jax.Array, size: Size) -> jax.Array:
+    """`bicubic` as a program of its own, so that what comes after has one for all sizes of images."""
+    return bicubic(images, size)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def enlarge_all(images: jax.Array, size: Size) -> jax.Array:
+    """`enlarge` for many images, which takes the memory of a few."""
+    return jax.lax.map(lambda image: bicubic(image[None], size)[0], images, batch_size=_AT_ONCE)
 
 
 def normalize(images: jax.Array, size: Size, crop_from: int | None = None) -> jax.Array:

@@ -61,6 +61,9 @@ class Method(NamedTuple):
     merge_exit: Callable[[Any, Any, int], Any] | None = None
     folds: bool = True
 
+    def __hash__(self) -> int:
+        return hash((self.init, self.merge))  # programs are kept by it; a dict has no hash
+
 
 # The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------
 

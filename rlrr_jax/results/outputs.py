@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlrr_jax import adapters, files, step
+from rlrr_jax import adapters, files, heads, step
 from rlrr_jax.results import plots, rows
 from rlrr_jax.runtime import distributed, memory
 
@@ -79,6 +79,7 @@ def write_results(job: Any, outputs: Outputs, progress: Any) -> None:
     if distributed.is_process_zero():
         for i, (run, folder) in enumerate(zip(job.runs, outputs.folders)):
             history, mine = progress.histories[i], jax.tree.map(lambda x, i=i: x[i], trained)
+            mine = heads.cut(mine, job.classes)
             accuracy = {k: history[-1].get(k) for k in ("train_acc", "val_acc", "test_acc")}
             card = adapters.card(run, outputs.provenance, outputs.classes, accuracy)
             adapters.write(folder / "adapter.safetensors", adapters.Adapter(mine, card))

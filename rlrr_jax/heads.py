@@ -1,0 +1,44 @@
+"""One size of head for all tasks: those that differ in their classes share a program.
+
+The classes beyond a task's own have kernels of 0 and a bias of `NEVER`, so that softmax gives them
+exactly 0: the loss, its gradients and the answers are those of a head of the task's size, with sums in
+another order. Where more than plain cross-entropy sees the logits, a head has the task's own size.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+STEP = 512  # a head has a multiple of so many classes
+NEVER = -1e9  # bias of a class that there is not
+
+
+def size(run: Any, classes: int) -> int:
+    """Number of classes of a run's head while it trains.
+
+    Args:
+      run: the configuration.
+      classes: number of classes of its task.
+    """
+    plain = run.loss == "cross_entropy" and not run.label_smoothing
+    if not plain or run.defence is not None or run.model.exits:
+        return classes
+    return -(-classes // STEP) * STEP
+
+
+def hide(trained: Any, classes: int) -> Any:
+    """Trained trees [T, ...] at their start, which never answer a class beyond a number of them."""
+    head = trained["head"]
+    if head["bias"].shape[-1] == classes:
+        return trained
+    there = jnp.arange(head["bias"].shape[-1]) < classes
+    bias = jax.jit(jnp.where, out_shardings=head["bias"].sharding)(there, head["bias"], NEVER)
+    return {**trained, "head": {**head, "bias": bias}}
+
+
+def cut(trained: Any, classes: int) -> Any:
+    """A trained tree with a head of a number of classes."""
+    if len(trained["head"]["bias"]) == classes:
+        return trained
+    return {**trained, "head": jax.tree.map(lambda x: x[..., :classes], trained["head"])}

@@ -1,0 +1,117 @@
+"""Heads that are padded, and what tasks share because of that."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from test_step import DATA, FROZEN, METHOD, MODEL, NUMBER, SIZE, frozen_tree, hyper
+from test_suite import config
+
+from rlrr_jax import adapters, evaluate, files, heads, job, mixing, optim, step, suite
+from rlrr_jax import config as config_lib
+from rlrr_jax.data import resize
+from rlrr_jax.runtime import mesh as mesh_lib
+
+
+def wide_tree(classes):
+    """The frozen tree with a head of so many classes."""
+    width = len(FROZEN["head"]["bias"]), len(FROZEN["head"]["kernel"])
+    empty = {"kernel": jnp.zeros((width[1], classes)), "bias": jnp.zeros(classes)}
+    return {**frozen_tree(), "head": empty}
+
+
+def train(classes, mix, devices):
+    """Two epochs with a head of so many classes, of which the model's are there."""
+    sgd = optim.Optimizer("adamw", "float32", grad_clip=1.0)
+    model = MODEL.clone(num_classes=classes)
+    r = step.Recipe(model, METHOD, 6, NUMBER, SIZE, optimizer=sgd, mixing=mix, average=0.9)
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices], 1)
+    state, metrics = step.map_start(r, mesh)(jax.random.split(jax.random.key(0), 1), wide_tree(classes))
+    for name in ("trainable", "average"):
+        state[name] = heads.hide(state[name], MODEL.num_classes)
+    losses, steps = [], step.map_train_steps(r, mesh)
+    own = jax.tree.map(lambda x: x[None], hyper(epochs=8))
+    for epoch in range(2):
+        state, metrics = steps(wide_tree(classes), DATA, state, metrics, own, (epoch, 0, 4))
+        losses.append(np.asarray(metrics["loss"][0]))
+    mine = jax.tree.map(lambda x: np.asarray(x)[0], step.tuned(state))
+    return np.concatenate(losses), mine
+
+
+@pytest.mark.parametrize(
+    "mix, devices",
+    [
+        (mixing.Mixing(), 1),
+        pytest.param(mixing.Mixing(mixup=0.8, cutmix=1.0), 4, marks=pytest.mark.slow),
+    ],
+)
+def test_classes_that_are_not_there_change_nothing(mix, devices):
+    """Weight decay, clipping by the norm and a running average among it."""
+    plain, wanted = train(MODEL.num_classes, mix, devices)
+    padded, found = train(heads.STEP, mix, devices)
+    assert np.ptp(plain) > 0.1
+    np.testing.assert_allclose(padded, plain, rtol=2e-5)
+    beyond = found["head"]["kernel"][:, MODEL.num_classes :]
+    assert not beyond.any() and (found["head"]["bias"][MODEL.num_classes :] < 0.99 * heads.NEVER).all()
+    cut = heads.cut(found, MODEL.num_classes)
+    assert jax.tree.map(np.shape, cut) == jax.tree.map(np.shape, wanted)
+    cut, wanted = (flatten_dict(tree, sep="/") for tree in (cut, wanted))
+    for name, x in cut.items():
+        if not name.endswith("key/shift"):  # has no gradient but rounding, which AdamW makes large
+            np.testing.assert_allclose(x, wanted[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_only_plain_cross_entropy_sees_a_padded_head():
+    one = config_lib.resolve(config("cifar"))[0]
+    assert heads.size(one, 100) == heads.size(one, 2) == heads.size(one, 512) == 512
+    assert heads.size(one, 513) == 1024
+    changes = dict(loss="pace", label_smoothing=0.1, defence="prune90")
+    for key, value in changes.items():
+        other = one.copy_and_resolve_references()
+        other.update({key: value})
+        assert heads.size(other, 100) == 100, key
+    other = one.copy_and_resolve_references()
+    other.model.exits = (3,)
+    assert heads.size(other, 100) == 100
+
+
+@pytest.fixture
+def compiled():
+    """Names of compiled programs, as they are."""
+    names = []
+
+    def listen(event, duration, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_tasks_with_other_classes_flips_and_drop_path_share_their_programs(tmp_path, compiled):
+    """The second of the bundled tasks compiles no step, and has the adapter and row of its own task."""
+    for cached in (job._compiled, step.map_train_steps, evaluate.map_eval_step):
+        cached.cache_clear()  # other tests may have compiled them
+    large = lambda: [name for name in compiled if "train_steps" in name or "eval_step" in name]
+    first = config("hearts,method=rlrr", epochs=1, flip=True)
+    suite.run(first, tmp_path / "first")
+    before = large()
+    second = config("digits,method=rlrr", epochs=1, flip=False, drop_path=0.0)
+    suite.run(second, tmp_path / "second")
+    assert before and large() == before
+    for name, task, classes in (("first", "hearts", 16), ("second", "digits", 10)):
+        folder = next((tmp_path / name / task).glob("*/seed0"))
+        adapter = adapters.read(folder / "adapter.safetensors")
+        assert adapter.trainable["head"]["bias"].shape == (classes,)
+        assert files.read_json(folder / "result.json")["head_params"] == 97 * classes
+        assert np.abs(adapter.trainable["head"]["bias"]).max() < 10
+
+
+def test_images_are_enlarged_once_to_the_same_bits():
+    images = np.random.default_rng(0).integers(0, 256, (70, 20, 24, 3), np.uint8)  # not a multiple
+    wanted = resize.bicubic(jnp.asarray(images), (32, 40))
+    np.testing.assert_array_equal(resize.enlarge_all(images, (32, 40)), wanted)
+    np.testing.assert_array_equal(resize.enlarge(images, (32, 40)), wanted)
+    np.testing.assert_array_equal(resize.enlarge(images, (20, 24)), images)
