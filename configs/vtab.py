@@ -108,7 +108,9 @@ def get_config(arg=None):
 
     # Your own images instead of a task, see own.py: a folder, a list of files, or tfds:NAME. Where they
     # have no split of their own, fractions of each class are tested and chosen on.
-    config.own = ConfigDict({"path": None, "test": 0.2, "val": 0.1, "shots": None, "seed": 0})
+    config.own = ConfigDict(
+        {"path": placeholder(str), "test": 0.2, "val": 0.1, "shots": placeholder(int), "seed": 0}
+    )
 
     config.dtype = placeholder(str)  # of activations: None is float32 on CPUs, else bfloat16
     config.precision = placeholder(str)  # of matmuls; None is "highest" with float32

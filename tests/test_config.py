@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from rlrr_jax import checks, methods
 from rlrr_jax import config as config_lib
@@ -271,3 +272,18 @@ def test_random_crops_are_shared_by_trials_of_one_seed_alone():
 
 def test_several_bare_tasks():
     assert [r.task for r in resolve("hearts,digits,method=full")] == ["hearts", "digits"]
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS, *methods.SPECIAL])
+def test_every_key_can_be_given_on_the_command_line(method):
+    """A key that is None must say its type, or absl refuses the flag."""
+
+    def typeless(part, name):
+        for key in part:
+            kind, path = part.get_type(key), f"{name}.{key}"
+            if issubclass(kind, ConfigDict):
+                yield from typeless(part[key], path)
+            elif kind is type(None):
+                yield path
+
+    assert not list(typeless(vtab.get_config(f"hearts,method={method}"), "config"))
