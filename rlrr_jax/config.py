@@ -18,7 +18,7 @@ from rlrr_jax.checks import GRID, LOSS_GRID
 from rlrr_jax.data import own, sources, store, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.models import exits, vit
+from rlrr_jax.models import vit
 from rlrr_jax.runs.identity import PLACES, recipe, together
 from rlrr_jax.sides import Size
 from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
@@ -542,9 +542,6 @@ def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> di
     """
     given = run.pretrained
     patch = bool(given.get("resize_patch"))  # older runs have none
-    how = reader.How(given.grid, given.mean, given.std, given.get("resize") or "linear", patch)
-    if (depth := run.model.get("depth")) is None:
-        return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)
-    whole = model.clone(depth=models.sizes(run.model.variant)["depth"])
-    tree = reader.load(path, model=whole, image_size=size_of(run), how=how, note=note)
-    return exits.part(whole, tree, 0, depth)[1]
+    pixels, cut = (given.mean, given.std), run.model.get("depth") is not None
+    how = reader.How(given.grid, *pixels, given.get("resize") or "linear", patch, cut)
+    return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)

@@ -39,6 +39,7 @@ class How(NamedTuple):
         into the patch embedding, so that every model takes images in [-1, 1].
       resize: one of `RESIZES`.
       patch: whether a patch embedding of another size is resized to the model's.
+      cut: whether blocks beyond the model's depth are left out.
     """
 
     grid: tuple | None = None
@@ -46,6 +47,7 @@ class How(NamedTuple):
     std: tuple | None = None
     resize: str | None = None
     patch: bool = False
+    cut: bool = False
 
 
 def load(
@@ -90,6 +92,8 @@ def load(
     shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     if layouts is vit_layouts:
         flat = vit_layouts.with_head(flat, model)
+        if how.cut:
+            flat = vit_layouts.first_blocks(flat, model.depth)
         if how.patch:
             _resize_patch(flat, model.patch_size, how, path, note)
         grid = tuple(side // model.patch_size for side in pair(image_size))

@@ -14,6 +14,7 @@ from rlrr_jax.errors import UserError
 
 _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 PREFIXES = ("", "params/", "opt/target/")  # of the tree to read, if an `.npz` holds several
+_BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
 _MOST_BLOCKS = 1000  # a longer axis is no depth, and is reported as it is
 QKV = ("query", "key", "value")
 # Our name of what timm calls `blocks.<i>.<name>`; `qkv` is three of ours.
@@ -435,6 +436,12 @@ def to_vit_jax(params: Any) -> dict:
             key, value = "Transformer/posembed_input/pos_embedding", _with_class_row(value)
         out[key] = np.asarray(value, np.float32)
     return out
+
+
+def first_blocks(flat: dict, depth: int) -> dict:
+    """Arrays by name, without those of blocks after the first so many."""
+    beyond = lambda key: (found := _BLOCK.match(key)) and int(found[1]) >= depth
+    return {key: value for key, value in flat.items() if not beyond(key)}
 
 
 def to_timm(params: Any) -> dict:
