@@ -65,7 +65,7 @@ Loss = Callable[..., Values]
 
 
 def cross_entropy(forward: Forward, batch: Batch) -> Values:
-    """Softmax cross-entropy, and whether the answer is right."""
+    """Softmax cross-entropy, and whether the answer is right. Its heads may be padded, see `heads`."""
     logits = forward(batch.images, batch.keys)
     losses = cross_entropies(logits, batch)
     return losses, {"acc": correct(logits, batch.labels, losses)}
