@@ -32,8 +32,8 @@ def hide(trained: Any, classes: int) -> Any:
     head = trained["head"]
     if head["bias"].shape[-1] == classes:
         return trained
-    there = jnp.arange(head["bias"].shape[-1]) < classes
-    bias = jax.jit(jnp.where, out_shardings=head["bias"].sharding)(there, head["bias"], NEVER)
+    hidden = lambda bias: jnp.where(jnp.arange(bias.shape[-1]) < classes, bias, NEVER)
+    bias = jax.jit(hidden, out_shardings=head["bias"].sharding)(head["bias"])
     return {**trained, "head": {**head, "bias": bias}}
 
 
