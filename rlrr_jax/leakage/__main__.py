@@ -196,16 +196,15 @@ def _case(path: Any, first: ConfigDict, precision: str) -> Case:
 
 
 def reidentify(label: str, state: str, client: Client, known: tuple, batches: list) -> list[dict]:
-    """Rows of ranks: of each size of batch, and of single images behind each defence."""
+    """Rows of ranks: of each size of batch, behind each defence."""
     images, labels = known
     shared = gradients.compiled(client, gradients.gradient)
     plain = [jax.device_get(shared(images[batch], labels[batch])) for batch in batches]
     probes = {("none", i): tree for i, tree in enumerate(plain)}
     for name in DEFENCES:
         defend = jax.jit(functools.partial(defences.defend, name))
-        for i, batch in enumerate(batches):
-            if len(batch) == 1:
-                probes[name, i] = jax.device_get(defend(jax.random.key(i), plain[i]))
+        for i, tree in enumerate(plain):
+            probes[name, i] = jax.device_get(defend(jax.random.key(i), tree))
     with tqdm(total=len(images), unit="img", desc=f"{label}, {state}", delay=2) as bar:
         cosines = gradients.similarities(client, list(probes.values()), images, labels, bar.update)
     groups: dict[tuple, dict[str, list]] = {}

@@ -16,7 +16,7 @@ def test_runs_are_attacked_and_the_page_says_how(tuned_runs, tmp_path, capsys):
     command.main([*runs, *flags, f"--out={out}"])
     found = json.loads((out / "leakage.json").read_text())
     rows = found["reidentification"]
-    assert len(rows) == 2 * (2 + 4)  # states, sizes of batches and four defences
+    assert len(rows) == 2 * 2 * (1 + 4)  # states, sizes of batches, four defences and none
     plain = {(r["run"], r["gradient at"], r["batch"]): r for r in rows if r["defence"] == "none"}
     for run in ("rlrr",):
         start, trained = plain[run, "start", 1], plain[run, "trained", 1]
