@@ -37,7 +37,7 @@ def take(recipe: Any, data: Any, order: jax.Array, state: Any, hyper: Any, now: 
     numbers = data["numbers"][rows] if "numbers" in data else rows
     remembered = state.get("remembered")
     batch = Batch(
-        images=augment(recipe, data["images"][rows], keys, hyper.get("flip", False)),
+        images=augment(recipe, data["images"][rows], keys, hyper["flip"]),
         labels=data["labels"][rows],
         targets=None,
         mask=mask.astype(jnp.float32),
@@ -59,7 +59,7 @@ def keys_of(step_key: jax.Array, slots: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(slots)
 
 
-def augment(recipe: Any, images: jax.Array, keys: jax.Array, flip: Any = False) -> jax.Array:
+def augment(recipe: Any, images: jax.Array, keys: jax.Array, flip: jax.Array) -> jax.Array:
     """Stored images [b, h, w, 3] as the model takes them, in [-1, 1]; with `flip`, flipped by key.
 
     Of outputs of first blocks [b, F, ...], see `prefix`, those of the image or of the flipped one.
@@ -93,9 +93,7 @@ def mixed(recipe: Any, data: Any, hyper: Any, batch: Batch, pairs: tuple) -> Bat
     others, partners, step_key = pairs
     how, images, weight = recipe.mixing, batch.images, 1.0
     if how.images:
-        second = augment(
-            recipe, data["images"][partners], keys_of(step_key, others), hyper.get("flip", False)
-        )
+        second = augment(recipe, data["images"][partners], keys_of(step_key, others), hyper["flip"])
         one = jax.random.fold_in(step_key, 2**31 - 1)  # of the batch; images have smaller numbers
         images, weight = mixing.mix(how, one, images, second)
     labels = batch.labels, data["labels"][partners]

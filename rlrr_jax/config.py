@@ -542,6 +542,8 @@ def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> di
     """
     given = run.pretrained
     patch = bool(given.get("resize_patch"))  # older runs have none
-    pixels, cut = (given.mean, given.std), run.model.get("depth") is not None
-    how = reader.How(given.grid, *pixels, given.get("resize") or "linear", patch, cut)
+    resize, whole = given.get("resize") or "linear", None
+    if run.model.get("depth") is not None:
+        whole = models.sizes(run.model.variant)["depth"]
+    how = reader.How(given.grid, given.mean, given.std, resize, patch, whole)
     return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from rlrr_jax.methods.base import FIXED
 
 
-def defend(name: str, key: jax.Array, gradient: Any) -> Any:
-    """A gradient `{"adapter", "head"}` behind the defence of a name; what is not trained stays zero."""
+def defend(defence: Callable, key: jax.Array, gradient: Any) -> Any:
+    """A gradient `{"adapter", "head"}` behind one of `DEFENCES`; what is not trained stays zero."""
     adapter = dict(gradient["adapter"])
     fixed = {FIXED: adapter.pop(FIXED)} if FIXED in adapter else {}
-    found = DEFENCES[name](key, {**gradient, "adapter": adapter})
+    found = defence(key, {**gradient, "adapter": adapter})
     return {**found, "adapter": {**found["adapter"], **fixed}}
 
 

@@ -139,10 +139,10 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
     """
     recipe, mesh, number = job.recipe, job.mesh, len(job.held_out[1])
     how = recipe.image_size, recipe.precision, mesh, recipe.crop_from
-    program, stored_as = map_eval_step(recipe.model, *how), recipe.crop_from or recipe.image_size
+    program, large = map_eval_step(recipe.model, *how), recipe.crop_from or recipe.image_size
 
-    def eval_step(params: Any, images: jax.Array, *rest: jax.Array) -> Any:
-        return program(params, images if stored_as is None else enlarge(images, stored_as), *rest)
+    def step(params: Any, images: jax.Array, *rest: jax.Array) -> Any:
+        return program(params, images if large is None else enlarge(images, large), *rest)
 
     out: list[Any] = [None] * len(job.init_keys)
     together = at_once(job, memory.limit())
@@ -153,7 +153,7 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
             params, done = job.merge(job.frozen, part), pace(check, bar)
             size = job.runs[0].eval_batch_size
             images, labels = job.held_out
-            found = evaluate(eval_step, params, images, labels, size, mesh, done)
+            found = evaluate(step, params, images, labels, size, mesh, done)
             for i, accuracy, loss in zip(which, found["accuracy"], found["loss"]):
                 out[i] = {"acc": float(accuracy), "loss": float(loss)}
     return out[: len(job.runs)]

@@ -14,7 +14,7 @@ STEP = 512  # a head has a multiple of so many classes
 NEVER = -1e9  # bias of a class that there is not
 
 
-def size(run: Any, classes: int) -> int:
+def padded(run: Any, classes: int) -> int:
     """Number of classes of a run's head while it trains.
 
     Args:
@@ -27,18 +27,22 @@ def size(run: Any, classes: int) -> int:
     return -(-classes // STEP) * STEP
 
 
+@jax.jit
+def _hidden(bias: jax.Array, classes: int) -> jax.Array:
+    return jnp.where(jnp.arange(bias.shape[-1]) < classes, bias, NEVER)
+
+
 def hide(trained: Any, classes: int) -> Any:
-    """Trained trees [T, ...] at their start, which never answer a class beyond a number of them."""
+    """Trained trees [T, ...] at their start, with the bias `NEVER` of classes beyond a number."""
     head = trained["head"]
     if head["bias"].shape[-1] == classes:
         return trained
-    hidden = lambda bias: jnp.where(jnp.arange(bias.shape[-1]) < classes, bias, NEVER)
-    bias = jax.jit(hidden, out_shardings=head["bias"].sharding)(head["bias"])
+    bias = jax.device_put(_hidden(head["bias"], classes), head["bias"].sharding)
     return {**trained, "head": {**head, "bias": bias}}
 
 
 def cut(trained: Any, classes: int) -> Any:
     """A trained tree with a head of a number of classes."""
-    if len(trained["head"]["bias"]) == classes:
+    if trained["head"]["bias"].shape[-1] == classes:
         return trained
     return {**trained, "head": jax.tree.map(lambda x: x[..., :classes], trained["head"])}

@@ -14,7 +14,19 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, heads, losses, methods, mixing, optim, prefix, sensitivity, sides, step
+from rlrr_jax import (
+    defences,
+    evaluate,
+    heads,
+    losses,
+    methods,
+    mixing,
+    optim,
+    prefix,
+    sensitivity,
+    sides,
+    step,
+)
 from rlrr_jax import feed as feed_lib
 from rlrr_jax.data import crops, resize
 from rlrr_jax.runtime import distributed, memory
@@ -34,7 +46,8 @@ class Job(NamedTuple):
       recipe: what is fixed while the step is traced.
       mesh: devices with axes ("trial", "data").
       frozen: the backbone's weights.
-      data: `images` and `labels` of the training set; where they come in parts, only the shapes.
+      data: `images`, enlarged, and `labels` of the training set; where they come in parts, only the
+        shapes.
       feed: where the training images come from.
       held_out: images and labels of the evaluation, on the host.
       lrs: learning rates of each trial and step.
@@ -220,7 +233,7 @@ def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array, budget: fl
         raise memory.TooLarge(1, "one after another, since streamed images come in the order of a seed")
     feed = feed_lib.Feed(images, labels, run.batch_size, steps or None, order_key)
     if steps and distributed.is_process_zero():
-        size = math.prod(images.shape) / 1e9
+        size = math.prod(images.shape) * images.dtype.itemsize / 1e9
         print(
             f"{run.task}: {len(labels):,} training images take {size:.3g} GB, more than the "
             f"{budget / 1e9:.3g} GB for them on a device: {feed.slots:,} are there at once",
@@ -233,49 +246,71 @@ def _whole(recipe: step.Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) 
     """The training set on the devices; its images enlarged once, unless that takes much memory."""
     data = mesh_lib.put(mesh, P(), feed.read(0, 0, slice(None)))
     size = recipe.crop_from or recipe.image_size
-    room = min(MOST_ENLARGED, budget)
-    if size is not None and math.prod((len(feed.labels), *sides.pair(size), 3)) <= room:
+    if size is None or data["images"].shape[1:3] == sides.pair(size):
+        return data
+    takes = math.prod((len(feed.labels), *sides.pair(size), 3))
+    if distributed.broadcast(takes <= min(MOST_ENLARGED, budget)):
         data["images"] = resize.enlarge_all(data["images"], size)
     return data
 
 
 def _recipe(runs: list, num_images: int) -> step.Recipe:
-    run = runs[0]
-    model = config_lib.build_model(run)
-    method = _same(methods.module(run.method).method, **run.method_kwargs)
-    rates = [r.drop_path for r in runs]
-    if method.untouched is None:  # a rate of 0 changes nothing, and other tasks may have another
-        rates.append(method.DEFAULTS["drop_path"])
+    run, model = runs[0], config_lib.build_model(runs[0])
+    options, fixed = run.method_kwargs.to_dict(), losses.fixed(run.loss_kwargs)
+    method, loss = methods.module(run.method).method, losses.LOSSES[run.loss]
+    method = _same(method, options, lambda: methods.get(run.method, **options))
     return step.Recipe(
-        model=model.clone(num_classes=heads.size(run, model.num_classes)),
+        model=model.clone(num_classes=heads.padded(run, model.num_classes)),
         method=method,
         batch_size=run.batch_size,
         num_images=num_images,
         image_size=config_lib.size_of(run),
-        drop_path=any(rate > 0 for rate in rates),
+        drop_path=_noisy(runs, method),
         precision=run.precision,
         optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
-        loss=_same(functools.partial, losses.LOSSES[run.loss], **losses.fixed(run.loss_kwargs)),
+        loss=_same(loss, fixed, lambda: functools.partial(loss, **fixed)),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
         average=run.average,
-        defence=run.defence,
+        defence=defences.DEFENCES.get(run.defence),
         crop_from=run.crop_from if run.crop == crops.SQUARE else None,
     )
 
 
-def _same(make: Callable, *given: Any, **options: Any) -> Any:
-    """`make(*given, **options)`, the same object each time: programs are kept by what they are of."""
-    key = make, given, repr(sorted(options.items()))
+def _noisy(runs: list, method: methods.Method) -> bool:
+    """Whether drop path is in the program: at a rate of 0, too, where the method's own is another.
+
+    So tasks that differ in it share a program. A rate of 0 changes nothing.
+    """
+    rates = [r.drop_path for r in runs]
+    if method.untouched is None:  # else blocks before which nothing is trained are computed once
+        rates.append(method.DEFAULTS["drop_path"])
+    return any(rate > 0 for rate in rates)
+
+
+def _same(function: Callable, options: dict, make: Callable[[], Any]) -> Any:
+    """What `make` gives for a function and its options, the same object each time.
+
+    Programs are kept by what they are of, and closures and partials are equal to themselves alone.
+    """
+    key = function, repr(sorted(options.items()))
     if key not in _MADE:
-        _MADE[key] = make(*given, **options)
+        _MADE[key] = make()
     return _MADE[key]
+
+
+def forget() -> None:
+    """Forgets all compiled programs: where code was edited and loaded again in a running Python."""
+    _MADE.clear()
+    kept = _compiled, step.map_start, step.map_merge, evaluate.map_eval_step, sensitivity.program
+    for cached in kept:
+        cached.cache_clear()
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(64)
 def _compiled(recipe: step.Recipe, mesh: Mesh, shapes: tuple, tree: Any) -> Any:
     """`step.map_train_steps` compiled for arguments of these shapes, flattened."""
     arguments = jax.tree.unflatten(tree, shapes)

@@ -5,7 +5,8 @@ A loss is called once for each trial and step, with this device's share of the b
     loss(forward, batch, **options) -> losses, values
 
 Args:
-  forward: function `(images, keys, noise=None) -> logits [b, classes]` float32: merges, applies the
+  forward: function `(images, keys, noise=None) -> logits [b, classes]` float32 (of `cross_entropy`
+    more classes than the task has, see `heads`; of any other loss the task's own): merges, applies the
     model with drop path from these keys, and with a `change.Noise` on what was changed. It may be
     called more than once, and on some of the images. With `exits=True` it returns what
     `models.exits.apply` does.
@@ -65,7 +66,7 @@ Loss = Callable[..., Values]
 
 
 def cross_entropy(forward: Forward, batch: Batch) -> Values:
-    """Softmax cross-entropy, and whether the answer is right. Its heads may be padded, see `heads`."""
+    """Softmax cross-entropy, and whether the answer is right."""
     logits = forward(batch.images, batch.keys)
     losses = cross_entropies(logits, batch)
     return losses, {"acc": correct(logits, batch.labels, losses)}

@@ -28,6 +28,7 @@ from rlrr_jax.runtime import mesh as mesh_lib
 
 HEAD = -1  # instead of a number of blocks: all but the head
 MOST_BYTES = 2**30  # of outputs in memory; more lie in a file that goes with the process
+MOST_REPEATED = 2**24  # of inputs of a head that are there twice, as with flips: one program for both
 MOST_FILE = 8 * 2**30  # of outputs of a run, training and held-out images together
 MOST_KNOWN = 4  # sets of outputs that are kept: those of a search, and of the runs after it
 BATCH = 64  # images that pass the prefix at once
@@ -209,8 +210,8 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
             for oldest in list(known)[:-MOST_KNOWN]:
                 del known[oldest]
         found = known[key][0]
-        if number == HEAD and what == "training" and not flip:
-            found = np.repeat(found, 2, 1)  # as with flips, so that tasks share a program
+        if number == HEAD and what == "training" and found.nbytes <= MOST_REPEATED:
+            found = np.broadcast_to(found, (len(found), 2, found.shape[2]))
         out.append(found if what == "training" else found[:, 0])
     recipe, frozen = rest(recipe, frozen, number)
     return recipe, frozen, tuple(out)

@@ -1,12 +1,13 @@
 """How much a loss without a head depends on each pretrained weight: what GPS chooses weights by."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rlrr_jax.data.resize import normalize
+from rlrr_jax.data.resize import enlarge, normalize
 
 TEMPERATURE = 0.07  # of the authors of the loss
 
@@ -41,19 +42,27 @@ def gradient(recipe: Any, frozen: Any, batches: Iterable[tuple]) -> Any:
       batches: images uint8 [b, h, w, 3], labels [b] and mask [b], all of one shape.
     """
 
+    add = program(recipe.model, recipe.image_size, recipe.crop_from, recipe.precision)
+    total = jax.tree.map(jnp.zeros_like, frozen)
+    for images, *rest in batches:
+        images = enlarge(images, recipe.crop_from or recipe.image_size)  # one program for all sizes
+        total = add(total, frozen, images, *rest)
+    return total
+
+
+@functools.lru_cache(8)
+def program(model: Any, size: Any, crop_from: int | None, precision: str) -> Callable:
+    """A jitted function that adds a batch's gradient: `(total, params, images, labels, mask) -> total`."""
+
     def loss(params: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-        pixels = normalize(images, recipe.image_size, recipe.crop_from)
+        pixels = normalize(images, size, crop_from)
         views = jnp.concatenate([pixels, pixels[:, :, ::-1]])
-        _, kept = recipe.model.apply({"params": params}, views, mutable=["intermediates"])
+        _, kept = model.apply({"params": params}, views, mutable=["intermediates"])
         token = kept["intermediates"]["encoded"][0][:, 0].astype(jnp.float32)
         return contrastive(token, jnp.tile(labels, 2), jnp.tile(mask, 2))
 
-    @jax.jit
     def add(total: Any, params: Any, *batch: jax.Array) -> Any:
-        with jax.default_matmul_precision(recipe.precision):
+        with jax.default_matmul_precision(precision):
             return jax.tree.map(jnp.add, total, jax.grad(loss)(params, *batch))
 
-    total = jax.tree.map(jnp.zeros_like, frozen)
-    for batch in batches:
-        total = add(total, frozen, *batch)
-    return total
+    return jax.jit(add)

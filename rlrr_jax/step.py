@@ -44,7 +44,8 @@ class Recipe(NamedTuple):
       optimizer: how gradients become updates, see `optim.build`.
       loss: what is minimised, with its fixed options, see `losses`.
       mixing: how images and labels are mixed.
-      defence: what is done to the gradient of a batch before it is used, see `defences`; None: nothing.
+      defence: what is done to the gradient of a batch before it is used, a function of
+        `defences.DEFENCES`; None: nothing.
       average: decay of the running average of the trained tree; None keeps none.
     """
 
@@ -59,7 +60,7 @@ class Recipe(NamedTuple):
     loss: losses.Loss = losses.cross_entropy
     mixing: Mixing = Mixing()
     average: float | None = None
-    defence: str | None = None
+    defence: Callable | None = None
     crop_from: int | None = None
 
     @property
@@ -233,7 +234,6 @@ def train_steps(
 # Many devices, many trials --------------------------------------------------------------------
 
 
-@functools.lru_cache(8)
 def map_train_steps(recipe: Recipe, mesh: Mesh) -> Callable:
     """`train_steps` for all trials on a mesh, jitted; state and metrics are donated.
 
@@ -252,7 +252,7 @@ def map_train_steps(recipe: Recipe, mesh: Mesh) -> Callable:
     return jax.jit(mapped, donate_argnums=(2, 3))
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(64)
 def map_start(recipe: Recipe, mesh: Mesh) -> Callable:
     """State and metrics before training, jitted: `(keys [T], frozen) -> state, metrics`."""
 
@@ -263,7 +263,7 @@ def map_start(recipe: Recipe, mesh: Mesh) -> Callable:
     return jax.jit(jax.vmap(start, (0, None)), out_shardings=NamedSharding(mesh, P("trial")))
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(64)
 def map_merge(method: Method, mesh: Mesh) -> Callable:
     """`methods.merge` for trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
     merge = jax.vmap(functools.partial(methods.merge, method), in_axes=(None, 0))

@@ -28,7 +28,7 @@ def test_values_by_hand():
 def moved(defence, devices):
     """What two steps of plain gradient descent change, of each leaf."""
     sgd = optim.Optimizer("momentum", "float32")
-    r = recipe(defence=defence, optimizer=sgd, drop_path=False)
+    r = recipe(defence=defences.DEFENCES.get(defence), optimizer=sgd, drop_path=False)
     mesh = mesh_lib.make_mesh(jax.devices()[:devices], 1)
     state, metrics = step.map_start(r, mesh)(jax.random.split(jax.random.key(0), 1), FROZEN)
     before = jax.tree.map(np.asarray, state["trainable"])
@@ -62,7 +62,9 @@ def test_an_unknown_defence_is_said_with_the_nearest():
 @pytest.mark.parametrize("name", defences.DEFENCES)
 def test_what_is_not_trained_stays_zero(name):
     adapter = {"a": jnp.arange(1.0, 201), "fixed": {"index": jnp.zeros(500)}}
-    found = defences.defend(name, jax.random.key(0), {"adapter": adapter, "head": {"b": jnp.ones(3)}})
+    found = defences.defend(
+        defences.DEFENCES[name], jax.random.key(0), {"adapter": adapter, "head": {"b": jnp.ones(3)}}
+    )
     assert (found["adapter"]["fixed"]["index"] == 0).all()
     kept = int((defences.flat(found) != 0).sum())
     assert kept == {"prune90": 21, "prune99": 3}.get(name, 203)  # of 203 values, not of 703

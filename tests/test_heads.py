@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from test_step import DATA, FROZEN, METHOD, MODEL, NUMBER, SIZE, frozen_tree, hyper
 from test_suite import config
 
-from rlrr_jax import adapters, evaluate, files, heads, job, mixing, optim, step, suite
+from rlrr_jax import adapters, defences, files, heads, job, losses, mixing, optim, step, suite
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import resize
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -64,16 +64,16 @@ def test_classes_that_are_not_there_change_nothing(mix, devices):
 
 def test_only_plain_cross_entropy_sees_a_padded_head():
     one = config_lib.resolve(config("cifar"))[0]
-    assert heads.size(one, 100) == heads.size(one, 2) == heads.size(one, 512) == 512
-    assert heads.size(one, 513) == 1024
+    assert heads.padded(one, 100) == heads.padded(one, 2) == heads.padded(one, 512) == 512
+    assert heads.padded(one, 513) == 1024
     changes = dict(loss="pace", label_smoothing=0.1, defence="prune90")
     for key, value in changes.items():
         other = one.copy_and_resolve_references()
         other.update({key: value})
-        assert heads.size(other, 100) == 100, key
+        assert heads.padded(other, 100) == 100, key
     other = one.copy_and_resolve_references()
     other.model.exits = (3,)
-    assert heads.size(other, 100) == 100
+    assert heads.padded(other, 100) == 100
 
 
 @pytest.fixture
@@ -92,8 +92,7 @@ def compiled():
 
 def test_tasks_with_other_classes_flips_and_drop_path_share_their_programs(tmp_path, compiled):
     """The second of the bundled tasks compiles no step, and has the adapter and row of its own task."""
-    for cached in (job._compiled, step.map_train_steps, evaluate.map_eval_step):
-        cached.cache_clear()  # other tests may have compiled them
+    job.forget()  # other tests may have compiled them
     large = lambda: [name for name in compiled if "train_steps" in name or "eval_step" in name]
     first = config("hearts,method=rlrr", epochs=1, flip=True)
     suite.run(first, tmp_path / "first")
@@ -115,3 +114,18 @@ def test_images_are_enlarged_once_to_the_same_bits():
     np.testing.assert_array_equal(resize.enlarge_all(images, (32, 40)), wanted)
     np.testing.assert_array_equal(resize.enlarge(images, (32, 40)), wanted)
     np.testing.assert_array_equal(resize.enlarge(images, (20, 24)), images)
+
+
+def test_edited_code_counts_once_programs_are_forgotten(tmp_path, monkeypatch):
+    """A replaced defence is another program; what a program calls counts after `forget`."""
+    loss = lambda name: suite.run(
+        config("digits,method=linear", epochs=1, defence="prune90", protocol="tune"), tmp_path / name
+    )[0][0]["train_loss"]
+    first = loss("first")
+    zero = lambda key, tree: jax.tree.map(jnp.zeros_like, tree)
+    monkeypatch.setitem(defences.DEFENCES, "prune90", zero)
+    assert loss("no gradient") == pytest.approx(np.log(10), rel=1e-4) != pytest.approx(first, rel=1e-2)
+    monkeypatch.setattr(losses, "cross_entropies", lambda logits, batch: 0 * logits[:, 0])
+    job.forget()
+    assert loss("no loss") == 0
+    job.forget()

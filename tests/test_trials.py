@@ -282,8 +282,7 @@ def test_one_dispatch_per_epoch_and_one_compilation(tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(job_lib.Job, "compile", counted)
     monkeypatch.setattr(clock, "DISPATCH_SECONDS", 1e6)
-    evaluate.map_eval_step.cache_clear()
-    job_lib._compiled.cache_clear()
+    job_lib.forget()
     for number, changes in enumerate(({}, {"runs": TRIALS})):
         dispatches.clear()
         caplog.clear()

@@ -19,7 +19,6 @@ from rlrr_jax import adapters, checks, defences, files, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import crops, store
 from rlrr_jax.data.resize import normalize
-from rlrr_jax.defences import DEFENCES
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.leakage import gradients, inversion
 from rlrr_jax.leakage.gradients import Client
@@ -201,8 +200,8 @@ def reidentify(label: str, state: str, client: Client, known: tuple, batches: li
     shared = gradients.compiled(client, gradients.gradient)
     plain = [jax.device_get(shared(images[batch], labels[batch])) for batch in batches]
     probes = {("none", i): tree for i, tree in enumerate(plain)}
-    for name in DEFENCES:
-        defend = jax.jit(functools.partial(defences.defend, name))
+    for name, defence in defences.DEFENCES.items():
+        defend = jax.jit(functools.partial(defences.defend, defence))
         for i, tree in enumerate(plain):
             probes[name, i] = jax.device_get(defend(jax.random.key(i), tree))
     with tqdm(total=len(images), unit="img", desc=f"{label}, {state}", delay=2) as bar:

@@ -166,6 +166,8 @@ def _other(saved: dict, wanted: dict) -> str | None:
     if "crc32" not in saved:
         return "was written by an older version of rlrr_jax, which can finish it"
     names = [k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)]
+    if all("/head/" in name for name in names) and names:
+        return "was written by an older version of rlrr_jax, which can finish it"
     return f"is another run's (its array {min(names)})" if names else None
 
 

@@ -39,7 +39,7 @@ class How(NamedTuple):
         into the patch embedding, so that every model takes images in [-1, 1].
       resize: one of `RESIZES`.
       patch: whether a patch embedding of another size is resized to the model's.
-      cut: whether blocks beyond the model's depth are left out.
+      whole: number of blocks of a network of which the model has the first; None: it has all.
     """
 
     grid: tuple | None = None
@@ -47,7 +47,7 @@ class How(NamedTuple):
     std: tuple | None = None
     resize: str | None = None
     patch: bool = False
-    cut: bool = False
+    whole: int | None = None
 
 
 def load(
@@ -88,11 +88,12 @@ def load(
             f"{path} was trained on pixels that this model does not take: build the model with "
             f"mean={pixels[0]}, std={pixels[1]}"
         )
-    flat, outside = _read(path, subtree, model, _limit(shapes))
+    whole = model.clone(depth=how.whole) if how.whole else model
+    flat, outside = _read(path, subtree, model, _limit(models.shapes(whole, image_size)))
     shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     if layouts is vit_layouts:
         flat = vit_layouts.with_head(flat, model)
-        if how.cut:
+        if how.whole:
             flat = vit_layouts.first_blocks(flat, model.depth)
         if how.patch:
             _resize_patch(flat, model.patch_size, how, path, note)

@@ -286,6 +286,7 @@ def test_trains_in_the_common_step(name, frozen):
             "lr": jnp.array([lr] * 9),
             "weight_decay": jnp.array(1e-4),
             "drop_path": jnp.array(0.1),
+            "flip": jnp.array(False),
             "noise_key": jax.random.key(1),
             "order_key": jax.random.key(2),
         }
@@ -426,7 +427,8 @@ def test_what_is_fixed_stays_in_training(frozen):
         "labels": np.arange(6, dtype=np.int32),
     }
     values = dict(lr=jnp.full(9, 1e-2), weight_decay=jnp.array(0.5), drop_path=jnp.array(0.1))
-    hyper = {**values, "noise_key": jax.random.key(1), "order_key": jax.random.key(2)}
+    keys = {"noise_key": jax.random.key(1), "order_key": jax.random.key(2)}
+    hyper = {**values, **keys, "flip": jnp.array(False)}
     state, metrics = step.map_start(recipe, mesh)(jax.random.split(jax.random.key(0), 1), frozen)
     before = jax.tree.map(np.array, state["trainable"]["adapter"])
     hyper = jax.tree.map(lambda x: x[None], hyper)

@@ -53,7 +53,7 @@ def test_the_penalty_counts_once_on_any_number_of_devices(frozen):
     data = {"images": rng.integers(0, 256, (6, 48, 48, 3), np.uint8)}
     data["labels"] = (np.arange(6) % 3).astype(np.int32)
     hyper = dict(lr=jnp.array([1e-2] * 4), weight_decay=jnp.array(0.0), drop_path=jnp.array(0.0))
-    hyper |= dict(noise_key=jax.random.key(1), order_key=jax.random.key(2))
+    hyper |= dict(noise_key=jax.random.key(1), order_key=jax.random.key(2), flip=jnp.array(False))
     hyper = jax.tree.map(lambda x: x[None], hyper)
     shown = {}
     for devices, balance in ((1, 0.0), (1, 5.0), (2, 5.0)):
