@@ -52,7 +52,7 @@ def gradient(recipe: Any, frozen: Any, batches: Iterable[tuple]) -> Any:
 
 @functools.lru_cache(8)
 def program(model: Any, size: Any, crop_from: int | None, precision: str) -> Callable:
-    """A jitted function that adds a batch's gradient: `(total, params, images, labels, mask) -> total`."""
+    """A jitted function `(total, params, images, labels, mask) -> total` that adds a gradient."""
 
     def loss(params: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
         pixels = normalize(images, size, crop_from)
