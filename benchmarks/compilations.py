@@ -21,6 +21,7 @@ import numpy as np
 from rlrr_jax import config as config_lib
 from rlrr_jax import evaluate, job, models
 from rlrr_jax.configs import vtab
+from rlrr_jax.errors import one_sentence
 
 LARGE = ("train_steps", "eval_step")
 
@@ -98,4 +99,4 @@ def random_weights(model, size):
 
 
 if __name__ == "__main__":
-    main()
+    one_sentence(main)

@@ -19,6 +19,7 @@ from step import timed
 
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
+from rlrr_jax.errors import one_sentence
 from rlrr_jax.runs import forecast
 
 
@@ -88,4 +89,4 @@ def total(args, protocol, speed):
 
 
 if __name__ == "__main__":
-    main()
+    one_sentence(main)

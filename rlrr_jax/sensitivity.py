@@ -41,7 +41,6 @@ def gradient(recipe: Any, frozen: Any, batches: Iterable[tuple]) -> Any:
       frozen: the pretrained weights.
       batches: images uint8 [b, h, w, 3], labels [b] and mask [b], all of one shape.
     """
-
     add = program(recipe.model, recipe.image_size, recipe.crop_from, recipe.precision)
     total = jax.tree.map(jnp.zeros_like, frozen)
     for images, *rest in batches:

@@ -163,12 +163,12 @@ def _other(saved: dict, wanted: dict) -> str | None:
     """Why arrays of these names, shapes and dtypes are not those that are wanted; None if they are."""
     if not saved:
         return "is damaged (it lists no arrays)"
-    if "crc32" not in saved:
-        return "was written by an older version of rlrr_jax, which can finish it"
     names = [k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)]
-    if all("/head/" in name for name in names) and names:
+    if not names:
+        return None
+    if "crc32" not in saved or all("/head/" in name for name in names):  # whose heads were not padded
         return "was written by an older version of rlrr_jax, which can finish it"
-    return f"is another run's (its array {min(names)})" if names else None
+    return f"is another run's (its array {min(names)})"
 
 
 @contextlib.contextmanager

@@ -119,3 +119,12 @@ def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
         manager.save(1, args=ocp.args.StandardSave(tree))
     with pytest.raises(UserError, match="written by an older version of rlrr_jax, which can finish it"):
         restore(tmp_path)
+
+
+def test_a_checkpoint_whose_head_alone_differs_is_of_an_older_version(tmp_path):
+    """Their heads were not padded, see `heads`."""
+    head = lambda classes: {**STATE, "trainable": {**STATE["trainable"], "head": {"bias": classes}}}
+    save(tmp_path, state=head(jnp.zeros(10)))
+    with checkpoint.open_manager(tmp_path / "checkpoints") as manager:
+        with pytest.raises(UserError, match="written by an older version of rlrr_jax, which can"):
+            checkpoint.Keeper(manager, 0).restore((head(jnp.zeros(512)), METRICS), 1)
