@@ -17,9 +17,12 @@ from rlrr_jax.errors import UserError
 def get_config(arg=None):
     """The configuration; `arg` is where the images are, then what `vtab.get_config` takes."""
     location, _, rest = (arg or "").partition(",")
-    if not location or "=" in location:
+    if "=" in location:
+        location, rest = "", arg
+    if words := [word for word in rest.split(",") if word and "=" not in word]:
         raise UserError(
-            "name your images: --config configs/own.py:FOLDER, a list of files, hf:FOLDER or tfds:NAME"
+            f"{words[0]!r} after the images is no option, such as method=linear+rlrr: correct it, or "
+            f"name a folder with a comma or = by --config.own.path=FOLDER"
         )
     config = vtab.get_config(rest)
     config.own.path = location

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 import rlrr_jax
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, methods, models, sides
-from rlrr_jax.data import crops, resize
+from rlrr_jax.data import crops, resize, store
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
 from rlrr_jax.weights import download, names, preprocessing, reader, vit_layouts
@@ -141,6 +141,30 @@ def finished(workdir: Any) -> list:
     found = [path for path in files.walk(workdir) if path.name == "adapter.safetensors"]
     searched = lambda path: "search" in path.relative_to(workdir).parts
     return [p for p in found if (p.parent / "result.json").exists() and not searched(p)]
+
+
+def find(path: Any) -> Any:
+    """The adapter of a file, of a run's folder, or of a workdir with one finished run.
+
+    A repository `hf:user/name` is returned as it is. Raises UserError, naming the choices, if there are
+    several or none.
+    """
+    if str(path).startswith(names.HUB):
+        return path
+    path = files.local(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"there is no adapter {path}: give an adapter.safetensors of a finished run")
+    found = finished(path)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(
+            f"there is no finished run in {path}: give a workdir, a run's folder or an adapter"
+        )
+    runs = [str(p.parent.relative_to(path)) for p in found]
+    raise UserError(f"{path} holds {len(found)} runs: add one of {', '.join(runs[:30])} to the path")
 
 
 def read(path: Any) -> Adapter:
@@ -319,6 +343,22 @@ def _check_backbone(card, sha256, how, what):
                 f"{what} was read with {key}={how.get(key)}, this adapter of {card['task']} was "
                 f"trained on one with {key}={mine.get(key)}: read it for that adapter"
             )
+
+
+def images(adapter: Adapter, split: str) -> tuple[Any, np.ndarray]:
+    """Images uint8 [N, h, w, 3] and labels [N] of a split, as the run of an adapter had them.
+
+    Raises UserError if they are not where they were, or others by now.
+    """
+    run = adapter.run
+    found, wanted = config_lib.locate(run), adapter.card.get("dataset")
+    if wanted not in (None, found.dataset):  # older cards have none
+        raise UserError(
+            f"the images of {run.task} were {wanted}, and are {found.dataset} now: put back what the "
+            f"run had, or train again"
+        )
+    pixels = config_lib.pixels(run)
+    return store.load_split(config_lib.task_of(run), split, pixels, found, run.data.cache_dir)
 
 
 def fits(adapter: Adapter, on: Backbone) -> bool:

@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import math
+import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -32,6 +33,10 @@ DEFAULT_GRID = {
     "sigma": (),
 }
 SEVERAL = "({'lr': (1e-3, 3e-3)}, {'method': 'lora', 'rank': 4})"  # an example of config.runs
+NAMELESS = (
+    "name your images: --config configs/own.py:FOLDER, a list of files, hf:FOLDER or tfds:NAME, or "
+    "by --config.own.path"
+)
 RETIRED = f'config.trials and config.variants are one key now: write --config.runs="{SEVERAL}"'
 
 
@@ -52,6 +57,8 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
     if "trials" in config or "variants" in config:
         raise UserError(RETIRED)
     checks.check(config)
+    if config.own.path == "":
+        raise UserError(NAMELESS)
     if config.own.path is None:
         task_names = tasks.expand(_names(config.task)) or list(tasks.BUNDLED)
     else:
@@ -216,6 +223,8 @@ def _resolve_one(
     del run.seeds, run.runs
     method = methods.get(method_name, **options)
     run.update(task=task_name, method=method_name, seed=seed)
+    if run.own.path is not None:
+        run.own.path = own.absolute(run.own.path)
     run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
     run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
@@ -414,6 +423,11 @@ def follow(run: ConfigDict, path: str) -> list[str]:
     name, given, model = run.pretrained.name, run.pretrained, run.model
     card = preprocessing.read(path, name, needed=given.mean is None, variant=model.variant)
     notes = [f"note: {text}" for text in card.notes]
+    if card.by_name and given.mean is None:
+        notes.append(
+            f"note: pixels are normalised as the name {pathlib.PurePath(name).name} says, by means "
+            f"{card.mean} and deviations {card.std} (config.pretrained.mean, config.pretrained.std)"
+        )
     plain = models.build(model.variant, 1)
     ours = plain.num_heads if models.family(model.variant) == "vit" else None
     if ours and model.num_heads is None and card.num_heads is None and not preprocessing.of_jax(path):

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -77,8 +78,26 @@ def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") 
         _end(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
     except KeyboardInterrupt:
         _end(interrupted, 130)
-    except Exception:
+    except Exception as e:
+        if memory := out_of_memory(e):
+            _end(f"error: {memory}")
         _report()
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One sentence for JAX's error of a device whose memory does not suffice; None for others."""
+    text = str(error)
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+        return None
+    if not re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
+        return None
+    size = re.search(r"allocat\w+ ([\d.]+ ?\w*)", text)
+    wanted = f" of {size[1].strip()}" if size else ""
+    return (
+        f"the memory of the device does not suffice for an array{wanted}: lower config.batch_size or "
+        f"config.eval_batch_size, take fewer trials at once or a smaller model, or "
+        f"set config.model.remat=True"
+    )
 
 
 def _end(text, code=1):

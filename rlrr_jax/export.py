@@ -49,25 +49,6 @@ HUB_FILE = "adapter.safetensors"  # in a folder for the Hub
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
 
 
-def find_adapter(path: Any) -> Any:
-    """The adapter of a file, of a run's folder, or of a workdir with one finished run.
-
-    Raises UserError, naming the choices, if there are several or none.
-    """
-    path = files.local(path)
-    if path.is_file():
-        return path
-    found = adapters.finished(path)
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise UserError(
-            f"there is no finished run in {path}: give a workdir, a run's folder or an adapter"
-        )
-    names = [str(p.parent.relative_to(path)) for p in found]
-    raise UserError(f"{path} holds {len(found)} runs: add one of {', '.join(names[:30])} to the path")
-
-
 def export(
     adapter: Any, to: str, out: Any, weights: str | None = None, cache_dir: str | None = None
 ) -> float:
@@ -103,6 +84,7 @@ def export(
         raise UserError(f"{to} files end in {ending}: {out} does not")
     out = files.local(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
+    files.writable(out)
     backbone = adapters.backbone(adapter, weights, cache_dir)
     tuned = adapters.load(adapter, backbone)
     if drops_exits(to, adapter):
@@ -350,7 +332,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.push and args.to != "hub":
         raise UserError(f"--push uploads what --to hub writes, not {args.to}: add --to hub")
-    path = find_adapter(args.run)
+    path = adapters.find(args.run)
     adapter = adapters.read(path)
     difference = export(adapter, args.to, args.out, args.weights, args.cache_dir)
     acc = tables.percent(adapter.card["accuracy"].get("test_acc"))

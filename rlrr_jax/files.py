@@ -82,6 +82,7 @@ def write(path: Any, data: str | bytes) -> None:
             f.write(data)
         return
     path = through(path)
+    writable(path)
     part = temporary(path)
     try:
         with part.open("wb") as f:
@@ -93,6 +94,15 @@ def write(path: Any, data: str | bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def writable(path: Any) -> None:
+    """UserError if a path cannot be a file: it is a folder, or the one that it lies in is not there."""
+    path = epath.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    if "://" not in str(path) and not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for {path.name}: make it, or name another")
 
 
 def through(path: Any) -> Any:

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from rlrr_jax import adapters, evaluate, files
 from rlrr_jax import config as config_lib
-from rlrr_jax.data import sources, store
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results import tables
@@ -50,16 +49,12 @@ def answer(
 ) -> Answers:
     """The `Answers` of a finished run, from its adapter, backbone (see `adapters.backbone`) and data.
 
-    Raises UserError if one of these is not there any more.
+    Raises UserError if one of these is not there any more, or not what the run had.
     """
     adapter = adapters.read(folder / "adapter.safetensors")
     run = adapter.run
+    images, labels = adapters.images(adapter, config_lib.splits(run)[1])
     tuned = adapters.load(adapter, None, weights, cache_dir or run.pretrained.cache_dir)
-    task = config_lib.task_of(run)
-    kind = run.data.source if run.data.source in sources.KINDS else None
-    found = sources.find(task, run.data.dir, kind)
-    split = config_lib.splits(run)[1]
-    images, labels = store.load_split(task, split, config_lib.pixels(run), found, run.data.cache_dir)
     size, answers = min(run.eval_batch_size, len(labels)), []
     with tqdm(total=len(labels), desc=str(folder), unit="img", disable=not progress) as bar:
         for start in range(0, len(labels), size):
@@ -111,6 +106,7 @@ def section(group: list[dict], folder: Any, **options: Any) -> str:
         answers = answer(folder, **options)
     except UserError as e:
         parts.append(f"<p>Without accuracy of classes: {html.escape(str(e))}</p>")
+        print(f"note: {folder} is shown without accuracy of classes: {e}", flush=True)
     else:
         names = adapters.read(folder / "adapter.safetensors").card["classes"]
         parts += [classes(answers, names), pairs(answers, names)]
@@ -212,6 +208,7 @@ def main() -> None:
     parser.add_argument("--cache_dir", help="of downloaded weights; default: the run's")
     args = parser.parse_args()
     out = files.local(args.out or files.local(args.workdirs[0]) / "results.html")
+    files.writable(out)  # before the work, not after it
     text = page(args.workdirs, weights=args.weights, cache_dir=args.cache_dir)
     files.write(out, text)
     print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser")

@@ -137,6 +137,7 @@ def find_config(text: str) -> str:
 def _parse_flags(argv):
     """absl's parser, with the errors of configuration files and keys as UserErrors."""
     argv = list(argv)
+    _check_flags(argv[1:])
     for i, text in enumerate(argv):
         if text.startswith(("--config=", "-config=")):
             flag, _, value = text.partition("=")
@@ -164,13 +165,32 @@ def _parse_flags(argv):
     except UserError:
         raise
     except (flags.Error, TypeError, ValueError) as e:
-        text = str(e).strip() or repr(e)
+        text = _plainly(str(e).strip() or repr(e))
         if "Traceback (most recent call last)" not in text:
             raise UserError(text) from e
         last = text.splitlines()[-1]  # ml_collections quotes what a configuration file raised
         if said := re.match(r"rlrr_jax\.errors\.UserError: (.*)", last):
             raise UserError(said[1]) from e
         raise
+
+
+def _check_flags(words):
+    """UserError where absl's would not say what is wrong."""
+    files = [i for i, word in enumerate(words) if re.fullmatch(r"--?config(=.*)?", word)]
+    if len(files) > 1:
+        raise UserError("--config is there twice: give one, and several methods as method=linear+rlrr")
+    for word in words:
+        group = re.match(r"--?(\w+)\.([\w.]+)", word)
+        if group and group[1] != "config":
+            raise unknown("flag", group[0], [f"--config.{group[2]}"])
+        if group and not files:
+            raise UserError(f"{group[0]} is a key of no configuration: add --config configs/vtab.py")
+
+
+def _plainly(text):
+    """An error of absl without the words of Python's conversions."""
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", text)
+    return re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
 
 
 def _unset(config, key):

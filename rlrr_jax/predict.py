@@ -174,6 +174,9 @@ def main() -> None:
         raise UserError("--top_k and --batch_size must be greater than 0")
     if args.exit_threshold is not None and not args.exit_threshold >= 0:
         raise UserError(f"--exit_threshold={args.exit_threshold} must be a number of at least 0")
+    if args.out:
+        files.writable(files.local(args.out))  # before the work, not after it
+    args.adapter = adapters.find(args.adapter)
     paths = find(args.images, note=lambda text: print(text, file=sys.stderr, flush=True))
     tuned = adapters.load(args.adapter, weights=args.weights, cache_dir=args.cache_dir)
     rows, bad, how, size = [], [], {}, args.batch_size

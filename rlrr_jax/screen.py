@@ -3,6 +3,7 @@
 import codecs
 import os
 import sys
+import warnings
 
 _PLAIN = {"±": "+-", "°": " deg", "…": "..."}
 
@@ -37,7 +38,11 @@ class Tolerant:
 
 
 def prepare() -> None:
-    """Makes both streams usable: closed ones (`2>&-`), pipes that break, encodings without `±`."""
+    """Makes both streams usable: closed ones (`2>&-`), pipes that break, encodings without `±`.
+
+    And Python does not warn of large images: those that Pillow refuses are named.
+    """
+    warnings.filterwarnings("ignore", r"Image size .* exceeds limit")
     for descriptor in (0, 1, 2):  # a free one would be given to the next file that is opened
         try:
             os.fstat(descriptor)

@@ -11,7 +11,7 @@ from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import methods
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import UserError, out_of_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 METHOD = """
@@ -125,3 +125,17 @@ def test_a_mistake_in_a_configuration_file_keeps_its_traceback(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "undefined_name" in done.stderr and "mine.py" in done.stderr
     assert "please report the lines above" in done.stderr
+
+
+def test_memory_that_does_not_suffice_is_one_sentence():
+    error = type("JaxRuntimeError", (RuntimeError,), {})
+    for text, wanted in (
+        (
+            "INTERNAL: Out of memory allocating 26726483908 bytes.",
+            "an array of 26726483908 bytes: lower",
+        ),
+        ("RESOURCE_EXHAUSTED: Failed to allocate 2.5GiB for x", "an array of 2.5GiB: lower"),
+    ):
+        assert wanted in out_of_memory(error(text))
+    assert out_of_memory(error("INVALID_ARGUMENT: shapes")) is None
+    assert out_of_memory(ValueError("Out of memory allocating 5 bytes")) is None  # a fork's own

@@ -106,21 +106,21 @@ def test_a_file_that_would_differ_is_not_kept(run, tmp_path, monkeypatch):
 
 def test_what_to_export_is_found_or_asked_for(tuned_runs, run, tmp_path, monkeypatch):
     for where in (run, run / "adapter.safetensors", run.parent):
-        assert export.find_adapter(where) == run / "adapter.safetensors"
+        assert adapters.find(where) == run / "adapter.safetensors"
     with pytest.raises(
         UserError, match=r"holds 4 runs: add one of digits/lora/seed0, digits/rlrr/seed0, "
     ):
-        export.find_adapter(tuned_runs)
+        adapters.find(tuned_runs)
     with pytest.raises(UserError, match="there is no finished run in"):
-        export.find_adapter(tmp_path)
+        adapters.find(tmp_path)
     shutil.copytree(run, tmp_path / "search" / "mine")
-    assert export.find_adapter(tmp_path / "search") == tmp_path / "search/mine/adapter.safetensors"
+    assert adapters.find(tmp_path / "search") == tmp_path / "search/mine/adapter.safetensors"
     with pytest.raises(UserError, match="there is no finished run in"):
-        export.find_adapter(tmp_path)
+        adapters.find(tmp_path)
     shutil.copytree(run, tmp_path / "unfinished")
     (tmp_path / "unfinished" / "result.json").unlink()
     with pytest.raises(UserError, match="there is no finished run in"):
-        export.find_adapter(tmp_path)
+        adapters.find(tmp_path)
     with pytest.raises(UserError, match="unknown format 'tim': did you mean 'timm'"):
         command(monkeypatch, run, "--to", "tim", tmp_path / "x")
     with pytest.raises(UserError, match="timm files end in .safetensors: .*x.pth does not"):

@@ -134,3 +134,11 @@ def test_nobodys_home_is_one_sentence(monkeypatch):
 def test_a_missing_folder_is_said_to_be_missing(tmp_path):
     with pytest.raises(UserError, match="there is no folder .*/nowhere: check the path"):
         list(files.walk(tmp_path / "nowhere"))
+
+
+def test_folders_as_files_and_missing_ones_are_said_by_their_own_names(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder: name a file"):
+        files.write(tmp_path, "x")
+    with pytest.raises(UserError, match=f"there is no folder {tmp_path}/none for x.csv: make it"):
+        files.write(tmp_path / "none/x.csv", "x")
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import rlrr_jax.html as page_lib
-from rlrr_jax import files
+from rlrr_jax import adapters, files
+from rlrr_jax.data import sources
 from rlrr_jax.errors import UserError
 
 
@@ -120,17 +121,32 @@ def test_cells_sort_by_the_number_they_begin_with():
     assert "data-v" not in page_lib._cell("to 8 m") and "&lt;" in page_lib._cell("<b>")
 
 
-def test_without_data_the_page_says_so(tuned_runs, tmp_path, monkeypatch):
+def test_without_data_the_page_says_so(tuned_runs, tmp_path, monkeypatch, capsys):
     shutil.copytree(tuned_runs / "digits/ssf", tmp_path / "digits/ssf")
 
     def gone(*_):
         raise UserError("there is no <dataset>")
 
-    monkeypatch.setattr(page_lib.sources, "find", gone)
+    monkeypatch.setattr(sources, "find", gone)
     text = page_lib.page([tmp_path], progress=False)
     assert "Without accuracy of classes: there is no &lt;dataset&gt;" in text
+    said = capsys.readouterr().out
+    assert said.endswith("seed0 is shown without accuracy of classes: there is no <dataset>\n")
     with pytest.raises(UserError, match="there is no finished run in"):
         page_lib.page([tmp_path / "empty"])
+
+
+def test_other_images_than_the_runs_are_refused(tuned_runs, monkeypatch):
+    adapter = adapters.read(tuned_runs / "digits/ssf/seed0/adapter.safetensors")
+    images, labels = adapters.images(adapter, "test")
+    assert len(images) == len(labels) == 797
+    found = sources.find("digits")._replace(dataset="digits, 5 images")
+    monkeypatch.setattr(sources, "find", lambda *_: found)
+    message = (
+        "the images of digits were digits, and are digits, 5 images now: put back what the run had"
+    )
+    with pytest.raises(UserError, match=message):
+        adapters.images(adapter, "test")
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -46,7 +46,20 @@ WRONG = {
     "flag": ([CONFIG, "--wrokdir=x"], "Did you mean: workdir"),
     "key": ([CONFIG, "--config.lrr=1"], "unknown key 'lrr' in a --config flag: did you mean 'lr'?"),
     "nested key": ([CONFIG, "--config.model.varaint=B/16"], "did you mean 'variant'?"),
-    "value": ([CONFIG, "--config.lr=high"], "could not convert string to float: 'high'"),
+    "value": ([CONFIG, "--config.lr=high"], "flag --config.lr=high: 'high' is no number"),
+    "part of an epoch": (
+        [CONFIG, "--config.epochs=1.5"],
+        "--config.epochs=1.5: '1.5' is no whole number",
+    ),
+    "a key alone": (
+        ["--config.lr=1"],
+        "--config.lr is a key of no configuration: add --config configs",
+    ),
+    "two configs": ([CONFIG, CONFIG], "--config is there twice: give one"),
+    "misspelt group": (
+        [CONFIG, "--confg.lr=1"],
+        "unknown flag '--confg.lr': did you mean '--config.lr'?",
+    ),
     "negative": ([CONFIG, "--config.epochs=0"], "config.epochs=0 must be greater than 0"),
     "choice": ([CONFIG, "--config.protocol=offical"], "did you mean 'official'?"),
     "task": ([f"{CONFIG}:cifra"], "unknown task 'cifra': did you mean 'cifar'?"),

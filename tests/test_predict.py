@@ -188,7 +188,7 @@ def test_workdirs_with_linked_folders_are_found_by_every_command(run, tuned_runs
     (tmp_path / "w/hearts").symlink_to(tuned_runs / "hearts")
     (found,) = adapters.finished(tmp_path / "w")
     assert found == tmp_path / "w/hearts/rlrr/seed0/adapter.safetensors"
-    assert export.find_adapter(tmp_path / "w") == found
+    assert adapters.find(tmp_path / "w") == found
     from rlrr_jax import analyze, report
     from rlrr_jax import html as page
 

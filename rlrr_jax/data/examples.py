@@ -74,8 +74,12 @@ def pictures(folder: pathlib.Path) -> tuple[list[pathlib.Path], collections.Coun
 
 def passed_over(folder: pathlib.Path, others: collections.Counter) -> list[str]:
     """A note on the other files of a folder; none if there are none."""
-    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
-    return [f"note: {folder} has other files, passed over: {kinds}"] if others else []
+    return [f"note: {folder} has other files, passed over: {kinds(others)}"] if others else []
+
+
+def kinds(others: collections.Counter) -> str:
+    """Numbers of files of each kind: `"1 .db, 2 hidden"`."""
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
 
 
 def on_disk(root: pathlib.Path) -> Files:
@@ -93,30 +97,38 @@ def check(images: Files, examples: list[Example]) -> None:
 
     def wrong(example: Example) -> str | None:
         try:
+            example.path.encode()
             with images.open(example) as file, Image.open(file):
                 return None
+        except UnicodeEncodeError:
+            return "its name is no UTF-8"
         except FileNotFoundError:
             return "not there"
+        except Image.DecompressionBombError:
+            return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels"
         except Exception as e:  # Pillow's decoders raise anything
             return getattr(e, "strerror", None) or "no image"
 
     bad = [(e.path, why) for e, why in zip(examples, in_threads(wrong, examples)) if why]
     if bad:
-        listed = some([f"{path} ({why})" for path, why in bad])
+        shown = lambda path: path.encode(errors="backslashreplace").decode()
+        listed = some([f"{shown(path)} ({why})" for path, why in bad])
         raise UserError(
             f"{len(bad)} of {len(examples)} files of {images.root} cannot be used: {listed}: remove or "
             f"replace them"
         )
 
 
-def duplicates(images: Files, train: list[Example], test: list[Example]) -> list[str]:
-    """Paths of test images whose bytes are also in the training set."""
-    sizes = {images.size(e) for e in train}
-    maybe = [e for e in test if images.size(e) in sizes]
-    wanted = {images.size(e) for e in maybe}
-    digest = lambda e: hashlib.sha256(images.read(e)).digest()
-    known = set(in_threads(digest, [e for e in train if images.size(e) in wanted]))
-    return [e.path for e, value in zip(maybe, in_threads(digest, maybe)) if value in known]
+def copies(images: Files, examples: list[Example]) -> list[list[int]]:
+    """Numbers of examples whose bytes are the same, in groups of two and more."""
+    sizes = list(map(images.size, examples))
+    number = collections.Counter(sizes)
+    maybe = [i for i, size in enumerate(sizes) if number[size] > 1]  # only these are read
+    groups = collections.defaultdict(list)
+    digest = lambda i: hashlib.sha256(images.read(examples[i])).digest()
+    for i, value in zip(maybe, in_threads(digest, maybe)):
+        groups[value].append(i)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def in_threads(function: Callable, items: list) -> Iterator[Any]:

@@ -11,6 +11,7 @@ import collections
 import csv
 import hashlib
 import io
+import os
 import pathlib
 import re
 import unicodedata
@@ -26,7 +27,8 @@ from rlrr_jax.data.examples import (
     Example,
     Files,
     check,
-    duplicates,
+    copies,
+    kinds,
     on_disk,
     passed_over,
     pictures,
@@ -93,10 +95,13 @@ def read(location: str, options: Options) -> Images:
         what = "dataset" if location.startswith(HF) else "folder or list of images"
         raise UserError(f"there is no {what} {path}: check config.own.path")
     if not examples:
-        raise UserError(f"there is no image in {path}: put them into {path}/<class>/ or name another")
+        raise UserError(f"there is no image in {path}: name another")
     classes = tuple(sorted({e.label for e in examples}))
     if len(classes) < 2:
-        raise UserError(f"all images of {path} have the class {classes[0]!r}: add another class")
+        inner = path / classes[0]
+        deeper = path.is_dir() and inner.is_dir() and len(_folders(inner)) > 1
+        way = f"name {inner} if its folders are the classes" if deeper else "add another class"
+        raise UserError(f"all images of {path} have the class {classes[0]!r}: {way}")
     check(images, examples)
     splits, more = assign(examples, options)
     if not splits["train"] or not splits["test"]:
@@ -107,13 +112,13 @@ def read(location: str, options: Options) -> Images:
 
 
 def _read_folder(folder):
-    """Examples and notes of an image folder."""
+    """Examples and notes of an image folder; UserError if there is no image in a class folder."""
     found: list[Example] = []
     others: collections.Counter = collections.Counter()
-    inner = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    inner = _folders(folder)
     named = {p: SPLITS[p.name.lower()] for p in inner if p.name.lower() in SPLITS}
-    divided = bool(named) and "train" in named.values()
-    notes = []
+    # A folder of that name without folders in it is a class: vehicles are cars, boats and trains.
+    divided = any(split == "train" and _folders(p) for p, split in named.items())
     for top in named if divided else [folder]:
         paths, more = pictures(top)
         others += more
@@ -125,9 +130,35 @@ def _read_folder(folder):
             name = unicodedata.normalize("NFC", parts[0])
             split = named[top] if divided else None
             found.append(Example(path.relative_to(folder).as_posix(), name, split))
+    if not found:
+        there = f" (there are others: {kinds(others)})" if others else ""
+        raise UserError(f"there is no image in {folder}/<class>/{there}: put some there")
+    notes = _of_folders(folder, list(named) if divided else [folder], found)
     if divided and (left := [p.name for p in inner if p not in named]):
         notes.append(f"note: folders beside {folder}/train are passed over: {some(left)}")
     return found, notes + passed_over(folder, others)
+
+
+def _folders(folder):
+    """The folders in a folder, but for hidden ones."""
+    return [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
+def _of_folders(folder, tops, found):
+    """Notes on class folders without images, and on images that lie deeper."""
+    paths = [pathlib.PurePath(e.path) for e in found]
+    tops = [top.relative_to(folder) for top in tops]
+    filled = {
+        top / path.relative_to(top).parts[0] for path in paths for top in tops if top in path.parents
+    }
+    every = [p.relative_to(folder) for top in tops for p in _folders(folder / top)]
+    notes = []
+    if empty := [p.as_posix() for p in every if p not in filled]:
+        notes.append(f"note: no image is in {some(empty)}")
+    deeper = sorted({path.parent.as_posix() for path in paths if path.parent not in filled})
+    if deeper:
+        notes.append(f"note: images of {some(deeper)} have the class of the folder above")
+    return notes
 
 
 def _read_list(path):
@@ -137,8 +168,8 @@ def _read_list(path):
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is no UTF-8 text ({e.reason}): save it as that") from e
     first = text.splitlines()[0] if text.strip() else ""
-    tab = "\t" if "\t" in first else ","
-    head = [name.strip().lower() for name in first.split(tab)]
+    tab = "\t" if "\t" in first else ";" if "," not in first else ","
+    head = [name.strip().lower() for name in next(csv.reader([first], delimiter=tab), [])]
     lines = list(enumerate(text.splitlines(), 1))
     if {"path", "label"} <= set(head):
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=tab)
@@ -148,6 +179,8 @@ def _read_list(path):
         raise UserError(f"{path} has the header {first!r}: name its columns path,label[,split]")
     else:
         out = [_bare(path, i, line) for i, line in lines if line.strip()]
+    if not out:
+        raise UserError(f"there is no image in {path}: add lines")
     labels: dict[str, Example] = {}
     for e in out:
         if (other := labels.setdefault(e.path, e)).label != e.label:
@@ -163,9 +196,8 @@ def _read_list(path):
 def _row(path, number, head, row):
     """The example of a line with columns."""
     if len(row) != len(head):
-        raise UserError(
-            f"{path}:{number}: {len(row)} columns instead of {len(head)}: quote what has a comma in it"
-        )
+        way = "quote what has a comma in it" if len(row) > len(head) else "add what is missing"
+        raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(head)}: {way}")
     values = {name: cell.strip() for name, cell in zip(head, row)}
     split = values.get("split") or None
     if split and split.lower() not in SPLITS:
@@ -202,10 +234,11 @@ def assign(examples: list[Example], options: Options) -> tuple[dict[str, list[Ex
         notes.append("note: there is no test split, so val is tested on")
     if not given["test"]:
         rest, given["test"] = _take(rest, options.test, options.seed)
-        notes.append(f"note: {len(given['test'])} images are tested on, {options.test:g} of each class")
+        part = f"{options.test:g} of each class"
+        notes.append(f"note: {len(given['test'])} images are tested on, {part}, one of two at least")
     if options.shots is not None:
         rest = [e for group in _by_class(rest, options.seed) for e in group[: options.shots]]
-        notes.append(f"note: {options.shots} training images of each class are kept: {len(rest)}")
+        notes.append(f"note: {len(rest)} training images are kept, {options.shots} of a class at most")
     train, val = rest, given["val"]
     if not val:
         train, val = _take(rest, options.val, options.seed)
@@ -234,7 +267,7 @@ def _take(examples, fraction, seed):
 
 
 def _oddities(images, classes, splits):
-    """Notes on imbalance, on classes without training images, and on images in two splits."""
+    """Notes on imbalance, on classes without images in a split, and on images that are there twice."""
     train = splits["train"] + splits["val"]
     counts = collections.Counter(e.label for e in train)
     sizes = [counts[name] for name in classes]
@@ -247,11 +280,27 @@ def _oddities(images, classes, splits):
         notes.append(f"note: classes are unequal; the rarest: {some(rare)}")
     if missing := [name for name in classes if not counts[name]]:
         notes.append(f"note: no training image has the class {some(missing)}: it cannot be learnt")
-    if same := duplicates(images, train, splits["test"]):
-        notes.append(
-            f"warning: {len(same)} of {len(splits['test'])} test images are in the training set, too: "
-            f"{some(same)}"
-        )
+    if missing := sorted(set(classes) - {e.label for e in splits["test"]}):
+        notes.append(f"note: no test image has the class {some(missing)}: it is not tested")
+    return notes + _twice(images, splits)
+
+
+def _twice(images, splits):
+    """Warnings of images with the same bytes in two splits, or of two classes."""
+    placed = [(split, e) for split, part in splits.items() for e in part]
+    groups = [[placed[i] for i in same] for same in copies(images, [e for _, e in placed])]
+    notes = []
+    for split, others, what in (
+        ("test", {"train", "val"}, "test images"),
+        ("val", {"train"}, "images to choose on"),
+    ):
+        both = [g for g in groups if others & {name for name, _ in g}]
+        if same := [e.path for g in both for name, e in g if name == split]:
+            number = f"{len(same)} of {len(splits[split])} {what}"
+            notes.append(f"warning: {number} are in the training set, too: {some(same)}")
+    if torn := [g for g in groups if len({e.label for _, e in g}) > 1]:
+        shown = some([" and ".join(e.path for _, e in g) for g in torn])
+        notes.append(f"warning: {len(torn)} images are there under several classes: {shown}")
     return notes
 
 
@@ -395,9 +444,18 @@ def _opener(images: Images) -> Callable:
     return open
 
 
+def absolute(location: str) -> str:
+    """A location that is the same from every folder."""
+    if location.startswith(TFDS):
+        return location
+    prefix = HF if location.startswith(HF) else ""
+    path = files.local(location.removeprefix(HF))
+    return f"{prefix}{os.path.normpath(path.absolute())}"
+
+
 def name(location: str) -> str:
-    """A name for results from a location: `"/data/birds/"` -> `"birds"`."""
-    path = pathlib.PurePath(location.rpartition(":")[2])
+    """A name for results from a location: `"/data/birds/"` -> `"birds"`, `"."` -> the folder's."""
+    path = pathlib.PurePath(absolute(location).rpartition(":")[2])
     stem = path.stem if path.suffix in (".csv", ".tsv", ".txt") else path.name
     plain = re.sub(r"[^\w.-]+", "_", stem) or "own"
     return f"own_{plain}" if plain in tasks.TASKS or plain in tasks.ALIASES else plain

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from rlrr_jax import files
 from rlrr_jax.data import crops, sources, tasks
+from rlrr_jax.data.examples import some
 from rlrr_jax.data.task import Found, Split, Task
 from rlrr_jax.errors import UserError
 from rlrr_jax.sides import Size, pair, text
@@ -425,8 +426,10 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
         np.lib.format.write_array_header_1_0(f, header)
         for start in range(0, number, _BLOCK):
             examples = entry.split.read(start, min(start + _BLOCK, number))
-            put = functools.partial(_decode, entry, task)
-            block = np.stack(list(pool.map(put, enumerate(examples, start))))
+            put = functools.partial(_attempt, entry, task)
+            decoded = list(pool.map(put, enumerate(examples, start)))
+            _check_decoded(entry.split, start, decoded)
+            block = np.stack(decoded)
             labels[:, start : start + len(block)] = np.array([k for _, k in examples], np.int32).T
             sums.append(zlib.crc32(block))
             f.write(block)
@@ -442,6 +445,22 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
     )
     shutil.rmtree(entry.folder, ignore_errors=True)  # damaged, or another process was first
     part.rename(entry.folder)
+
+
+def _attempt(entry, task, item):
+    """An image, or the UserError of one that cannot be decoded."""
+    try:
+        return _decode(entry, task, item)
+    except UserError as e:
+        return e
+
+
+def _check_decoded(split, start, decoded):
+    """UserError that names the images of a block that cannot be decoded, if there are any."""
+    bad = [i for i, image in enumerate(decoded) if isinstance(image, UserError)]
+    if bad:
+        others = some(split.where(start + i) for i in bad[1:])
+        raise UserError(f"{decoded[bad[0]]}" + (f"; and these, too: {others}" if others else ""))
 
 
 def _decode(entry, task, item):
@@ -463,7 +482,10 @@ def readable(split: Split, i: int) -> Iterator[None]:
         raise
     except Exception as e:  # its decoders raise anything
         why = "it is no image" if isinstance(e, PIL.UnidentifiedImageError) else e
-        raise UserError(f"{split.where(i)} is damaged ({why}): prepare it again") from e
+        own = "own" in split.key
+        fault = "cannot be used" if own else "is damaged"
+        way = "remove or replace it" if own else "prepare it again"
+        raise UserError(f"{split.where(i)} {fault} ({why}): {way}") from e
 
 
 def _check_labels(task, split, labels):

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from rlrr_jax import adapters, files, models
 from rlrr_jax import config as config_lib
 from rlrr_jax.adapters import Adapter
-from rlrr_jax.data import store
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.exits import choose, leave, page
 from rlrr_jax.results import plots, rows
@@ -111,9 +110,7 @@ def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None) -> pa
 def probabilities(adapter: Adapter, backbone: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [N, E + 1, C] of a split's images at all exits, and their labels [N]."""
     run, parts = adapter.run, leave.stages(adapters.load(adapter, backbone))
-    pixels, found = config_lib.pixels(run), config_lib.locate(run)
-    task = config_lib.task_of(run)
-    images, labels = store.load_split(task, split, pixels, found, run.data.cache_dir)
+    images, labels = adapters.images(adapter, split)
     title = f"{run.task} {run.method} seed {run.seed}: {split}"
     with tqdm(total=len(labels), unit="img", desc=title, delay=2) as bar:
         every = leave.every(parts, images, run.eval_batch_size, bar.update)

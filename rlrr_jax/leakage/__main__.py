@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from rlrr_jax import adapters, checks, defences, files, methods
 from rlrr_jax import config as config_lib
-from rlrr_jax.data import crops, store
+from rlrr_jax.adapters import Adapter
+from rlrr_jax.data import crops
 from rlrr_jax.data.resize import normalize
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.leakage import gradients, inversion
@@ -87,9 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     found = [path for run in args.runs for path in adapters.finished(files.local(run))]
     if not found:
         raise UserError(f"there is no finished run in {', '.join(args.runs)}: give a --workdir")
-    run = ConfigDict(adapters.read(found[0]).card["config"])
+    first = adapters.read(found[0])
+    run = first.run
     cases = [_case(path, run, args.precision) for path in found]  # a misfit is said before any work
-    known = images, labels = _candidates(run, args.candidates, args.seed)
+    known = images, labels = _candidates(first, args.candidates, args.seed)
     batches = _batches(len(labels), args.batches, args.probes, args.seed)
     results: dict[str, list] = {"reidentification": [], "exact": [], "inversion": []}
     pictures = []
@@ -146,10 +148,9 @@ def _natural(text: str, least: int = 0) -> int:
 _whole = functools.partial(_natural, least=1)
 
 
-def _candidates(run: ConfigDict, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(adapter: Adapter, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Test images [n, h, w, 3] in [-1, 1] and their labels."""
-    found, task = config_lib.locate(run), config_lib.task_of(run)
-    images, labels = store.load_split(task, "test", config_lib.pixels(run), found, run.data.cache_dir)
+    run, (images, labels) = adapter.run, adapters.images(adapter, "test")
     if number > len(labels):
         raise UserError(
             f"--candidates={number} is more than the {len(labels)} test images there are: ask for fewer"

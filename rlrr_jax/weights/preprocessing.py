@@ -20,7 +20,7 @@ _BY_NAME = (
     (r"vit_large_patch14_clip_\d+\.laion2b", (HALF, HALF)),
     (r"(^|[^a-z])clip", CLIP),
     (r"(^|[^a-z])(augreg|siglip|orig_in21k|sam_in1k|resnetv2_\d+x\d_bit)", (HALF, HALF)),
-    (r"(^|[^a-z])(dino|mae|moco|deit|swin|resnet\d)", IMAGENET),
+    (r"(^|[^a-z])((dino|mae|moco|deit|swin)(v?\d|[^a-z]|$)|resnet\d)", IMAGENET),
 )
 _ACTIVATIONS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh"}
 _ACTIVATIONS |= {"gelu_new": "tanh", "quick_gelu": "quick"}
@@ -52,6 +52,7 @@ class Card(NamedTuple):
       norm_eps: epsilon of its LayerNorms.
       resize: how its code resizes a position embedding, see `pretrained.RESIZES`.
       notes: sentences about what was passed over.
+      by_name: whether mean and std are what file names of that kind have, and nothing else says it.
     """
 
     gelu: str | None
@@ -64,6 +65,7 @@ class Card(NamedTuple):
     norm_eps: float | None = None
     resize: str | None = None
     notes: tuple = ()
+    by_name: bool = False
 
 
 JAX = Card("tanh", HALF, HALF, "its layout says so", norm_eps=1e-6, resize="linear")
@@ -110,6 +112,7 @@ def read(path: Any, name: str = "", needed: bool = True, variant: str | None = N
     card = card or Card(gelu, *known, "its name says so", norm_eps=_eps_by_name(names))
     if card.mean is None:
         card = card._replace(mean=known[0], std=known[1])
+    card = card._replace(by_name=card.mean is not None and card.mean is known[0])
     if card.mean is None and needed:
         raise UserError(
             f"nothing says how the pixels of {path} are normalised"

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax import models
 from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.models import vit
 from rlrr_jax.sides import Size, pair
 from rlrr_jax.weights import names, preprocessing, resnet_layouts, swin_layouts, vit_layouts
 
@@ -76,7 +77,7 @@ def load(
       A plain nested dict of float32 arrays; the head is zero unless it was asked for.
 
     Raises UserError if the file is missing or damaged, or if any name or shape differs from the
-    model's; all of them are listed.
+    model's; the first of them are listed.
     """
     models.check_size(model, image_size)
     path, subtree = names.split_subtree(names.local_path(name_or_path, cache_dir))
@@ -92,6 +93,7 @@ def load(
     flat, outside = _read(path, subtree, model, _limit(models.shapes(whole, image_size)))
     shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
     if layouts is vit_layouts:
+        _check_variant(path, flat, model, how)
         flat = vit_layouts.with_head(flat, model)
         if how.whole:
             flat = vit_layouts.first_blocks(flat, model.depth)
@@ -115,6 +117,19 @@ def load(
 def _limit(shapes):
     """Bytes that a file may take unpacked: room for a head and an optimiser's state, no more."""
     return 8 * sum(4 * x.size for x in jax.tree.leaves(shapes)) + 2**30
+
+
+def _check_variant(path, flat, model, how):
+    """UserError, naming the variant, if a file is of a ViT of another width or with other patches."""
+    patch, *_, width = np.shape(flat.get("embedding/kernel", np.zeros((model.patch_size, model.width))))
+    mine = model.patch_size, model.width
+    if width == model.width and (patch == model.patch_size or how.patch):
+        return
+    fitting = [name for name, sizes in vit.VARIANTS.items() if sizes["width"] == width]
+    way = f"set config.model.variant={fitting[0]}/{patch}" if fitting else "check config.model"
+    raise UserError(
+        f"{path} is {width} wide with patches of {patch}, the model {mine[1]} with {mine[0]}: {way}"
+    )
 
 
 def _check_arrays(path, flat, wanted):
@@ -384,4 +399,4 @@ def differences(found: dict, wanted: dict) -> list[str]:
         "unknown": sorted(found.keys() - wanted.keys()),
         "wrong shape": shapes,
     }
-    return [f"{what}: {', '.join(names)}" for what, names in kinds.items() if names]
+    return [f"{what}: {_some(names)}" for what, names in kinds.items() if names]

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import pathlib
 import re
 import shutil
 from types import SimpleNamespace
@@ -251,6 +252,63 @@ def test_absolute_and_linked_paths_of_a_list(folder, tmp_path):
     assert arrays(task, tmp_path / "cache")["test"][0].shape == (60, 32, 32, 3)
 
 
+def test_a_class_may_be_called_as_a_split(folder, tmp_path):
+    root = flat(folder, tmp_path / "vehicles")
+    for old, new in (("class 0", "train"), ("class 1", "test")):
+        (root / old).rename(root / new)
+    task = task_of(root)
+    assert task.names == ("class 2", "class 3", "class 4", "test", "train")
+    assert sum(task.sizes.values()) // 2 + task.num_test == 250
+
+
+def test_empty_and_nested_folders_are_said(folder, tmp_path):
+    root = flat(folder, tmp_path / "birds")
+    (root / "empty").mkdir()
+    (root / "class 0/nested").mkdir()
+    (root / "class 0/000.png").rename(root / "class 0/nested/000.png")
+    notes = task_of(root).notes
+    assert "note: no image is in empty" in notes
+    assert "note: images of class 0/nested have the class of the folder above" in notes
+
+
+def test_images_under_two_classes_and_untested_classes_are_said(folder, tmp_path):
+    root = tmp_path / "birds"
+    shutil.copytree(folder, root)
+    shutil.copytree(root / "test", root / "val")
+    shutil.copy(root / "train/class 0/000.png", root / "val/class 1/copy.png")
+    shutil.rmtree(root / "test/class 2")
+    notes = task_of(root).notes
+    assert "note: no test image has the class class 2: it is not tested" in notes
+    both = "train/class 0/000.png and val/class 1/copy.png"
+    assert f"warning: 1 images are there under several classes: {both}" in notes
+    assert (
+        "warning: 1 of 51 images to choose on are in the training set, too: val/class 1/copy.png"
+    ) in notes
+    assert any(
+        n.startswith("warning: 40 of 40 test images are in the training set, too") for n in notes
+    )
+
+
+@pytest.mark.parametrize(("head", "mark"), [('"path","label"', ","), ("path;label", ";")])
+def test_lists_as_other_programs_write_them(head, mark, folder):
+    listed = "\n".join([head, *(f'"{p}"{mark}"{k}"' for p, k, _ in rows(folder))])
+    (folder / "theirs.csv").write_text(listed)
+    task = task_of(folder / "theirs.csv")
+    (folder / "theirs.csv").unlink()
+    assert task.names == tuple(CLASSES) and task.num_test == 60
+
+
+def test_pictures_that_end_early_are_all_named(folder, tmp_path):
+    root = flat(folder, tmp_path / "birds")
+    for path in (root / "class 0").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    message = (
+        r"class 0/\d+.png cannot be used \(.*\): remove or replace it; and these, too: .*/class 0/"
+    )
+    with pytest.raises(UserError, match=message):
+        arrays(task_of(root), tmp_path / "cache")
+
+
 def test_two_splits_that_share_a_file_are_said(folder, tmp_path):
     listed = [*rows(folder), ("train/class 0/000.png", "class 0", "test")]
     task = task_of(write_list(folder, folder / "twice.csv", [("path", "label", "split"), *listed]))
@@ -289,6 +347,13 @@ def only(name):
     return make
 
 
+def only_folder(root):
+    """Puts the folder `data` beside a root into it."""
+    root.mkdir()
+    (root.parent / "data").rename(root / "data")
+    return root
+
+
 def raw(data):
     return lambda root: (root / "own.csv").write_bytes(data) and root / "own.csv"
 
@@ -318,7 +383,25 @@ def unreadable(root):
 HEAD, A, B = "path,label", "a/0.png,a", "b/0.png,b"
 WRONG = {
     "no such folder": (lambda root: root / "none", "there is no folder or list of images .*/none"),
-    "empty folder": (lambda root: (root / "x").mkdir() or root / "x", "there is no image in .*/x: put"),
+    "empty folder": (
+        lambda root: (root / "x").mkdir() or root / "x",
+        "there is no image in .*/x/<class>/: put",
+    ),
+    "pictures in no class folder": (
+        lambda root: root / "a",
+        r"no image in .*/a/<class>/ \(there are others: 4 in no class folder\): put some there",
+    ),
+    "one level too deep": (
+        lambda root: root.rename(root.parent / "data") and only_folder(root),
+        "have the class 'data': name .*/own/data if its folders are the classes",
+    ),
+    "a name of bytes": (
+        lambda root: (
+            (root / "a/0.png").rename(os.fsdecode(os.fsencode(root) + b"/a/caf\xe9.png")) and root
+        ),
+        r"1 of 8 files .* a/caf\\udce9.png \(its name is no UTF-8\)",
+    ),
+    "a list of nothing": (bare(" "), "there is no image in .*own.txt: add lines"),
     "one class": (only("a"), "all images of .* have the class 'a': add another class"),
     "no image": (spoil("a/2.png", b"text"), r"1 of 8 files .* cannot be used: a/2.png \(no image\)"),
     "empty file": (spoil("a/2.png", b""), r"a/2.png \(no image\)"),
@@ -331,7 +414,7 @@ WRONG = {
     "no header": (lines(A, B), r"has the header 'a/0.png,a': name its columns path,label\[,split\]"),
     "other header": (lines("file,class", A, B), "has the header 'file,class'"),
     "too many columns": (lines(HEAD, "a/0.png,a,b", B), ":2: 3 columns instead of 2: quote what has"),
-    "too few columns": (lines("path,label,split", A, B), ":2: 2 columns instead of 3"),
+    "too few columns": (lines("path,label,split", A, B), ":2: 2 columns instead of 3: add"),
     "unknown split": (lines("path,label,split", f"{A},trian", B + ",test"), "split 'trian' is none of"),
     "empty label": (lines(HEAD, "a/0.png,", B), ":2: a path or label is empty"),
     "empty path": (lines(HEAD, ",a", B), ":2: a path or label is empty"),
@@ -409,6 +492,8 @@ def test_wrong_input_is_one_sentence(case, tmp_path, monkeypatch):
     [
         ("", {}, "name your images"),
         ("method=rlrr", {}, "name your images"),
+        ("{folder},linear+lora", {}, "'linear\\+lora' after the images is no option, such as method="),
+        ("{folder},method=linear,cifar", {}, "'cifar' after the images is no option"),
         ("{folder}", {"val": -0.1}, "config.own.val=-0.1 must be a fraction from 0 to 0.9"),
         ("{folder}", {"test": 1.0}, "config.own.test=1.0 must be a fraction"),
         ("{folder}", {"test": 0.0, "val": 0.0}, None),  # its test split is given
@@ -442,6 +527,9 @@ def test_names_and_folders():
     assert own.name("/data/birds/") == "birds" and own.name("x/birds.csv") == "birds"
     assert own.name("tfds:food101") == "food101" and own.name("/data/cifar") == "own_cifar"
     assert re.fullmatch(r"[\w.-]+", own.name("/data/my birds, 2"))
+    here = pathlib.Path.cwd()
+    assert own.name(".") == here.name and own.name("..") == here.parent.name
+    assert own.absolute("hf:x/../birds") == f"hf:{here}/birds" and own.absolute("tfds:a") == "tfds:a"
 
 
 def test_other_images_in_the_same_workdir_are_refused(folder, tmp_path):

@@ -237,6 +237,20 @@ def test_float8_is_named(tiny, tmp_path):
         load(path, [])
 
 
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        *(("deit_tiny_x", 0.485), ("vit_small_patch14_dinov2.lvd142m", 0.485), ("mae-b", 0.485)),
+        *(("swin_tiny", 0.485), ("deit3_small", 0.485), ("vit.augreg_in21k", 0.5)),
+        *(("swindle", None), ("maemodel", None), ("dinosaurs", None)),
+    ],
+)
+def test_whole_words_of_a_name_say_how_pixels_are_normalised(name, mean, tmp_path):
+    safetensors.numpy.save_file({"x": np.zeros(1, np.float32)}, tmp_path / f"{name}.safetensors")
+    card = preprocessing.read(tmp_path / f"{name}.safetensors", needed=False)
+    assert (card.mean and card.mean[0], card.by_name) == (mean, mean is not None)
+
+
 # Whole runs ------------------------------------------------------------------------------------
 
 

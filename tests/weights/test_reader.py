@@ -173,6 +173,21 @@ def test_missing_unknown_and_mis_shaped_names_are_all_listed(tree, tmp_path):
     assert "wrong shape: embedding/bias is (31,) instead of (32,)" in text
 
 
+def test_another_variant_is_named(tree, tmp_path):
+    flat = numbered(tree)
+    flat["embedding/kernel"] = np.ones((16, 16, 3, 192), np.float32)
+    np.savez(tmp_path / "w.npz", **flat)
+    wide = "is 192 wide with patches of 16, the model 32 with 8: set config.model.variant=Ti/16"
+    with pytest.raises(UserError, match=wide):
+        load(tmp_path / "w.npz")
+
+
+def test_of_many_differences_the_first_are_said():
+    wanted = {f"array{i}": (1,) for i in range(9)}
+    (text,) = reader.differences({}, wanted)
+    assert text == "missing: array0, array1, array2, array3, array4 (and 4 more)"
+
+
 def test_missing_file():
     with pytest.raises(UserError, match="there is no weight file /nowhere/w.npz"):
         load("/nowhere/w.npz")
