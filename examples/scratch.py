@@ -3,18 +3,16 @@
 Writes a model's random start, drawn from a seed, as timm names it. `method=full` then trains it all.
 """
 
-import argparse
-
 import jax
 import safetensors.numpy
 
-from rlrr_jax import export, models
-from rlrr_jax.errors import one_sentence
+from rlrr_jax import export, files, models
+from rlrr_jax.errors import Parser, one_sentence
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("variant", help="of a model, such as swin_t_4")
     parser.add_argument("image_size", type=int, help="side of the images in pixels")
     parser.add_argument("out", help="file to write, .safetensors")
@@ -25,7 +23,7 @@ def main() -> None:
     image = jax.numpy.zeros((1, args.image_size, args.image_size, 3))
     params = jax.jit(model.init)(jax.random.key(args.seed), image)["params"]
     state = export.LAYOUTS[models.family(args.variant)]["timm"](params)
-    safetensors.numpy.save_file(state, args.out)
+    files.write(args.out, safetensors.numpy.save(state))
     print(f"{args.out}: random {args.variant}, {sum(x.size for x in state.values()):,} values")
 
 

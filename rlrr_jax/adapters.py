@@ -98,7 +98,15 @@ class Tuned(NamedTuple):
     exit_trees: tuple = ()
 
     def logits(self, images: Any) -> jax.Array:
-        """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated."""
+        """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated.
+
+        Raises UserError for other arrays: images in [0, 1] would be taken for black ones.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise UserError(
+                f"images must be uint8 [B, h, w, 3], not {images.dtype} {list(images.shape)}: give "
+                f"pixels from 0 to 255"
+            )
         run = self.card["config"]
         crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
         how = (image_size(self.card), crop_from), run["precision"]
@@ -411,8 +419,10 @@ def combine(
 
     Raises UserError if they do not fit together.
     """
-    weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    weights = [1 / max(len(adapters), 1)] * len(adapters) if weights is None else list(weights)
     options = _check_combine(adapters, weights, way)
+    if not 0 <= head < len(adapters):
+        raise UserError(f"there is no adapter {head} of {len(adapters)} to take the head of")
     first = adapters[0].card
     rank = options["rank"] * (len(adapters) if way == "products" else 1)
     trees = [_flat(a.trainable) for a in adapters]
@@ -442,6 +452,8 @@ def _check_combine(adapters, weights, way):
         raise UserError(f"adapters are combined by way='scales' or 'products', not {way!r}")
     if len(weights) != len(adapters):
         raise UserError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
+    if not adapters or not np.isfinite(weights).all():
+        raise UserError(f"at least one adapter is combined, with finite weights, not {weights}")
     first = adapters[0].card
     same = lambda card: {k: card[k] for k in ("backbone_sha256", "method_kwargs", "gelu")} | _how(card)
     for other in (a.card for a in adapters):

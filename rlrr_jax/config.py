@@ -69,8 +69,20 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
     seeds = config.seeds or ((0, 1, 2) if suite else (0,))
     settings = _settings(config, _overrides(config, chosen), seeds, suite)
     runs = [_resolve_one(task, *setting) for task in task_names for setting in settings]
+    _check_grid(config, runs)
     order = list(dict.fromkeys(map(together, runs)))
     return sorted(runs, key=lambda run: order.index(together(run)))
+
+
+def _check_grid(config: ConfigDict, runs: list[ConfigDict]) -> None:
+    """UserError for a grid that no run searches."""
+    given = [key for key, default in DEFAULT_GRID.items() if config.grid[key] != default]
+    if given and not any(run.protocol == "vtab" for run in runs):
+        raise UserError("config.grid is only searched by config.protocol=vtab: add that")
+    for key in LOSS_GRID:
+        if config.grid[key] and not any(run.grid[key] for run in runs if run.protocol == "vtab"):
+            several = ", ".join(dict.fromkeys(run.loss for run in runs))
+            raise UserError(f"config.grid.{key} is of no use for config.loss={several}: leave it out")
 
 
 def _names(text: str | None) -> list[str]:
@@ -323,8 +335,6 @@ def _fill_recipe(run: ConfigDict) -> None:
     run.recipe = ()
     if run.protocol == "vtab":
         _fill_grid(run, {key: mine.pop(key) for key in GRID})  # which are chosen later
-    elif run.lr is None and any(run.grid[key] != DEFAULT_GRID[key] for key in (*GRID, "times_own_lr")):
-        raise UserError("config.grid is only searched by config.protocol=vtab: add that")
     else:
         del run.grid
     _set_epochs(run)

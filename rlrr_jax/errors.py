@@ -77,7 +77,7 @@ def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") 
         reason = (e.strerror or str(e)).strip().splitlines()[-1].strip()
         _end(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
     except KeyboardInterrupt:
-        _end(interrupted, 130)
+        leave(interrupted, 130)
     except Exception as e:
         if memory := out_of_memory(e):
             _end(f"error: {memory}")
@@ -98,6 +98,16 @@ def out_of_memory(error: BaseException) -> str | None:
         f"config.eval_batch_size, take fewer trials at once or a smaller model, or "
         f"set config.model.remat=True"
     )
+
+
+def leave(text: str, code: int) -> NoReturn:
+    """Says a text and ends this process at once.
+
+    What may be compiling in other threads would crash while Python ends in its own way.
+    """
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _end(text, code=1):

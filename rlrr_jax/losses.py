@@ -16,12 +16,14 @@ Args:
 
 Returns:
   The loss of each image [b], and a dict of other values of each image [b], whose means are reported
-  as `train_<name>`. The step multiplies by the mask, and divides by the number of images in the batch
-  over all devices. A value named "remember" [b, classes] is not reported, but comes back as
-  `batch.remembered` when the same images are in a batch again.
+  as `train_<name>`: "acc", and what else there is to see. The step multiplies by the mask, and divides
+  by the number of images in the batch over all devices. A value named "remember" [b, classes] is not
+  reported, but comes back as `batch.remembered` when the same images are in a batch again.
 """
 
+import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -240,16 +242,41 @@ def options(name: str) -> dict[str, Any]:
 def check(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All options of a loss; UserError for an unknown one, or a value of another kind."""
     known = options(name)
+    _check_contract(name)
     for key, value in given.items():
         if key not in known:
             raise unknown(f"option of loss {name!r}", key, known)
         kind = type(known[key])
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind in (int, float) and (not number or value < 0 or (kind is int and value != int(value))):
+        if kind in (int, float) and not _like(value, known[key]):
             raise UserError(f"config.loss_kwargs.{key}={value} must be a number like {known[key]}")
         if kind is int and value < 1:
             raise UserError(f"config.loss_kwargs.{key}={value} must be at least 1")
-    return {key: type(default)(given.get(key, default)) for key, default in known.items()}
+    values = {key: given.get(key, default) for key, default in known.items()}
+    return {k: v if known[k] is None else type(known[k])(v) for k, v in values.items()}
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether a value is a finite number, whole or not negative if the default is."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return False
+    return (value >= 0 or default <= 0) and (isinstance(default, float) or value == int(value))
+
+
+@functools.cache
+def _check_contract(name: str) -> None:
+    """UserError unless a loss returns what `losses` says, with its own options."""
+    number, classes = 2, 3
+    losses, values = _traced(LOSSES[name], number, classes)
+    shapes = {"losses": losses.shape, **{key: x.shape for key, x in values.items()}}
+    wanted = {"remember": (number, classes)}
+    for key, shape in shapes.items():
+        if shape != wanted.get(key, (number,)):
+            raise UserError(
+                f"loss {name!r} must return {key} of shape {wanted.get(key, (number,))} for {number} "
+                f"images, not {shape}: return one for each image"
+            )
+    if "acc" not in values or "loss" in values:
+        raise UserError(f"loss {name!r} must return the value 'acc', and none of name 'loss'")
 
 
 def fixed(given: dict[str, Any]) -> dict[str, Any]:
@@ -264,18 +291,24 @@ def outputs(loss: Loss, classes: int) -> set[str]:
       loss: the loss with its fixed options.
       classes: number of classes of the logits.
     """
+    return set(_traced(loss, 1, classes)[1])
 
-    def values(batch: Batch) -> dict[str, jax.Array]:
-        def forward(images: jax.Array, keys: Any, noise: Any = None, exits: bool = False) -> Any:
-            logits = jnp.zeros((len(images), classes))
-            return (logits[:, None].repeat(2, 1), logits[:, None]) if exits else logits
 
-        return loss(forward, batch)[1]
+def _traced(loss: Loss, number: int, classes: int) -> Values:
+    """Shapes of what a loss returns for so many images, on one device."""
 
-    def call() -> Any:
-        image, zero = jnp.zeros((1, 1, 1, 1, 3)), jnp.zeros((1, 1), jnp.int32)
-        keys, logits = jax.random.split(jax.random.key(0), (1, 1)), jnp.zeros((1, 1, classes))
-        batch = Batch(image, zero, None, jnp.ones((1, 1)), keys, zero, zero, zero[0], logits)
-        return jax.vmap(values, axis_name="data")(batch)  # a device
+    def forward(images: jax.Array, keys: Any, noise: Any = None, exits: bool = False) -> Any:
+        logits = jnp.zeros((len(images), classes))
+        return (logits[:, None].repeat(2, 1), logits[:, None]) if exits else logits
 
-    return set(jax.eval_shape(call))
+    def call(batch: Batch) -> Values:
+        return jax.tree.map(
+            lambda x: x[0], jax.vmap(lambda b: loss(forward, b), axis_name="data")(batch)
+        )
+
+    def batch() -> Batch:  # a device's
+        image, zero = jnp.zeros((1, number, 1, 1, 3)), jnp.zeros((1, number), jnp.int32)
+        keys, logits = jax.random.split(jax.random.key(0), (1, number)), jnp.zeros((1, number, classes))
+        return Batch(image, zero, None, jnp.ones((1, number)), keys, zero, zero, zero[:, 0], logits)
+
+    return jax.eval_shape(call, jax.eval_shape(batch))

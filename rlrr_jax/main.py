@@ -10,7 +10,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rlrr_jax.errors import UserError, one_sentence, unknown
+from rlrr_jax.errors import UserError, leave, one_sentence, unknown
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -81,8 +81,7 @@ def main(argv: list[str]) -> None:
             rows, problems = suite.run(config, _WORKDIR.value, stop)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except Stopped:
-        print(distributed.STOPPED_TEXT, file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
+        leave(distributed.STOPPED_TEXT, STOPPED)
     if rows:
         print(f"\n{report.show(rows)}", flush=True)
     if problems:

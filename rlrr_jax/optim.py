@@ -42,6 +42,8 @@ def build(
     """The optax transformation; `lr` and `weight_decay` may be traced."""
     if optimizer.name == "adamw":
         tx = adamw(method, trainable, lr, weight_decay)
+    elif optimizer.name != "momentum":
+        raise unknown("optimizer", optimizer.name, ("adamw", "momentum"))
     else:
         tx = optax.chain(
             optax.trace(0.9, accumulator_dtype=optimizer.momentum_dtype),

@@ -53,8 +53,7 @@ def blocks(recipe: Any, run: Any) -> int:
       run: the configuration of the first.
     """
     noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
-    noisy = noisy or run.loss.startswith("pace")  # whose noise counts all blocks
-    noisy = noisy or getattr(recipe.model, "exits", ())  # whose heads may lie before
+    noisy = noisy or run.loss != "cross_entropy"  # others may look at pixels, or at all blocks
     if recipe.method.untouched is None or noisy or recipe.method.prepare is not None:
         return 0
     depth = getattr(recipe.model, "depth", 0)

@@ -80,7 +80,9 @@ def train(
             print_resumed(outputs, progress, before, job.mesh.size)
         saver = checkpoint.Saver(progress, keeper, stop)
         left = progress.epoch < job.epochs
-        train_steps: Any = job.compile(progress.state, progress.metrics) if left else None
+        with stop.training():  # an exception in the middle of compiling would leave it in pieces
+            train_steps: Any = job.compile(progress.state, progress.metrics) if left else None
+            saver.stop_if_asked()
         with (
             progress_bar(job, progress, outputs.title) as bar,
             stop.training(),

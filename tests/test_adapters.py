@@ -292,3 +292,22 @@ def test_what_does_not_combine_is_said(two, paths):
         with pytest.raises(UserError, match=re.escape(message)):
             adapters.combine(*args)
     assert adapters.combine(two).card["combined"]["way"] == "scales"  # which do fit together
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8)], ids=["floats", "one"]
+)
+def test_other_arrays_than_images_are_refused(images, tuned_runs):
+    tuned = adapters.load(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
+    with pytest.raises(UserError, match=r"images must be uint8 \[B, h, w, 3\], not "):
+        tuned.logits(images)
+
+
+def test_nothing_and_numbers_that_are_none_are_not_combined(tuned_runs):
+    one = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
+    with pytest.raises(UserError, match="at least one adapter is combined"):
+        adapters.combine([])
+    with pytest.raises(UserError, match="with finite weights, not "):
+        adapters.combine([one], weights=[float("nan")])
+    with pytest.raises(UserError, match="there is no adapter 5 of 1 to take the head of"):
+        adapters.combine([one], head=5)

@@ -145,6 +145,18 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ({"data": {"device_gb": 0.0}}, "config.data.device_gb=0.0 must be greater than 0"),
         ({"data": {"device_gb": float("nan")}}, "device_gb=nan must be greater than 0 and finite"),
         ({"grad_clip": float("nan")}, "config.grad_clip=nan must be greater than 0 and finite"),
+        (
+            {"grid": {"lam": (0.1, 1.0)}},
+            "config.grid is only searched by config.protocol=vtab: add that",
+        ),
+        (
+            {"lr": 0.01, "grid": {"weight_decay": (0.0, 0.1)}},
+            "config.grid is only searched by config.protocol=vtab: add that",
+        ),
+        (
+            {"protocol": "vtab", "grid": {"lam": (0.1, 1.0)}},
+            "config.grid.lam is of no use for config.loss=cross_entropy: leave it out",
+        ),
         ({"grad_clip": 0.0}, "config.grad_clip=0.0 must be greater than 0"),
         ({"method_kwargs": {"init": "zeros"}}, "use paper, damped, identity"),
     ],

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -471,9 +472,54 @@ def test_options_are_checked_before_any_work():
         ("pace", {"lamda": 1.0}, "unknown option of loss 'pace' 'lamda': did you mean 'lam'"),
         ("pace", {"lam": -1.0}, "config.loss_kwargs.lam=-1.0 must be a number like 1.0"),
         ("pace", {"sigma": "x"}, "config.loss_kwargs.sigma=x must be a number"),
+        ("pace", {"lam": math.nan}, "config.loss_kwargs.lam=nan must be a number like 1.0"),
         ("pace_lazy", {"every": 0}, "config.loss_kwargs.every=0 must be at least 1"),
         ("pace_lazy", {"every": 1.5}, "config.loss_kwargs.every=1.5 must be a number like 2"),
         ("cross_entropy", {"lam": 1.0}, "unknown option of loss 'cross_entropy' 'lam'"),
     ):
         with pytest.raises(UserError, match=message):
             losses.check(name, given)
+
+
+def wide(forward, batch):
+    losses, values = losses_of(forward, batch)
+    return losses[:, None], values
+
+
+def losses_of(forward, batch):
+    return losses.cross_entropy(forward, batch)
+
+
+MISFITS = {
+    "two axes": (
+        wide,
+        r"must return losses of shape \(2,\) for 2 images, not \(2, 1\): return one for",
+    ),
+    "a mean": (lambda f, b: (losses_of(f, b)[0].mean(), losses_of(f, b)[1]), r"losses .* not \(\)"),
+    "a value of the batch": (
+        lambda f, b: (losses_of(f, b)[0], {"acc": losses_of(f, b)[0].mean()}),
+        r"must return acc of shape \(2,\)",
+    ),
+    "no accuracy": (lambda f, b: (losses_of(f, b)[0], {}), "must return the value 'acc'"),
+    "a value called loss": (
+        lambda f, b: (losses_of(f, b)[0], {"acc": losses_of(f, b)[0], "loss": losses_of(f, b)[0]}),
+        "and none of name 'loss'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_loss_that_returns_something_else_is_refused(what, monkeypatch):
+    loss, message = MISFITS[what]
+    monkeypatch.setitem(losses.LOSSES, what, loss)
+    with pytest.raises(UserError, match=message):
+        losses.check(what, {})
+
+
+def test_options_of_other_kinds_and_signs(monkeypatch):
+    def loss(forward, batch, margin=0.0, weights=(1.0, 2.0), name=None):
+        return losses.cross_entropy(forward, batch)
+
+    monkeypatch.setitem(losses.LOSSES, "margin", loss)
+    given = {"margin": -0.5, "weights": (3, 1)}
+    assert losses.check("margin", given) == {"margin": -0.5, "weights": (3, 1), "name": None}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rlrr_jax import adapters, prefix, suite
+from rlrr_jax import adapters, losses, prefix, suite
 from rlrr_jax.configs import vtab
 
 
@@ -86,11 +86,13 @@ def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
         dict(drop_path=0.1),
         pytest.param(dict(mixup=0.8), marks=pytest.mark.slow),
         pytest.param(dict(loss="pace"), marks=pytest.mark.slow),
+        dict(loss="of_a_fork"),
         pytest.param(dict(method="rlrr"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_path, monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "of_a_fork", lambda *args: losses.cross_entropy(*args))
     seen = passed(monkeypatch)
     arg = f"hearts,method={changes.pop('method', 'linear')}"
     suite.run(config(arg, epochs=1, **changes), tmp_path)

@@ -288,7 +288,7 @@ def described(cache_dir: str | None = None) -> str:
     there = entries(cache_dir)
     if not there:
         return ""
-    unused = [size for _, size, why in there if why]
+    unused = [size for _, size, why in there if why and not why.endswith(_NOT_THERE)]
     text = f"; {images_folder(cache_dir)} holds {sum(e[1] for e in there) / 1e9:.2f} GB"
     if unused:
         text += f", {sum(unused) / 1e9:.2f} GB of no use any more (python -m rlrr_jax.prepare --prune)"
@@ -326,6 +326,8 @@ def _unused(folder, thorough):
             return None if os.path.exists(key["own"]) else f"its images {key['own']}{_NOT_THERE}"
         if key["labels"] != [tasks.get(name).rule for name in key["tasks"]]:
             return "its labels are of an older version"
+        if "path" not in key and "folder" not in key:  # of a data source that a fork added
+            return None
         kind = "tfds" if "path" in key else "folder"
         path = epath.Path(key["path"] if kind == "tfds" else key["folder"])
         if not path.exists():

@@ -5,12 +5,13 @@ import statistics
 from tabulate import tabulate
 
 from rlrr_jax import methods
+from rlrr_jax.checks import LOSS_GRID
 from rlrr_jax.data import tasks
 from rlrr_jax.results import rows as rows_lib
 
 COLUMNS = (
     *("task", "method", "protocol", "test acc", "best epoch's", "params", "of full", "head", "lr"),
-    *("lr chosen from", "val acc of tried", "seeds", "epochs", "images/s", "time"),
+    *("lr chosen from", "loss chosen", "val acc of tried", "seeds", "epochs", "images/s", "time"),
 )
 
 MIXED = ("mixup", "cutmix", "label_smoothing", "average")  # keys that are shown where they are on
@@ -69,6 +70,7 @@ def _line(rows: list[dict], full: int | None) -> list[str]:
         f"{row['head_params']:,}",
         ", ".join(dict.fromkeys(f"{lr:g}" for lr in values("lr"))),
         " ".join(f"{lr:g}" for lr in row["grid"]["lr"]) if row.get("grid") else "",
+        chosen(row),
         tried(row.get("val_tried")),
         f"{len(rows)}" if len(rows) > 1 else "",
         f"{row['epochs']}",
@@ -97,6 +99,12 @@ def which(row: dict, seed: bool = True) -> list[str]:
     options += [f"{key}={row[key]:g}" for key in MIXED if row.get(key) and key not in trial]
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
     return options + seeds + ([trial.replace("-", " ")] if trial else [])
+
+
+def chosen(row: dict) -> str:
+    """`"lam=0.1 sigma=0.5"`: options of the loss that a search chose; empty if it chose none."""
+    grid, options = row.get("grid") or {}, row.get("loss_kwargs") or {}
+    return " ".join(f"{key}={options[key]:g}" for key in LOSS_GRID if grid.get(key) and key in options)
 
 
 def tried(fractions: list | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlrr_jax import losses, methods, models
-from rlrr_jax.checks import GRID
+from rlrr_jax.checks import GRID, LOSS_GRID
 from rlrr_jax.data import crops, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.models import vit
@@ -132,7 +132,7 @@ def setting(values: dict) -> dict[str, Any]:
     """What the seeds of one line share: `described` without the seed and what was searched."""
     grid = values.get("grid") or {}
     leave = ("seed", "recipe", *(GRID if grid else ()))  # chosen from it
-    leave += ("loss_kwargs",) if grid.get("lam") or grid.get("sigma") else ()
+    leave += ("loss_kwargs",) if any(grid.get(key) for key in LOSS_GRID) else ()
     return {key: value for key, value in values.items() if key not in leave}
 
 

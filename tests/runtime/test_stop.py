@@ -115,6 +115,24 @@ def test_sigterm_before_there_is_anything_to_save_ends_at_once(tmp_path):
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 3, 5])
+def test_sigterm_while_a_later_method_compiles(seconds, tmp_path):
+    command = [*kill_runs.COMMAND, f"--workdir={tmp_path}/w"]
+    command = [text.replace("method=rlrr", "method=lora+glora") for text in command]
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "RLRR_JAX_CACHE": str(tmp_path / "cache")}
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    while not (tmp_path / "w/digits/lora/seed0/result.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == STOPPED, err
+    assert err.strip().endswith("stopped and saved: the same command goes on")
+
+
 def test_a_stop_is_raised_at_once_but_not_where_one_trains():
     stop = Stop()
     with stop.training():
