@@ -17,13 +17,14 @@ from rlrr_jax.errors import UserError
 def get_config(arg=None):
     """The configuration; `arg` is where the images are, then what `vtab.get_config` takes."""
     location, _, rest = (arg or "").partition(",")
-    if "=" in location:
+    if location.partition("=")[0].isidentifier() and "=" in location:
         location, rest = "", arg
-    if words := [word for word in rest.split(",") if word and "=" not in word]:
-        raise UserError(
-            f"{words[0]!r} after the images is no option, such as method=linear+rlrr: correct it, or "
-            f"name a folder with a comma or = by --config.own.path=FOLDER"
-        )
+    for word in filter(None, rest.split(",") + [location] * ("=" in location)):
+        if not word.partition("=")[0].isidentifier() or "=" not in word:
+            raise UserError(
+                f"{word!r} is no option, such as method=linear+rlrr or task=NAME: correct it, or give "
+                f"a folder whose name has a comma or = by --config.own.path=FOLDER"
+            )
     config = vtab.get_config(rest)
     config.own.path = location
     config.data.upright = True

@@ -421,7 +421,7 @@ def combine(
     """
     weights = [1 / max(len(adapters), 1)] * len(adapters) if weights is None else list(weights)
     options = _check_combine(adapters, weights, way)
-    if not 0 <= head < len(adapters):
+    if not -len(adapters) <= head < len(adapters):
         raise UserError(f"there is no adapter {head} of {len(adapters)} to take the head of")
     first = adapters[0].card
     rank = options["rank"] * (len(adapters) if way == "products" else 1)

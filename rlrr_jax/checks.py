@@ -64,9 +64,8 @@ def check(config: ConfigDict) -> None:
             raise unknown(f"value of config.{key}", value, allowed)
     for key in POSITIVE:
         value = _at(config, key)
-        if value is not None and not 0 < value < math.inf:
-            finite = "" if math.isfinite(value) else " and finite"
-            raise UserError(f"config.{key}={value} must be greater than 0{finite}")
+        if value is not None and not value > 0:  # NaN is not, either
+            raise UserError(f"config.{key}={value} must be greater than 0")
     hyper("config", {key: config[key] for key in GRID if config[key] is not None})
     for key in GRID:
         for value in config.grid[key]:

@@ -76,13 +76,20 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
 
 def _check_grid(config: ConfigDict, runs: list[ConfigDict]) -> None:
     """UserError for a grid that no run searches."""
-    given = [key for key, default in DEFAULT_GRID.items() if config.grid[key] != default]
+    fixed = [key for key in GRID if config[key] is not None]
+    fixed += ["times_own_lr"] if config.lr is not None else []
+    given = [k for k, default in DEFAULT_GRID.items() if config.grid[k] != default and k not in fixed]
     if given and not any(run.protocol == "vtab" for run in runs):
         raise UserError("config.grid is only searched by config.protocol=vtab: add that")
     for key in LOSS_GRID:
-        if config.grid[key] and not any(run.grid[key] for run in runs if run.protocol == "vtab"):
-            several = ", ".join(dict.fromkeys(run.loss for run in runs))
-            raise UserError(f"config.grid.{key} is of no use for config.loss={several}: leave it out")
+        if not config.grid[key] or any(run.grid[key] for run in runs if run.protocol == "vtab"):
+            continue
+        if config.loss_kwargs[key] is not None:
+            raise UserError(
+                f"config.loss_kwargs.{key} and config.grid.{key} are both set: leave one out"
+            )
+        several = ", ".join(dict.fromkeys(run.loss for run in runs))
+        raise UserError(f"config.grid.{key} is of no use for config.loss={several}: leave it out")
 
 
 def _names(text: str | None) -> list[str]:
@@ -240,6 +247,7 @@ def _resolve_one(
     run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
     run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
+    losses.check_contract(run.loss, run.loss_kwargs.to_dict(), task_of(run).classes)
     for key in LOSS_GRID:
         if key in given or key not in run.loss_kwargs:
             run.grid[key] = ()

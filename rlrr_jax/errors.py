@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -89,14 +90,15 @@ def out_of_memory(error: BaseException) -> str | None:
     text = str(error)
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
         return None
-    if not re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
+    if not re.search(r"[Oo]ut of memory|[Ff]ailed to allocate", text) or re.search(
+        r"vmem|[Ss]hared", text
+    ):
         return None
     size = re.search(r"allocat\w+ ([\d.]+ ?\w*)", text)
     wanted = f" of {size[1].strip()}" if size else ""
     return (
-        f"the memory of the device does not suffice for an array{wanted}: lower config.batch_size or "
-        f"config.eval_batch_size, take fewer trials at once or a smaller model, or "
-        f"set config.model.remat=True"
+        f"the memory of the device does not suffice for an array{wanted}: lower the batch size "
+        f"(config.batch_size and config.eval_batch_size, or --batch_size), or take a smaller model"
     )
 
 
@@ -105,6 +107,9 @@ def leave(text: str, code: int) -> NoReturn:
 
     What may be compiling in other threads would crash while Python ends in its own way.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the code is decided
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

@@ -98,10 +98,12 @@ def write(path: Any, data: str | bytes) -> None:
 
 def writable(path: Any) -> None:
     """UserError if a path cannot be a file: it is a folder, or the one that it lies in is not there."""
-    path = epath.Path(path)
+    if "://" in str(path):
+        return
+    path = through(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
-    if "://" not in str(path) and not path.parent.is_dir():
+    if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} for {path.name}: make it, or name another")
 
 

@@ -208,7 +208,8 @@ def main() -> None:
     parser.add_argument("--cache_dir", help="of downloaded weights; default: the run's")
     args = parser.parse_args()
     out = files.local(args.out or files.local(args.workdirs[0]) / "results.html")
-    files.writable(out)  # before the work, not after it
+    if args.out:
+        files.writable(out)  # before the work, not after it
     text = page(args.workdirs, weights=args.weights, cache_dir=args.cache_dir)
     files.write(out, text)
     print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser")

@@ -229,6 +229,7 @@ LOSSES: dict[str, Loss] = {
     "pace_fast": pace_fast,
     "exits": exits,
 }
+_CHECKED: set[tuple] = set()  # losses with their options and classes, see `check_contract`
 
 
 def options(name: str) -> dict[str, Any]:
@@ -242,14 +243,13 @@ def options(name: str) -> dict[str, Any]:
 def check(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All options of a loss; UserError for an unknown one, or a value of another kind."""
     known = options(name)
-    _check_contract(name)
     for key, value in given.items():
         if key not in known:
             raise unknown(f"option of loss {name!r}", key, known)
         kind = type(known[key])
         if kind in (int, float) and not _like(value, known[key]):
             raise UserError(f"config.loss_kwargs.{key}={value} must be a number like {known[key]}")
-        if kind is int and value < 1:
+        if kind is int and value < 1 <= known[key]:
             raise UserError(f"config.loss_kwargs.{key}={value} must be at least 1")
     values = {key: given.get(key, default) for key, default in known.items()}
     return {k: v if known[k] is None else type(known[k])(v) for k, v in values.items()}
@@ -262,21 +262,29 @@ def _like(value: Any, default: Any) -> bool:
     return (value >= 0 or default <= 0) and (isinstance(default, float) or value == int(value))
 
 
-@functools.cache
-def _check_contract(name: str) -> None:
-    """UserError unless a loss returns what `losses` says, with its own options."""
-    number, classes = 2, 3
-    losses, values = _traced(LOSSES[name], number, classes)
+def check_contract(name: str, given: dict[str, Any], classes: int) -> None:
+    """UserError unless a loss returns what this module says, of two images.
+
+    Args:
+      name: of the loss.
+      given: all its options.
+      classes: number of classes of the logits.
+    """
+    key, number = (LOSSES[name], repr(sorted(given.items())), classes), 2
+    if key in _CHECKED:
+        return
+    losses, values = _traced(functools.partial(LOSSES[name], **given), number, classes)
     shapes = {"losses": losses.shape, **{key: x.shape for key, x in values.items()}}
-    wanted = {"remember": (number, classes)}
-    for key, shape in shapes.items():
-        if shape != wanted.get(key, (number,)):
+    for name_of, shape in shapes.items():
+        wanted = (number, classes) if name_of == "remember" else (number,)
+        if shape != wanted:
             raise UserError(
-                f"loss {name!r} must return {key} of shape {wanted.get(key, (number,))} for {number} "
-                f"images, not {shape}: return one for each image"
+                f"loss {name!r} must return {name_of} of shape {wanted} for {number} images, not {shape}: "
+                f"return one for each image"
             )
     if "acc" not in values or "loss" in values:
         raise UserError(f"loss {name!r} must return the value 'acc', and none of name 'loss'")
+    _CHECKED.add(key)
 
 
 def fixed(given: dict[str, Any]) -> dict[str, Any]:

@@ -178,11 +178,12 @@ def _check_flags(words):
     files = [i for i, word in enumerate(words) if re.fullmatch(r"--?config(=.*)?", word)]
     if len(files) > 1:
         raise UserError("--config is there twice: give one, and several methods as method=linear+rlrr")
+    elsewhere = any(word.lstrip("-").startswith("flagfile") for word in words)
     for word in words:
-        group = re.match(r"--?(\w+)\.([\w.]+)", word)
-        if group and group[1] != "config":
+        group = re.match(r"--?([a-z_]\w*)\.([\w.]+)", word)
+        if group and group[1] not in ("config", "noconfig"):
             raise unknown("flag", group[0], [f"--config.{group[2]}"])
-        if group and not files:
+        if group and not files and not elsewhere:
             raise UserError(f"{group[0]} is a key of no configuration: add --config configs/vtab.py")
 
 

@@ -27,7 +27,7 @@ from rlrr_jax.results.outputs import (
 from rlrr_jax.runtime import checkpoint, distributed
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.runtime.clock import Clock
-from rlrr_jax.runtime.stop import Stop
+from rlrr_jax.runtime.stop import Stop, Stopped
 
 
 @dataclasses.dataclass
@@ -82,7 +82,8 @@ def train(
         left = progress.epoch < job.epochs
         with stop.training():  # an exception in the middle of compiling would leave it in pieces
             train_steps: Any = job.compile(progress.state, progress.metrics) if left else None
-            saver.stop_if_asked()
+        if distributed.any_of(stop()):  # nothing is unsaved yet
+            raise Stopped
         with (
             progress_bar(job, progress, outputs.title) as bar,
             stop.training(),

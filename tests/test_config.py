@@ -143,8 +143,8 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ({"loss": "pcae"}, "unknown value of config.loss 'pcae': did you mean 'pace'"),
         ({"loss_kwargs": {"lam": 2.0}}, "unknown option of loss 'cross_entropy' 'lam'"),
         ({"data": {"device_gb": 0.0}}, "config.data.device_gb=0.0 must be greater than 0"),
-        ({"data": {"device_gb": float("nan")}}, "device_gb=nan must be greater than 0 and finite"),
-        ({"grad_clip": float("nan")}, "config.grad_clip=nan must be greater than 0 and finite"),
+        ({"data": {"device_gb": float("nan")}}, "device_gb=nan must be greater than 0"),
+        ({"grad_clip": float("nan")}, "config.grad_clip=nan must be greater than 0"),
         (
             {"grid": {"lam": (0.1, 1.0)}},
             "config.grid is only searched by config.protocol=vtab: add that",
@@ -156,6 +156,15 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         (
             {"protocol": "vtab", "grid": {"lam": (0.1, 1.0)}},
             "config.grid.lam is of no use for config.loss=cross_entropy: leave it out",
+        ),
+        (
+            {
+                "protocol": "vtab",
+                "loss": "pace",
+                "loss_kwargs": {"lam": 1.0},
+                "grid": {"lam": (0.1, 1.0)},
+            },
+            "config.loss_kwargs.lam and config.grid.lam are both set: leave one out",
         ),
         ({"grad_clip": 0.0}, "config.grad_clip=0.0 must be greater than 0"),
         ({"method_kwargs": {"init": "zeros"}}, "use paper, damped, identity"),

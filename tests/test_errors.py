@@ -138,4 +138,5 @@ def test_memory_that_does_not_suffice_is_one_sentence():
     ):
         assert wanted in out_of_memory(error(text))
     assert out_of_memory(error("INVALID_ARGUMENT: shapes")) is None
+    assert out_of_memory(error("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem")) is None
     assert out_of_memory(ValueError("Out of memory allocating 5 bytes")) is None  # a fork's own

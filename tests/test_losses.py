@@ -513,7 +513,19 @@ def test_a_loss_that_returns_something_else_is_refused(what, monkeypatch):
     loss, message = MISFITS[what]
     monkeypatch.setitem(losses.LOSSES, what, loss)
     with pytest.raises(UserError, match=message):
-        losses.check(what, {})
+        losses.check_contract(what, {}, 2)
+
+
+def test_a_loss_is_checked_with_the_options_and_classes_of_the_run(monkeypatch):
+    def loss(forward, batch, k=0):
+        logits = forward(batch.images, batch.keys)
+        top = jax.lax.top_k(logits, k)[0].sum(-1)
+        return top, {"acc": top}
+
+    monkeypatch.setitem(losses.LOSSES, "top", loss)
+    losses.check_contract("top", losses.check("top", {"k": 5}), 100)
+    with pytest.raises(ValueError, match="top_k"):  # a fork's own mistake
+        losses.check_contract("top", {"k": 5}, 2)
 
 
 def test_options_of_other_kinds_and_signs(monkeypatch):

@@ -55,6 +55,7 @@ WRONG = {
         ["--config.lr=1"],
         "--config.lr is a key of no configuration: add --config configs",
     ),
+    "a negative value": ([CONFIG, "--config.lr", "-0.5"], "config.lr=-0.5 must be greater than 0"),
     "two configs": ([CONFIG, CONFIG], "--config is there twice: give one"),
     "misspelt group": (
         [CONFIG, "--confg.lr=1"],

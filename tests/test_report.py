@@ -98,3 +98,22 @@ def test_results_are_collected_from_the_runs(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert text.endswith("\n\nnot finished: hearts linear seed1: some reason\n")
     assert "in use" not in text
+
+
+def test_what_a_run_changes_is_told_from_the_name_of_its_folder():
+    row = {
+        "trial": "lr1e-05-label_smoothing0.1-losspace_lazy-lam0.5-depth3-aug2",
+        "loss_kwargs": {"lam": 0.5},
+        "config": {"model": {"depth": 3}, "label_smoothing": 0.1},
+        **{"lr": 1e-05, "loss": "pace_lazy", "label_smoothing": 0.1},
+    }
+    words = "lr=1e-05 label_smoothing=0.1 loss=pace_lazy lam=0.5 depth=3 aug2"
+    assert " ".join(tables.changed(row)) == words and tables.changed({}) == []
+
+
+def test_what_a_search_chose_of_a_loss_is_shown():
+    row = {
+        "grid": {"lam": [0.1, 1.0], "sigma": []},
+        "loss_kwargs": {"lam": 0.1, "sigma": 1.0, "every": 2},
+    }
+    assert tables.chosen(row) == "lam=0.1" and tables.chosen({"loss_kwargs": {"lam": 1.0}}) == ""

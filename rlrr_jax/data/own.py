@@ -119,6 +119,7 @@ def _read_folder(folder):
     named = {p: SPLITS[p.name.lower()] for p in inner if p.name.lower() in SPLITS}
     # A folder of that name without folders in it is a class: vehicles are cars, boats and trains.
     divided = any(split == "train" and _folders(p) for p, split in named.items())
+    divided = divided or ("train" in named.values() and len(named) == len(inner))
     for top in named if divided else [folder]:
         paths, more = pictures(top)
         others += more
@@ -132,7 +133,8 @@ def _read_folder(folder):
             found.append(Example(path.relative_to(folder).as_posix(), name, split))
     if not found:
         there = f" (there are others: {kinds(others)})" if others else ""
-        raise UserError(f"there is no image in {folder}/<class>/{there}: put some there")
+        where = folder / "train" if divided else folder
+        raise UserError(f"there is no image in {where}/<class>/{there}: put some there")
     notes = _of_folders(folder, list(named) if divided else [folder], found)
     if divided and (left := [p.name for p in inner if p not in named]):
         notes.append(f"note: folders beside {folder}/train are passed over: {some(left)}")
@@ -196,7 +198,7 @@ def _read_list(path):
 def _row(path, number, head, row):
     """The example of a line with columns."""
     if len(row) != len(head):
-        way = "quote what has a comma in it" if len(row) > len(head) else "add what is missing"
+        way = "quote what has a separator in it" if len(row) > len(head) else "add what is missing"
         raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(head)}: {way}")
     values = {name: cell.strip() for name, cell in zip(head, row)}
     split = values.get("split") or None
@@ -234,8 +236,8 @@ def assign(examples: list[Example], options: Options) -> tuple[dict[str, list[Ex
         notes.append("note: there is no test split, so val is tested on")
     if not given["test"]:
         rest, given["test"] = _take(rest, options.test, options.seed)
-        part = f"{options.test:g} of each class"
-        notes.append(f"note: {len(given['test'])} images are tested on, {part}, one of two at least")
+        part = f"{options.test:g} of each class, and at least one of two"
+        notes.append(f"note: {len(given['test'])} images are tested on: {part}")
     if options.shots is not None:
         rest = [e for group in _by_class(rest, options.seed) for e in group[: options.shots]]
         notes.append(f"note: {len(rest)} training images are kept, {options.shots} of a class at most")
@@ -449,13 +451,13 @@ def absolute(location: str) -> str:
     if location.startswith(TFDS):
         return location
     prefix = HF if location.startswith(HF) else ""
-    path = files.local(location.removeprefix(HF))
-    return f"{prefix}{os.path.normpath(path.absolute())}"
+    return f"{prefix}{files.local(location.removeprefix(HF)).absolute()}"
 
 
 def name(location: str) -> str:
     """A name for results from a location: `"/data/birds/"` -> `"birds"`, `"."` -> the folder's."""
     path = pathlib.PurePath(absolute(location).rpartition(":")[2])
+    path = pathlib.Path(os.path.realpath(path)) if path.name == ".." else path
     stem = path.stem if path.suffix in (".csv", ".tsv", ".txt") else path.name
     plain = re.sub(r"[^\w.-]+", "_", stem) or "own"
     return f"own_{plain}" if plain in tasks.TASKS or plain in tasks.ALIASES else plain

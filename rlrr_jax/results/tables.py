@@ -1,5 +1,6 @@
 """The table of runs, and what its numbers are."""
 
+import re
 import statistics
 
 from tabulate import tabulate
@@ -98,7 +99,18 @@ def which(row: dict, seed: bool = True) -> list[str]:
         options.append("exits=" + "+".join(map(str, model["exits"])))
     options += [f"{key}={row[key]:g}" for key in MIXED if row.get(key) and key not in trial]
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
-    return options + seeds + ([trial.replace("-", " ")] if trial else [])
+    return options + seeds + changed(row)
+
+
+def changed(row: dict) -> list[str]:
+    """`["lr=1e-05", "loss=pace"]` of a run in the folder `lr1e-05-losspace`."""
+    groups = [row, row.get("loss_kwargs"), *(row.get("config") or {}).values()]
+    known = sorted({key for group in groups if isinstance(group, dict) for key in group}, key=len)
+    out = []
+    for word in re.split(r"-(?=[a-z])", row.get("trial") or ""):
+        keys = [key for key in known if word.startswith(key)]
+        out += [f"{keys[-1]}={word.removeprefix(keys[-1])}" if keys else word] if word else []
+    return out
 
 
 def chosen(row: dict) -> str:

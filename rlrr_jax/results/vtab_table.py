@@ -137,7 +137,7 @@ def _line(rows, key, suffix):
     counts = [len(seeds) for seeds in values.values()]
     first = rows[0]
     options = [f"{k}={v}" for k, v in first["method_kwargs"].items()]
-    options += [first["trial"]] if first.get("trial") else []
+    options += tables.changed(first)
     head = np.mean([row["head_params"] for row in {r["task"]: r for r in rows}.values()])
     return Line(
         label=" ".join([first["method"], *options]) + suffix,

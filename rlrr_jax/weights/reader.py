@@ -120,15 +120,19 @@ def _limit(shapes):
 
 
 def _check_variant(path, flat, model, how):
-    """UserError, naming the variant, if a file is of a ViT of another width or with other patches."""
-    patch, *_, width = np.shape(flat.get("embedding/kernel", np.zeros((model.patch_size, model.width))))
-    mine = model.patch_size, model.width
-    if width == model.width and (patch == model.patch_size or how.patch):
+    """UserError, naming it, if a file is of another variant: in its width or its patches."""
+    shape = np.shape(flat.get("embedding/kernel", ()))  # [p, p, 3, width], but of hybrids
+    if len(shape) != 4 or shape[0] != shape[1] or shape[2] != 3:
         return
-    fitting = [name for name, sizes in vit.VARIANTS.items() if sizes["width"] == width]
-    way = f"set config.model.variant={fitting[0]}/{patch}" if fitting else "check config.model"
+    depth = len({key.split("/")[1] for key in flat if key.startswith("Transformer/encoderblock_")})
+    sizes = {"width": shape[3], "depth": depth}
+    fitting = [n for n, own in vit.VARIANTS.items() if {**own, **sizes} == own]
+    patch = model.patch_size if how.patch else shape[0]
+    if not fitting or (shape[3], patch) == (model.width, model.patch_size):
+        return
     raise UserError(
-        f"{path} is {width} wide with patches of {patch}, the model {mine[1]} with {mine[0]}: {way}"
+        f"{path} has a width of {shape[3]} and patches of {shape[0]} pixels, the model {model.width} "
+        f"and {model.patch_size}: set config.model.variant={fitting[0]}/{patch}"
     )
 
 

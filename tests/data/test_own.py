@@ -347,6 +347,13 @@ def only(name):
     return make
 
 
+def splits_alone(root):
+    """Pictures in `train` and `test`, without folders of classes."""
+    (root / "a").rename(root / "train")
+    (root / "b").rename(root / "test")
+    return root
+
+
 def only_folder(root):
     """Puts the folder `data` beside a root into it."""
     root.mkdir()
@@ -390,6 +397,10 @@ WRONG = {
     "pictures in no class folder": (
         lambda root: root / "a",
         r"no image in .*/a/<class>/ \(there are others: 4 in no class folder\): put some there",
+    ),
+    "splits without classes": (
+        splits_alone,
+        r"no image in .*/own/train/<class>/ \(there are others: 8 in no class folder\): put some there",
     ),
     "one level too deep": (
         lambda root: root.rename(root.parent / "data") and only_folder(root),
@@ -492,8 +503,13 @@ def test_wrong_input_is_one_sentence(case, tmp_path, monkeypatch):
     [
         ("", {}, "name your images"),
         ("method=rlrr", {}, "name your images"),
-        ("{folder},linear+lora", {}, "'linear\\+lora' after the images is no option, such as method="),
-        ("{folder},method=linear,cifar", {}, "'cifar' after the images is no option"),
+        ("{folder},linear+lora", {}, "'linear\\+lora' is no option, such as method="),
+        (
+            "{folder},method=linear,cifar",
+            {},
+            "'cifar' is no option.* or give a folder whose name has a comma",
+        ),
+        ("./a=b", {}, "'./a=b' is no option"),
         ("{folder}", {"val": -0.1}, "config.own.val=-0.1 must be a fraction from 0 to 0.9"),
         ("{folder}", {"test": 1.0}, "config.own.test=1.0 must be a fraction"),
         ("{folder}", {"test": 0.0, "val": 0.0}, None),  # its test split is given
@@ -529,7 +545,7 @@ def test_names_and_folders():
     assert re.fullmatch(r"[\w.-]+", own.name("/data/my birds, 2"))
     here = pathlib.Path.cwd()
     assert own.name(".") == here.name and own.name("..") == here.parent.name
-    assert own.absolute("hf:x/../birds") == f"hf:{here}/birds" and own.absolute("tfds:a") == "tfds:a"
+    assert own.absolute("hf:x/birds") == f"hf:{here}/x/birds" and own.absolute("tfds:a") == "tfds:a"
 
 
 def test_other_images_in_the_same_workdir_are_refused(folder, tmp_path):

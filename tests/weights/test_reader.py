@@ -174,11 +174,21 @@ def test_missing_unknown_and_mis_shaped_names_are_all_listed(tree, tmp_path):
 
 
 def test_another_variant_is_named(tree, tmp_path):
-    flat = numbered(tree)
+    flat = {
+        f"Transformer/encoderblock_{i}/LayerNorm_0/scale": np.ones(192, np.float32) for i in range(12)
+    }
     flat["embedding/kernel"] = np.ones((16, 16, 3, 192), np.float32)
     np.savez(tmp_path / "w.npz", **flat)
-    wide = "is 192 wide with patches of 16, the model 32 with 8: set config.model.variant=Ti/16"
+    wide = "a width of 192 and patches of 16 pixels, the model 32 and 8: set config.model.variant=Ti/16"
     with pytest.raises(UserError, match=wide):
+        load(tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("shape", [(), (192,), (192, 192), (1, 1, 1024, 192)], ids=str)
+def test_other_embeddings_are_of_no_variant(shape, tree, tmp_path):
+    flat = numbered(tree) | {"embedding/kernel": np.ones(shape, np.float32)}
+    np.savez(tmp_path / "w.npz", **flat)
+    with pytest.raises(UserError, match="wrong shape: embedding/kernel is"):
         load(tmp_path / "w.npz")
 
 
