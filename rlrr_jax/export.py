@@ -8,6 +8,7 @@ Face Hub; `--push user/name` uploads it). The first four are the merged model in
 every file is read back and its logits compared before the command reports that it is done.
 """
 
+import copy
 import io
 import json
 import pathlib
@@ -95,7 +96,7 @@ def export(
     part = pathlib.Path(files.temporary(pathlib.Path(beside, out.name)))
     try:
         if layout is None:
-            adapters.write(part, adapter)
+            adapters.write(part, _portable(adapter))
             again = adapters.load(part, backbone)
         else:
             write(part, layout(tuned.params), card(adapter))
@@ -105,6 +106,16 @@ def export(
     finally:
         part.unlink(missing_ok=True)
     return difference
+
+
+def _portable(adapter: Any) -> Any:
+    """An adapter whose card names no folder of this machine."""
+    config = copy.deepcopy(adapter.card["config"])
+    if own := config.get("own", {}).get("path"):
+        config["own"]["path"] = pathlib.PurePath(own).name
+    for group, key in (("data", "dir"), ("data", "cache_dir"), ("pretrained", "cache_dir")):
+        config[group][key] = None
+    return adapter._replace(card={**adapter.card, "config": config})
 
 
 def drops_exits(to: str, adapter: Any) -> bool:

@@ -279,8 +279,8 @@ def check_contract(name: str, given: dict[str, Any], classes: int) -> None:
         wanted = (number, classes) if name_of == "remember" else (number,)
         if shape != wanted:
             raise UserError(
-                f"loss {name!r} must return {name_of} of shape {wanted} for {number} images, not {shape}: "
-                f"return one for each image"
+                f"loss {name!r} must return {name_of} of shape {wanted} for {number} images, not "
+                f"{shape}: return one for each image"
             )
     if "acc" not in values or "loss" in values:
         raise UserError(f"loss {name!r} must return the value 'acc', and none of name 'loss'")

@@ -104,6 +104,18 @@ def test_a_file_that_would_differ_is_not_kept(run, tmp_path, monkeypatch):
     assert (tmp_path / "x.npz").read_bytes() == b"older" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_exported_adapter_names_no_folder_of_this_machine(run, tmp_path):
+    adapter = adapters.read(run / "adapter.safetensors")
+    config = json.loads(json.dumps(adapter.card["config"]))
+    config["own"]["path"], config["data"]["dir"] = "/home/me/birds", "/home/me/data"
+    config["data"]["cache_dir"] = config["pretrained"]["cache_dir"] = "/home/me/cache"
+    adapter = adapter._replace(card={**adapter.card, "config": config})
+    export.export(adapter, "adapter", tmp_path / "a.safetensors")
+    assert b"/home/me" not in (tmp_path / "a.safetensors").read_bytes()
+    again = adapters.read(tmp_path / "a.safetensors").card
+    assert again["config"]["own"]["path"] == "birds" and again["classes"] == adapter.card["classes"]
+
+
 def test_what_to_export_is_found_or_asked_for(tuned_runs, run, tmp_path, monkeypatch):
     for where in (run, run / "adapter.safetensors", run.parent):
         assert adapters.find(where) == run / "adapter.safetensors"
