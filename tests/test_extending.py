@@ -68,5 +68,5 @@ def test_a_fork_adds_one_file_and_one_line_each(tmp_path):
     row = json.loads((folder / "result.json").read_text())
     assert row["loss"] == "smooth" and row["trainable_params"] == 36 and row["test_acc_final"] > 0.9
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert 0.01 < last["train_entropy"] < 0.694  # log(2)
+    assert 0 < last["train_entropy"] < 0.694 and last["train_loss"] > -0.1 * last["train_entropy"]
     assert b'"standing"' in (folder / "adapter.safetensors").read_bytes().replace(b"\\", b"")
