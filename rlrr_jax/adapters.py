@@ -8,8 +8,13 @@
 An adapter is a trained tree with a card: what it belongs to and what it was trained on.
 """
 
+import contextlib
+import copy
 import functools
 import json
+import pathlib
+import re
+import urllib.parse
 from typing import Any, NamedTuple
 
 import flax
@@ -128,7 +133,7 @@ def write(path: Any, adapter: Adapter) -> None:
 
     One key: with several, the order in the file would be random.
     """
-    flat = {k: np.ascontiguousarray(v) for k, v in _flat(adapter.trainable).items()}
+    flat = {k: np.asarray(v, order="C") for k, v in _flat(adapter.trainable).items()}
     metadata = {"rlrr_jax": json.dumps(adapter.card, sort_keys=True)}
     files.write(path, safetensors.numpy.save(flat, metadata=metadata))
 
@@ -142,6 +147,37 @@ def _tree(flat):
     """The trained tree that `_flat` took apart."""
     tree = unflatten_dict(flat, sep="/")
     return {"head": tree.pop("head"), "adapter": tree}
+
+
+def portable(adapter: Adapter) -> Adapter:
+    """An adapter whose card names no folder, user or secret of this machine: what is exported."""
+    config = copy.deepcopy(adapter.card["config"])
+    if path := config.get("own", {}).get("path"):
+        prefix = re.match(r"(hf|tfds):|", path)[0]  # type: ignore[index]
+        config["own"]["path"] = prefix + _last_part(path.removeprefix(prefix))
+    for group, key in (("data", "dir"), ("data", "cache_dir"), ("pretrained", "cache_dir")):
+        config[group][key] = None
+    name = _portable_name(config["pretrained"]["name"])
+    config["pretrained"]["name"] = name
+    backbone = _portable_name(str(adapter.card["backbone"]))
+    return adapter._replace(card={**adapter.card, "config": config, "backbone": backbone})
+
+
+def _portable_name(name: str) -> str:
+    """A name of weights: of a local file without its folder, of an address without what signs it."""
+    file, subtree = names.split_subtree(name)
+    if "://" in file:
+        parts = urllib.parse.urlsplit(file)
+        secret = re.search(r"(?i)sign|token|key|cred|password|secret", parts.query)
+        host = parts.netloc.rpartition("@")[2]
+        file = parts._replace(netloc=host, query="" if secret else parts.query).geturl()
+    elif pathlib.PurePath(names.address(file)).is_absolute() or files.local(file).exists():
+        file = file if file == "bundled" else _last_part(file)
+    return f"{file}:{subtree}" if subtree else file
+
+
+def _last_part(path: str) -> str:
+    return pathlib.PurePath(path).name or "images"
 
 
 def finished(workdir: Any) -> list:
@@ -188,17 +224,20 @@ def read(path: Any) -> Adapter:
         raise UserError(f"there is no adapter {path}: give an adapter.safetensors of a finished run")
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            flat = {key: file.get_tensor(key) for key in file.keys()}
+            card = _card(path, file.metadata() or {})
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            kind = lambda x: {"F32": "float32"}.get(x.get_dtype(), x.get_dtype())
+            found = {key: (tuple(x.get_shape()), kind(x)) for key, x in slices.items()}
+            wanted = {k: (v.shape, str(v.dtype)) for k, v in _flat(_wanted(path, card)).items()}
+            problems = reader.differences(found, wanted)
+            flat = {} if problems else {key: file.get_tensor(key) for key in wanted}
+    except UserError:
+        raise
     except Exception as e:  # a damaged file can raise anything
         raise UserError(
             f"{path} is no readable .safetensors file ({first_line(e)}): it may be truncated; copy or "
             f"export it again"
         ) from e
-    card = _card(path, metadata)
-    found = {key: (value.shape, str(value.dtype)) for key, value in flat.items()}
-    wanted = {k: (v.shape, str(v.dtype)) for k, v in _flat(_wanted(path, card)).items()}
-    problems = reader.differences(found, wanted)
     problems += [f"{k} is not finite" for k, v in flat.items() if not np.isfinite(v).all()]
     if problems:
         raise UserError(
@@ -318,15 +357,27 @@ def model(adapter: Adapter) -> Any:
     return _model(adapter.card)
 
 
-def backbone(adapter: Any, weights: str | None = None, cache_dir: str | None = None) -> Backbone:
+def backbone(
+    adapter: Any, weights: str | None = None, cache_dir: str | None = None, fetch: bool = False
+) -> Backbone:
     """The `Backbone` of an adapter (or of its file), by the name in its card or from a file.
 
-    Raises UserError if the weights are not those it was trained on.
+    Args:
+      adapter: an `Adapter` or its file.
+      weights: name, path or address of the backbone; None is what the card says.
+      cache_dir: folder of downloaded weights.
+      fetch: whether what the card names may be downloaded, over https and with the card's SHA-256.
+        A card may come from anybody: without this, what is not on this machine is named, not fetched.
+
+    Raises UserError if the weights are not those it was trained on, or not there.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     run, how = adapter.run, _how(adapter.card)
     try:
-        path, sha256 = names.fetch(weights or run.pretrained.name, cache_dir)
+        if weights:
+            path, sha256 = names.fetch(weights, cache_dir)
+        else:
+            path, sha256 = _named_by_card(adapter.card, cache_dir, fetch)
     except UserError as e:
         raise UserError(f"{e} (the adapter's backbone; --weights names another place of it)") from e
     if how["subtree"] and path.endswith(".npz"):
@@ -335,6 +386,37 @@ def backbone(adapter: Any, weights: str | None = None, cache_dir: str | None = N
     model = models.build(run.model.variant, 1, **config_lib.architecture(run))
     _check_backbone(adapter.card, sha256, how, path)
     return Backbone(config_lib.load_weights(run, path, model), sha256, how)
+
+
+def add_flags(parser: Any) -> None:
+    """Adds the flags of a command that say where a backbone is, see `backbone`."""
+    parser.add_argument("--weights", help="the backbone, if it is not where it was")
+    parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
+    text = "downloads the backbone that the adapter names, if it is not on this machine"
+    parser.add_argument("--fetch", action="store_true", help=text)
+
+
+def given(args: Any) -> dict[str, Any]:
+    """The arguments of `backbone` that the flags of `add_flags` gave."""
+    return {key: getattr(args, key) for key in ("weights", "cache_dir", "fetch")}
+
+
+def _named_by_card(card: dict, cache_dir: str | None, fetch: bool) -> tuple[str, str]:
+    """Path and SHA-256 of the weights that a card names, see `names.fetch`."""
+    name, wanted = card["config"]["pretrained"]["name"], str(card["backbone_sha256"])
+    where = names.address(names.split_subtree(name)[0])
+    remote = "://" in where and not where.startswith("https://")
+    with contextlib.suppress(download.NotFetched):  # where the run had it: nothing is written there
+        if cache_dir is None and (theirs := card["config"]["pretrained"].get("cache_dir")):
+            return names.fetch(name, str(theirs), wanted, fetch=False)
+    try:
+        return names.fetch(name, cache_dir, wanted, fetch and not remote)
+    except download.NotFetched as e:
+        way = "copy it to this machine" if remote else "add --fetch to download it from there"
+        raise UserError(
+            f"the adapter's card names {where} (SHA-256 {wanted[:12]}...), which is not on this "
+            f"machine: {way}"
+        ) from e
 
 
 def _check_backbone(card, sha256, how, what):
@@ -365,8 +447,9 @@ def images(adapter: Adapter, split: str) -> tuple[Any, np.ndarray]:
             f"the images of {run.task} were {wanted}, and are {found.dataset} now: put back what the "
             f"run had, or train again"
         )
-    pixels = config_lib.pixels(run)
-    return store.load_split(config_lib.task_of(run), split, pixels, found, run.data.cache_dir)
+    pixels, cache = config_lib.pixels(run), run.data.cache_dir
+    cache = cache if store.is_ours(cache) else None  # a card opens no folder for writing
+    return store.load_split(config_lib.task_of(run), split, pixels, found, cache)
 
 
 def fits(adapter: Adapter, on: Backbone) -> bool:
@@ -375,18 +458,22 @@ def fits(adapter: Adapter, on: Backbone) -> bool:
 
 
 def load(
-    adapter: Any, on: Backbone | None = None, weights: str | None = None, cache_dir: str | None = None
+    adapter: Any,
+    on: Backbone | None = None,
+    weights: str | None = None,
+    cache_dir: str | None = None,
+    fetch: bool = False,
 ) -> Tuned:
     """Puts an adapter (or its file) on its backbone: a `Tuned` model.
 
     Args:
       on: a `Backbone` that is there already; None reads it.
-      weights, cache_dir: see `backbone`.
+      weights, cache_dir, fetch: see `backbone`.
 
     Raises UserError if the backbone is another one, or for a bad file (see `read`).
     """
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
-    on = on or backbone(adapter, weights, cache_dir)
+    on = on or backbone(adapter, weights, cache_dir, fetch)
     _check_backbone(adapter.card, on.sha256, on.how, "this backbone")
     tuned = Tuned(_model(adapter.card), merged(adapter, on.frozen), adapter.card)
     if (how := method(adapter)).merge_exit is None:

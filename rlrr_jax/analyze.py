@@ -241,15 +241,14 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="or an adapter.safetensors")
     parser.add_argument("--out", help="folder of the files; default WORKDIR/analysis")
-    parser.add_argument("--weights", help="the backbone, if it is not where it was")
-    parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
+    adapters.add_flags(parser)
     args = parser.parse_args()
     first = files.local(args.workdirs[0])
     out = args.out or (first.parent if first.is_file() else first) / "analysis"
     begun = time.monotonic()
     paths, found = find(args.workdirs), {}
     read = {label: adapters.read(path) for label, path in paths.items()}
-    backbone = adapters.backbone(next(iter(read.values())), args.weights, args.cache_dir)
+    backbone = adapters.backbone(next(iter(read.values())), **adapters.given(args))
     for label, adapter in read.items():
         if not adapters.fits(adapter, backbone):
             raise UserError(

@@ -8,7 +8,6 @@ Face Hub; `--push user/name` uploads it). The first four are the merged model in
 every file is read back and its logits compared before the command reports that it is done.
 """
 
-import copy
 import io
 import json
 import pathlib
@@ -21,6 +20,8 @@ import numpy as np
 import safetensors.numpy
 
 from rlrr_jax import adapters, config, files, models, sides
+from rlrr_jax.data import crops
+from rlrr_jax.data.examples import some
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
 from rlrr_jax.models import exits, vit
 from rlrr_jax.results import model_card, tables
@@ -47,19 +48,21 @@ LAYOUTS = {
     "resnet": {"timm": resnet_layouts.to_timm},
 }
 HUB_FILE = "adapter.safetensors"  # in a folder for the Hub
+FOLDERS = {  # formats that are folders, and their files, the weights first
+    "hub": (HUB_FILE, model_card.NAME),
+    "transformers": ("model.safetensors", "config.json", "preprocessor_config.json"),
+}
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
 
 
-def export(
-    adapter: Any, to: str, out: Any, weights: str | None = None, cache_dir: str | None = None
-) -> float:
+def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
     """Writes an adapter, or the model it makes, to a file and reads it back.
 
     Args:
       adapter: an `adapters.Adapter`.
       to: name of a format, see `FORMATS`.
       out: path of the file, whose ending must be the format's; of "transformers" and "hub" a folder.
-      weights, cache_dir: see `adapters.backbone`.
+      **where: where the backbone is, see `adapters.backbone`.
 
     Returns:
       The largest difference between the logits of the model and of the file.
@@ -79,43 +82,82 @@ def export(
     if to not in ("timm", *TRAINED) and (layout is None or not plain):
         which = adapter.card["model"] + " with what it has besides" * (not plain)
         raise UserError(f"{which} is not exported to {to}: use timm, {', '.join(TRAINED)}")
-    if to in ("hub", "transformers"):
-        out = _export_folder(adapter, to, files.local(out))
-    elif not str(out).endswith(ending) or files.local(out).name == ending:
-        raise UserError(f"{to} files end in {ending}: {out} does not")
     out = files.local(out).absolute()
+    if to in FOLDERS:
+        check_folder(out, FOLDERS[to])
+    elif not str(out).endswith(ending) or out.name == ending:
+        raise UserError(f"{to} files end in {ending}: {out} does not")
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.writable(out)
-    backbone = adapters.backbone(adapter, weights, cache_dir)
+    if to not in FOLDERS:
+        files.writable(out)
+    backbone = adapters.backbone(adapter, **where)
+    adapter = adapters.portable(adapter)
     tuned = adapters.load(adapter, backbone)
     if drops_exits(to, adapter):
         tuned = _ending(tuned)
+    if getattr(tuned.model, "projection", 0) and to not in TRAINED:
+        tuned = _one_head(tuned)
     special = files.is_special(out)  # whose folder may be /dev
     target = pathlib.Path(files.through(out))  # a link stays
-    beside = tempfile.gettempdir() if special else target.parent
-    part = pathlib.Path(files.temporary(pathlib.Path(beside, out.name)))
-    try:
+    with tempfile.TemporaryDirectory(dir=None if special else target.parent, prefix=".part") as beside:
+        made = pathlib.Path(beside)
+        weights = made / (FOLDERS[to][0] if to in FOLDERS else out.name)
         if layout is None:
-            adapters.write(part, _portable(adapter))
-            again = adapters.load(part, backbone)
+            adapters.write(weights, adapter)
+            again = adapters.load(weights, backbone)
         else:
-            write(part, layout(tuned.params), card(adapter))
-            again = tuned._replace(params=read(part, tuned))
+            write(weights, layout(tuned.params), card(adapter))
+            again = tuned._replace(params=read(weights, tuned))
         difference = _same_logits(tuned, again, out)
-        files.write(out, part.read_bytes()) if special else part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+        _write_beside(adapter, to, made, out)
+        if to in FOLDERS:
+            target.mkdir(exist_ok=True)
+            for path in made.iterdir():
+                path.replace(target / path.name)
+        elif special:
+            files.write(out, weights.read_bytes())
+        else:
+            weights.replace(target)
     return difference
 
 
-def _portable(adapter: Any) -> Any:
-    """An adapter whose card names no folder of this machine."""
-    config = copy.deepcopy(adapter.card["config"])
-    if own := config.get("own", {}).get("path"):
-        config["own"]["path"] = pathlib.PurePath(own).name
-    for group, key in (("data", "dir"), ("data", "cache_dir"), ("pretrained", "cache_dir")):
-        config[group][key] = None
-    return adapter._replace(card={**adapter.card, "config": config})
+def check_folder(folder: pathlib.Path, names: tuple[str, ...]) -> None:
+    """UserError unless a folder is new, or has what an earlier export wrote and no more.
+
+    Args:
+      folder: the folder.
+      names: files that are to be written; the first is the one of the weights.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder")
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    others = [name for name in there if name not in names]
+    if there and names[0] not in there:
+        others = there  # a README.md of something else
+    if others:
+        raise UserError(f"{folder} has other files ({some(others)}): name a new folder")
+
+
+def _write_beside(adapter, to, made, out):
+    """Writes what a format has beside its weights; a card that somebody edited stays as it is."""
+    if to == "hub":
+        if model_card.is_edited(out / model_card.NAME):
+            print(f"note: {out / model_card.NAME} was edited, and is kept", flush=True)
+        else:
+            files.write(made / model_card.NAME, model_card.text(adapter.card))
+    elif to == "transformers":
+        for name, values in transformers_files(adapter).items():
+            files.write_json(made / name, values)
+
+
+def _one_head(tuned):
+    """A `Tuned` model whose projection and head, both linear, are one head."""
+    params = {key: x for key, x in tuned.params.items() if key != "projection"}
+    kernel = np.float64(tuned.params["projection"]["kernel"]) @ np.float64(params["head"]["kernel"])
+    params["head"] = {**params["head"], "kernel": np.float32(kernel)}
+    return tuned._replace(model=tuned.model.clone(projection=0), params=params)
 
 
 def drops_exits(to: str, adapter: Any) -> bool:
@@ -134,17 +176,6 @@ def _ending(tuned):
     return tuned._replace(model=model, params={**tuned.params, "head": head}, exit_trees=())
 
 
-def _export_folder(adapter, to, folder):
-    """Writes what a format has beside its weights; returns the path of the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if to == "hub":
-        files.write(folder / "README.md", model_card.text(adapter.card))
-        return folder / HUB_FILE
-    for name, values in transformers_files(adapter).items():
-        files.write_json(folder / name, values)
-    return folder / "model.safetensors"
-
-
 def _same_logits(tuned, again, out):
     """The largest difference between logits; UserError if it is too large."""
     difference = compare(tuned, again)
@@ -154,6 +185,9 @@ def _same_logits(tuned, again, out):
             f"kept; please report this"
         )
     return difference
+
+
+_HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 
 def transformers_files(adapter: Any) -> dict[str, dict]:
@@ -168,7 +202,7 @@ def transformers_files(adapter: Any) -> dict[str, dict]:
         "num_hidden_layers": model.depth,
         "num_attention_heads": model.num_heads,
         "intermediate_size": model.mlp_dim,
-        "hidden_act": "gelu" if model.gelu == "exact" else "gelu_pytorch_tanh",
+        "hidden_act": _HF_GELU[model.gelu],
         "layer_norm_eps": model.norm_eps,
         "image_size": size,
         "patch_size": model.patch_size,
@@ -188,26 +222,55 @@ def transformers_files(adapter: Any) -> dict[str, dict]:
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
+    if (crop := adapter.run.crop) is not None:  # CLIP's processor cuts out the middle
+        side = adapter.run.crop_from
+        whole = {"height": side, "width": side} if crop == crops.SQUARE else {"shortest_edge": side}
+        pixels |= {"image_processor_type": "CLIPImageProcessor", "size": whole}
+        pixels |= {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
+        pixels |= {"do_convert_rgb": True}
+        pixels |= {} if crop == crops.SQUARE else {"resample": 2}  # bilinear, as near as it has
     return {"config.json": config, "preprocessor_config.json": pixels}
 
 
-def push(folder: Any, repository: str, card: dict) -> str:
+def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
     """Uploads a folder made by `export` to the Hugging Face Hub; returns its address.
 
-    Its own library does it, with its environment variables (HF_TOKEN, HF_ENDPOINT).
+    Its own library does it, with its environment variables (HF_TOKEN, HF_ENDPOINT). A card that
+    somebody edited, in the folder or on the Hub, is kept.
 
-    Raises UserError if that is not installed, or if the upload fails.
+    Args:
+      folder: the folder.
+      repository: its name, user/name.
+      card: the adapter's card.
+      public: whether everybody may see it.
+
+    Raises UserError if the library is not installed, if the repository is public and that was not
+    asked for, or if the upload fails.
     """
     try:
         import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as e:
         raise UserError("--push needs huggingface_hub: pip install huggingface_hub") from e
-    files.write(files.local(folder) / "README.md", model_card.text(card, f"hf:{repository}"))
+    readme = files.local(folder) / model_card.NAME
+    if not model_card.is_edited(readme):
+        files.write(readme, model_card.text(card, f"hf:{repository}"))
     try:
         api = huggingface_hub.HfApi()
-        url = api.create_repo(repository, exist_ok=True)
-        names = ["README.md", HUB_FILE]
-        api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=names)
+        url = api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and api.repo_info(repository).private is False:
+            raise UserError(f"hf:{repository} is public: add --public, or name another")
+        uploaded = [HUB_FILE, model_card.NAME]
+        try:
+            theirs = api.hf_hub_download(repository, model_card.NAME)
+            if model_card.is_edited(pathlib.Path(theirs)):
+                uploaded = [HUB_FILE]
+                print(f"note: the card of hf:{repository} was edited, and is kept", flush=True)
+        except EntryNotFoundError:
+            pass
+        api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=uploaded)
+    except UserError:
+        raise
     except Exception as e:  # of the network, the name, the token
         raise UserError(
             f"cannot upload to hf:{repository} ({first_line(e)}): check the name, the network and "
@@ -302,8 +365,12 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     if early and not drops_exits(to, adapter):
         blocks = ", ".join(map(str, early))
         text += f"; head/exits are the heads after blocks {blocks}, which only rlrr_jax knows"
-    if card["gelu"] == "exact":  # their code has the tanh form
-        text += "; this model has the exact GELU: change nn.gelu(x) there to approximate=False"
+    if card["gelu"] != "tanh":  # which their code has
+        other = {"exact": "nn.gelu(x, approximate=False)", "quick": "x * nn.sigmoid(1.702 * x)"}
+        text += f"; this model has the {card['gelu']} GELU: "
+        text += f"change nn.gelu(x) there to {other[card['gelu']]}"
+    if eps != 1e-6:
+        text += f"; its LayerNorms have epsilon={eps:g}: change nn.LayerNorm() there"
     return text
 
 
@@ -338,14 +405,16 @@ def main() -> None:
     parser.add_argument("--to", required=True, help=", ".join(FORMATS))
     parser.add_argument("out", metavar="OUT", help="file to write; of hub and transformers a folder")
     parser.add_argument("--push", metavar="NAME", help="user/name on the Hub, for --to hub: uploads it")
-    parser.add_argument("--weights", help="the backbone, if it is not where it was")
-    parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--private", action="store_true", help="of --push: only you see it; the default")
+    seen.add_argument("--public", action="store_true", help="of --push: everybody sees it")
+    adapters.add_flags(parser)
     args = parser.parse_args()
     if args.push and args.to != "hub":
         raise UserError(f"--push uploads what --to hub writes, not {args.to}: add --to hub")
     path = adapters.find(args.run)
     adapter = adapters.read(path)
-    difference = export(adapter, args.to, args.out, args.weights, args.cache_dir)
+    difference = export(adapter, args.to, args.out, **adapters.given(args))
     acc = tables.percent(adapter.card["accuracy"].get("test_acc"))
     print(
         f"{args.out}: {adapter.card['method']} on {adapter.card['task']}"
@@ -356,7 +425,9 @@ def main() -> None:
     if drops_exits(args.to, adapter):
         print("note: early exits are left out; .npz files have those of methods other than met")
     if args.push:
-        print(f"uploaded to {push(files.local(args.out), args.push, adapter.card)}")
+        card = adapters.portable(adapter).card
+        url = push(files.local(args.out), args.push, card, args.public)
+        print(f"uploaded to {url} ({'public' if args.public else 'private'})")
     print(advice(args.to, adapter, f"hf:{args.push}" if args.push else args.out))
 
 

@@ -44,17 +44,20 @@ class Answers(NamedTuple):
     pictures: Any
 
 
-def answer(
-    folder: Any, progress: bool = True, weights: str | None = None, cache_dir: str | None = None
-) -> Answers:
-    """The `Answers` of a finished run, from its adapter, backbone (see `adapters.backbone`) and data.
+def answer(folder: Any, progress: bool = True, **where: Any) -> Answers:
+    """The `Answers` of a finished run, from its adapter, backbone and data.
+
+    Args:
+      folder: the run's.
+      progress: whether to show a bar.
+      **where: where the backbone is, see `adapters.backbone`.
 
     Raises UserError if one of these is not there any more, or not what the run had.
     """
     adapter = adapters.read(folder / "adapter.safetensors")
     run = adapter.run
     images, labels = adapters.images(adapter, config_lib.splits(run)[1])
-    tuned = adapters.load(adapter, None, weights, cache_dir or run.pretrained.cache_dir)
+    tuned = adapters.load(adapter, None, **where)
     size, answers = min(run.eval_batch_size, len(labels)), []
     with tqdm(total=len(labels), desc=str(folder), unit="img", disable=not progress) as bar:
         for start in range(0, len(labels), size):
@@ -204,13 +207,12 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--out", help="the file; default WORKDIR/results.html")
-    parser.add_argument("--weights", help="the backbone, if it is not where it was")
-    parser.add_argument("--cache_dir", help="of downloaded weights; default: the run's")
+    adapters.add_flags(parser)
     args = parser.parse_args()
     out = files.local(args.out or files.local(args.workdirs[0]) / "results.html")
     if args.out:
         files.writable(out)  # before the work, not after it
-    text = page(args.workdirs, weights=args.weights, cache_dir=args.cache_dir)
+    text = page(args.workdirs, **adapters.given(args))
     files.write(out, text)
     print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser")
 

@@ -161,8 +161,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGES")
     parser.add_argument("--adapter", required=True, help="of a run, or made by rlrr_jax.export")
-    parser.add_argument("--weights", help="its backbone, if it is not where it was")
-    parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
+    adapters.add_flags(parser)
     parser.add_argument("--top_k", type=int, default=3)
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--out", help="file for the predictions; default: the screen")
@@ -178,7 +177,7 @@ def main() -> None:
         files.writable(files.local(args.out))  # before the work, not after it
     args.adapter = adapters.find(args.adapter)
     paths = find(args.images, note=lambda text: print(text, file=sys.stderr, flush=True))
-    tuned = adapters.load(args.adapter, weights=args.weights, cache_dir=args.cache_dir)
+    tuned = adapters.load(args.adapter, **adapters.given(args))
     rows, bad, how, size = [], [], {}, args.batch_size
     if args.exit_threshold is not None:
         leaver = leave.Leaver(tuned, args.exit_threshold, min(size, len(paths)))

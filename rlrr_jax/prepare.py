@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from rlrr_jax.data import sources, store, tasks, vtab_check
+from rlrr_jax.data.examples import some
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 from rlrr_jax.results import tables
 
@@ -84,14 +85,18 @@ def prune(cache_dir: str | None = None) -> str:
     lines = [f"removed {folder.name}, {size / 1e9:.2f} GB: {why}" for folder, size, why in removed]
     left = store.entries(cache_dir)
     total = sum(size for _, size, _ in left) / 1e9
+    if foreign := store.foreign(cache_dir):
+        lines.append(f"note: not made by rlrr_jax, and left alone: {some(foreign)}")
     return "\n".join([*lines, f"{store.images_folder(cache_dir)}: {len(left)} left, {total:.2f} GB"])
 
 
 def _is_there(name, data_dir, kind):
     try:
         return bool(sources.find(name, data_dir, kind))
-    except UserError as e:
-        return "twice" in str(e)
+    except sources.Twice:
+        return True
+    except UserError:
+        return False
 
 
 # Preparing ------------------------------------------------------------------------------------

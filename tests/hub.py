@@ -15,7 +15,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked.append(self.path)
         if self.path == "/api/repos/create":
-            name = json.loads(body)["name"]
+            said = json.loads(body)
+            name = said["name"]
+            self.server.private[f"me/{name}"] = said.get("visibility", "") == "private" or bool(
+                said.get("private")
+            )
             self.answer({"url": f"{self.server.url}/me/{name}", "id": f"me/{name}"})
         elif "/preupload/" in self.path:
             wanted = [f["path"] for f in json.loads(body)["files"]]
@@ -40,6 +44,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def file(self, body):
         self.server.asked.append(self.path)
+        if self.path.startswith("/api/models/"):
+            name = self.path.removeprefix("/api/models/")
+            return self.answer({"id": name, "private": self.server.private.get(name, False)})
         data = self.server.files.get(self.path)
         if data is None:
             return self.answer({"error": "not found"}, 404)
@@ -70,7 +77,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def serve():
     """The server, with its `url`, its `files`, and the paths that were `asked`."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as s:
-        s.files, s.asked, s.url = {}, [], f"http://127.0.0.1:{s.server_port}"
+        s.files, s.asked, s.private, s.url = {}, [], {}, f"http://127.0.0.1:{s.server_port}"
         threading.Thread(target=s.serve_forever, daemon=True).start()
         yield s
         s.shutdown()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import socket
+import tracemalloc
 
 import jax
 import numpy as np
@@ -311,3 +313,71 @@ def test_nothing_and_numbers_that_are_none_are_not_combined(tuned_runs):
         adapters.combine([one], weights=[float("nan")])
     with pytest.raises(UserError, match="there is no adapter 5 of 1 to take the head of"):
         adapters.combine([one], head=5)
+
+
+# Somebody else's card -------------------------------------------------------------------------
+
+
+def foreign(path, tmp_path, name, sha256="0" * 64):
+    """An adapter whose card names other weights."""
+    good = adapters.read(path)
+    config = json.loads(json.dumps(good.card["config"]))
+    config["pretrained"] |= {"name": name, "cache_dir": str(tmp_path / "theirs")}
+    config["data"]["cache_dir"] = str(tmp_path / "theirs")
+    card = {**good.card, "config": config, "backbone": name, "backbone_sha256": sha256}
+    return adapters.Adapter(good.trainable, card)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "http://127.0.0.1:9/../../../../x.npz",
+            "https://127.0.0.1:9/%2e%2e/x.npz",
+            "gs://b/../x.npz",
+        ),
+        *(
+            "s3://b/x.npz",
+            "hf:me/birds",
+            "hf:../../x",
+            "hf:me/birds@../../x",
+            "ftp://127.0.0.1:9/x.npz",
+        ),
+        *("file:///etc/passwd.npz", "imagenet21k/ViT-B_16", "augreg/../../x/y", "/nowhere/x.npz"),
+        *("https://x.org/w.pth", "\x00.npz", "a\nb.npz"),
+    ],
+)
+def test_a_card_fetches_nothing(name, paths, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: called.append(args))
+    monkeypatch.setenv("RLRR_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with pytest.raises(UserError) as e:
+        adapters.backbone(foreign(paths["digits rlrr"], tmp_path, name))
+    assert not called and not [p for p in tmp_path.rglob("*") if p.is_file()], e.value
+    if name.startswith(("https://127", "hf:me/birds@m", "imagenet21k")):
+        assert "is not on this machine: add --fetch to download it from there" in str(e.value)
+    if name.startswith(("http://", "gs://", "s3://")):
+        assert "is not on this machine: copy it to this machine" in str(e.value)
+
+
+def test_a_card_opens_no_folder_for_decoded_images(tmp_path):
+    assert not store.is_ours(str(tmp_path)) and not store.is_ours(None)
+    (tmp_path / "images").mkdir()
+    assert not store.is_ours(str(tmp_path))
+    (tmp_path / "images" / "CACHEDIR.TAG").write_text(store._TAG_TEXT)
+    assert store.is_ours(str(tmp_path))
+
+
+def test_huge_arrays_of_a_strange_adapter_are_not_read(paths, tmp_path):
+    good = adapters.read(paths["digits rlrr"])
+    big = {**adapters._flat(good.trainable), "x": np.zeros((1 << 12, 1 << 12), np.float32)}
+    meta = {"rlrr_jax": json.dumps(good.card)}
+    safetensors.numpy.save_file(
+        {k: np.asarray(v) for k, v in big.items()}, tmp_path / "a.safetensors", meta
+    )
+    tracemalloc.start()
+    with pytest.raises(UserError, match="unknown: x"):
+        adapters.read(tmp_path / "a.safetensors")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()

@@ -20,7 +20,8 @@ from PIL import Image
 from rlrr_jax import adapters, export
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
-from rlrr_jax.weights import preprocessing, reader
+from rlrr_jax.results import model_card
+from rlrr_jax.weights import names, preprocessing, reader
 
 ROOT = pathlib.Path(__file__).parents[1]
 OUT = {"big_vision": "x.npz", "vit_jax": "x.npz", "timm": "x.safetensors", "adapter": "x.safetensors"}
@@ -109,11 +110,29 @@ def test_an_exported_adapter_names_no_folder_of_this_machine(run, tmp_path):
     config = json.loads(json.dumps(adapter.card["config"]))
     config["own"]["path"], config["data"]["dir"] = "/home/me/birds", "/home/me/data"
     config["data"]["cache_dir"] = config["pretrained"]["cache_dir"] = "/home/me/cache"
-    adapter = adapter._replace(card={**adapter.card, "config": config})
+    weights = tmp_path / "home" / "vit.npz"
+    weights.parent.mkdir()
+    shutil.copy(names.BUNDLED, weights)
+    config["pretrained"]["name"] = f"{weights}:params"
+    adapter = adapter._replace(card={**adapter.card, "config": config, "backbone": f"{weights}:params"})
     export.export(adapter, "adapter", tmp_path / "a.safetensors")
-    assert b"/home/me" not in (tmp_path / "a.safetensors").read_bytes()
+    for to, out in OUT.items():
+        export.export(adapter, to, tmp_path / to / out)
+    text = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    for secret in (b"/home/me", str(weights).encode(), str(tmp_path).encode(), b"hunter2"):
+        assert secret not in text
     again = adapters.read(tmp_path / "a.safetensors").card
     assert again["config"]["own"]["path"] == "birds" and again["classes"] == adapter.card["classes"]
+    assert again["backbone"] == again["config"]["pretrained"]["name"] == "vit.npz:params"
+    for name, portable in {
+        "https://me:hunter2@x.org/w.npz": "https://x.org/w.npz",
+        "https://x.org/w.npz?token=hunter2": "https://x.org/w.npz",
+        "https://x.org/w.npz?id=2:params": "https://x.org/w.npz?id=2:params",
+        "hf:timm/vit@main": "hf:timm/vit@main",
+        "imagenet21k/ViT-B_16": "imagenet21k/ViT-B_16",
+        "bundled": "bundled",
+    }.items():
+        assert adapters._portable_name(name) == portable
 
 
 def test_what_to_export_is_found_or_asked_for(tuned_runs, run, tmp_path, monkeypatch):
@@ -175,12 +194,54 @@ def test_a_folder_for_the_hub_has_a_card_with_a_yaml_head(run, tmp_path, monkeyp
     _, head, text = (tmp_path / "share/README.md").read_text().split("---\n", 2)
     head, card = yaml.safe_load(head), adapters.read(run / "adapter.safetensors").card
     assert head["library_name"] == "rlrr_jax" and head["pipeline_tag"] == "image-classification"
-    assert "rlrr" in head["tags"] and head["datasets"] == ["digits"]
+    assert "rlrr" in head["tags"] and "datasets" not in head
     (result,) = head["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == round(card["accuracy"]["test_acc"], 4)
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in text and card["backbone_sha256"] in text
     again = adapters.load(tmp_path / "share/adapter.safetensors")
     assert again.card == card
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(run, tmp_path, capsys):
+    adapter, out = adapters.read(run / "adapter.safetensors"), tmp_path / "mine"
+    out.mkdir()
+    (out / "README.md").write_text("my notes")
+    with pytest.raises(UserError, match=r"mine has other files \(README.md\): name a new folder"):
+        export.export(adapter, "hub", out)
+    (out / "README.md").rename(out / "notes.txt")
+    with pytest.raises(UserError, match=r"mine has other files \(notes.txt\): name a new folder"):
+        export.export(adapter, "transformers", out)
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    with pytest.raises(UserError, match="is not the backbone"):
+        export.export(adapter, "hub", tmp_path / "new", weights=run / "adapter.safetensors")
+    assert not (tmp_path / "new").exists()
+    export.export(adapter, "hub", tmp_path / "new")
+    export.export(adapter, "hub", tmp_path / "new")  # once more
+    card = tmp_path / "new" / "README.md"
+    card.write_text(card.read_text().replace("Trained values", "Our values"))
+    export.export(adapter, "hub", tmp_path / "new")
+    assert "Our values" in card.read_text() and "was edited, and is kept" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "new"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a|b", "a\nb\n---\n# c", "[x](http://y)", "<script>", "`rm`", "*b*", "$x$", "\u2028"]
+)
+def test_no_name_of_a_class_breaks_a_card(name, run):
+    yaml, markdown = pytest.importorskip("yaml"), pytest.importorskip("markdown_it")
+    card = {**adapters.read(run / "adapter.safetensors").card, "classes": ["ok", name], "task": name}
+    _, head, body = model_card.text(card).split("---\n", 2)
+    assert yaml.safe_load(head)["model-index"][0]["name"].startswith(name)
+    tokens = markdown.MarkdownIt().enable("table").parse(body)
+    kinds = [child.type for token in tokens for child in token.children or ()]
+    assert {"text", "softbreak", "code_inline"} >= set(kinds)
+    assert [t.content[:9] for t in tokens if t.type == "html_block"] == ["<!-- made"]
+    cells = [t.content for t in tokens if t.type == "inline"]
+    assert len(cells) == 2 + 2 + 2 * 5  # heading, text, head and lines of the table
+    shown = [c.content for t in tokens for c in t.children or () if c.type == "text"]
+    assert any("ok, " + " ".join(name.split()) == text.strip() for text in ("".join(shown),)) or any(
+        " ".join(name.split()) in text for text in shown
+    )
 
 
 @pytest.fixture
@@ -202,7 +263,15 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(run, hub, tmp_path):
     out = tmp_path / "share"
     done = python("rlrr_jax.export", run, "--to", "hub", out, "--push", "me/birds")
     assert done.returncode == 0, done.stderr
-    assert f"uploaded to {hub.url}/me/birds" in done.stdout
+    assert f"uploaded to {hub.url}/me/birds (private)" in done.stdout and hub.private["me/birds"]
+    edited = hub.files["/me/birds/resolve/main/README.md"].replace(b"Trained", b"My")
+    hub.files["/me/birds/resolve/main/README.md"] = edited
+    done = python("rlrr_jax.export", run, "--to", "hub", out, "--push", "me/birds")
+    assert "the card of hf:me/birds was edited, and is kept" in done.stdout, done.stderr
+    assert hub.files["/me/birds/resolve/main/README.md"] == edited
+    hub.private["me/birds"] = False
+    done = python("rlrr_jax.export", run, "--to", "hub", out, "--push", "me/birds")
+    assert done.returncode == 1 and "hf:me/birds is public: add --public" in done.stderr
     files = {path.removeprefix("/me/birds/resolve/main/"): data for path, data in hub.files.items()}
     assert files["adapter.safetensors"] == (run / "adapter.safetensors").read_bytes()
     assert b"--adapter hf:me/birds" in files["README.md"]

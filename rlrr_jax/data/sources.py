@@ -24,6 +24,10 @@ KINDS = ("tfds", "folder")
 FORMATS = ("array_record", "tfrecord")
 
 
+class Twice(UserError):
+    """A task's images are there in two forms, and none was chosen."""
+
+
 def find(task: str | Task, data_dir: Any = None, kind: str | None = None) -> Found:
     """Where a task's examples are: of the kind asked for, else the one that is there.
 
@@ -56,7 +60,7 @@ def _find_vtab(task, data_dir, kind):
         if (folder / "test.txt").exists():
             found.setdefault("folder", Found("folder", folder, f"vtab-1k/{name}"))
     if kind is None and len(found) == 2:
-        raise UserError(
+        raise Twice(
             f"{name} is in {root} twice, as {found['tfds'].path} and as {found['folder'].path}, which "
             f"differ in their pixels: choose by --config.data.source=tfds or folder"
         )

@@ -181,6 +181,7 @@ def load_split(
     entry = locate(task, split, pixels, found, cache_dir)
     if not intact(entry):  # one that is whole may lie on a read-only disk
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
+        (entry.folder.parent / _TAG).write_text(_TAG_TEXT)
         with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True) as held:
             if not intact(entry):  # nobody made it while we waited
                 build(entry, task, split, held)
@@ -283,6 +284,18 @@ def images_folder(cache_dir: str | None = None) -> pathlib.Path:
     return files.cache(cache_dir) / "images"
 
 
+_TAG = "CACHEDIR.TAG"  # marks folders of caches (bford.info/cachedir), ours among them
+_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Decoded images of rlrr_jax.\n"
+
+
+def is_ours(cache_dir: str | None) -> bool:
+    """Whether images were decoded into a cache before."""
+    if cache_dir is None or "://" in str(cache_dir):
+        return False
+    tag = images_folder(cache_dir) / _TAG
+    return tag.is_file() and tag.read_text(errors="replace") == _TAG_TEXT
+
+
 def described(cache_dir: str | None = None) -> str:
     """What lies in the cache already, in words that follow a sentence; empty if nothing does."""
     there = entries(cache_dir)
@@ -298,19 +311,44 @@ def described(cache_dir: str | None = None) -> str:
 def entries(cache_dir: str | None = None, thorough: bool = False) -> list:
     """What lies in the cache: `[(folder, bytes, why no task uses it or None), ...]`.
 
+    Folders that are not as `build` makes them are somebody's own, and not among them.
+
     Args:
       thorough: whether to see if the dataset is still the one that was decoded.
     """
     root, out = images_folder(cache_dir), []
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        if not folder.is_dir():
-            continue
         try:
-            size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+            if not _made(folder):
+                continue
+            size = sum(path.stat().st_size for path in folder.iterdir())
         except FileNotFoundError:  # another process has just finished or removed it
             continue
         out.append((folder, size, _unused(folder, thorough)))
     return out
+
+
+_ENTRY = re.compile(r".+-(original|jpeg75|stored)-[0-9a-f]{10}")
+_PART = re.compile(rf"\.{_ENTRY.pattern}\.[0-9a-f]{{8}}\.part")
+_FILE = re.compile(r"images\.npy|labels-.+\.npy|entry\.json|\.[0-9a-f]{12}\.part(\.json)?")
+
+
+def _made(folder: pathlib.Path) -> bool:
+    """Whether a folder has the name and the files of an entry (or of one in the making) alone."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    whole = _ENTRY.fullmatch(folder.name) and (folder / "entry.json").is_file()
+    if not whole and not _PART.fullmatch(folder.name):
+        return False
+    return all(_FILE.fullmatch(p.name) and p.is_file() and not p.is_symlink() for p in folder.iterdir())
+
+
+def foreign(cache_dir: str | None = None) -> list:
+    """Names in the folder of decoded images that `prune` leaves alone, since we did not make them."""
+    root = images_folder(cache_dir)
+    mine = {_TAG, *(folder.name for folder, *_ in entries(cache_dir))}
+    there = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+    return [name for name in there if name not in mine and not re.fullmatch(r"\..*\.lock", name)]
 
 
 def _unused(folder, thorough):

@@ -1,17 +1,21 @@
 """The model card of an adapter: a README.md whose YAML head the Hugging Face Hub reads."""
 
+import hashlib
 import json
+import pathlib
+import re
 import string
 
 from rlrr_jax import sides
 
+NAME = "README.md"
 CARD = string.Template("""\
 ---
 $head
 ---
 # $task, tuned by $method
 
-Trained values for `$backbone`, made by [rlrr_jax](https://pypi.org/project/rlrr_jax): $formula.
+Trained values for $backbone, made by rlrr_jax: $formula.
 The backbone's weights are not in this file; its SHA-256 is `$sha256`.
 
 | | |
@@ -19,7 +23,7 @@ The backbone's weights are not in this file; its SHA-256 is `$sha256`.
 | classes | $classes |
 | dataset | $dataset |
 | accuracy | $accuracy |
-| images | $size pixels, protocol `$protocol`, seed $seed |
+| images | $size pixels, protocol $protocol, seed $seed |
 | trained with | $versions |
 
 ```
@@ -27,6 +31,7 @@ python -m rlrr_jax.predict --adapter $where IMAGES...
 ```
 """)
 SHOWN = 20  # classes in the table
+_MARK = "\n<!-- made by rlrr_jax, {} -->\n"  # with a digest of what is above it
 
 
 def text(card: dict, where: str = "adapter.safetensors") -> str:
@@ -40,38 +45,59 @@ def text(card: dict, where: str = "adapter.safetensors") -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     accuracy = {k: f"{100 * v:.2f} %" for k, v in card["accuracy"].items() if v is not None}
     config = card["config"]
-    return CARD.substitute(
+    body = CARD.substitute(
         head=_head(card),
-        task=card["task"],
-        method=card["method"],
-        backbone=card["backbone"],
-        formula=card["formula"],
-        sha256=card["backbone_sha256"],
-        classes=", ".join(names[:SHOWN]) + more,
-        dataset=card.get("dataset", card["task"]),
-        accuracy=", ".join(f"{k.replace('_acc', '')} {v}" for k, v in accuracy.items()) or "not tested",
+        task=plain(card["task"]),
+        method=plain(card["method"]),
+        backbone=plain(card["backbone"]),
+        formula=plain(card["formula"]),
+        sha256=re.sub(r"\W", "", str(card["backbone_sha256"])),
+        classes=", ".join(map(plain, names[:SHOWN])) + more,
+        dataset=plain(card.get("dataset", card["task"])),
+        accuracy=", ".join(f"{plain(k.replace('_acc', ''))} {v}" for k, v in accuracy.items())
+        or "not tested",
         size=" x ".join(map(str, sides.pair(card["image_size"]))),
-        protocol=config["protocol"],
+        protocol=plain(config["protocol"]),
         seed=config["seed"],
-        versions=", ".join(f"{k} {v}" for k, v in card["versions"].items()),
+        versions=", ".join(f"{plain(k)} {plain(v)}" for k, v in card["versions"].items()),
         where=where,
     )
+    return body + _MARK.format(_digest(body))
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def is_edited(path: pathlib.Path) -> bool:
+    """Whether a card is there that is not as `text` wrote it."""
+    if not path.exists():
+        return False
+    found = path.read_text(errors="replace")
+    body = found.rpartition("\n<!-- made by rlrr_jax")[0]
+    return found != body + _MARK.format(_digest(body))
+
+
+def plain(value: object) -> str:
+    """Text that Markdown and HTML show as it is, in a cell of a table, too."""
+    text = " ".join(str(value).split())  # also without line breaks
+    return re.sub(r"([\\`*_{}\[\]<>()#|~!$])", r"\\\1", text)
 
 
 def _head(card):
     """The YAML head; JSON strings are YAML, too."""
-    dataset = {"name": card.get("dataset", card["task"]), "type": card["task"]}
     value = card["accuracy"].get("test_acc")
     lines = {
         "library_name": "rlrr_jax",
         "pipeline_tag": "image-classification",
         "tags": ["rlrr_jax", card["method"], "parameter-efficient-fine-tuning", "vision", "jax"],
-        "datasets": [card["task"]],
         "metrics": ["accuracy"],
     }
     if card["backbone"].startswith("hf:"):
-        lines["base_model"] = card["backbone"].removeprefix("hf:")
+        lines["base_model"] = card["backbone"].removeprefix("hf:").partition("@")[0]
     if value is not None:
+        # The Hub takes a dataset's type for the name of one of its own, which may be somebody else's.
+        dataset = {"name": card.get("dataset", card["task"]), "type": "other"}
         metric = {"type": "accuracy", "value": round(value, 4), "name": "test accuracy"}
         result = {"task": {"type": "image-classification"}, "dataset": dataset, "metrics": [metric]}
         name = f"{card['task']} {card['method']}"

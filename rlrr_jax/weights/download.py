@@ -1,9 +1,15 @@
-"""Files from https:// and gs:// addresses, cached on disk."""
+"""Files from https:// and gs:// addresses and from Hugging Face, cached on disk.
 
+An address may come from somebody else, in the card of an adapter: it decides neither where a file lies
+here nor that it is fetched.
+"""
+
+import base64
 import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import time
@@ -28,21 +34,46 @@ def sha256(path: Any) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def cached(url: str, folder: Any = None) -> tuple:
+class NotFetched(UserError):
+    """A file is not on this machine, and may not be downloaded without its user's word."""
+
+
+def place(url: str, folder: Any = None) -> pathlib.Path:
+    """Where the file of an address is kept: in a folder named by the digest of the whole address.
+
+    Of the address itself only letters of its last part are used, so it decides no folder.
+    """
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).replace("\\", "/").rpartition("/")[2]
+    name = re.sub(r"[^\w.+-]+", "_", name, flags=re.ASCII).lstrip(".")[-100:] or "file"
+    return files.cache(folder) / "weights" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+
+
+def cached(url: str, folder: Any = None, wanted: str | None = None, fetch: bool = True) -> tuple:
     """Downloads `url` once; returns its local path and its SHA-256.
 
     The SHA-256 is computed at download, kept beside the file as `<file>.sha256` and checked at each
-    call. A file appears under its final name only when it is whole. Raises UserError if the address
-    cannot be read or the cached file has changed.
+    call. A file appears under its final name only when it is whole.
+
+    Args:
+      url: address of the file.
+      folder: folder of caches; None is the default, see `files.cache`.
+      wanted: hex SHA-256 that the file must have; another never gets the final name. None: any.
+      fetch: whether it may be downloaded if it is not there.
+
+    Raises:
+      NotFetched: if it is not there and must not be downloaded.
+      UserError: if the address cannot be read, leads from https to elsewhere, or has another file, or
+        if the cached file has changed.
     """
-    parts = urllib.parse.urlsplit(url)
-    path = files.cache(folder) / parts.netloc / parts.path.lstrip("/")
+    path = place(url, folder)
     record = path.with_name(path.name + ".sha256")
     if not (path.exists() and record.exists()):  # a cache that is complete may be read-only
+        if not fetch and not path.exists():
+            raise NotFetched(f"{url} is not on this machine")
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.lock(path.parent, f"{path.name}.lock", wait=True):
             if not path.exists():
-                _fetch(url, path)
+                _fetch(url, path, wanted)
             if not record.exists():  # it is new, or somebody put it there by hand
                 record.write_text(sha256(path) + "\n")
     found = sha256(path)
@@ -54,15 +85,33 @@ def cached(url: str, folder: Any = None) -> tuple:
     return path, found
 
 
-def hub_file(name: str, file: str, folder: Any = None) -> pathlib.Path:
-    """Local path of one file of a repository on Hugging Face; UserError if it cannot be had."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", re.ASCII)
+
+
+def _hub(name: str, folder: Any) -> tuple[Any, dict[str, Any]]:
+    """Hugging Face's library, and what a repository `user/name[@revision]` is to its functions.
+
+    Raises UserError without the library, or for a name that could be a path.
+    """
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise UserError(f"hf:{name} is no repository: write hf:user/name or hf:user/name@revision")
     try:
         import huggingface_hub
     except ImportError as e:
         raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
+    repository, _, revision = name.partition("@")
+    where = {"repo_id": repository, "revision": revision or None}
+    return huggingface_hub, {**where, "cache_dir": folder and files.local(folder) / "hub"}
+
+
+def hub_file(name: str, file: str, folder: Any = None) -> pathlib.Path:
+    """Local path of one file of a repository `user/name[@revision]` on Hugging Face.
+
+    Raises UserError if it cannot be had.
+    """
+    library, where = _hub(name, folder)
     try:
-        cache = folder and files.local(folder) / "hub"
-        return pathlib.Path(huggingface_hub.hf_hub_download(name, file, cache_dir=cache))
+        return pathlib.Path(library.hf_hub_download(filename=file, **where))
     except Exception as e:  # of the network, the name, the disk
         raise UserError(
             f"cannot get {file} of hf:{name} ({first_line(e)}): check the name and the network, or "
@@ -70,25 +119,32 @@ def hub_file(name: str, file: str, folder: Any = None) -> pathlib.Path:
         ) from e
 
 
-def from_hub(name: str, folder: Any = None) -> pathlib.Path:
+def from_hub(
+    name: str, folder: Any = None, wanted: str | None = None, fetch: bool = True
+) -> pathlib.Path:
     """Local path of a model's `model.safetensors` (or the index of its shards) on Hugging Face.
 
-    Its `config.json` and `preprocessor_config.json` lie beside it.
+    Its `config.json` and `preprocessor_config.json` lie beside it. Its own library downloads it, with
+    its environment variables (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) and, unless `folder` says
+    otherwise, its cache.
 
-    Its own library downloads it, with its environment variables (HF_TOKEN, HF_ENDPOINT,
-    HF_HUB_OFFLINE) and, unless `folder` says otherwise, its cache.
+    Args:
+      name: repository `user/name[@revision]`.
+      folder: folder of caches; None is the library's own.
+      wanted: hex SHA-256 that the file must have; one that the Hub says to be another is not fetched.
+      fetch: whether it may be downloaded if it is not there.
+
+    Raises:
+      NotFetched: if it is not there and must not be downloaded.
+      UserError: if it cannot be had, or is another file.
     """
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as e:
-        raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
-    place = dict(cache_dir=folder and files.local(folder) / "hub")
+    library, where = _hub(name, folder)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def get(file, offline=False):
         """Its path, None if the model has no such file (or, `offline`, if none can be had)."""
         try:
-            return pathlib.Path(huggingface_hub.hf_hub_download(name, file, **place))
+            return pathlib.Path(library.hf_hub_download(filename=file, **where))
         except LocalEntryNotFoundError:  # a kind of the next, of the network
             if offline:
                 return None
@@ -97,17 +153,28 @@ def from_hub(name: str, folder: Any = None) -> pathlib.Path:
             return None
 
     try:
-        cached = huggingface_hub.try_to_load_from_cache(name, "model.safetensors", **place)
-        there = isinstance(cached, str)  # then the network is not needed, and may be missing
+        kept = lambda file: library.try_to_load_from_cache(filename=file, **where)
+        there = isinstance(kept("model.safetensors"), str)
+        if not fetch:  # a path of the cache, and nothing of the network
+            for file in ("model.safetensors", "model.safetensors.index.json"):
+                if isinstance(path := kept(file), str):
+                    return pathlib.Path(path)
+            raise NotFetched(f"hf:{name} is not on this machine")
         for file in ("config.json", "preprocessor_config.json"):
-            get(file, offline=there)
+            get(file, offline=there)  # without the network, if need be
+        if wanted and not there:
+            _check_offer(library, where, wanted)
         if whole := get("model.safetensors"):
-            return whole
+            return _whole(whole)
         if index := get("model.safetensors.index.json"):
             for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                if pathlib.PurePath(shard).name != shard:
+                    raise ValueError(f"its index names {shard!r}, which is no file beside it")
                 get(shard)
             return index
         raise FileNotFoundError("it has no model.safetensors")
+    except UserError:
+        raise
     except Exception as e:  # of the network, the name, the disk
         raise UserError(
             f"cannot get model.safetensors of hf:{name} ({first_line(e)}): check the name and the "
@@ -115,12 +182,34 @@ def from_hub(name: str, folder: Any = None) -> pathlib.Path:
         ) from e
 
 
-def _fetch(url, path):
+def _check_offer(library: Any, where: dict, wanted: str) -> None:
+    """UserError if the Hub says that a model's file has another SHA-256; of small ones it says none."""
+    url = library.hf_hub_url(where["repo_id"], "model.safetensors", revision=where["revision"])
+    offered = str(library.get_hf_file_metadata(url).etag)
+    if re.fullmatch(r"[0-9a-f]{64}", offered) and offered != wanted:
+        raise UserError(
+            f"hf:{where['repo_id']} has another file now (SHA-256 {offered[:12]}... instead of "
+            f"{wanted[:12]}...): it was not downloaded"
+        )
+
+
+def _whole(path: pathlib.Path) -> pathlib.Path:
+    """A file of the Hub's cache; UserError unless it has the SHA-256 that its publisher gave it."""
+    given = path.resolve().name  # the Hub names large files so
+    if re.fullmatch(r"[0-9a-f]{64}", given) and (found := sha256(path)) != given:
+        raise UserError(
+            f"{path} is damaged (SHA-256 {found[:12]}..., on the Hub {given[:12]}...): delete "
+            f"{path.resolve()} to download it again"
+        )
+    return path
+
+
+def _fetch(url, path, known):
     """Brings a file to a path: over https:// where it is public, else with the user's own rights."""
     if not url.startswith("gs://"):
-        return _download(url, path)
+        return _download(url, path, known)
     try:
-        return _download(PUBLIC_GS + url.removeprefix("gs://"), path)
+        return _download(PUBLIC_GS + url.removeprefix("gs://"), path, known)
     except UserError as e:
         if not isinstance(e.__cause__, requests.HTTPError):
             raise
@@ -137,13 +226,37 @@ def _fetch(url, path):
         part.unlink(missing_ok=True)
 
 
-def _download(url, path):
+class _Downloader(pooch.HTTPDownloader):
+    """pooch's, which stays on https, and compares the MD5 that Google's storage sends with a file."""
+
+    def __init__(self):
+        super().__init__(progressbar=True, timeout=60, hooks={"response": self._look})
+        self.md5 = None
+
+    def _look(self, response, **_):
+        sent = response.headers.get("x-goog-hash", "")
+        plain = "Content-Encoding" not in response.headers  # else it is of other bytes
+        self.md5 = (re.search(r"md5=([\w+/=]+)", sent) or [None, None])[1] if plain else None
+        target = urllib.parse.urljoin(response.url, response.headers.get("Location", ""))
+        leaves = response.url.startswith("https:") and not target.startswith("https:")
+        if response.is_redirect and leaves:
+            raise UserError(f"{response.url} leads to {target}, which is not https: it is not followed")
+
+    def __call__(self, url, output_file, pooch, check_only=False):
+        super().__call__(url, output_file, pooch, check_only)
+        with open(output_file, "rb") as file:
+            found = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+        if self.md5 not in (None, found):
+            raise requests.ConnectionError("its MD5 is not what its server says")
+
+
+def _download(url, path, known):
     """Downloads an http(s) file, whole or not at all; asks again after a fault of server or network."""
     pooch.get_logger().setLevel("WARNING")
-    get = pooch.HTTPDownloader(progressbar=True, timeout=60)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            pooch.retrieve(url, None, fname=path.name, path=path.parent, downloader=get)
+            known_hash = known and f"sha256:{known}"
+            pooch.retrieve(url, known_hash, fname=path.name, path=path.parent, downloader=_Downloader())
             return
         except requests.HTTPError as e:
             answer = e.response
@@ -156,4 +269,10 @@ def _download(url, path):
                     f"cannot download {url} ({first_line(e)}): check the network, or put the file at "
                     f"{path} and start again"
                 ) from e
+        except UserError:
+            raise
+        except ValueError as e:  # pooch's, of a file with another hash
+            raise UserError(
+                f"{url} has another file than the one wanted (SHA-256 {known[:12]}...): it was not kept"
+            ) from e
         time.sleep(min(2**attempt, 30) / 4)

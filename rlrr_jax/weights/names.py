@@ -4,6 +4,8 @@ import hashlib
 import json
 import pathlib
 import re
+import urllib.parse
+import zipfile
 from typing import Any
 
 from rlrr_jax import files
@@ -13,6 +15,7 @@ from rlrr_jax.weights.preprocessing import INDEX
 
 ADDRESS = "https://storage.googleapis.com/vit_models/"
 FOLDERS = ("imagenet21k/", "imagenet21k+imagenet2012/", "augreg/", "sam/", "gsam/")
+ENDINGS = (".npz", ".safetensors")
 HUB = "hf:"  # of Hugging Face, such as hf:timm/vit_base_patch16_224.augreg_in21k
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "vit.npz"
 
@@ -67,7 +70,7 @@ def default_name(variant: str) -> str | None:
 
 def split_subtree(name: Any) -> tuple[str, str]:
     """`"x.npz:params"` -> `("x.npz", "params")`; the subtree is "" where none is named."""
-    match = re.fullmatch(r"(.*\.npz):(.*)", str(name))
+    match = re.fullmatch(r"(.*\.npz(?:\?[^:]*)?):(.*)", str(name))
     return match.groups() if match else (str(name), "")
 
 
@@ -80,11 +83,18 @@ def address(name: Any) -> str:
     if name == "bundled":
         return str(BUNDLED)
     name = ALIASES.get(name, name)
-    if name.startswith(FOLDERS):
-        return ADDRESS + name.removesuffix(".npz") + ".npz"
-    if "://" in name or name.startswith(HUB):
+    if name.startswith(HUB):
         return name
-    if name.endswith((".npz", ".safetensors", INDEX)) or files.local(name).exists():
+    if "://" in name:
+        if not urllib.parse.urlsplit(name).path.endswith(ENDINGS):
+            raise UserError(
+                f"{name} ends in neither .npz nor .safetensors: give the address of such a file"
+            )
+        return name
+    here = name.endswith(".safetensors") or files.local(name).exists()
+    if name.startswith(FOLDERS) and re.fullmatch(r"[\w+]+/[\w.+-]+", name) and not here:
+        return ADDRESS + name.removesuffix(".npz") + ".npz"
+    if name.endswith((*ENDINGS, INDEX)) or here:
         return name
     what = "weights (neither a name nor a .npz or .safetensors file)"
     raise unknown(what, name, ["bundled", *ALIASES])
@@ -99,15 +109,30 @@ def canonical(name: Any) -> str:
     return f"{where}:{subtree}" if subtree else where
 
 
-def fetch(name: Any, cache_dir: str | None = None) -> tuple[str, str]:
-    """Local path (with its `:subtree`, if any) and SHA-256 of weights, downloaded if need be."""
+def fetch(
+    name: Any, cache_dir: str | None = None, wanted: str | None = None, fetch: bool = True
+) -> tuple[str, str]:
+    """Local path (with its `:subtree`, if any) and SHA-256 of weights, downloaded if need be.
+
+    Args:
+      name: a name, path or address of weights.
+      cache_dir: folder of caches; None is the default, see `files.cache`.
+      wanted: SHA-256 that a downloaded file must have; None: any.
+      fetch: whether it may be downloaded if it is not on this machine.
+
+    Raises:
+      download.NotFetched: if it is not on this machine and must not be downloaded.
+      UserError: if it is not there, or is no file that is read here.
+    """
     file, subtree = split_subtree(name)
     where = address(file)
     if "://" in where:
-        path, digest = download.cached(where, cache_dir)
+        path, digest = download.cached(where, cache_dir, wanted, fetch)
     else:
-        hub = where.startswith(HUB)
-        path = download.from_hub(where.removeprefix(HUB), cache_dir) if hub else _local(where)
+        if where.startswith(HUB):
+            path = download.from_hub(where.removeprefix(HUB), cache_dir, wanted, fetch)
+        else:
+            path = _local(where)
         digest = _sha256(path)
     return f"{path}:{subtree}" if subtree else str(path), digest
 
@@ -134,12 +159,61 @@ def shards(path: Any) -> list:
 
 def _local(where):
     path = files.local(where)
-    for name in ("model.safetensors", f"model{INDEX}"):
-        if path.is_dir() and (path / name).is_file():
-            return path / name
+    if path.is_dir():
+        for name in ("model.safetensors", f"model{INDEX}"):
+            if (path / name).is_file():
+                return path / name
+        there = sorted(p for p in path.iterdir() if p.suffix in _CONVERSIONS or p.suffix in ENDINGS)
+        for other in there:
+            _check_kind(other)
+        has = f", but {', '.join(p.name for p in there)}: name the file" if there else ": name another"
+        raise UserError(f"{path} has no model.safetensors{has}")
     if not path.is_file():
-        raise UserError(f"there is no weight file {path}: check config.pretrained.name")
+        raise UserError(f"there is no weight file {path}: check its name")
+    _check_kind(path)
     return path
+
+
+_TORCH = (
+    "a pickle of PyTorch",
+    "import torch, safetensors.torch as s; d = torch.load('{0}', weights_only=True); "
+    "s.save_file({{k: v.clone() for k, v in d.get('model', d).items()}}, '{1}.safetensors')",
+)
+_FLAX = (
+    "Flax's msgpack",
+    "import numpy, flax; from flax.traverse_util import flatten_dict as f; "
+    "d = open('{0}', 'rb').read(); "
+    "numpy.savez('{1}.npz', **f(flax.serialization.msgpack_restore(d), sep='/'))",
+)
+_KERAS = ("HDF5", "import h5py, numpy; print(h5py.File('{0}')), which needs names of your own")
+_CONVERSIONS = dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar"), _TORCH)
+_CONVERSIONS |= {".msgpack": _FLAX, ".h5": _KERAS, ".hdf5": _KERAS}
+
+
+def _check_kind(path):
+    """UserError, with the lines that convert it, for a file of a kind that is not opened here."""
+    with open(path, "rb") as file:
+        first = file.read(4)
+    kind = None if path.suffix in ENDINGS else _CONVERSIONS.get(path.suffix)
+    if first == b"\x89HDF":
+        kind = _KERAS
+    elif first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04") or _pickled(path):
+        kind = _TORCH
+    if kind is None:
+        return
+    what, lines = kind
+    why = "can run code, and is never opened here" if kind is _TORCH else "is not read here"
+    code = lines.format(path, path.with_suffix(""))
+    raise UserError(f"{path} is {what}, which {why}: convert it where you trust it, by {code}")
+
+
+def _pickled(path):
+    """Whether a file is PyTorch's archive of a pickle."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return False
 
 
 def local_path(name: Any, cache_dir: str | None) -> str:

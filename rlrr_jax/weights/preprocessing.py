@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import urllib.parse
 from typing import Any, NamedTuple
 
 import safetensors
@@ -74,7 +75,8 @@ JAX = Card("tanh", HALF, HALF, "its layout says so", norm_eps=1e-6, resize="line
 def of_jax(name: Any) -> bool:
     """Whether a name, path or address is of the public JAX weights' layouts: all have one card."""
     name = str(name)
-    other = name.startswith("hf:") or name.endswith((".safetensors", ".json"))
+    path = urllib.parse.urlsplit(name).path if "://" in name else name
+    other = name.startswith("hf:") or path.endswith((".safetensors", ".json"))
     return not (other or ("://" not in name and pathlib.Path(name).is_dir()))
 
 

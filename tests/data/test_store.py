@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -130,7 +131,7 @@ def test_stored_pixels_are_those_of_the_host(variant, pets, tmp_path):
 
 
 def entries(tmp_path):
-    return sorted(p.name for p in (tmp_path / "images").iterdir() if not p.name.startswith("."))
+    return sorted(p.name for p in (tmp_path / "images").iterdir() if re.match(r"[^.C]", p.name))
 
 
 def test_an_entry_is_made_once_for_all_that_shapes_it(pets, tmp_path, monkeypatch):
@@ -347,20 +348,38 @@ def test_what_no_task_uses_is_told_and_removed(pets, tmp_path, monkeypatch, caps
     pets(size=16)
     assert [why for *_, why in store.entries(tmp_path, thorough=True)] == [None, None]
     folder = tmp_path / "images"
-    (folder / "cifar100-test-32px-original-0123456789").mkdir()  # of the format before
-    (folder / ".x.0a1b.part").mkdir()
+    old = folder / "cifar100-test-32px-original-0123456789"
+    old.mkdir()
+    (old / "entry.json").write_text('{"key": {"format": 1}}')  # of the format before
+    part = ".cifar100-test-32px-original-0123456789.0a1b2c3d.part"
+    (folder / part).mkdir()
+    mine = {
+        folder / "holiday" / "a.png",
+        folder / "x.part" / "b.png",
+        old.with_name(f"{old.name}0") / "c",
+    }
+    mine |= {
+        folder / "cifar100-test-32px-original-aaaaaaaaaa" / name for name in ("entry.json", "my.png")
+    }
+    mine |= {folder / "loose.png", folder / "cifar100-test-32px-original-bbbbbbbbbb" / "images.npy"}
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    (folder / "cifar100-test-32px-original-cccccccccc").symlink_to(old)
     first = next(p for p in folder.glob("*16px*") if p.is_dir())
     saved = json.loads((first / "entry.json").read_text())
     saved["key"]["labels"] = ["label, 0"]
     (first / "entry.json").write_text(json.dumps(saved))
     said = {path.name: why for path, _, why in store.entries(tmp_path) if why}
-    assert said[".x.0a1b.part"].startswith("its decoding was interrupted")
+    assert said[part].startswith("its decoding was interrupted")
     assert said[first.name] == "its labels are of an older version"
     assert len(said) == 3
     assert "older version of rlrr_jax" in said["cifar100-test-32px-original-0123456789"]
     text = prepare.prune(tmp_path)
     assert text.count("removed ") == 3 and text.splitlines()[-1].startswith(f"{folder}: 1 left, 0.0")
-    assert len(entries(tmp_path)) == 1
+    assert "note: not made by rlrr_jax, and left alone: cifar100" in text
+    assert all(path.exists() for path in mine)
+    assert len(store.entries(tmp_path)) == 1
     with (next((tmp_path / "data").rglob("*test.tfrecord-00001*"))).open("ab") as f:
         f.write(b"x")
     (why,) = [why for *_, why in store.entries(tmp_path, thorough=True)]

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import pathlib
 import sys
 import threading
 
@@ -28,7 +29,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         action = server.script.pop(0) if server.script else "answer"
         if action in (404, 503):
             return self.send_error(action)
+        if str(action).startswith("http"):
+            self.send_response(302)
+            self.send_header("Location", action)
+            return self.end_headers()
         self.send_response(200)
+        if action == "md5":
+            self.send_header("x-goog-hash", "crc32c=n03x6A==,md5=XrY7u+Ae7tCTyyK7j1rNww==")
         self.send_header("Content-Length", str(len(server.body)))
         self.end_headers()
         stop = len(server.body) // 2 if action == "break" else len(server.body)
@@ -85,7 +92,9 @@ def test_server_errors_are_tried_again_and_missing_files_are_not(server, tmp_pat
 
 def test_no_network_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(download.time, "sleep", lambda _: None)
-    with pytest.raises(UserError, match=r"check the network, or put the file at .*/models/w.npz and"):
+    with pytest.raises(
+        UserError, match=r"check the network, or put the file at .*/weights/[0-9a-f]{16}/w.npz and"
+    ):
         download.cached("http://127.0.0.1:9/models/w.npz", tmp_path)
 
 
@@ -99,7 +108,7 @@ def test_changed_file_is_refused(server, tmp_path):
 def test_load_through_the_network(server, tmp_path):
     server.body = names.BUNDLED.read_bytes()
     path, digest = names.fetch(server.url + ":params", tmp_path)
-    assert path.endswith("/models/w.npz:params")
+    assert path.endswith("/w.npz:params")
     assert digest == names.fetch("bundled")[1]
 
 
@@ -108,6 +117,95 @@ def test_public_gs_addresses_come_over_https(server, tmp_path, monkeypatch):
     server.script = ["break"]
     path, _ = download.cached("gs://models/w.npz", tmp_path)
     assert path.read_bytes() == BODY and server.number == 2
+
+
+ODD = (
+    *(
+        "../../../x.npz",
+        "a/../../../../x.npz",
+        "%2e%2e/%2e%2e/x.npz",
+        "..%2f..%2fx.npz",
+        "..\\..\\x.npz",
+    ),
+    *(
+        "..%5c..%5cx.npz",
+        "//etc/x.npz",
+        "x%00.npz",
+        "x%0a.npz",
+        ".hidden.npz",
+        "x.npz?a=../../b",
+        "%20.npz",
+    ),
+    *("." * 300 + "x.npz", "é/../x.npz", "x.npz#/../../y.npz", "~root/x.npz", "x.pth/../y.npz"),
+)
+
+
+@pytest.mark.parametrize("tail", ODD)
+def test_no_address_decides_where_its_file_lies(tail, server, tmp_path):
+    root = tmp_path / "a" / "b" / "c" / "cache"
+    path, _ = download.cached(f"http://127.0.0.1:{server.server_port}/m/{tail}", root)
+    inside = path.resolve().relative_to(root.resolve()).parts
+    assert len(inside) == 3 and inside[0] == "weights" and not inside[2].startswith(".")
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} <= set(path.parent.iterdir())
+
+
+def test_queries_are_other_addresses(server, tmp_path):
+    one, _ = download.cached(server.url + "?id=1", tmp_path)
+    server.body = BODY[::-1]
+    two, _ = download.cached(server.url + "?id=2", tmp_path)
+    assert one.read_bytes() == BODY and two.read_bytes() == BODY[::-1] and one.name == two.name
+    assert not preprocessing.of_jax("https://x.org/model.safetensors?download=true")
+    assert names.split_subtree("https://x.org/w.npz?id=2:params") == (
+        "https://x.org/w.npz?id=2",
+        "params",
+    )
+    with pytest.raises(UserError, match=r"ends in neither .npz nor .safetensors"):
+        names.address("https://x.org/download?id=w.npz")
+
+
+def test_what_is_not_the_wanted_file_never_gets_its_name(server, tmp_path):
+    with pytest.raises(
+        UserError, match=r"has another file than the one wanted \(SHA-256 000000000000..."
+    ):
+        download.cached(server.url, tmp_path, wanted="0" * 64)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    wanted = hashlib.sha256(BODY).hexdigest()
+    assert download.cached(server.url, tmp_path, wanted=wanted)[1] == wanted
+
+
+def test_nothing_is_fetched_without_leave(server, tmp_path):
+    with pytest.raises(download.NotFetched, match="is not on this machine"):
+        download.cached(server.url, tmp_path, fetch=False)
+    assert server.number == 0 and not list(tmp_path.iterdir())
+    download.cached(server.url, tmp_path)
+    assert download.cached(server.url, tmp_path, fetch=False)[0].read_bytes() == BODY
+
+
+def test_the_md5_of_googles_storage_is_compared(server, tmp_path):
+    server.script = ["md5"] * download.ATTEMPTS
+    with pytest.raises(UserError, match="its MD5 is not what its server says"):
+        download.cached(server.url, tmp_path)
+    assert not [p for p in tmp_path.rglob("*.npz")]
+
+
+def test_redirects_stay_on_https(server):
+    """The real requests decides what is a redirect; an https server needs no certificate for that."""
+    requests = pytest.importorskip("requests")
+    downloader = download._Downloader()
+    answer = requests.Response()
+    answer.status_code, answer.url = 302, "https://x.org/w.npz"
+    for where, good in (("https://y.org/w.npz", True), ("/other", True), ("http://x.org/w.npz", False)):
+        answer.headers["Location"] = where
+        if good:
+            downloader._look(answer)
+            continue
+        with pytest.raises(UserError, match=r"leads to http://x.org/w.npz, which is not https"):
+            downloader._look(answer)
+    server.script = [server.url + "2"]  # a redirect from http, which a user asked for
+    seen = []
+    downloader.kwargs["hooks"] = {"response": lambda r, **_: seen.append(r.is_redirect)}
+    requests.get(server.url, **downloader.kwargs)
+    assert seen == [True, False]
 
 
 # Hugging Face ---------------------------------------------------------------------------------
@@ -145,6 +243,34 @@ def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path, monkeypat
     assert names.canonical("hf:timm/vit") == "hf:timm/vit"
     monkeypatch.setattr(sys.modules["huggingface_hub.constants"], "HF_HUB_OFFLINE", True)
     assert names.fetch("hf:timm/vit", tmp_path)[0] == path
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../b", "a/b/c", "/a", "a\\b", "a/b@../../x", "a/b@/x", "", "a/b@"]
+)
+def test_a_repository_is_no_path(name, tmp_path):
+    with pytest.raises(
+        UserError, match="is no repository: write hf:user/name or hf:user/name@revision"
+    ):
+        download.from_hub(name, tmp_path)
+
+
+def test_a_revision_is_fetched_and_damage_is_seen(hub, tmp_path):
+    body = safetensors.numpy.save({"x": np.ones(3, np.float32)})
+    hub.files = {"/timm/vit/resolve/v1.0/model.safetensors": body}
+    path, digest = names.fetch("hf:timm/vit@v1.0", tmp_path)
+    assert digest == hashlib.sha256(body).hexdigest()
+    assert names.canonical("hf:timm/vit@v1.0") == "hf:timm/vit@v1.0"
+    assert names.fetch("hf:timm/vit@v1.0", tmp_path, fetch=False)[0] == path
+    with pytest.raises(download.NotFetched):
+        names.fetch("hf:timm/vit", tmp_path, fetch=False)
+    with pytest.raises(UserError, match="has another file now .* it was not downloaded"):
+        names.fetch("hf:timm/vit@v1.0", tmp_path / "new", wanted="0" * 64)
+    assert not [p for p in (tmp_path / "new").rglob("*.safetensors")]
+    real = pathlib.Path(path).resolve()
+    real.write_bytes(body[:-1] + b"x")
+    with pytest.raises(UserError, match="is damaged .* delete .* to download it again"):
+        names.fetch("hf:timm/vit@v1.0", tmp_path)
 
 
 def test_what_hugging_face_does_not_have_is_one_sentence(hub, tmp_path):
