@@ -462,7 +462,7 @@ def follow(run: ConfigDict, path: str) -> list[str]:
         (given, "mean", card.mean, None),
         (given, "std", card.std, None),
         (given, "resize", card.resize, None),
-        (run, "image_size", card.image_size, None),
+        *_size_said(run, card.image_size),
     ):
         _fill(node, key, default if value is None else value)
         where = {id(model): "model.", id(given): "pretrained."}.get(id(node), "")
@@ -471,6 +471,15 @@ def follow(run: ConfigDict, path: str) -> list[str]:
             notes.append(f"note: {name} has {value} ({card.source}), config.{where}{key} is {mine}")
     checks.heads(model.variant, model.num_heads)
     return notes + _follow_parts(run, card, path)
+
+
+def _size_said(run: ConfigDict, size: Any) -> list[tuple]:
+    """What a card's image size fills in: the run's, and where it is not square the file's grid."""
+    if not isinstance(size, tuple):
+        return [(run, "image_size", size, None)]
+    patch = models.sizes(run.model.variant).get("patch_size")
+    grid = [(run.pretrained, "grid", tuple(side // patch for side in size), None)] if patch else []
+    return [(run, "image_size", size[0], None), *grid]
 
 
 def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[str]:

@@ -302,7 +302,11 @@ def write(path: Any, flat: dict, card: dict) -> None:
 
 def read(path: Any, tuned: Any) -> dict:
     """The tree in a file, head included."""
-    return reader.load(path, model=tuned.model, image_size=adapters.image_size(tuned.card), head=True)
+    size, how = adapters.image_size(tuned.card), None
+    if patch := getattr(tuned.model, "patch_size", None):
+        height, width = sides.pair(size)
+        how = reader.How(grid=(height // patch, width // patch))
+    return reader.load(path, model=tuned.model, image_size=size, how=how, head=True)
 
 
 def compare(one: Any, other: Any, number: int = 8) -> float:

@@ -77,9 +77,10 @@ def page(workdirs: list, **options: Any) -> str:
     title = "RLRR results: " + ", ".join(dict.fromkeys(row["task"] for row in rows))
     head, *lines = tables.cells(rows_lib.fold(rows))
     body = [_table(head, lines), f"<p>{_lines(tables.caption(rows))}</p>"]
-    for group in rows_lib.fold(rows):
+    groups = rows_lib.fold(rows)
+    for group, name in zip(groups, tables.labels(groups)):
         folder = _folder(workdirs, group[0])
-        body.append(section(group, folder, **options))
+        body.append(section(group, name, folder, **options))
     page = string.Template(PAGE.read_text())
     return page.substitute(title=html.escape(title), body="\n".join(body), side=SIDE)
 
@@ -96,11 +97,11 @@ def _folder(workdirs, row):
     )
 
 
-def section(group: list[dict], folder: Any, **options: Any) -> str:
+def section(group: list[dict], name: str, folder: Any, **options: Any) -> str:
     """All about one setting: curves, classes, confusions of its first seed; configuration."""
     row = group[0]
     seed = f", seed {row['seed']}" if len(group) > 1 else ""
-    parts = [f"<h2>{html.escape(' '.join([row['task'], *tables.label(group).split()]))}{seed}</h2>"]
+    parts = [f"<h2>{html.escape(row['task'] + ' ' + name)}{seed}</h2>"]
     if (folder / "curves.png").exists():
         parts.append(
             _picture((folder / "curves.png").read_bytes(), "loss and accuracy by epoch", "curve")

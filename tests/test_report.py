@@ -57,6 +57,25 @@ def test_table_is_aligned_markdown_without_empty_columns():
     assert "81.35 %" in lines[3] and "100.00 %" in lines[3]
 
 
+def test_lines_of_several_settings_are_told_apart():
+    """Two equal lines for two settings, and "of full" by the last full of any size."""
+    larger = make("hearts", method="full", epochs=12, source="bundled", lr=0.02, trainable_params=10**7)
+    larger["config"]["model"]["variant"] = "B/16"
+    other = make("hearts", epochs=12, source="bundled", image_size=64, trainable_params=18_240)
+    lines = tables.table([ROW, other, FULL, larger]).splitlines()[2:]
+    names = [line.split("|")[2].strip() for line in lines]
+    assert names == [
+        "rlrr image_size=32",
+        "rlrr image_size=64",
+        "full variant=bundled",
+        "full variant=B/16",
+    ]
+    shares = [line.split("|")[6].strip() for line in lines]
+    assert shares == ["2.64 %", "2.64 %", "100.00 %", "100.00 %"]
+    twice = tables.labels([[ROW], [{**ROW, "epochs": 6, "config": {**ROW["config"], "epochs": 6}}]])
+    assert twice == ["rlrr epochs=12", "rlrr epochs=6"]
+
+
 def test_best_and_validation_accuracy_are_named_as_such():
     official = {**ROW, "test_acc_best": 0.8}
     assert "best" in tables.table([official]) and "80.00 %" in tables.table([official])

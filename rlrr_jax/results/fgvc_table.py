@@ -29,9 +29,13 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         if row["task"] in FGVC and row["test_acc_final"] is not None:
             groups.setdefault(row["line"], []).append(row)
-    lines = [_line(group) for group in groups.values()]
-    if not lines:
+    if not groups:
         return ""
+    names = tables.labels([[row for row in g if row["task"] == g[0]["task"]] for g in groups.values()])
+    notes = tables.differing([tables.settings(g[0]) for g in groups.values()], ("task",))
+    if len(set(names)) < len(names):  # lines of different tasks
+        names = [" ".join([name, *note]) for name, note in zip(names, notes)]
+    lines = [_line(group, name) for group, name in zip(groups.values(), names)]
     header = ["", *COLUMNS.values(), "mean", "params", "trained on"]
     return tables.markdown(header, lines + [_published(row) for row in published()])
 
@@ -48,7 +52,7 @@ def _published(row: dict[str, str]) -> list[str]:
     return [f"{row['method']}, published", *cells, row["params_with_head"], row["trained_on"]]
 
 
-def _line(group: list[dict]) -> list[str]:
+def _line(group: list[dict], name: str) -> list[str]:
     """A line of ours; the deviation of a mean is that of the seeds that all datasets have."""
     found = vtab_table.by_task(group, "test_acc_final")
     accuracies = {task: found.get(task, {}) for task in COLUMNS}
@@ -57,7 +61,7 @@ def _line(group: list[dict]) -> list[str]:
     means = [statistics.mean(seeds[seed] for seeds in accuracies.values()) for seed in sorted(shared)]
     heads = {row["task"]: row["head_params"] for row in group}
     params = (group[0]["trainable_params"] + statistics.mean(heads.values())) / 1e6
-    return [tables.label(group), *cells, _spread(means), f"{params:.2f}M", "trainval"]
+    return [name, *cells, _spread(means), f"{params:.2f}M", "trainval"]
 
 
 def _spread(values: list[float]) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from scipy import special
 
+from rlrr_jax.checks import GRID
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results import tables
@@ -22,6 +23,7 @@ class Difference(NamedTuple):
       pairs: number of pairs of runs of the same task and seed.
       mean: mean difference of the test accuracies, of the tasks' means where there are several.
       half: half the width of the confidence interval of the mean; None for a single value.
+      other: settings besides the method in which the runs differ, too.
     """
 
     label: str
@@ -29,6 +31,12 @@ class Difference(NamedTuple):
     pairs: int
     mean: float
     half: float | None
+    other: tuple[str, ...] = ()
+
+
+# What a method brings; any other setting that differs is named.
+_OF_METHODS = ("method", "loss", "grid.", "options", "trial", "schedule", "restarts", "average", *GRID)
+_OF_METHODS += ("mixup", "cutmix", "label_smoothing", "defence", "val_acc", "val_tried")
 
 
 def differences(rows: list[dict], against: str) -> list[Difference]:
@@ -41,31 +49,51 @@ def differences(rows: list[dict], against: str) -> list[Difference]:
       rows: rows of `results.json`.
       against: a method, or a whole label, as the table shows it.
 
-    Raises UserError if no line, or more than one, is called so, or if there is nothing to compare.
+    Raises UserError if no line, or more than one, is called so, if two runs of a line share task and
+    seed, or if there is nothing to compare.
     """
-    lines: dict[str, list[list[dict]]] = {}
-    for group in rows_lib.fold([row for row in rows if row["test_acc_final"] is not None]):
-        lines.setdefault(_label(group), []).append(group)
+    groups = rows_lib.fold([row for row in rows if row["test_acc_final"] is not None])
+    lines: dict[str, dict[str, list[dict]]] = {}
+    for label, group in zip(tables.labels(groups, seed=False), groups):
+        task = group[0]["task"]
+        if lines.setdefault(label, {}).setdefault(task, group) is not group:
+            raise UserError(
+                f"two different runs of {task} {label} have the same seed: report their workdirs apart"
+            )
     base = _base(list(lines), against)
-    first = _accuracies(lines[base])
-    out = []
-    for label, groups in lines.items():
-        mine = _accuracies(groups)
-        both = [key for key in mine if key in first]
-        if label == base or not both:
+    first, out = lines[base], []
+    for label, mine in lines.items():
+        pairs = {task: _pairs(mine[task], first[task]) for task in mine if task in first}
+        by_task = {task: values for task, values in pairs.items() if values}
+        if label == base or not by_task:
             continue
-        by_task: dict[str, list[float]] = {}
-        for task, seed in both:
-            by_task.setdefault(task, []).append(mine[task, seed] - first[task, seed])
         values = [statistics.mean(x) for x in by_task.values()]
         values = values if len(values) > 1 else next(iter(by_task.values()))
+        number = sum(map(len, by_task.values()))
+        other = dict.fromkeys(key for task in by_task for key in _others(mine[task], first[task]))
         mean, half = statistics.mean(values), interval(values)
-        out.append(Difference(label, len(by_task), len(both), mean, half))
+        out.append(Difference(label, len(by_task), number, mean, half, tuple(other)))
     if not out:
         raise UserError(
             f"nothing ran on the tasks and seeds of {against}: give workdirs that share some"
         )
     return out
+
+
+def _pairs(mine: list[dict], first: list[dict]) -> list[float]:
+    """Differences of the accuracies of the same seeds."""
+    base = {row["seed"]: row["test_acc_final"] for row in first}
+    return [row["test_acc_final"] - base[row["seed"]] for row in mine if row["seed"] in base]
+
+
+def _others(mine: list[dict], first: list[dict]) -> list[str]:
+    """Names of the settings that two groups of a task do not share, besides their methods'."""
+    one, two = tables.settings(mine[0]), tables.settings(first[0])
+    return [
+        key
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key) and not key.startswith(_OF_METHODS)
+    ]
 
 
 def interval(values: list[float]) -> float | None:
@@ -78,19 +106,19 @@ def interval(values: list[float]) -> float | None:
 
 def table(rows: list[dict], against: str) -> str:
     """The differences as a Markdown table."""
-    lines = []
-    for d in differences(rows, against):
+    found, lines = differences(rows, against), []
+    for d in found:
         between = clear = ""
         if d.half is not None:
             between = f"{100 * (d.mean - d.half):+.2f} to {100 * (d.mean + d.half):+.2f}"
             clear = "yes" if abs(d.mean) > d.half else "no"
         lines.append([d.label, f"{100 * d.mean:+.2f}", between, clear, f"{d.tasks}", f"{d.pairs}"])
+        lines[-1].append(", ".join(d.other))
     head = [f"against {against}", "points", f"{LEVEL:.0%} interval", "clear of 0", "tasks", "pairs"]
+    head.append("differ in, too")
+    if not any(d.other for d in found):
+        head, lines = head[:-1], [line[:-1] for line in lines]
     return tables.markdown(head, lines)
-
-
-def _label(group: list[dict]) -> str:
-    return " ".join([group[0]["method"], *tables.which(group[0], seed=False)])
 
 
 def _base(labels: list[str], against: str) -> str:
@@ -104,7 +132,3 @@ def _base(labels: list[str], against: str) -> str:
     if not named:
         raise unknown("line", against, labels)
     return named[0]
-
-
-def _accuracies(groups: list[list[dict]]) -> dict[tuple[str, int], float]:
-    return {(row["task"], row["seed"]): row["test_acc_final"] for group in groups for row in group}

@@ -83,9 +83,9 @@ def curves(histories: dict[str, list[dict]]) -> bytes:
 
 def histories(workdir: Any, rows: list[dict]) -> dict[str, list[dict]]:
     """The rows of `metrics.jsonl` of all runs of a workdir, by the names of the runs."""
-    name = lambda row: " ".join([row["task"], row["method"], *tables.which(row)])
+    names = tables.labels([[row] for row in rows])
     read = lambda row: files.read_rows(rows_lib.folder(workdir, row) / "metrics.jsonl")
-    return {name(row): read(row) for row in rows}
+    return {f"{row['task']} {name}": read(row) for row, name in zip(rows, names)}
 
 
 def comparison(groups: list[list[dict]]) -> bytes:
@@ -97,20 +97,19 @@ def comparison(groups: list[list[dict]]) -> bytes:
     names = list(dict.fromkeys(group[0]["task"] for group in groups))
     figure, axes = subplots(1, len(names), (2.5 + 4.5 * len(names), 4.5))
     order = lambda group: group[0]["trainable_params"]
-    labels = [tables.label(group) for group in sorted(groups, key=order)]
+    groups = sorted(groups, key=order)
+    labels = tables.labels(groups)
     styles = {
         label: (COLOURS[i % 7], MARKS[i // 7 % 8]) for i, label in enumerate(dict.fromkeys(labels))
     }
     drawn = {}
-    for group in sorted(groups, key=order):
+    for group, label in zip(groups, labels):
         axis = axes[0][names.index(group[0]["task"])]
         values = [100 * row["test_acc_final"] for row in group]
         error = statistics.stdev(values) if len(values) > 1 else None
-        colour, mark = styles[tables.label(group)]
+        colour, mark = styles[label]
         style = dict(color=colour, fmt=mark, ms=6, capsize=2)
-        drawn[tables.label(group)] = axis.errorbar(
-            order(group), statistics.mean(values), error, **style
-        )
+        drawn[label] = axis.errorbar(order(group), statistics.mean(values), error, **style)
     for axis, name in zip(axes[0], names):
         axis.set_xscale("symlog", linthresh=1000, linscale=0.5)
         axis.set_xticks([0, *(10**k for k in range(3, 9) if 10**k <= 3 * max(map(order, groups)))])

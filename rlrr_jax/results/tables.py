@@ -1,14 +1,18 @@
 """The table of runs, and what its numbers are."""
 
+import json
 import re
 import statistics
+from collections.abc import Iterable
+from typing import Any
 
 from tabulate import tabulate
 
 from rlrr_jax import methods
-from rlrr_jax.checks import LOSS_GRID
+from rlrr_jax.checks import GRID, LOSS_GRID
 from rlrr_jax.data import tasks
 from rlrr_jax.results import rows as rows_lib
+from rlrr_jax.runs import identity
 
 COLUMNS = (
     *("task", "method", "protocol", "test acc", "best epoch's", "params", "of full", "head", "lr"),
@@ -43,24 +47,27 @@ def grouped(groups: list[list[dict]]) -> str:
 
 def cells(groups: list[list[dict]]) -> list[list[str]]:
     """Head and lines of the table of lists of rows (see `rows.fold`), without empty columns."""
-    full = {g[0]["task"]: g[0]["trainable_params"] for g in groups if g[0]["method"] == "full"}
-    lines = [_line(group, full.get(group[0]["task"])) for group in groups]
+    size = lambda row: (row["task"], json.dumps((row.get("config") or {}).get("model"), sort_keys=True))
+    full = {size(g[0]): g[0]["trainable_params"] for g in groups if g[0]["method"] == "full"}
+    names = labels(groups, shown=("protocol", "epochs", "lr"))
+    lines = [_line(group, name, full.get(size(group[0]))) for group, name in zip(groups, names)]
     used = [i for i in range(len(COLUMNS)) if any(line[i] for line in lines)]
     return [[COLUMNS[i] for i in used], *([line[i] for i in used] for line in lines)]
 
 
-def _line(rows: list[dict], full: int | None) -> list[str]:
+def _line(rows: list[dict], name: str, full: int | None) -> list[str]:
     """The cells of runs that differ in their seeds.
 
     Args:
-      full: number of values that full fine-tuning trains on the same task, if it is there.
+      name: label of the line.
+      full: number of values that full fine-tuning trains of the same model, if it is there.
     """
     row = rows[0]
     values = lambda key: [r[key] for r in rows]
     speeds = [speed for speed in values("images_per_second") if speed]
     return [
         row["task"],
-        " ".join([row["method"], *which(row, seed=len(rows) == 1)]),
+        name,
         row["protocol"],
         spread(values("val_acc")) + " (val)"
         if row["test_acc_final"] is None
@@ -141,9 +148,67 @@ def spread(fractions: list) -> str:
     return f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
 
 
-def label(group: list[dict]) -> str:
-    """What a line of the table is called in a picture."""
-    return " ".join([group[0]["method"], *which(group[0], seed=len(group) == 1)])
+def label(group: list[dict], seed: bool = True) -> str:
+    """What runs that differ in their seeds are called: method, options and what else was changed."""
+    return " ".join([group[0]["method"], *which(group[0], seed and len(group) == 1)])
+
+
+# Settings in the order in which they tell lines apart; others come after them.
+FIRST = ("model.variant", "pretrained.name", "image_size", "protocol", "epochs", "batch_size", *GRID)
+
+
+def labels(groups: list[list[dict]], shown: Iterable[str] = (), seed: bool = True) -> list[str]:
+    """A `label` of each group, followed by settings where groups of a task would be called the same.
+
+    Args:
+      groups: lists of rows, see `rows.fold`.
+      shown: settings that are in columns of their own, and need not be in the label.
+      seed: whether the seed of a single run is part of its label.
+    """
+    out = [label(group, seed) for group in groups]
+    alike: dict[tuple, list[int]] = {}
+    for i, group in enumerate(groups):
+        alike.setdefault((group[0]["task"], out[i]), []).append(i)
+    for members in alike.values():
+        notes = differing([settings(groups[i][0]) for i in members], shown)
+        for i, note in zip(members, notes):
+            out[i] = " ".join([out[i], *note])
+    return out
+
+
+def settings(row: dict) -> dict[str, Any]:
+    """Settings of a row by their dotted names, see `identity.setting`."""
+    return flat(identity.setting(row["config"]))
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """`{"model.gelu": "tanh", ...}` of nested dicts."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def differing(each: list[dict], shown: Iterable[str] = ()) -> list[list[str]]:
+    """Words such as `image_size=64` that tell settings apart: as few as do, none where all are equal.
+
+    Args:
+      each: settings by their names.
+      shown: names that tell them apart without being in the words.
+    """
+    every = dict.fromkeys([*shown, *FIRST, *sorted({key for values in each for key in values})])
+    text = lambda values, key: str(values.get(key))[-40:]
+    found: list[tuple] = [()] * len(each)
+    words: list[list[str]] = [[] for _ in each]
+    for key in every:
+        longer = [(*seen, text(values, key)) for seen, values in zip(found, each)]
+        if len(set(longer)) == len(set(found)):
+            continue
+        found = longer
+        for values, mine in zip(each, words):
+            if key not in shown:
+                mine.append(f"{key.rpartition('.')[2]}={text(values, key)}")
+    return words
 
 
 def _held_out(row):

@@ -106,14 +106,6 @@ def _tell_apart(ours):
     return [line._replace(label=line.label + note(line)) for line in ours]
 
 
-def _flat(values, prefix=""):
-    """`{"model.gelu": "tanh", ...}` of nested dicts."""
-    out = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
-
-
 def by_task(rows: list[dict], key: str) -> dict[str, dict[int, float]]:
     """What rows of one line have under a key, by task and seed.
 
@@ -149,7 +141,7 @@ def _line(rows, key, suffix):
         seeds=tuple(sorted({row["seed"] for row in rows})),
         counts=" to ".join(map(str, sorted({min(counts), max(counts)}))),
         source="",
-        settings=_flat(identity.across_tasks(first["config"])),
+        settings=tables.flat(identity.across_tasks(first["config"])),
     )
 
 

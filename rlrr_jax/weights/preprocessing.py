@@ -47,7 +47,7 @@ class Card(NamedTuple):
       gelu: "tanh" or "exact".
       mean, std: mean and standard deviation of each colour, for pixels in [0, 1]; all 0.5 is [-1, 1].
       source: words that name where this comes from.
-      image_size: side of the images in pixels.
+      image_size: side of the images in pixels; (height, width) of a ViT where they differ.
       pooling: timm's name; "token" is the class token.
       num_heads: number of attention heads.
       norm_eps: epsilon of its LayerNorms.
@@ -60,7 +60,7 @@ class Card(NamedTuple):
     mean: tuple | None
     std: tuple | None
     source: str
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     pooling: str | None = None
     num_heads: int | None = None
     norm_eps: float | None = None
@@ -180,10 +180,11 @@ def _header(path):
     heads, eps = said.get("num_heads"), said.get("norm_eps")
     try:
         heads = heads if heads is None else _whole(heads, "num_heads")
-        eps = eps if eps is None else float(eps)
+        eps = eps if eps is None else _epsilon(eps)
+        size = _size(said.get("image_size"))
     except (ValueError, TypeError) as e:
         raise UserError(f"what its header says of {path} is damaged ({e}): export it again") from e
-    return card._replace(image_size=said.get("image_size"), num_heads=heads, norm_eps=eps)
+    return card._replace(image_size=size, num_heads=heads, norm_eps=eps)
 
 
 def _beside(config, path, name, variant):
@@ -260,7 +261,7 @@ def _timm(said, config):
     if heads is None and (size_of := re.search(_ARCHITECTURE, str(said.get("architecture")))):
         heads = vit.VARIANTS[_SIZES[size_of[2]]]["num_heads"]
     return card._replace(
-        image_size=size and size[-1],
+        image_size=_size(size and list(size)[1:]),
         pooling=model.get("global_pool", said.get("global_pool")),
         num_heads=heads if heads is None else _whole(heads, "num_heads"),
         resize="bicubic",
@@ -283,13 +284,13 @@ def _hf(said, config):
         raise UserError(f"{path} is damaged ({e}): replace or remove it") from e
     size = said.get("image_size")
     eps = {"dinov2": 1e-6, "swin": 1e-5, "clip": 1e-5, "siglip": 1e-6}.get(kind, 1e-12)
-    eps = said.get("layer_norm_eps", eps)
+    eps = _epsilon(said.get("layer_norm_eps", eps))
     heads = said.get("num_heads" if said.get("model_type") == "swin" else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),
-        image_size=size[-1] if isinstance(size, list) and size else size,
+        image_size=_size(size),
         num_heads=heads if isinstance(heads, list) else _whole(heads, "num_attention_heads"),
-        norm_eps=float(eps),
+        norm_eps=eps,
         resize="bicubic_plain",
     )
 
@@ -305,6 +306,23 @@ def _whole(value, what):
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1000:
         raise ValueError(f"{what} {value!r} is no number of heads")
     return value
+
+
+def _epsilon(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1:
+        raise ValueError(f"epsilon {value!r} is no small number above 0")
+    return float(value)
+
+
+def _size(value):
+    """A side, or (height, width) where they differ; None for none. ValueError for what is no size."""
+    sides = list(value) if isinstance(value, list | tuple) else [value]
+    if value is None or not sides:
+        return None
+    whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 1 << 14 for x in sides)
+    if not whole or len(sides) > 2:
+        raise ValueError(f"image size {value!r} is no size in pixels")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
 
 
 def _card(gelu, pixels, path, source):

@@ -266,12 +266,12 @@ def _place_position(flat, target, how, path, note):
         return  # reported with the other missing and mis-shaped names
     n, width = position.shape[1:]
     tokens = [name for name in ("cls", "dist", "registers") if getattr(flat.get(name), "ndim", 0) == 3]
-    numbers, npz = [flat[name].shape[-2] for name in tokens], str(path).endswith(".npz")
-    rows, grid = _rows_and_grid(n, numbers, target, how.grid, npz)
+    rows, grid = _rows_and_grid(n, [flat[name].shape[-2] for name in tokens], how.grid)
     if grid is None:
+        what = "a square" if how.grid is None else f"{how.grid[0]} x {how.grid[1]}"
         raise UserError(
-            f"the position embedding in {path} has {n} rows, which is neither {target[0]} x "
-            f"{target[1]} nor a square: give its shape as config.pretrained.grid=(rows, columns)"
+            f"the position embedding in {path} has {n} rows, which is not {what}: give its shape as "
+            f"config.pretrained.grid=(rows, columns)"
         )
     for name in tokens:
         number = min(rows, flat[name].shape[-2])
@@ -311,28 +311,23 @@ def resize_patch(kernel: Any, patch: int, rule: str) -> np.ndarray:
     return np.einsum("ia,jb,abcd->ijcd", inverse, inverse, kernel, optimize=True).astype(np.float32)
 
 
-def _rows_and_grid(n, tokens, target, grid, without):
+def _rows_and_grid(n, tokens, grid):
     """How many rows of a position embedding are of tokens, and the grid of the others (None: unknown).
+
+    Without a grid that is given the rows of patches must be a square: 16 rows are 4 x 4, never a class
+    token's and 3 x 5.
 
     Args:
       n: number of its rows.
       tokens: numbers of tokens of each kind; all of them have rows, or the first alone, or none.
-      target: the model's grid.
       grid: the file's, if it is given.
-      without: whether tokens have no rows where both could be, as in big_vision's files.
     """
-    square = lambda x: x > 0 and math.isqrt(x) ** 2 == x
-    some = [sum(tokens), tokens[0]] if tokens else []
-    wide = not square(math.prod(target)) and not without  # 50 rows are 1 + 49 sooner than 5 x 10
-    unsure = grid is None and wide and any(square(n - rows) for rows in some)
-    for rows in [*some, 0] if unsure else [0, *some]:
-        if n - rows == math.prod(grid or target):
-            return rows, grid or target
-        if unsure and rows and square(n - rows):
-            return rows, (math.isqrt(n - rows),) * 2
-    for rows in [*some, 0]:
-        if grid is None and square(n - rows):
-            return rows, (math.isqrt(n - rows),) * 2
+    side = lambda x: math.isqrt(x) if x > 0 and math.isqrt(x) ** 2 == x else None
+    for rows in (0, *((sum(tokens), tokens[0]) if tokens else ())):
+        if grid is not None and n - rows == math.prod(grid):
+            return rows, grid
+        if grid is None and n > rows and side(n - rows):
+            return rows, (side(n - rows),) * 2
     return 0, None
 
 

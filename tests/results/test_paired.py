@@ -45,6 +45,28 @@ def test_what_is_mixed_or_averaged_is_another_line():
     assert found.label == "rlrr" and found.mean == pytest.approx(-0.03)
 
 
+def test_settings_of_one_label_are_not_mixed():
+    """52 % and 82 % of two settings became one line, and +31.00 clear of 0."""
+    small, large = (("kitti", s) for s in (0, 1)), (("kitti", s) for s in (2, 3))
+    low = rows("rlrr", dict.fromkeys(small, 0.52), image_size=64, epochs=5)
+    high = rows("rlrr", dict.fromkeys(large, 0.82), image_size=128, epochs=5)
+    base = rows("lora", dict.fromkeys([("kitti", s) for s in range(4)], 0.51), image_size=64, epochs=5)
+    found = paired.differences(low + high + base, "lora")
+    assert [(d.label, d.pairs, d.other) for d in found] == [
+        ("rlrr image_size=64", 2, ()),
+        ("rlrr image_size=128", 2, ("image_size",)),
+    ]
+    assert found[1].mean == pytest.approx(0.31)
+    text = paired.table(low + high + base, "lora")
+    assert "differ in, too" in text and text.splitlines()[3].rstrip(" |").endswith("image_size")
+    with pytest.raises(UserError, match="rlrr is there in several ways: name one of 'rlrr image_size="):
+        paired.differences(low + high + base, "rlrr")
+    other = rows("rlrr", {("kitti", 0): 0.6}, image_size=64, epochs=5)
+    other[0]["identity"] = "searched again"
+    with pytest.raises(UserError, match="two different runs of kitti rlrr.* have the same seed"):
+        paired.differences(low + other + base, "lora")
+
+
 def test_a_single_pair_has_no_interval():
     one = {("kitti", 0): 0.5}
     (found,) = paired.differences(rows("rlrr", {("kitti", 0): 0.6}) + rows("lora", one), "lora")

@@ -297,6 +297,6 @@ def test_a_folder_is_read_as_the_file_in_it(tmp_path):
         follow(tmp_path / "model.safetensors", "Ti/16", name=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["https://h/model.safetensors?download=true", "gs://b/vit"])
-def test_addresses_without_a_known_ending_are_addresses(name):
+@pytest.mark.parametrize("name", ["https://h/model.safetensors?download=true", "gs://b/vit.npz"])
+def test_the_ending_of_an_address_is_its_paths(name):
     assert names.address(name) == name

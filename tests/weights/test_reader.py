@@ -156,6 +156,32 @@ def test_position_that_does_not_fit_names_its_rows(rows, grid, tree, tmp_path):
         load(tmp_path / "w.npz", how=reader.How(grid=grid))
 
 
+@pytest.mark.parametrize(
+    ("rows", "size"),  # n - 1 = h * w of the images, and n is a square: no row is the class token's
+    [(16, (24, 40)), (49, (48, 64)), (196, (104, 120)), (16, (40, 24))],
+)
+def test_a_square_is_never_a_class_row_and_an_oblong(rows, size, tree, tmp_path):
+    flat, position = with_position(tree, rows)
+    np.savez(tmp_path / "w.npz", **flat)
+    h, w = (side // SMALL["patch_size"] for side in size)
+    assert rows - 1 == h * w
+    loaded, side = load(tmp_path / "w.npz", size), int(rows**0.5)
+    square = position.reshape(side, side, -1)
+    zoom = scipy.ndimage.zoom(square, (h / side, w / side, 1), order=1).reshape(1, h * w, -1)
+    np.testing.assert_allclose(loaded["pos_embedding"], zoom, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(loaded["cls"], tree["cls"])
+
+
+def test_an_oblong_of_the_images_is_asked_for(tree, tmp_path):
+    """15 rows are 3 x 5 or 5 x 3, whatever the images are."""
+    flat, position = with_position(tree, 15)
+    np.savez(tmp_path / "w.npz", **flat)
+    with pytest.raises(UserError, match="has 15 rows, which is not a square: give its shape as"):
+        load(tmp_path / "w.npz", (24, 40))
+    loaded = load(tmp_path / "w.npz", (24, 40), how=reader.How(grid=(3, 5)))
+    np.testing.assert_array_equal(loaded["pos_embedding"], position)
+
+
 # What is refused.
 
 
