@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU slice: makes it if it is not there, copies this clone, installs, runs on all workers, gathers.
+# A TPU slice: makes it if it is not there, sends what is committed here, installs, runs on all workers, gathers.
 #   launch/tpu_pod.sh [--dry-run] --config configs/vtab.py:all --config.data.dir=gs://bucket/tfds --workdir=gs://bucket/run
 # Environment: TPU_NAME (required), ZONE (required), TYPE (v5litepod-16), VERSION (v2-alpha-tpuv5-lite),
 # PROJECT (gcloud's), SPOT=1 for a preemptible one. The workdir must be on gs://, which all workers share.
@@ -19,16 +19,30 @@ tpu=(gcloud compute tpus tpu-vm)
 where=(--zone "$zone" ${PROJECT:+--project "$PROJECT"})
 state=
 [ -n "$dry" ] || state=$("${tpu[@]}" describe "$name" "${where[@]}" --format "value(state)" 2>/dev/null || true)
-if [ -n "$state" ] && [ "$state" != READY ]; then  # preempted
-  run "${tpu[@]}" delete "$name" "${where[@]}" --quiet
-fi
-if [ "$state" != READY ]; then
+case $state in
+  "" | READY) ;;
+  PREEMPTED | TERMINATED)  # nothing is left of it but its name
+    run "${tpu[@]}" delete "$name" "${where[@]}" --quiet
+    state= ;;
+  STOPPED) run "${tpu[@]}" start "$name" "${where[@]}" ;;
+  *) echo "error: the TPU $name is $state: wait until it is READY, or set another TPU_NAME" >&2; exit 1 ;;
+esac
+if [ -z "$state" ]; then
   run "${tpu[@]}" create "$name" "${where[@]}" --accelerator-type "${TYPE:-v5litepod-16}" \
     --version "${VERSION:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
 fi
-run "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "rm -rf rlrr_jax"
-run "${tpu[@]}" scp --recurse "$root" "$name:rlrr_jax" "${where[@]}" --worker all
-install='cd rlrr_jax && python3 -m pip install -q uv && python3 -m uv venv -q --python 3.12 venv-tpu'
+if ! git -C "$root" rev-parse --quiet --verify HEAD >/dev/null; then
+  echo "error: $root is no clone with a commit, which is what is sent: clone it, or commit" >&2; exit 1
+fi
+changed=$(git -C "$root" status --short)
+if [ -n "$changed" ]; then
+  printf 'note: what is committed is sent, and not these:\n%s\n' "$changed" >&2
+fi
+archive=$(mktemp -d)/rlrr_jax.tar.gz
+trap 'rm -rf "$(dirname "$archive")"' EXIT
+run git -C "$root" archive --format tar.gz --output "$archive" HEAD
+run "${tpu[@]}" scp "$archive" "$name:rlrr_jax.tar.gz" "${where[@]}" --worker all
+install='rm -rf rlrr_jax && mkdir rlrr_jax && tar xzf rlrr_jax.tar.gz -C rlrr_jax && cd rlrr_jax && python3 -m pip install -q uv && python3 -m uv venv -q --python 3.12 venv-tpu'
 install+=' && python3 -m uv pip install -q --python venv-tpu/bin/python -e ".[tpu]" gcsfs'
 run "${tpu[@]}" ssh "$name" "${where[@]}" --worker all --command "$install"
 arguments=$(printf '%q ' "$@")

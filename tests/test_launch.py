@@ -2,7 +2,11 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
+import tarfile
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,17 +40,15 @@ def test_local_with_an_unknown_accelerator():
 def test_tpu_pod():
     where = dict(TPU_NAME="mine", ZONE="us-central1-a", SPOT="1")
     code, lines, err = run("launch/tpu_pod.sh", "--dry-run", *ARGUMENTS, **where)
-    assert (code, err) == (0, "")
+    assert code == 0 and (not err or err.startswith("note: what is committed is sent, and not these:"))
     tpu = "gcloud compute tpus tpu-vm"
     at = "--zone us-central1-a"
     assert lines[0] == (
         f"{tpu} create mine {at} --accelerator-type v5litepod-16 --version v2-alpha-tpuv5-lite --spot "
     )
-    assert lines.pop(1).replace("\\", "") == (
-        f"{tpu} ssh mine {at} --worker all --command rm -rf rlrr_jax "
-    )
-    assert lines[1] == f"{tpu} scp --recurse CLONE mine:rlrr_jax {at} --worker all "
-    assert lines[2].startswith(f"{tpu} ssh mine {at} --worker all --command cd")
+    archive = lines.pop(1).removeprefix("git -C CLONE archive --format tar.gz --output ").split()[0]
+    assert lines[1] == f"{tpu} scp {archive} mine:rlrr_jax.tar.gz {at} --worker all "
+    assert lines[2].startswith(rf"{tpu} ssh mine {at} --worker all --command rm\ -rf\ rlrr_jax\ \&\&")
     plain = lines[3].replace("\\", "")
     assert plain.startswith(
         f"{tpu} ssh mine {at} --worker all --command cd rlrr_jax && venv-tpu/bin/python -m "
@@ -54,6 +56,44 @@ def test_tpu_pod():
     )
     assert lines[4] == "mkdir -p CLONE/runs "
     assert lines[5] == "gcloud storage cp --recursive gs://bucket/run CLONE/runs/ "
+
+
+@pytest.mark.parametrize(
+    ("state", "does"),
+    [
+        *(("READY", None), ("STOPPED", "start"), ("PREEMPTED", "delete"), ("TERMINATED", "delete")),
+        *((state, "error") for state in ("CREATING", "MAINTENANCE", "REPAIRING", "STARTING", "HIDDEN")),
+    ],
+)
+def test_tpu_pod_deletes_only_what_is_gone(state, does, tmp_path):
+    """With a stand-in for gcloud that keeps what it was asked, and what it was sent."""
+    gcloud = f"""echo "$@" >> {tmp_path}/asked
+case "$*" in *describe*) echo {state} ;; *scp*) cp "$5" {tmp_path}/sent.tar.gz ;; esac"""
+    (tmp_path / "gcloud").write_text(f"#!/usr/bin/env bash\n{gcloud}\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    clone = tmp_path / "clone"
+    git = lambda *args: subprocess.run(["git", "-C", clone, *args], check=True, capture_output=True)
+    clone.mkdir()
+    git("init")
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    git("add", ".")
+    git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-m", "x")
+    (clone / "secret.txt").write_text("x")
+    (clone / "runs").mkdir()
+    path = dict(PATH=f"{tmp_path}:{os.environ['PATH']}", TPU_NAME="mine", ZONE="z")
+    code, _, err = run("bash", str(clone / "launch/tpu_pod.sh"), *ARGUMENTS, **path)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    verbs = [line.split()[3] for line in asked if line.startswith("compute")]
+    if does == "error":
+        assert code == 1 and f"the TPU mine is {state}: wait until it is READY" in err
+        assert verbs == ["describe"]
+        return
+    created = ["create"] if does == "delete" else []
+    assert verbs == ["describe", *([does] if does else []), *created, "scp", "ssh", "ssh"]
+    assert "note: what is committed is sent, and not these:\n?? secret.txt" in err
+    with tarfile.open(tmp_path / "sent.tar.gz") as sent:
+        names = sent.getnames()
+    assert "launch/tpu_pod.sh" in names and not [n for n in names if "secret" in n or ".git" in n]
 
 
 def test_tpu_pod_needs_a_shared_workdir_and_a_name():
