@@ -88,11 +88,13 @@ def get_config(arg=None):
     config.pretrained = ConfigDict()
     config.pretrained.name = placeholder(str)  # a name, file or address; None goes by the variant
     config.pretrained.grid = placeholder(tuple)  # of a position embedding that is not square
+    # Whether the JSON files beside weights, and their name, are passed over; else they must fit.
+    config.pretrained.ignore_json = False
     # Of red, green and blue in [0, 1], for .safetensors that do not say it; 0.5 each is [-1, 1].
     config.pretrained.mean = placeholder(tuple)
     config.pretrained.std = placeholder(tuple)
-    # How a position embedding is brought to another grid: "linear" (JAX code), "bicubic" (timm) or
-    # "bicubic_plain" (transformers, without antialiasing); None: as where the weights come from.
+    # How a position embedding is brought to another grid: "linear" (JAX code), "bilinear"
+    # (FlexiViT's), "bicubic" (timm) or "bicubic_plain" (transformers); None: as where they come from.
     config.pretrained.resize = placeholder(str)
     # Whether a patch embedding is brought to the variant's patch size, as FlexiViT's is.
     config.pretrained.resize_patch = False

@@ -439,7 +439,8 @@ def follow(run: ConfigDict, path: str) -> list[str]:
       path: where the weight file is.
     """
     name, given, model = run.pretrained.name, run.pretrained, run.model
-    card = preprocessing.read(path, name, needed=given.mean is None, variant=model.variant)
+    how = dict(variant=model.variant, ignore=bool(given.get("ignore_json")))
+    card = preprocessing.read(path, name, needed=given.mean is None, **how)
     notes = [f"note: {text}" for text in card.notes]
     if card.by_name and given.mean is None:
         notes.append(
@@ -452,6 +453,12 @@ def follow(run: ConfigDict, path: str) -> list[str]:
         notes.append(
             f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
             f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
+        )
+    _check_activation(run, card, hasattr(plain, "gelu"))
+    if ours and card.gelu is None and card.norm_eps is None and model.norm_eps is None:
+        notes.append(
+            f"note: nothing says the epsilon of the LayerNorms of {name}: {plain.norm_eps:g} is taken "
+            f"(config.model.norm_eps)"
         )
     jax_of_others = not ours and preprocessing.of_jax(path)  # BiT's: the card is that of ViTs
     eps = None if jax_of_others else card.norm_eps
@@ -473,11 +480,26 @@ def follow(run: ConfigDict, path: str) -> list[str]:
     return notes + _follow_parts(run, card, path)
 
 
+def _check_activation(run: ConfigDict, card: preprocessing.Card, has_one: bool) -> None:
+    """UserError where nothing says a model's activation, or it is one that its family does not have."""
+    name, variant = run.pretrained.name, run.model.variant
+    if not has_one and card.gelu not in (None, "exact") and models.family(variant) == "swin":
+        raise UserError(
+            f"{name} has the {card.gelu} GELU ({card.source}), which {variant} has not: take another"
+        )
+    if has_one and card.gelu is None and run.model.gelu is None:
+        raise UserError(
+            f"nothing says which GELU {name} has, and its arrays do not show it: put its config.json "
+            f"beside it, or set config.model.gelu (exact, tanh or quick)"
+        )
+
+
 def _size_said(run: ConfigDict, size: Any) -> list[tuple]:
     """What a card's image size fills in: the run's, and where it is not square the file's grid."""
     if not isinstance(size, tuple):
         return [(run, "image_size", size, None)]
-    patch = models.sizes(run.model.variant).get("patch_size")
+    vit_like = models.family(run.model.variant) == "vit"
+    patch = vit_like and models.sizes(run.model.variant)["patch_size"]
     grid = [(run.pretrained, "grid", tuple(side // patch for side in size), None)] if patch else []
     return [(run, "image_size", size[0], None), *grid]
 
@@ -488,6 +510,11 @@ def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[
     if models.family(model.variant) != "vit":
         note = f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by avg"
         return [note] if card.pooling not in (None, "avg") else []
+    if card.pooling not in (None, "", *checks.CHOICES["model.pool"]):
+        raise UserError(
+            f"{name} pools by {card.pooling} ({card.source}), which is none of "
+            f"{', '.join(checks.CHOICES['model.pool'])}: take another"
+        )
     said = vit_layouts.parts(reader.array_shapes(path))
     if card.pooling in checks.CHOICES["model.pool"] and card.pooling != "token":
         said.setdefault("pool", card.pooling)

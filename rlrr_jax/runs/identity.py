@@ -81,6 +81,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (given, "std", preprocessing.HALF),
         (given, "resize", "linear"),
         (given, "resize_patch", False),
+        (given, "ignore_json", False),
         (model, "num_heads", heads),
         (model, "norm_eps", 1e-6),
         *((model, key, None) for key in (*vit.PARTS, *vit.CHOSEN)),

@@ -185,7 +185,7 @@ _FLAX = (
     "d = open('{0}', 'rb').read(); "
     "numpy.savez('{1}.npz', **f(flax.serialization.msgpack_restore(d), sep='/'))",
 )
-_KERAS = ("HDF5", "import h5py, numpy; print(h5py.File('{0}')), which needs names of your own")
+_KERAS = ("HDF5", "")
 _CONVERSIONS = dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar"), _TORCH)
 _CONVERSIONS |= {".msgpack": _FLAX, ".h5": _KERAS, ".hdf5": _KERAS}
 
@@ -203,8 +203,9 @@ def _check_kind(path):
         return
     what, lines = kind
     why = "can run code, and is never opened here" if kind is _TORCH else "is not read here"
-    code = lines.format(path, path.with_suffix(""))
-    raise UserError(f"{path} is {what}, which {why}: convert it where you trust it, by {code}")
+    way = f"convert it where you trust it, by {lines.format(path, path.with_suffix(''))}"
+    way = way if lines else "take a .npz or .safetensors file of those weights"
+    raise UserError(f"{path} is {what}, which {why}: {way}")
 
 
 def _pickled(path):

@@ -1,6 +1,7 @@
 """What a backbone's shapes do not show: GELU, pixels, attention heads, epsilon, pooling."""
 
 import json
+import math
 import pathlib
 import re
 import urllib.parse
@@ -11,6 +12,7 @@ import safetensors
 from rlrr_jax import models
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
+from rlrr_jax.weights import architectures
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -25,26 +27,37 @@ _BY_NAME = (
 )
 _ACTIVATIONS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh"}
 _ACTIVATIONS |= {"gelu_new": "tanh", "quick_gelu": "quick"}
-# timm's architectures that have the heads of their size, as `vit.VARIANTS` says.
-_ARCHITECTURE = r"((?:vit|deit|deit3)_(tiny|small|base|large|huge)(?:_distilled)?_patch(\d+)\w*)"
-_SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
-# model_type of transformers and architecture of timm, of each family of models.
+
+
+class _Type(NamedTuple):
+    """What a model_type of transformers has where its config.json says nothing, and its family here."""
+
+    family: str
+    gelu: str
+    eps: float
+    resize: str = "bicubic_plain"
+
+
 _HF_TYPES = {
-    "vit": (
-        *("vit", "deit", "dinov2", "dinov2_with_registers", "vit_mae", "vit_msn"),
-        *("clip", "clip_vision_model", "siglip", "siglip_vision_model"),
-    ),
-    "swin": ("swin",),
-    "resnet": (),
+    **dict.fromkeys(("vit", "deit", "vit_mae", "vit_msn", "ijepa"), _Type("vit", "gelu", 1e-12)),
+    "dinov2": _Type("vit", "gelu", 1e-6),
+    "dinov2_with_registers": _Type("vit", "gelu", 1e-6, "bicubic"),  # which antialiases
+    "swin": _Type("swin", "gelu", 1e-5),
 }
-_TIMM_NAMES = {"swin": "swin_", "resnet": "resnet"}
+for _name, _type in {
+    **dict.fromkeys(
+        ("clip", "chinese_clip", "altclip", "metaclip_2"), _Type("vit", "quick_gelu", 1e-5)
+    ),
+    "siglip": _Type("vit", "gelu_pytorch_tanh", 1e-6),
+}.items():
+    _HF_TYPES |= dict.fromkeys((_name, f"{_name}_vision_model"), _type)
 
 
 class Card(NamedTuple):
     """A backbone's habits; None where nothing says it.
 
     Attributes:
-      gelu: "tanh" or "exact".
+      gelu: "tanh", "exact" or "quick".
       mean, std: mean and standard deviation of each colour, for pixels in [0, 1]; all 0.5 is [-1, 1].
       source: words that name where this comes from.
       image_size: side of the images in pixels; (height, width) of a ViT where they differ.
@@ -54,6 +67,7 @@ class Card(NamedTuple):
       resize: how its code resizes a position embedding, see `pretrained.RESIZES`.
       notes: sentences about what was passed over.
       by_name: whether mean and std are what file names of that kind have, and nothing else says it.
+      variant: `config.model.variant` of the architecture that it names.
     """
 
     gelu: str | None
@@ -67,6 +81,7 @@ class Card(NamedTuple):
     resize: str | None = None
     notes: tuple = ()
     by_name: bool = False
+    variant: str | None = None
 
 
 JAX = Card("tanh", HALF, HALF, "its layout says so", norm_eps=1e-6, resize="linear")
@@ -80,80 +95,83 @@ def of_jax(name: Any) -> bool:
     return not (other or ("://" not in name and pathlib.Path(name).is_dir()))
 
 
-def read(path: Any, name: str = "", needed: bool = True, variant: str | None = None) -> Card:
+def read(
+    path: Any, name: str = "", needed: bool = True, variant: str | None = None, ignore: bool = False
+) -> Card:
     """The `Card` of a weight file.
 
-    The public JAX weights (`.npz`) have tanh and [-1, 1]. A `.safetensors` has the exact GELU, and what
-    says more is, in this order: its own header (written by our export), timm's `<file>.json` or
-    `config.json` or transformers' `config.json` and `preprocessor_config.json` beside it, its name.
-    A `config.json` of another model is passed over with a note.
+    The public JAX weights (`.npz`) have tanh and [-1, 1]. Of a `.safetensors`, what says more is, in
+    this order: its own header (our export's), timm's `<file>.json` or `config.json`, or those of
+    transformers beside it, its name. A JSON beside a file is followed or refused.
 
     Args:
       path: where the file is.
       name: what it was asked for by.
       needed: whether it is an error if nothing says how pixels are normalised.
       variant: `config.model.variant` of the model that it is for, if that is known.
+      ignore: whether the JSON files beside it and its name are passed over, as its user says.
 
-    Raises UserError for that, for a damaged JSON or an unknown activation.
+    Raises UserError for that, for a damaged JSON, for one of another model, and for an architecture or
+    activation that is not computed here.
     """
     path = pathlib.Path(path)
     heads = vit.VARIANTS.get(str(variant).partition("/")[0], {}).get("num_heads")
+    texts = [pathlib.PurePath(name).name.partition("@")[0], path.name]
     if of_jax(path):
-        return JAX._replace(num_heads=heads)
-    card, notes = _header(path), []
+        flexible = any("flexivit" in text.lower() for text in texts)
+        return JAX._replace(num_heads=heads, resize="bilinear" if flexible else JAX.resize)
+    card, notes, beside = _header(path), [], []
     if not card:
-        beside = path.name.removesuffix(INDEX).removesuffix(".safetensors") + ".json"
-        for config in (path.with_name(beside), path.with_name("config.json")):
-            found, note = _beside(config, path, name, variant)
-            card = card or found
-            notes += [note] if note else []
-    names = f"{pathlib.PurePath(name).name} {path.name}".lower()
-    known = next((pixels for pattern, pixels in _BY_NAME if re.search(pattern, names)), (None, None))
-    _check_positions(names, path)
-    gelu = _ACTIVATIONS[_gelu_by_name(names) or "gelu"]
-    card = card or Card(gelu, *known, "its name says so", norm_eps=_eps_by_name(names))
-    if card.mean is None:
-        card = card._replace(mean=known[0], std=known[1])
-    card = card._replace(by_name=card.mean is not None and card.mean is known[0])
+        own = path.name.removesuffix(INDEX).removesuffix(".safetensors") + ".json"
+        beside = [path.with_name(own), path.with_name("config.json")]
+        beside = [config for config in dict.fromkeys(beside) if config.exists()]
+    if ignore:
+        notes = [f"{config} is passed over, as config.pretrained.ignore_json says" for config in beside]
+    for config in () if ignore else beside:
+        card = card or _beside(config, variant)
+    if card is None:
+        card = Card(None, None, None, "its name says so") if ignore else _by_name(texts, path, heads)
+    if card.variant and variant not in (None, "bundled", card.variant):
+        raise UserError(
+            f"{path} is of {card.variant} ({card.source}), config.model.variant is {variant}: set "
+            f"config.model.variant={card.variant}, or take another file{_ignoring(beside)}"
+        )
     if card.mean is None and needed:
         raise UserError(
-            f"nothing says how the pixels of {path} are normalised"
-            + "".join(f" ({note})" for note in notes)
-            + ": put its config.json beside it, or set config.pretrained.mean and "
-            "config.pretrained.std (0.5 each for [-1, 1])"
+            f"nothing says how the pixels of {path} are normalised{''.join(f' ({n})' for n in notes)}: "
+            f"{'' if beside else 'put its config.json beside it, or '}set config.pretrained.mean and "
+            f"config.pretrained.std (0.5 each for [-1, 1]) and config.model.gelu (exact, tanh or quick)"
         )
-    if card.num_heads is None:
-        card = card._replace(num_heads=_heads_by_name(names, heads))
-    resize = card.resize or ("bicubic_plain" if _of_transformers(path) else "bicubic")
-    return card._replace(resize=resize, notes=tuple(notes))
+    return card._replace(resize=card.resize or _resize_by_arrays(path), notes=tuple(notes))
 
 
-def _check_positions(names, path):
-    """UserError for models that only their name tells to have rotary positions."""
-    if found := re.search(r"\w*(vit_pe_|dinov3|_rope_)\w*", names):
-        raise UserError(
-            f"{path} is a {found[0]}, which has rotary positions, as this ViT does not: take another"
-        )
+def _ignoring(beside: list) -> str:
+    """How a JSON beside a file is passed over; nothing where there is none."""
+    way = ", or remove it, or say config.pretrained.ignore_json=True if it is not the file's"
+    return way if beside else ""
 
 
-def _gelu_by_name(names):
-    """The activation that timm's name of an architecture tells, else None."""
-    if re.search(r"vit_(base_patch32_siglip_(gap_)?256|large_patch16_siglip_(gap_)?512)", names):
-        return "gelu_tanh"  # of SigLIP 2
-    return "quick_gelu" if "quickgelu" in names else None
+def _by_name(texts: list[str], path: pathlib.Path, heads: int | None) -> Card:
+    """What the name of a file or repository tells; all None where it tells nothing.
 
-
-def _eps_by_name(names):
-    """The epsilon of LayerNorms that timm's name of an architecture tells, else None."""
-    return 1e-5 if re.search(r"(^|[^a-z])clip", names) else None
-
-
-def _heads_by_name(names, heads):
-    """Heads that a name tells: those of the size, but for the public exceptions."""
+    Args:
+      texts: names of the repository or folder, and of the file.
+      path: where the file is.
+      heads: attention heads of the model that it is for.
+    """
+    names = " ".join(texts).lower()
+    mean, std = next(
+        (pixels for pattern, pixels in _BY_NAME if re.search(pattern, names)), (None, None)
+    )
+    found = next(filter(None, (architectures.by_name(text, str(path)) for text in texts)), None)
+    gelu, eps = ("exact" if mean and not re.search(r"(^|[^a-z])clip", names) else None), None
+    number = heads if mean else None
+    if found:
+        gelu, eps, number = found.gelu, found.norm_eps, found.num_heads or heads
     if re.search(r"(^|[^a-z])moco", names):  # its ViT-S has 12 (facebookresearch/moco-v3, vits.py)
-        return 12 if heads == vit.VARIANTS["S"]["num_heads"] else heads
-    public = re.search(_ARCHITECTURE, names) or any(re.search(p, names) for p, _ in _BY_NAME)
-    return heads if public else None
+        number = 12 if heads == vit.VARIANTS["S"]["num_heads"] else heads
+    card = Card(gelu, mean, std, "its name says so", num_heads=number, norm_eps=eps)
+    return card._replace(by_name=mean is not None, variant=(found and found.variant) or None)
 
 
 def check(gelu: str, mean: Any, std: Any) -> None:
@@ -187,10 +205,8 @@ def _header(path):
     return card._replace(image_size=size, num_heads=heads, norm_eps=eps)
 
 
-def _beside(config, path, name, variant):
-    """The card of a JSON beside a file, None if it says nothing of it; and a note why."""
-    if not config.exists():
-        return None, None
+def _beside(config, variant):
+    """The card of a JSON beside a file; UserError for one that is of something else."""
     try:
         said = json.loads(config.read_text())
         if not isinstance(said, dict):
@@ -201,98 +217,139 @@ def _beside(config, path, name, variant):
         said = {**said, **said["vision_config"], "model_type": said.get("model_type")}
     hugging = "model_type" in said or "hidden_size" in said or "architectures" in said
     if not hugging and not said.keys() & {"pretrained_cfg", "architecture", "model_args", "mean"}:
-        return None, f"{config} says nothing of a ViT, and is passed over"
+        raise UserError(f"{config} says nothing of a model that is known here{_REMOVE}")
     try:
-        if other := (_other_hf if hugging else _other_timm)(said, path, name, variant):
-            return None, f"{config} is of another model ({other}), and is passed over"
-        return (_hf if hugging else _timm)(said, config), None
+        if hugging and (other := _other_hf(said, variant)):
+            raise UserError(f"{config} is of another model ({other}){_REMOVE}")
+        return (_hf if hugging else _timm)(said, config)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{config} is damaged ({e}): replace or remove it") from e
 
 
-def _other_timm(said, path, name, variant):
-    """What tells that timm's config.json belongs to another file, else None."""
-    architecture = said.get("architecture")
-    if not isinstance(architecture, str):
-        return None
-    for text in (pathlib.PurePath(name).name, path.name):
-        own = re.search(_ARCHITECTURE, text.lower().partition(".")[0])
-        if own and not own[1].startswith(architecture.partition(".")[0]):  # or a name made from it
-            return f"its architecture is {architecture}"
-    bit = re.sub(r"^bit_(\d+x\d)$", r"resnetv2_\1_bit", str(variant))
-    if variant and models.family(variant) == "resnet" and architecture not in (variant, bit):
-        return f"its architecture is {architecture}, the model is {variant}"
-    if variant and not architecture.startswith(_TIMM_NAMES.get(models.family(variant), "")):
-        return f"its architecture is {architecture}, the model is {variant}"
-    sizes = re.search(_ARCHITECTURE, architecture)
-    if sizes and variant not in (None, "bundled"):
-        ours = f"{_SIZES[sizes[2]]}/{sizes[3]}"
-        if ours != variant:
-            return f"its architecture is {architecture}, the model is {variant}"
-    return None
+_REMOVE = (
+    ": take another file, or say config.pretrained.ignore_json=True if this JSON is not the file's"
+)
 
 
-def _other_hf(said, path, name, variant):
+def _other_hf(said, variant):
     """What tells that transformers' config.json belongs to another model, else None."""
     kind = said.get("model_type")
     family = models.family(variant or "bundled")
-    if kind not in (None, *_HF_TYPES[family]):
+    known = _HF_TYPES.get(kind)
+    if kind is not None and (known is None or known.family != family):
         return f"its model_type is {kind}"
-    if variant in (None, "bundled") or family != "vit":
+    if said.get("num_channels", 3) != 3:
+        return f"its num_channels is {said['num_channels']}"
+    if family != "vit":
+        return None
+    if said.get("use_swiglu_ffn"):
+        return "it has gated MLPs"
+    if variant in (None, "bundled"):
         return None
     ours = models.sizes(variant)
-    for key, own in (("hidden_size", "width"), ("num_hidden_layers", "depth"), ("patch_size",) * 2):
+    for key, own in (
+        *(("hidden_size", "width"), ("num_hidden_layers", "depth"), ("patch_size",) * 2),
+        ("intermediate_size", "mlp_dim"),
+    ):
         if said.get(key) not in (None, ours[own]):
             return f"its {key} is {said[key]}, that of {variant} {ours[own]}"
+    ratio = said.get("mlp_ratio")
+    if ratio is not None and ratio * ours["width"] != ours["mlp_dim"]:
+        return f"its mlp_ratio is {ratio}, that of {variant} {ours['mlp_dim'] / ours['width']:g}"
     return None
+
+
+# Arguments of timm's models that a config.json may change; all others change what is computed.
+_TIMM_ARGUMENTS = {
+    *(
+        "img_size",
+        "num_classes",
+        "global_pool",
+        "act_layer",
+        "num_heads",
+        "dynamic_img_size",
+        "drop_rate",
+    ),
+    *("drop_path_rate", "init_values", "dynamic_img_pad", "class_token", "reg_tokens", "fc_norm"),
+    *("pre_norm", "no_embed_class", "patch_size", "embed_dim", "depth", "strict_img_size"),
+}
 
 
 def _timm(said, config):
     """The card of timm's config.json."""
     pixels, model = said.get("pretrained_cfg", said), said.get("model_args") or {}
-    architecture = str(said.get("architecture"))
-    _check_positions(architecture, config)
-    size = pixels.get("input_size")
-    gelu = _activation(model.get("act_layer") or _gelu_by_name(architecture) or "gelu", config)
-    card = Card(gelu, None, None, f"{config.name} says so")
+    found = None
+    if "architecture" in said:
+        found = architectures.exact(str(said["architecture"]), str(config))
+    if other := sorted(model.keys() - _TIMM_ARGUMENTS):
+        raise UserError(
+            f"{config} says {other[0]}={model[other[0]]!r}, which is not computed here{_REMOVE}"
+        )
+    gelu = found.gelu if found else None
+    if "act_layer" in model:
+        gelu = _activation(model["act_layer"], config)
+    size, card = pixels.get("input_size"), Card(gelu, None, None, f"{config.name} says so")
     if "mean" in pixels:
-        card = _card(gelu, pixels, config, config.name)
+        card = _card(gelu or "exact", pixels, config, config.name)._replace(gelu=gelu)
     heads = model.get("num_heads")
-    if heads is None and (size_of := re.search(_ARCHITECTURE, str(said.get("architecture")))):
-        heads = vit.VARIANTS[_SIZES[size_of[2]]]["num_heads"]
+    if heads is None and found and found.variant.partition("/")[0] in vit.VARIANTS:
+        heads = found.num_heads or vit.VARIANTS[found.variant.partition("/")[0]]["num_heads"]
     return card._replace(
         image_size=_size(size and list(size)[1:]),
         pooling=model.get("global_pool", said.get("global_pool")),
         num_heads=heads if heads is None else _whole(heads, "num_heads"),
         resize="bicubic",
-        norm_eps=_eps_by_name(architecture),
+        norm_eps=found and found.norm_eps,
+        variant=(found and found.variant) or None,
     )
 
 
 def _hf(said, config):
-    """The card of transformers' config.json; pixels are in the preprocessor's file beside it."""
-    kind = str(said.get("model_type")).partition("_")[0]
-    default = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}.get(kind, "gelu")
-    gelu = _activation(said.get("hidden_act", default), config)
-    path, mean, std = config.with_name("preprocessor_config.json"), None, None
-    try:
-        pixels = json.loads(path.read_text()) if path.exists() else {}
-        if pixels.get("image_mean") is not None:
-            check(gelu, pixels["image_mean"], pixels.get("image_std"))
-            mean, std = tuple(pixels["image_mean"]), tuple(pixels["image_std"])
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({e}): replace or remove it") from e
+    """The card of transformers' config.json; pixels are in the processor's file beside it."""
+    kind = said.get("model_type")
+    default = _HF_TYPES.get(kind, _HF_TYPES["vit"])
+    gelu = _activation(said.get("hidden_act", default.gelu), config)
+    mean, std = _processor(config)
     size = said.get("image_size")
-    eps = {"dinov2": 1e-6, "swin": 1e-5, "clip": 1e-5, "siglip": 1e-6}.get(kind, 1e-12)
-    eps = _epsilon(said.get("layer_norm_eps", eps))
-    heads = said.get("num_heads" if said.get("model_type") == "swin" else "num_attention_heads", 12)
+    eps = _epsilon(said.get("layer_norm_eps", default.eps))
+    heads = said.get("num_heads" if kind == "swin" else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),
         image_size=_size(size),
         num_heads=heads if isinstance(heads, list) else _whole(heads, "num_attention_heads"),
         norm_eps=eps,
-        resize="bicubic_plain",
+        resize=default.resize,
     )
+
+
+def _processor(config):
+    """Mean and deviation for pixels in [0, 1] that transformers' processor makes; None without one."""
+    path = config.with_name("preprocessor_config.json")
+    if not path.exists():
+        path = config.with_name("processor_config.json")
+    try:
+        said = json.loads(path.read_text()) if path.exists() else {}
+        said = said.get("image_processor", said)
+        plain = said.get("do_normalize", True) is False
+        if not said or (said.get("image_mean") is None and not plain):
+            return None, None
+        if said.get("rescale_offset"):
+            raise ValueError("it moves pixels (rescale_offset), which is not computed here")
+        factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
+        three = lambda x: (x,) * 3 if isinstance(x, int | float) else x
+        mean, std = (
+            three(0.0 if plain else said["image_mean"]),
+            three(1.0 if plain else said.get("image_std")),
+        )
+        check("exact", mean, std)
+        if not isinstance(factor, int | float) or not 0 < factor < 1e9:
+            raise ValueError(f"its rescale_factor is {factor!r}")
+    except (ValueError, AttributeError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({e}): replace or remove it") from e
+    scale = 1.0 if math.isclose(255 * factor, 1, rel_tol=1e-4) else 255 * factor
+    return tuple(x / scale for x in mean), tuple(x / scale for x in std)
 
 
 def _activation(name, config):
@@ -334,8 +391,8 @@ def _card(gelu, pixels, path, source):
     return Card(gelu, tuple(mean), tuple(std), f"{source} says so")
 
 
-def _of_transformers(path):
-    """Whether a file's arrays have the names of transformers."""
+def _resize_by_arrays(path):
+    """How a position embedding is resized by the code that a file's names belong to, see `reader`."""
     try:
         if path.name.endswith(INDEX):
             names = json.loads(path.read_text())["weight_map"]
@@ -343,5 +400,9 @@ def _of_transformers(path):
             with safetensors.safe_open(path, "numpy") as file:
                 names = list(file.keys())
     except Exception:  # whoever reads its arrays says what is wrong
-        return False
-    return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
+        return "bicubic"
+    stems = "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight"
+    registers = any(name.endswith("embeddings.register_tokens") for name in names)
+    return (
+        "bicubic_plain" if any(name.endswith(stems) for name in names) and not registers else "bicubic"
+    )

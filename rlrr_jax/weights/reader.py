@@ -18,12 +18,19 @@ from rlrr_jax import models
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
 from rlrr_jax.sides import Size, pair
-from rlrr_jax.weights import names, preprocessing, resnet_layouts, swin_layouts, vit_layouts
+from rlrr_jax.weights import (
+    names,
+    preprocessing,
+    resnet_layouts,
+    state_dicts,
+    swin_layouts,
+    vit_layouts,
+)
 
 # How a position embedding is brought to another grid: "linear" is SciPy's zoom, as in the public JAX
 # code; "bicubic" is PyTorch's with antialiasing, as in timm; "bicubic_plain" is PyTorch's without, as
-# in transformers.
-RESIZES = ("linear", "bicubic", "bicubic_plain")
+# in transformers; "bilinear" is JAX's with antialiasing, as in the code of FlexiViT.
+RESIZES = ("linear", "bilinear", "bicubic", "bicubic_plain")
 LAYOUTS = {
     "vit": vit_layouts,
     "swin": swin_layouts,
@@ -172,6 +179,7 @@ def _read(path, subtree, model, limit):
     flat = {}
     for shard in names.shards(pathlib.Path(path)) if index else [pathlib.Path(path)]:
         flat |= _read_safetensors(shard, limit)
+    state_dicts.refuse(flat, path)
     if family != "vit":
         if family == "swin":
             return swin_layouts.from_torch(flat, path)
@@ -305,7 +313,8 @@ def resize_patch(kernel: Any, patch: int, rule: str) -> np.ndarray:
     pseudo-inverse of the resizing, which is linear of the JAX code, bicubic of the others.
     """
     eye = np.eye(len(kernel), dtype=np.float32)
-    method = dict(method="linear", antialias=False) if rule == "linear" else dict(method="cubic")
+    linear = rule in ("linear", "bilinear")
+    method = dict(method="linear", antialias=False) if linear else dict(method="cubic")
     along = np.asarray(jax.image.resize(eye, (patch, len(kernel)), **method), np.float64)
     inverse = np.linalg.pinv(along.T)  # [patch, p]
     return np.einsum("ia,jb,abcd->ijcd", inverse, inverse, kernel, optimize=True).astype(np.float32)
@@ -358,9 +367,9 @@ def resize_position(position: Any, target: Any, rule: str) -> np.ndarray:
         import scipy.ndimage  # slow to import
 
         return scipy.ndimage.zoom(position, zoom, order=1)
-    if rule == "bicubic":
-        shape = (*target, position.shape[-1])
-        return np.asarray(jax.image.resize(position, shape, "cubic", antialias=True))
+    if rule in ("bicubic", "bilinear"):
+        shape, method = (*target, position.shape[-1]), {"bicubic": "cubic", "bilinear": "linear"}[rule]
+        return np.asarray(jax.image.resize(position, shape, method, antialias=True))
     rows, columns = (_bicubic(n, m) for n, m in zip(position.shape, target))
     return np.einsum("ih,jw,hwd->ijd", rows, columns, position, optimize=True)
 

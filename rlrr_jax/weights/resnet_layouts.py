@@ -11,11 +11,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
+from rlrr_jax.weights import state_dicts
 
 STEM = None  # pixels cannot be folded: it is padded
 _EPS = 1e-5  # of torchvision's BatchNorm
 _STATISTICS = ("running_mean", "running_var")
-_COUNTER = re.compile(r".*num_batches_tracked")
+# Counters, and what training put behind the network.
+_UNUSED = re.compile(
+    r".*num_batches_tracked|(fc|head|projection_head|projector|predictor|prototypes|queue|queue_ptr)\b.*"
+)
 
 
 def numbered(params: Any) -> dict:
@@ -29,8 +33,8 @@ def stacked(flat: dict) -> dict:
 
 
 def passed_over(flat: dict, wanted: Any) -> tuple:
-    """See `vit_layouts.passed_over`: counters of batches."""
-    unused = sorted(key for key in flat if key not in wanted and _COUNTER.fullmatch(key))
+    """See `vit_layouts.passed_over`: counters of batches, other heads."""
+    unused = sorted(key for key in flat if key not in wanted and _UNUSED.fullmatch(key))
     return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
@@ -42,6 +46,8 @@ def from_torch(flat: dict, bit: bool, path: Any) -> tuple:
     Raises UserError if it is no ResNet of that kind.
     """
     stem = "stem.conv.weight" if bit else "conv1.weight"
+    inner = r"((?:(?!layer\d|stages|downsample)\w+\.)*)" + re.escape(stem)
+    flat, outside = state_dicts.one_model(flat, inner, path)
     if stem not in flat:
         raise UserError(f"{path} has no array '{stem}': it is no such ResNet; check config.model")
     out: dict = {}
@@ -63,7 +69,7 @@ def from_torch(flat: dict, bit: bool, path: Any) -> tuple:
         scale = parts[0].astype(np.float64) / np.sqrt(var.astype(np.float64) + _EPS)
         out[f"{name}/bias"] = (parts[1] - mean * scale).astype(np.float32)
         out[f"{name}/scale"] = scale.astype(np.float32)
-    return out, []
+    return out, outside
 
 
 def _from_torchvision(key):

@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
+from rlrr_jax.weights import state_dicts
 from rlrr_jax.weights.vit_layouts import join_thirds, timm_layer, to_timm_layer
 
 STEM = "patch_embed/proj"  # what takes the pixels
@@ -100,13 +101,11 @@ def from_torch(flat: dict, path: Any) -> tuple:
     Raises UserError if there is none.
     """
     flat = _from_transformers(flat)
-    prefixes = [key.removesuffix(_STEM) for key in flat if key.endswith(_STEM)]
-    if len(prefixes) != 1 or f"{prefixes[0]}patch_embed.norm.weight" not in flat:
+    flat, outside = state_dicts.one_model(flat, r"(.*)patch_embed\.proj\.weight", path)
+    if _STEM not in flat or "patch_embed.norm.weight" not in flat:
         raise UserError(
             f"{path} holds no Swin Transformer (no {_STEM} with a norm): check config.model"
         )
-    outside = [key for key in flat if not key.startswith(prefixes[0])]
-    flat = {k.removeprefix(prefixes[0]): v for k, v in flat.items() if k.startswith(prefixes[0])}
     last = max([int(m[1]) for key in flat if (m := re.match(r"layers\.(\d+)\.", key))], default=0)
     newer = any(key.startswith(f"layers.{last}.downsample") for key in flat)
     out = {}

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
+from rlrr_jax.weights import state_dicts
 
 _ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 PREFIXES = ("", "params/", "opt/target/")  # of the tree to read, if an `.npz` holds several
@@ -160,6 +161,11 @@ def from_jax(flat: dict, subtree: str, path: Any) -> tuple:
         key = key.replace("/LayerNorm_2/", "/LayerNorm_1/").replace("/MlpBlock_3/", f"/{_MLP}/")
         key = re.sub(r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", key)
         names[key] = value
+    if "pos_embedding" not in names:
+        raise UserError(
+            f"{path} has no position embedding: its positions are computed (sincos2d), as ours are "
+            f"not; take another"
+        )
     return numbered(names), outside
 
 
@@ -170,15 +176,15 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
 
     Raises UserError for what our ViT does not have.
     """
-    prefixes = [key.removesuffix(_TIMM_STEM) for key in flat if key.endswith(_TIMM_STEM)]
-    if not prefixes:
+    stem = r"(.*)patch_embed\.proj\.weight"
+    moco = ("", "module.base_encoder.")  # MoCo v3 keeps two
+    flat, outside = state_dicts.one_model(flat, stem, path, moco)
+    if _TIMM_STEM not in flat:
         raise UserError(f"{path} has no array '{_TIMM_STEM}': it is no Vision Transformer of timm's")
-    preferred = [p for p in ("", "module.base_encoder.") if p in prefixes]  # MoCo v3 keeps two
-    if not preferred and len(prefixes) > 1:
-        raise UserError(f"{path} holds several models ({', '.join(prefixes)}): keep one of them")
-    prefix = (preferred or prefixes)[0]
-    outside = [key for key in flat if not key.startswith(prefix)]
-    flat = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    flat = {
+        re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): x for key, x in flat.items()
+    }  # DINOv2
+    _check_attention(flat, path)
     for key in flat:
         for pattern, what in _REFUSED.items():
             if re.fullmatch(pattern, key):
@@ -187,8 +193,8 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
     for key, value in flat.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
             block = f"Transformer/encoderblock_{match[1]}"
-            if layer := re.fullmatch(r"ls([12])\.gamma", match[2]):
-                name = f"{_ATTENTION}/out" if layer[1] == "1" else f"{_MLP}/Dense_1"
+            if layer := re.fullmatch(r"ls([12])\.gamma|gamma_([12])", match[2]):
+                name = f"{_ATTENTION}/out" if "1" in layer.groups() else f"{_MLP}/Dense_1"
                 gammas[f"{block}/{name}"] = value
             else:
                 out |= {f"{block}/{k}": v for k, v in _timm_block(match[2], value, num_heads)}
@@ -206,6 +212,20 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
                 raise UserError(f"{path}: the LayerScale of {name} has the shape {gamma.shape}")
             out |= {key: out[key] * gamma} if key in out else {}
     return out, outside
+
+
+def _check_attention(flat: dict, path: Any) -> None:
+    """UserError for arrays that only models with rotary or computed positions have, or lack."""
+    if "pos_embed" not in flat:
+        raise UserError(
+            f"{path} has no position embedding: its positions are rotary or computed, as ours are "
+            f"not; take another"
+        )
+    if "cls_token" in flat and "attn_pool.latent" in flat:
+        raise UserError(
+            f"{path} has attention pooling and a class token, as models with rotary positions have, "
+            f"which this ViT has not: take another"
+        )
 
 
 def _timm_outside(key, value, num_heads):

@@ -228,7 +228,11 @@ def test_weights_of_hugging_face_come_with_their_config(hub, tmp_path, monkeypat
     """Through the real huggingface_hub and a server on loopback; then from its cache."""
     weights = named_vits.timm_weights(np.random.default_rng(0))
     body = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
-    config = {"architecture": "x", "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
+    config = {
+        "model_args": {"num_heads": 3},
+        "architecture": "vit_base_patch16_224",
+        "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]},
+    }
     hub.files = {
         "/timm/vit/resolve/main/model.safetensors": body,
         "/timm/vit/resolve/main/config.json": json.dumps(config).encode(),

@@ -47,10 +47,11 @@ def follow(path, variant="S/16", name=None, **changes):
     return run, config_lib.follow(run, path)
 
 
+SMALL = {"architecture": "vit_small_patch16_224", "pretrained_cfg": HALF}
 HEADS = {
-    "timm's model_args": ({"model_args": {"num_heads": 12}, "pretrained_cfg": HALF}, "x", 12, 0),
-    "timm's architecture": ({"architecture": "vit_small_patch16_224"}, "mae", 6, 0),
-    "transformers": ({"model_type": "vit", "num_attention_heads": 8}, "augreg", 8, 0),
+    "timm's model_args": ({**SMALL, "model_args": {"num_heads": 12}}, "x", 12, 0),
+    "timm's architecture": (SMALL, "mae", 6, 0),
+    "transformers": ({"model_type": "vit", "num_attention_heads": 8}, "x", 8, 0),
     "nobody": ({"pretrained_cfg": HALF}, "x", None, 1),
     "MoCo v3's exception": (None, "mocov3-vit-s-300ep", 12, 0),
     "a name of timm's": (None, "vit_small_patch16_224.augreg_in21k", 6, 0),
@@ -65,15 +66,20 @@ def test_heads_come_from_whoever_says_them(what, tmp_path):
     path.write_bytes(b"")
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    run, said = follow(path)
-    said = [note for note in said if "heads" in note]
+    given = {"gelu": "exact"} if what == "nobody" else {}
+    if what == "transformers":
+        (tmp_path / "preprocessor_config.json").write_text(
+            '{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
+        )
+    run, said = follow(path, **given)
+    said = [note for note in said if "how many attention heads" in note]
     assert len(said) == notes and run.model.num_heads == (heads or 6)
     assert config_lib.build_model(run).num_heads == run.model.num_heads
     if notes:
         assert (
             f"nothing says how many attention heads {path} has" in said[0] and "6 are taken" in said[0]
         )
-    asked, said = follow(path, num_heads=24)  # who asks for others is told
+    asked, said = follow(path, num_heads=24, **given)  # who asks for others is told
     assert asked.model.num_heads == 24
     assert [n for n in said if "heads" in n or "has 12" in n or "has 8" in n or "has 6" in n] == (
         [f"note: {path} has {heads} ({said_by(config)}), config.model.num_heads is 24"] if heads else []
@@ -107,7 +113,12 @@ def test_twelve_heads_are_not_six(tmp_path):
 
 
 OTHERS = {
-    "another name": ("vit_tiny_patch16_224.augreg", {"architecture": "vit_base_patch14_dinov2"}),
+    "another architecture": (
+        "vit_tiny_patch16_224.augreg",
+        {"architecture": "vit_base_patch14_dinov2"},
+    ),
+    "unknown": ("vit_tiny_patch16_224.augreg", {"architecture": "vit_tiny_patch16_rope_224"}),
+    "near": ("augreg_x", {"architecture": "vit_tiny_patch16_256"}),
     "another size": ("augreg_x", {"architecture": "vit_base_patch16_224"}),
     "another patch": ("augreg_x", {"architecture": "vit_tiny_patch8_224"}),
     "another kind": ("augreg_x", {"model_type": "swin", "hidden_size": 192}),
@@ -117,7 +128,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_a_config_of_another_model_is_passed_over_with_a_note(what, tmp_path):
+def test_a_config_of_another_model_is_refused_or_passed_over_as_asked(what, tmp_path):
     name, config = OTHERS[what]
     path = tmp_path / f"{name}.safetensors"
     path.write_bytes(b"")
@@ -125,11 +136,23 @@ def test_a_config_of_another_model_is_passed_over_with_a_note(what, tmp_path):
     if what != "something else":
         config = {**config, "pretrained_cfg": imagenet}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    run, notes = follow(path, "Ti/16")
-    assert run.pretrained.mean == preprocessing.HALF  # of the name
-    assert [n for n in notes if f"{tmp_path}/config.json" in n and n.endswith("is passed over")], notes
-    with pytest.raises(UserError, match="nothing says how the pixels of .* is passed over"):
-        preprocessing.read(tmp_path / "x.safetensors", variant="Ti/16")
+    with pytest.raises(UserError, match="config.json") as e:
+        follow(path, "Ti/16")
+    assert "damaged" not in str(e.value) and str(e.value).count(": ") >= 1
+    assert ("has rotary positions" in str(e.value)) == (what == "unknown")
+    config = vtab.get_config("digits,method=linear")
+    config.model.variant, config.pretrained.name, config.image_size = "Ti/16", str(path), 32
+    config.pretrained.ignore_json, config.model.gelu = True, "tanh"
+    (run,) = config_lib.resolve(config)
+    with pytest.raises(UserError, match="nothing says how the pixels of .* is passed over, as"):
+        config_lib.follow(run, path)
+    config.pretrained.mean = config.pretrained.std = preprocessing.HALF
+    (run,) = config_lib.resolve(config)
+    notes = config_lib.follow(run, path)
+    assert (
+        f"note: {tmp_path}/config.json is passed over, as config.pretrained.ignore_json says" in notes
+    )
+    assert run.model.gelu == "tanh"
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.dino", "vit_tiny_patch16_224_ft"])

@@ -204,6 +204,7 @@ def test_another_variant_is_named(tree, tmp_path):
         f"Transformer/encoderblock_{i}/LayerNorm_0/scale": np.ones(192, np.float32) for i in range(12)
     }
     flat["embedding/kernel"] = np.ones((16, 16, 3, 192), np.float32)
+    flat["pos_embedding"] = np.ones((1, 4, 192), np.float32)
     np.savez(tmp_path / "w.npz", **flat)
     wide = "a width of 192 and patches of 16 pixels, the model 32 and 8: set config.model.variant=Ti/16"
     with pytest.raises(UserError, match=wide):
