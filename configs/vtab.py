@@ -56,7 +56,7 @@ def get_config(arg=None):
     config.weight_decay = placeholder(float)
     config.drop_path = placeholder(float)
     config.drop_path_mode = placeholder(str)  # "element" (None, of ViTs) or "sample" (of others)
-    config.flip = placeholder(bool)
+    config.flip = placeholder(bool)  # left to right, at random; None: as the task's recipe
     # Random crops: "resmall" (the shorter side to crop_from pixels, then a square) or "inception" (5 to
     # 100 % of the area). Evaluated is the middle square. "square": the whole image as a square of
     # crop_from pixels, and a square of that, cut on the device. None: the whole image as a square.

@@ -77,10 +77,10 @@ def multipliers(change: Any, noise: Noise) -> Any:
         keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(noise.keys)
         if STACK in names:
             blocks = jnp.array(numbers[stack_of(names)])
-            one = lambda level, block: _draw(keys, level, block, node["bias"].shape[1:])
+            one = lambda level, block: _draw(keys, level, block, node["bias"].shape[1:])  # all have one
             z = jax.vmap(one)(levels[blocks], blocks)
         else:
-            z = _draw(keys, levels[-1], depth, node["bias"].shape)
+            z = _draw(keys, levels[-1], depth, node["kernel"].shape[-1:])  # a projection has no bias
         out[(*names, "z")] = z
     return unflatten_dict(out)
 
@@ -102,7 +102,11 @@ def _dense(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorC
     module = context.module
     if context.method_name != "__call__" or not module.has_variable("change", "kernel"):
         return y
-    change: Any = {name: module.get_variable("change", name) for name in ("kernel", "bias")}
+    change: Any = {
+        name: module.get_variable("change", name)
+        for name in ("kernel", "bias")
+        if module.has_variable("change", name)
+    }
     changed = module.clone(parent=None, name=None).apply({"params": change}, *args, **kwargs)
     z: Any = module.get_variable("noise", "z").astype(y.dtype)
     return y + z.reshape(len(z), *(1,) * (y.ndim - z.ndim), *z.shape[1:]) * changed

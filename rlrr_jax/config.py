@@ -4,6 +4,7 @@ import ast
 import copy
 import functools
 import itertools
+import json
 import math
 import pathlib
 import re
@@ -242,6 +243,12 @@ def _resolve_one(
     del run.seeds, run.runs
     method = methods.get(method_name, **options)
     run.update(task=task_name, method=method_name, seed=seed)
+    for kind, text in (("task", task_name), ("method", method_name)):
+        if not re.fullmatch(r"(?!\.)[\w .,+-]{1,100}", text):  # it names folders
+            raise UserError(
+                f"the {kind} {text!r} must have a name of at most 100 letters, digits, _, -, + and "
+                f"dots inside: rename it"
+            )
     if run.own.path is not None:
         run.own.path = own.absolute(run.own.path)
     run.method_kwargs = ConfigDict(options)
@@ -281,9 +288,31 @@ def _resolve_one(
     _fill(run, "drop_path_mode", default)
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
-    chosen = tuple(architecture(run).get(key) for key in vit.CHOSEN)
-    methods.check(method_name, method, _shapes(run.model.variant, size_of(run), chosen))
+    check_method(run)
     return run
+
+
+def check_method(run: ConfigDict) -> None:
+    """Checks a run's method on its model, as far as that is known: again after `follow`.
+
+    Raises UserError, see `methods.check`.
+    """
+    sizes = {key: value for key, value in architecture(run).items() if key not in ("mean", "std")}
+    module = methods.module(run.method)
+    model = run.model.variant, size_of(run), json.dumps(sizes, sort_keys=True)
+    _check_method(
+        run.method, module.method, json.dumps(run.method_kwargs.to_dict(), sort_keys=True), model
+    )
+
+
+@functools.lru_cache(256)
+def _check_method(name: str, function: Any, options: str, model: tuple) -> None:
+    del function  # another one after an edit in a notebook is checked again
+    variant, size, sizes = model
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(options).items()}
+    attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sizes).items()}
+    shapes = models.shapes(models.build(variant, 2, **attributes), size)
+    methods.check(name, methods.get(name, **given), shapes)
 
 
 def _check_family(run: ConfigDict, method: methods.Method) -> None:
@@ -391,12 +420,6 @@ def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
         elif not grid[key]:
             grid[key], run.recipe = (mine[key],), (*run.recipe, f"grid.{key}")
     run.grid = ConfigDict(grid)
-
-
-@functools.cache
-def _shapes(variant: str, image_size: Size, chosen: tuple = ()) -> Any:
-    """Shapes of the weights of a model with two classes, and what a run chooses, see `vit.CHOSEN`."""
-    return models.shapes(models.build(variant, 2, **dict(zip(vit.CHOSEN, chosen))), image_size)
 
 
 def _default_weights(variant: str) -> str:
@@ -547,6 +570,11 @@ def task_of(run: ConfigDict) -> Task:
 _own_task = functools.lru_cache(8)(own.task)  # which looks at every image
 
 
+def forget_images() -> None:
+    """Forgets what was seen of images of one's own: a folder may have changed since."""
+    _own_task.cache_clear()
+
+
 def splits(run: ConfigDict) -> tuple[str, str]:
     """Which split a run trains on, and which it is evaluated on."""
     train, val, both = task_of(run).parts
@@ -565,6 +593,7 @@ def evaluates(run: ConfigDict, epoch: int) -> bool:
 def pixels(run: ConfigDict) -> store.Pixels:
     """What is made of a run's images."""
     options = dict(variant=run.data.variant, upright=run.data.get("upright", False))
+    options["white"] = (run.get("own") or {}).get("path") is not None
     return store.pixels_for(size_of(run), run.crop, run.crop_from, **options)
 
 

@@ -107,7 +107,8 @@ def leave(text: str, code: int) -> NoReturn:
 
     What may be compiling in other threads would crash while Python ends in its own way.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the code is decided
+    for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)  # the code is decided
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     print(text, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import json
 import os
 import pathlib
@@ -69,6 +70,20 @@ def walk(folder: Any) -> Iterator[pathlib.Path]:
         seen.add((here.st_dev, here.st_ino))
         names.sort()
         yield from (pathlib.Path(root, name) for name in sorted(found))
+
+
+def below(folder: Any, *patterns: str) -> list:
+    """Paths whose parts below a folder match patterns; the folder's own name is no pattern.
+
+    Args:
+      folder: a folder, here or behind gs://.
+      patterns: of the names at each depth, such as "*", "seed*", "result.json"; hidden names are taken.
+    """
+    found = [epath.Path(folder)]
+    for pattern in patterns:
+        inner = [path for here in found if here.is_dir() for path in here.iterdir()]
+        found = [path for path in inner if fnmatch.fnmatchcase(path.name, pattern)]
+    return sorted(found)
 
 
 def write(path: Any, data: str | bytes) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -93,7 +94,9 @@ class Job(NamedTuple):
         if self.recipe.method.prepare is None:
             return state, metrics
         run, number = self.runs[0], len(self.feed.labels)
-        batches = evaluate.batches(self.feed.images, self.feed.labels, run.batch_size, self.mesh)
+        order = np.asarray(jax.random.permutation(self.feed.order_key, number))  # else by class
+        images, labels = Shuffled(self.feed.images, order), self.feed.labels[order]
+        batches = evaluate.batches(images, labels, run.batch_size, self.mesh)
         shown = distributed.is_process_zero()
         title = f"{run.task} {run.method}: gradients"
         total = -(-number // run.batch_size)
@@ -150,6 +153,21 @@ class Job(NamedTuple):
 
         with feed_lib.ahead(load, todo) as parts:
             yield parts
+
+
+class Shuffled:
+    """Images in another order; a slice of them is read when it is wanted."""
+
+    def __init__(self, images: Any, order: np.ndarray) -> None:
+        self.images, self.order = images, order
+        self.shape, self.dtype = images.shape, images.dtype
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        which = self.order[index]
+        rank = np.argsort(which)  # files are read forwards
+        out = np.empty((len(which), *self.shape[1:]), self.dtype)
+        out[rank] = self.images[which[rank]]
+        return out
 
 
 def build(runs: list, load_weights: Callable, load_data: Callable, known: dict | None = None) -> Job:

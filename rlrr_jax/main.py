@@ -27,6 +27,7 @@ _TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 300, "seconds to wait for the other processes", lower_bound=1
 )
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # preemption, a lost terminal, SLURM
 STOPPED = 75  # exit code of a run that was stopped by SIGTERM and goes on when started again
 _KEYS = "the configuration file lists them; options of a method are written vtab.py:init=damped"
 HELP = """\
@@ -64,12 +65,13 @@ def main(argv: list[str]) -> None:
     from rlrr_jax.runtime import distributed
     from rlrr_jax.runtime.stop import Stop, Stopped
 
-    logging.set_verbosity(logging.FATAL)  # Orbax tells much, and what matters it raises, too
+    _quiet_orbax(logging)
     config = _CONFIG.value
     if config is None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
     distributed.start(_DISTRIBUTED.value, _TIMEOUT.value)
     _cache_programs()
+    _say_devices()
     if not distributed.is_process_zero():
         sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
     if config.task is None and config.own.path is None:
@@ -77,9 +79,11 @@ def main(argv: list[str]) -> None:
     stop = Stop()
     try:
         with distributed.together(Stopped, STOPPED):
-            signal.signal(signal.SIGTERM, stop.ask)
+            for name in STOPPING:
+                signal.signal(name, stop.ask)
             rows, problems = suite.run(config, _WORKDIR.value, stop)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for name in STOPPING:
+                signal.signal(name, signal.SIG_DFL)
     except Stopped:
         leave(distributed.STOPPED_TEXT, STOPPED)
     if rows:
@@ -91,6 +95,38 @@ def main(argv: list[str]) -> None:
             f"{len(problems)} of {len(rows) + len(problems)} runs did not finish ({names}): fix what "
             f"is reported above, and start the same command again"
         )
+
+
+def _quiet_orbax(logging):
+    """Keeps from the screen what Orbax tells of each file: what matters it raises, too."""
+    logging.set_verbosity(logging.WARNING)
+    handler = logging.get_absl_handler()
+    handler.addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _say_devices():
+    """Says on what a run trains, and warns of a GPU or TPU that is there and unused."""
+    import glob
+
+    import jax
+
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64 is set, and everything here is float32: unset it")
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError):  # `checks` says what to do
+        return
+    print(f"training on {len(devices)} x {devices[0].device_kind}", file=sys.stderr, flush=True)
+    there = {"cuda13": glob.glob("/dev/nvidia[0-9]*"), "tpu": glob.glob("/dev/accel[0-9]*")}
+    chosen = os.environ.get("JAX_PLATFORMS")
+    for extra, found in there.items():
+        if found and devices[0].platform == "cpu" and not chosen:
+            print(
+                f"warning: {found[0]} is there and not used, since this JAX knows only the CPU: pip "
+                f"install 'jax[{extra}]'",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _cache_programs():
@@ -112,6 +148,8 @@ def _cache_programs():
 
 def run() -> None:
     """The command."""
+    for name in STOPPING:  # before anything slow is imported: nothing is begun yet
+        signal.signal(name, lambda *_: os._exit(STOPPED))
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         one_sentence(lambda: print(HELP, end=""))
         return
@@ -139,10 +177,15 @@ def _parse_flags(argv):
     _check_flags(argv[1:])
     for i, text in enumerate(argv):
         if text.startswith(("--config=", "-config=")):
-            flag, _, value = text.partition("=")
-            argv[i] = f"{flag}={find_config(value)}"
+            file = argv.pop(i).partition("=")[2]
         elif text in ("--config", "-config") and i + 1 < len(argv):
-            argv[i + 1] = find_config(argv[i + 1])
+            file = argv[i + 1]
+            del argv[i : i + 2]
+        else:
+            continue
+        argv.insert(1, f"--config={find_config(file)}")
+        sys.argv = list(argv)  # where ml_collections looks for it, before its keys
+        break
     unset = [text for text in argv if re.fullmatch(r"--?config\.[\w.]+=None", text)]
     try:
         rest = flags.FLAGS([text for text in argv if text not in unset])

@@ -68,10 +68,10 @@ def read(path: Any, pixels: Any) -> np.ndarray:
     """An image file as the model takes it, [size, size, 3] uint8; ValueError if it is none.
 
     Args:
-      pixels: a `store.Pixels`; it is turned upright whatever that says.
+      pixels: a `store.Pixels`; it is turned upright, and laid on white, whatever that says.
     """
     try:
-        return store.decode(path.read_bytes(), pixels._replace(upright=True))
+        return store.decode(path.read_bytes(), pixels._replace(upright=True, white=True))
     except MemoryError:
         raise
     except UnidentifiedImageError as e:

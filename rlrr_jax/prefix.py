@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import evaluate
+from rlrr_jax import evaluate, models
 from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.models import exits
 from rlrr_jax.runtime import distributed
@@ -126,7 +126,7 @@ def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh)
 
     def one(frozen: Any, images: jax.Array) -> jax.Array:
         if number == HEAD:
-            return _inputs_of_head(model, frozen, images)
+            return models.head_inputs(model, frozen, images)
         first, own = exits.part(model, frozen, 0, number)
         return first.apply({"params": own}, images)
 
@@ -137,20 +137,6 @@ def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh)
             return jnp.stack([one(frozen, view) for view in views], 1)
 
     return jax.jit(both, out_shardings=NamedSharding(mesh, P()))
-
-
-def _inputs_of_head(model: Any, frozen: Any, images: jax.Array) -> jax.Array:
-    """What a model gives its head [B, D]."""
-    found: list[jax.Array] = []
-
-    def listen(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if context.module.name == "head":
-            found.append(args[0])
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(listen):
-        model.apply({"params": frozen}, images)
-    return found[0]
 
 
 def _print(text: str) -> None:

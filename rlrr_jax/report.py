@@ -30,7 +30,7 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
     files.write_json(out / "results.json", found)
     lines = vtab_table.lines(found)
     text = [tables.table(found), tables.caption(found), *(u for p in paths for u in rows.unfinished(p))]
-    if len(folded := rows.fold(found)) < len(found):
+    if len(rows.fold(found)) < len(found):
         text += ["Each run:", tables.grouped([[row] for row in found])]
     if lines:
         text = [vtab_table.markdown(lines), vtab_table.CAPTION, *text]
@@ -39,7 +39,8 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
     if several := fgvc_table.table(found):
         text = [several, fgvc_table.CAPTION, *text]
     files.write(out / "results.md", "\n\n".join(text) + "\n")
-    tested = [group for group in folded if group[0]["test_acc_final"] is not None]
+    alive = rows.fold([row for row in found if not rows.diverged(row)])
+    tested = [group for group in alive if group[0]["test_acc_final"] is not None]
     if len(tested) > len({group[0]["task"] for group in tested}) <= MOST_COMPARED:
         plots.save(out / "comparison.png", plots.comparison, tested)
     if lines:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax import models
 from rlrr_jax.data.resize import enlarge, normalize
 
 TEMPERATURE = 0.07  # of the authors of the loss
@@ -56,9 +57,8 @@ def program(model: Any, size: Any, crop_from: int | None, precision: str) -> Cal
     def loss(params: Any, images: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
         pixels = normalize(images, size, crop_from)
         views = jnp.concatenate([pixels, pixels[:, :, ::-1]])
-        _, kept = model.apply({"params": params}, views, mutable=["intermediates"])
-        token = kept["intermediates"]["encoded"][0][:, 0].astype(jnp.float32)
-        return contrastive(token, jnp.tile(labels, 2), jnp.tile(mask, 2))
+        features = models.head_inputs(model, params, views).astype(jnp.float32)
+        return contrastive(features, jnp.tile(labels, 2), jnp.tile(mask, 2))
 
     def add(total: Any, params: Any, *batch: jax.Array) -> Any:
         with jax.default_matmul_precision(precision):

@@ -176,6 +176,8 @@ def train_step(
     batch = batch_lib.take(recipe, data, order, state, hyper, now)
     trainable = state["trainable"]
     metrics, grads, kept = loss_and_grad(recipe, frozen, trainable, batch, hyper)
+    finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(grads)]).all()
+    metrics["loss"] = jnp.where(finite, metrics["loss"], jnp.nan)  # seen in the step where it comes
     if recipe.defence is not None:
         key = jax.random.fold_in(hyper["noise_key"], batch.step)
         key = jax.random.fold_in(key, 2**31 - 3)  # of the batch; images have smaller numbers

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import re
+import secrets
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from etils import epath
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, job, report, train
 from rlrr_jax.data import crops, sources, store
+from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import exits
@@ -65,15 +68,25 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
       Stopped: if `stop` said so, when all is saved.
     """
     stop = stop or Stop()
-    runs = config_lib.resolve(config)
+    config_lib.forget_images()  # a notebook's folder may have changed
+    _describe.cache_clear()
+    try:
+        runs = config_lib.resolve(config)
+    except Unusable as e:
+        raise _listed(e, epath.Path(folder or "runs").expanduser()) from e
     folder = epath.Path(folder or f"runs/{identity.fingerprint(runs)}").expanduser()
     _check_alike(identity.fingerprint(runs), _OTHER_CONFIGURATIONS)
+    _check_alike(identity.code(), _OTHER_CODE)
+    _check_shared(folder)
     problems: dict[str, str] = {}
     survive = functools.partial(_survive, problems, alone=len({r.task for r in runs}) == 1)
     works = _locate(runs, folder, survive)
+    _check_alike([work.found and work.found.dataset for work in works], _OTHER_IMAGES)
     if not works:
         raise UserError(f"no task can run; {explain(problems)[0]}")
     load = _open_weights(works)
+    for line in dict.fromkeys(_augmentation(work.run) for work in works if not work.finished):
+        _print(line)
     print(f"workdir: {folder}", flush=True)
     forecast = Forecast(works)
     rows = []
@@ -110,6 +123,35 @@ _OTHER_WEIGHTS = (
 )
 
 
+_OTHER_IMAGES = (
+    "the processes found different images: copy the same files to every host, or share their folder"
+)
+_OTHER_CODE = (
+    "the processes run different code: bring rlrr_jax and jax to the same version on every host"
+)
+
+
+def _check_shared(folder: Any) -> None:
+    """UserError unless every process sees the workdir of process 0: a word is written by one."""
+    if not distributed.several():
+        return
+    token = distributed.broadcast(secrets.token_hex(8))
+    path = folder / f".shared-{token}"
+    if distributed.is_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(path, token)
+    distributed.wait("token written")
+    seen = path.exists()
+    distributed.wait("token read")
+    if distributed.is_process_zero():
+        path.unlink(missing_ok=True)
+    if distributed.any_of(not seen):
+        raise UserError(
+            f"not every process sees the workdir {folder} of process 0: name a folder that all share, "
+            f"by --workdir"
+        )
+
+
 def _check_alike(mine: Any, text: str) -> None:
     """UserError unless every process has the same value."""
     if distributed.any_of(distributed.broadcast(mine) != mine):
@@ -131,6 +173,12 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
                 works.append(work._replace(found=found))
                 continue
             found = config_lib.locate(r)
+            if found.kind == "folder":
+                alike, looked = sources.quality_75(config_lib.task_of(r), found)
+                _say(
+                    f"{r.task}: {alike} of {looked} files looked at are JPEG of quality 75, as the "
+                    f"published folders were saved again; so are some original files"
+                )
             _describe(config_lib.task_of(r), folder)
             where = (config_lib.pixels(r), found, r.data.cache_dir)
             if found.kind != "bundled":
@@ -146,6 +194,30 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
         print(f"decoded images to write: {wanted / 1e9:.2f} GB{there}", flush=True)
         store.check_space(wanted, runs[0].data.cache_dir)
     return works
+
+
+def _listed(error: Unusable, folder: Any) -> UserError:
+    """The error, with all that cannot be used in a file if they are many."""
+    if len(error.bad) <= SHOWN or not distributed.is_process_zero():
+        return error
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write(folder / "bad.txt", "".join(f"{path}\t{why}\n" for path, why in error.bad))
+    return UserError(f"{error}; {folder / 'bad.txt'} names all {len(error.bad)}")
+
+
+def _augmentation(run: Any) -> str:
+    """How training images are changed, in words."""
+    name = f"{run.task}: training images are "
+    parts = ["flipped left to right at random" if run.flip else "not flipped"]
+    parts += [f"cropped ({run.crop})"] if run.crop else []
+    parts += [f"mixed ({key}={run[key]:g})" for key in ("mixup", "cutmix") if run[key]]
+    text = name + ", ".join(parts)
+    if not (run.flip and run.own.path is not None):
+        return text
+    words = {w for n in config_lib.task_of(run).names for w in re.split(r"[^a-z]+", n.lower())}
+    sides = {"left", "right"} <= words
+    text += ": --config.flip=False where left and right, text or digits are what matters"
+    return f"warning: {text} (there are classes of left and right)" if sides else text
 
 
 @functools.cache
@@ -167,6 +239,8 @@ def _open_weights(works: list[Work]) -> Loaders:
         notes += config_lib.follow(work.run, path)
     for note in dict.fromkeys(notes):
         _print(note)
+    for work in works:
+        config_lib.check_method(work.run)  # on the model that the weights made it
     mine = [identity.fingerprint([work.run for work in works])]
     mine += [weights[work.run.pretrained.name][1] for work in works]
     _check_alike(mine, _OTHER_WEIGHTS)
@@ -212,6 +286,12 @@ def _load_data(
     return store.load_split(task, split, pixels, found, cache_dir)
 
 
+@functools.cache
+def _say(text: str) -> None:
+    """Prints a line once."""
+    _print(text)
+
+
 def _print(text: str) -> None:
     print(text, flush=True)
 
@@ -224,8 +304,10 @@ def _survive(problems: dict[str, str], *works: Work, alone: bool) -> Iterator[No
         for work in works:
             (work.folder / "error.txt").unlink(missing_ok=True)
     except Exception as e:
+        if isinstance(e, Unusable):
+            e = _listed(e, works[0].folder.parents[1])
         if alone or distributed.several():  # the others would wait for this process
-            raise
+            raise e
         expected = isinstance(e, UserError | OSError)
         text = str(e) if expected else f"{type(e).__name__}: {first_line(e)}"
         for work in works:
@@ -262,7 +344,7 @@ def waiting(works: list[Work]) -> list[list[Work]]:
 
 def _waiting(works: list[Work]) -> list[list[int]]:
     groups, names = [], {work.folder.name: i for i, work in enumerate(works)}
-    for path in sorted(works[0].folder.parent.glob("together-*/runs.json")):
+    for path in files.below(works[0].folder.parent, "together-*", "runs.json"):
         begun = files.read_json(path)["runs"]
         if set(begun) <= names.keys():
             group = [names.pop(name) for name in begun]

@@ -143,7 +143,7 @@ def train_part(
         images = many * (recipe.images_before(0, stop) - recipe.images_before(0, start))
         clock.add(images, time.perf_counter() - begun)
         metrics = distributed.fetch(progress.metrics)
-        check_finite(job, metrics["loss"], progress.epoch, start, stop)
+        check_finite(job, metrics["loss"], progress.epoch, start, stop, progress.state["trainable"])
         progress.step = stop
         saver.stop_if_asked()
         if stop < job.steps(progress.epoch):
@@ -155,26 +155,38 @@ def train_part(
         bar.update(images)
 
 
-def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int) -> None:
-    """UserError if no trial has a finite loss any more; the last checkpoint stays what it was.
+def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int, trained: Any) -> None:
+    """UserError if no trial has a finite loss and gradient any more; the last checkpoint stays.
 
     Of the protocol "tune" any may diverge: it is not chosen, and no reason to end a search.
 
     Args:
-      losses: loss of each trial and step of this epoch [T, S].
+      job: the `Job`.
+      losses: loss of each trial and step of this epoch [T, S]; NaN where a gradient was not finite.
       epoch: number of the epoch, from 0.
       start: first step of the chunk.
       stop: step after the last of the chunk.
+      trained: the trained trees [T, ...] after the chunk.
     """
     finite = np.isfinite(losses[:, start:stop])
     if finite.all(1).any() or job.runs[0].protocol == "tune":
         return
-    step = start + int(np.argmin(finite[0]))
-    run = job.runs[0]
+    step, run = start + int(np.argmin(finite[0])), job.runs[0]
+    first = f"is not finite at step {step + 1} of epoch {epoch + 1}"
+    if epoch == step == 0:
+        leaves = jax.tree_util.tree_leaves_with_path(distributed.fetch(trained))
+        name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+        bad = [name(path) for path, x in leaves if not np.isfinite(x[0]).all()]
+        where = f" (of {', '.join(bad[:3])})" if bad and stop == 1 else ""
+        raise UserError(
+            f"the loss of {run.task} {run.method}, or its gradient{where}, {first}, where no learning "
+            f"rate matters: look for square roots, logarithms and divisions of 0 in the method and the "
+            f"loss, and for pixels that are not finite"
+        )
     raise UserError(
-        f"the loss of {run.task} {run.method} is not finite at step {step + 1} of epoch {epoch + 1}, "
-        f"learning rate {job.lrs[0][epoch * job.recipe.steps + step]:g}: lower config.lr and choose "
-        f"another --workdir; the checkpoint before that is kept"
+        f"the loss of {run.task} {run.method}, or its gradient, {first}, learning rate "
+        f"{job.lrs[0][epoch * job.recipe.steps + step]:g}: lower config.lr and choose another "
+        f"--workdir; the checkpoint before that is kept"
     )
 
 

@@ -20,6 +20,8 @@ ENDINGS = (
 )
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLITS |= {"dev": "val", "test": "test", "testing": "test"}
+UNREAD = {".heic": "HEIC", ".heif": "HEIC", ".cr2": "raw", ".nef": "raw", ".arw": "raw", ".dng": "raw"}
+JUNK = ("@eaDir", "$RECYCLE.BIN", "__MACOSX", "System Volume Information", "lost+found", "#recycle")
 SHOWN = 5  # files or classes in a message
 _AT_ONCE = 10_000  # images that wait for a thread
 
@@ -63,8 +65,11 @@ def pictures(folder: pathlib.Path) -> tuple[list[pathlib.Path], collections.Coun
     """Image files below a folder by their endings, and the number of other files of each kind."""
     found, others = [], collections.Counter[str]()
     for path in files.walk(folder):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        parts = path.relative_to(folder).parts
+        if any(part.startswith(".") for part in parts):
             others["hidden"] += 1
+        elif any(part in JUNK for part in parts):
+            others["in folders of the system"] += 1
         elif path.suffix.lower() in ENDINGS:
             found.append(path)
         else:
@@ -107,16 +112,76 @@ def check(images: Files, examples: list[Example]) -> None:
         except Image.DecompressionBombError:
             return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels"
         except Exception as e:  # Pillow's decoders raise anything
+            ending = pathlib.PurePath(example.path).suffix.lower()
+            if ending in UNREAD:
+                return f"{UNREAD[ending]}, which is not read: convert it to JPEG"
             return getattr(e, "strerror", None) or "no image"
 
     bad = [(e.path, why) for e, why in zip(examples, in_threads(wrong, examples)) if why]
     if bad:
+        raise Unusable(images.root, len(examples), bad)
+
+
+class Unusable(UserError):
+    """Images that cannot be used.
+
+    Attributes:
+      bad: `[(path, why), ...]`, all of them.
+      number: of images that were looked at.
+    """
+
+    def __init__(self, root: Any, number: int, bad: list[tuple[str, str]]) -> None:
         shown = lambda path: path.encode(errors="backslashreplace").decode()
-        listed = some([f"{shown(path)} ({why})" for path, why in bad])
-        raise UserError(
-            f"{len(bad)} of {len(examples)} files of {images.root} cannot be used: {listed}: remove or "
-            f"replace them"
+        self.bad, self.number = [(shown(path), why) for path, why in bad], number
+        listed = some([f"{path} ({why})" for path, why in self.bad])
+        super().__init__(
+            f"{len(bad)} of {number} files of {root} cannot be used: {listed}: remove or replace them"
         )
+
+
+def of_pixels(images: Files, examples: list[Example]) -> list[str]:
+    """Notes on images that are transparent, that have 16 bits and use few of them, or several pages."""
+
+    def kind(example: Example) -> str | None:
+        with images.open(example) as file, Image.open(file) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                return "pages"
+            if image.mode.startswith("I") and (image.getextrema()[1] or 0) < 1 << 12:
+                return "dark"
+            if image.mode in ("RGBA", "LA", "PA", "P") and image.has_transparency_data:
+                alpha = image.convert("RGBA").getextrema()[3]
+                return "transparent" if alpha[0] < 255 else None
+            return None
+
+    found = collections.defaultdict(list)
+    ends = (".png", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".avif", ".tga", ".bmp", ".jp2")
+    maybe = [e for e in examples if pathlib.PurePath(e.path).suffix.lower() in ends]
+    for example, what in zip(maybe, in_threads(_safely(kind), maybe)):
+        found[what].append(example.path)
+    texts = {
+        "transparent": "are transparent, and are laid on white",
+        "dark": "have 16 bits, use a sixteenth of their range, and come out nearly black: scale them",
+        "pages": "have several pages or frames, of which the first is taken",
+    }
+    kinds = {"dark": "warning"}
+    return [
+        f"{kinds.get(what, 'note')}: {len(found[what])} of {len(examples)} images {text} "
+        f"({some(found[what])})"
+        for what, text in texts.items()
+        if found[what]
+    ]
+
+
+def _safely(function: Callable) -> Callable:
+    """A function that returns None where Pillow cannot say: decoding says what is wrong."""
+
+    def safe(item: Any) -> Any:
+        try:
+            return function(item)
+        except Exception:
+            return None
+
+    return safe
 
 
 def copies(images: Files, examples: list[Example]) -> list[list[int]]:

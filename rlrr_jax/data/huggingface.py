@@ -3,9 +3,10 @@
 import io
 import os
 import pathlib
+import re
 from typing import Any, BinaryIO
 
-from rlrr_jax.data.examples import SPLITS, Example, Files, some
+from rlrr_jax.data.examples import SPLITS, Example, Files, pictures, some
 from rlrr_jax.data.task import stamp
 from rlrr_jax.errors import UserError, first_line
 
@@ -23,10 +24,11 @@ def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
     if unknown := sorted(parts.keys() - SPLITS.keys()):
         raise UserError(f"{folder} has a split {unknown[0]!r}, none of train, val and test: rename it")
     rows: dict[str, tuple[Any, int]] = {}  # key of an example -> its part, and its row there
-    out, tables = [], []
+    out, tables, encoded = [], [], []
     for split, part in parts.items():
         image, label = _columns(folder, part.features)
         part = _encoded(part, image, label)
+        encoded.append(part)
         names = getattr(part.features["label"], "int2str", str)
         for row, (value, path, inside) in enumerate(zip(part["label"], *_paths(part))):
             if value is None or value == -1:
@@ -36,7 +38,18 @@ def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
             rows[key] = part, row
             out.append(Example(key, names(value), SPLITS[split]))
         tables += [stamp(table["filename"]) for table in part.cache_files]
+    _check_all(folder, len(out), any(_paths(part)[1].count(False) for part in encoded))
     return _files(folder, rows, tables), out
+
+
+def _check_all(folder: pathlib.Path, number: int, on_disk: bool) -> None:
+    """UserError if a folder of images has more than the library found, by words in their names."""
+    there = len(pictures(folder)[0])
+    if on_disk and there > number:
+        raise UserError(
+            f"hf:{folder} would leave out {there - number} of {there} images, since Hugging Face's "
+            f"library takes train and test in names of files for splits: give the folder without hf:"
+        )
 
 
 def _open(folder: pathlib.Path) -> dict[str, Any]:
@@ -45,6 +58,11 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
         import datasets
     except ImportError as e:
         raise UserError("hf:FOLDER needs Hugging Face's library datasets: install the extra hf") from e
+    card = folder / "README.md"  # whose head may name files, here or anywhere
+    if card.exists() and re.match(r"(?s)\s*---.*?://.*?\n---", card.read_text(errors="replace")):
+        raise UserError(
+            f"{card} names addresses of data in its head, which are not fetched: remove them"
+        )
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             found = datasets.load_from_disk(str(folder))
@@ -65,13 +83,14 @@ def _columns(folder: pathlib.Path, features: Any) -> tuple[str, str]:
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     plain = kinds.get("label") in ("string", "large_string", "int32", "int64")
-    labels = ["label"] if "label" in labels or (not labels and plain) else labels
+    labels = ["label"] if "label" in labels or plain else labels
     for what, found in (("images", images), ("classes", labels)):
         if len(found) != 1:
             number = some(found) or "none"
+            way = "give the folder without hf:" if pictures(folder)[0] else "cast or remove columns"
             raise UserError(
                 f"{folder} must have one column of {what}, and has {number} among "
-                f"{', '.join(features)}: cast or remove columns"
+                f"{', '.join(features)}: {way}"
             )
     return images[0], labels[0]
 

@@ -23,12 +23,16 @@ from etils import epath
 from rlrr_jax import files
 from rlrr_jax.data import huggingface, sources, tasks
 from rlrr_jax.data.examples import (
+    ENDINGS,
+    JUNK,
     SPLITS,
+    UNREAD,
     Example,
     Files,
     check,
     copies,
     kinds,
+    of_pixels,
     on_disk,
     passed_over,
     pictures,
@@ -98,17 +102,96 @@ def read(location: str, options: Options) -> Images:
         raise UserError(f"there is no image in {path}: name another")
     classes = tuple(sorted({e.label for e in examples}))
     if len(classes) < 2:
-        inner = path / classes[0]
-        deeper = path.is_dir() and inner.is_dir() and len(_folders(inner)) > 1
-        way = f"name {inner} if its folders are the classes" if deeper else "add another class"
-        raise UserError(f"all images of {path} have the class {classes[0]!r}: {way}")
+        raise UserError(
+            f"all images of {path} have the class {classes[0]!r}: {_deeper(path, classes[0])}"
+        )
+    _check_names(path, classes)
     check(images, examples)
     splits, more = assign(examples, options)
+    _check_splits(path, splits)
+    notes += of_pixels(images, examples) + more + _oddities(images, classes, splits)
+    return Images(images, classes, splits, notes)
+
+
+def _deeper(path, name):
+    """What to do where all images have one class: their folders may lie deeper."""
+    inner = path / name if path.is_dir() else None
+    if inner is None or not inner.is_dir():
+        return "add another class"
+    unread = collections.Counter(
+        p.suffix.lower()
+        for other in _folders(path)
+        for p in files.walk(other)
+        if p.suffix.lower() in UNREAD
+    )
+    if unread:
+        return (
+            f"other classes have only files that are not read ({kinds(unread)}): convert them to JPEG"
+        )
+    inner = _innermost(inner)
+    way = f"name {inner} if its folders are the classes"
+    return way if len(_folders(inner)) > 1 else "add another class"
+
+
+def _innermost(folder):
+    """The folder below through which all others are reached, itself if it has several or none."""
+    while len(_folders(folder)) == 1:
+        (folder,) = _folders(folder)
+    return folder
+
+
+def _check_names(path, classes):
+    """UserError for classes that are one name in two spellings, or that break lines."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        if len(name.splitlines()) > 1 or "\0" in name:
+            raise UserError(
+                f"{path} has a class with a line break in it, {name[:40]!r}: close its quotes"
+            )
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
+    if twice := [names for names in alike.values() if len(names) > 1]:
+        one, two = twice[0][:2]
+        raise UserError(
+            f"{path} has the classes {one!r} and {two!r}, which differ in case alone: rename one"
+        )
+
+
+def _check_splits(path, splits):
+    """UserError unless there are images to train and to test on, and some class has both."""
+    both = splits["train"] + splits["val"]
     if not splits["train"] or not splits["test"]:
         lacking = "train" if not splits["train"] else "test"
-        raise UserError(f"{path} has no image to {lacking} on: add some, or raise the fractions")
-    notes += more + _oddities(images, classes, splits)
-    return Images(images, classes, splits, notes)
+        given = any(e.split for part in splits.values() for e in part)
+        most = (
+            2
+            if given
+            else max(collections.Counter(e.label for part in splits.values() for e in part).values())
+        )
+        way = "raise the fractions (config.own.test, config.own.val)"
+        way = "a class needs two images and more" if most < 2 else f"add some, or {way}"
+        raise UserError(f"{path} has no image to {lacking} on: {way}")
+    if not {e.label for e in both} & {e.label for e in splits["test"]}:
+        raise UserError(
+            f"{path}: no class has both training and test images, so nothing learnt could be tested: "
+            f"name the classes of both splits alike"
+        )
+
+
+_SPLIT_WORD = re.compile(r"(?i)(^|[^a-z])(training|train|testing|test|validation|valid|val)([^a-z]|$)")
+
+
+def _check_layout(folder, inner):
+    """UserError for folders whose names are those of splits with more around, such as training_set."""
+    like = [p for p in inner if p.name.lower() not in SPLITS and _SPLIT_WORD.search(p.name)]
+    if len(like) < 2:
+        return
+    below = [{q.name for q in _folders(_innermost(p))} for p in like]
+    if below[0] and all(below) and len(set.intersection(*below)) > 1:
+        names = " and ".join(p.name for p in like)
+        raise UserError(
+            f"{folder} has the folders {names}, which look like splits with the same classes in each: "
+            f"rename them to train and test, or give one of them"
+        )
 
 
 def _read_folder(folder):
@@ -117,6 +200,7 @@ def _read_folder(folder):
     others: collections.Counter = collections.Counter()
     inner = _folders(folder)
     named = {p: SPLITS[p.name.lower()] for p in inner if p.name.lower() in SPLITS}
+    _check_layout(folder, inner)
     # A folder of that name without folders in it is a class: vehicles are cars, boats and trains.
     divided = any(split == "train" and _folders(p) for p, split in named.items())
     divided = divided or ("train" in named.values() and len(named) == len(inner))
@@ -142,8 +226,9 @@ def _read_folder(folder):
 
 
 def _folders(folder):
-    """The folders in a folder, but for hidden ones."""
-    return [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    """The folders in a folder, but for hidden ones and those of systems."""
+    named = lambda p: not p.name.startswith(".") and p.name not in JUNK
+    return [p for p in sorted(folder.iterdir()) if named(p) and p.is_dir()]
 
 
 def _of_folders(folder, tops, found):
@@ -165,6 +250,12 @@ def _of_folders(folder, tops, found):
 
 def _read_list(path):
     """Examples and notes of a list: CSV or TSV with a header, or bare lines."""
+    if path.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"):
+        raise UserError(f"{path} is an archive: unpack it, and give the folder")
+    if path.suffix.lower() in (".parquet", ".arrow", ".json", ".jsonl", *ENDINGS):
+        raise UserError(
+            f"{path} is no list of images: give a folder, a .csv with columns path,label, or hf:FOLDER"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -174,9 +265,10 @@ def _read_list(path):
     head = [name.strip().lower() for name in next(csv.reader([first], delimiter=tab), [])]
     lines = list(enumerate(text.splitlines(), 1))
     if {"path", "label"} <= set(head):
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=tab)
-        next(rows)
-        out = [_row(path, rows.line_num, head, row) for row in rows if any(c.strip() for c in row)]
+        if twice := [name for name, number in collections.Counter(head).items() if number > 1]:
+            raise UserError(f"{path} has two columns {twice[0]!r}: remove or rename one")
+        rows = _rows(path, text, tab)
+        out = [_row(path, number, head, row) for number, row in rows if any(c.strip() for c in row)]
     elif path.suffix.lower() in (".csv", ".tsv"):
         raise UserError(f"{path} has the header {first!r}: name its columns path,label[,split]")
     else:
@@ -193,6 +285,24 @@ def _read_list(path):
     if len(twice := set(out)) < len(out):
         notes.append(f"note: {len(out) - len(twice)} lines of {path} are there twice, and count once")
     return list(dict.fromkeys(out)), notes
+
+
+def _rows(path, text, separator):
+    """Numbers of lines and their cells, without the header; UserError for a quote left open."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    number, out = 0, []
+    try:
+        for row in rows:
+            if any("\n" in cell or "\r" in cell for cell in row):
+                raise csv.Error("a line break in a cell")
+            out.append((rows.line_num, row))
+            number = rows.line_num
+    except csv.Error as e:
+        raise UserError(
+            f"{path}:{number + 1}: a quote opens here that is not closed on its line ({e}): close or "
+            f"remove it"
+        ) from e
+    return out[1:]
 
 
 def _row(path, number, head, row):
@@ -365,6 +475,7 @@ def _tfds_task(name, dataset, options, data_dir):
     tested = info.splits[test].num_examples
     note = f"{number} images to train on, {label.num_classes} classes; {tested} to test on ({test}); "
     note += f"the last {number - kept} of train are chosen on"
+    notes = (note, *_in_order(found, number, kept, label.num_classes))
     parts = {"train": f"train[:{kept}]", "val": f"train[{kept}:]", "train+val": "train", "test": test}
     return Task(
         name=name,
@@ -379,8 +490,28 @@ def _tfds_task(name, dataset, options, data_dir):
         schedule="cosine",
         flip=True,
         source=Source(lambda *_: found, sources.open_vtab),
-        notes=(note,),
+        notes=notes,
     )
+
+
+def _in_order(found, number, kept, classes):
+    """Warnings for a training split whose parts have other classes, as one in order has."""
+    _, fetch = sources.open_tfds(found, "train", ["label"])
+    blocks = (fetch(start, min(start + 4096, number)) for start in range(0, number, 4096))
+    labels = [int(e["label"]) for block in blocks for e in block]
+    train, val = set(labels[:kept]), set(labels[kept:])
+    notes = []
+    if len(val) < min(len(set(labels)), number - kept) / 2:
+        notes.append(
+            f"warning: the images to choose on have {len(val)} of {len(set(labels))} classes, since "
+            f"the dataset lies in the order of its classes: prepare it shuffled"
+        )
+    if missing := sorted(val - train):
+        names = some(map(str, missing))
+        notes.append(f"warning: {len(missing)} classes are chosen on and not trained: {names}")
+    if len(set(labels)) < classes:
+        notes.append(f"note: {classes - len(set(labels))} of {classes} classes have no training image")
+    return notes
 
 
 def _newest(dataset, data_dir):
@@ -459,5 +590,5 @@ def name(location: str) -> str:
     path = pathlib.PurePath(absolute(location).rpartition(":")[2])
     path = pathlib.Path(os.path.realpath(path)) if path.name == ".." else path
     stem = path.stem if path.suffix in (".csv", ".tsv", ".txt") else path.name
-    plain = re.sub(r"[^\w.-]+", "_", stem) or "own"
+    plain = re.sub(r"[^\w.-]+", "_", stem).lstrip(".")[:80] or "own"
     return f"own_{plain}" if plain in tasks.TASKS or plain in tasks.ALIASES else plain

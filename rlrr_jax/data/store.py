@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from rlrr_jax import files
 from rlrr_jax.data import crops, sources, tasks
-from rlrr_jax.data.examples import some
+from rlrr_jax.data.examples import Unusable
 from rlrr_jax.data.task import Found, Split, Task
 from rlrr_jax.errors import UserError
 from rlrr_jax.sides import Size, pair, text
@@ -85,12 +85,15 @@ class Pixels(NamedTuple):
       shorter: big_vision's evaluation instead of the whole image: the middle of the image with its
         shorter side resized to so many pixels (`crops.central`).
       upright: whether the image is turned as its EXIF says, as viewers show it.
+      white: whether a transparent image is laid on white, as viewers show it; else alpha is dropped, as
+        in VTAB's numbers.
     """
 
     size: Size
     variant: str = "original"
     shorter: int | None = None
     upright: bool = False
+    white: bool = False
 
 
 def pixels_for(size: Size, crop: str | None, crop_from: int | None, **options: Any) -> Pixels:
@@ -136,10 +139,14 @@ def rgb(image: Any, pixels: Pixels, scale: int = 1) -> Image.Image:
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
     if pixels.upright:
         image = ImageOps.exif_transpose(image)
+    if image.mode == "I" and image.format == "PPM":  # a PGM of 16 bits, which Pillow brings to 65535
+        image = Image.fromarray(np.uint16(np.clip(np.asarray(image), 0, 65535)))
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.uint8(np.round(np.asarray(image) / 257)))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = _on_white(image) if pixels.white else image
     if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way
         image = image.convert("RGBA")
     image = image.convert("RGB")
@@ -148,6 +155,15 @@ def rgb(image: Any, pixels: Pixels, scale: int = 1) -> Image.Image:
     if pixels.variant == "jpeg75":
         image = Image.open(io.BytesIO(sources.jpeg75(image))).convert("RGB")
     return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An image with transparency as viewers show it; one that is opaque everywhere keeps its pixels."""
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] == 255:
+        return image
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image)
 
 
 def load_split(
@@ -184,10 +200,38 @@ def load_split(
         (entry.folder.parent / _TAG).write_text(_TAG_TEXT)
         with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True) as held:
             if not intact(entry):  # nobody made it while we waited
-                build(entry, task, split, held)
+                try:
+                    build(entry, task, split, held)
+                except Unusable as e:
+                    raise _with_others(e, task, split, found, pixels) from e
     labels = np.load(entry.folder / f"labels-{task.name}.npy", allow_pickle=False)
     _check_rule(entry, task, labels)
     return Images(entry.folder / "images.npy"), labels
+
+
+def _with_others(error: Unusable, task: Task, split: str, found: Found, pixels: Pixels) -> Unusable:
+    """What cannot be used of a user's images in the other splits, too: all are named at once."""
+    bad, number = list(error.bad), error.number
+    others = [s for s in ("train", "val", "test") if s in task.splits and s not in split.split("+")]
+    for other in others if task.group == "own" else ():
+        source = sources.open_split(task, other, found)
+        number += source.number
+        for start in range(0, source.number, _BLOCK):
+            examples = source.read(start, min(start + _BLOCK, source.number))
+            one = lambda item, source=source: _why(source, item[0], lambda: rgb(item[1][0], pixels))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                bad += [why for why in pool.map(one, enumerate(examples, start)) if why]
+    return Unusable(found.path, number, bad)
+
+
+def _why(split: Split, i: int, decode: Callable[[], Any]) -> tuple[str, str] | None:
+    """Name of an image and why it cannot be decoded; None if it can."""
+    try:
+        with readable(split, i):
+            decode()
+    except UserError as e:
+        return split.where(i), str(e.__cause__ or e)
+    return None
 
 
 def _named(name, task):
@@ -258,6 +302,7 @@ def locate(
         **dict(tasks=list(source.tasks), labels=[_named(n, task).rule for n in source.tasks]),
         **(dict(shorter=pixels.shorter) if pixels.shorter else {}),
         **(dict(upright=True) if pixels.upright else {}),
+        **(dict(white=True) if pixels.white else {}),
     }
     key = json.loads(json.dumps(key))
     mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
@@ -449,12 +494,15 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
     """
     check_space(entry.bytes, entry.folder.parents[1])
     part = entry.folder.with_name(f".{entry.folder.name}.{secrets.token_hex(4)}.part")
-    for old in entry.folder.parent.glob(f".{entry.folder.name}.*.part") if alone else ():
-        shutil.rmtree(old)
+    mine = re.compile(re.escape(f".{entry.folder.name}.") + r"[0-9a-f]{8}\.part")
+    for old in entry.folder.parent.iterdir() if alone else ():
+        if mine.fullmatch(old.name):
+            shutil.rmtree(old)
     part.mkdir()
     number, shape = entry.split.number, (entry.split.number, *pair(entry.side), 3)
     labels = np.empty((len(entry.split.tasks), number), np.int32)
-    sums = []
+    sums: list[int] = []
+    bad: list[tuple[int, UserError]] = []
     with (
         (part / "images.npy").open("wb") as f,
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -468,7 +516,11 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
             examples = entry.split.read(start, min(start + _BLOCK, number))
             put = functools.partial(_attempt, entry, task)
             decoded = list(pool.map(put, enumerate(examples, start)))
-            _check_decoded(entry.split, start, decoded)
+            failed = [(i, e) for i, e in enumerate(decoded, start) if isinstance(e, UserError)]
+            bad += failed
+            if bad:  # the others are looked at, so that all are named
+                bar.update(len(decoded))
+                continue
             block = np.stack(decoded)
             labels[:, start : start + len(block)] = np.array([k for _, k in examples], np.int32).T
             sums.append(zlib.crc32(block))
@@ -476,6 +528,11 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
             bar.update(len(block))
         f.flush()
         os.fsync(f.fileno())
+    if bad:
+        shutil.rmtree(part)
+        where = [(entry.split.where(i), str(e.__cause__ or e)) for i, e in bad]
+        error = Unusable(entry.key.get("own", task.name), number, where)
+        raise error if len(bad) > 1 or "own" in entry.key else bad[0][1]
     for name, values in zip(entry.split.tasks, labels):
         _check_labels(_named(name, task), split, values)
         np.save(part / f"labels-{name}.npy", values)
@@ -495,12 +552,7 @@ def _attempt(entry, task, item):
         return e
 
 
-def _check_decoded(split, start, decoded):
-    """UserError that names the images of a block that cannot be decoded, if there are any."""
-    bad = [i for i, image in enumerate(decoded) if isinstance(image, UserError)]
-    if bad:
-        others = some(split.where(start + i) for i in bad[1:])
-        raise UserError(f"{decoded[bad[0]]}" + (f"; and these, too: {others}" if others else ""))
+_HOW = {"shorter": None, "upright": False, "white": False}  # keys of an entry, in the order of `Pixels`
 
 
 def _decode(entry, task, item):
@@ -509,7 +561,8 @@ def _decode(entry, task, item):
         if entry.key["native"] and Image.open(io.BytesIO(image)).size != (entry.side,) * 2:
             raise OSError(f"its size is not {entry.side} x {entry.side}")
         key = entry.key
-        pixels = Pixels(entry.side, key["variant"], key.get("shorter"), key.get("upright", False))
+        how = (key.get(name, default) for name, default in _HOW.items())
+        pixels = Pixels(entry.side, key["variant"], *how)
         return decode(image, pixels, key["scale"])
 
 

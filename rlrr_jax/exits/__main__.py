@@ -80,7 +80,9 @@ def chooser(path: pathlib.Path, adapter: Adapter) -> Adapter | None:
         return None
     apart = ("seed", "protocol", "grid", "recipe", "epochs")  # of a run and of what it chose from
     same = lambda run: {k: v for k, v in identity.described(run).items() if k not in apart}
-    for other in sorted((path.parent.parent / "search").glob("*/adapter.safetensors")):
+    for other in map(
+        pathlib.Path, files.below(path.parent.parent / "search", "*", "adapter.safetensors")
+    ):
         found = adapters.read(other)
         if same(found.run) == same(adapter.run):
             return found

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlrr_jax.errors import UserError, nearest
 from rlrr_jax.methods.sites import DENSE, STACK, Site, dense, replaced, sites, stack, subtree
@@ -142,14 +143,23 @@ def rate(what: str, value: Any) -> None:
         raise UserError(f"{what}={value} must be at least 0 and less than 1")
 
 
-def dropped_ranks(key: jax.Array, factor: jax.Array, rate: float) -> jax.Array:
+def dropped_ranks(key: jax.Array, factor: jax.Array, rate: float, stacked: bool = True) -> jax.Array:
     """A factor [..., r] without some ranks, the others enlarged: dropout of MLAE's experts.
+
+    Args:
+      key: of the step and the layer.
+      factor: [L, ..., r] of the layers of L blocks, or [..., r] of a layer that is in none.
+      rate: probability that a rank is left out.
+      stacked: whether its first axis is that of blocks.
 
     MLAE (Wang et al., 2024, arXiv 2405.18897) drops each rank of each layer on its own, in every step
     anew, for the whole batch.
     """
-    kept = jax.random.bernoulli(key, 1 - rate, (factor.shape[0], factor.shape[-1])) / (1 - rate)
-    return factor * kept.reshape(len(kept), *(1,) * (factor.ndim - 2), -1)
+    layers = factor.shape[0] if stacked else 1
+    kept = jax.random.bernoulli(key, 1 - rate, (layers, factor.shape[-1])) / (1 - rate)
+    return factor * kept.reshape(
+        *((layers,) if stacked else ()), *(1,) * (factor.ndim - 1 - stacked), -1
+    )
 
 
 def number(what: str, value: Any) -> None:
@@ -178,23 +188,35 @@ def check(name: str, method: Method, frozen: Any) -> Any:
     Returns:
       The shapes of the adapter.
 
-    Raises UserError, naming the leaf, if `init` returns no dict or a head, if `merge` returns other
-    names, shapes or dtypes than the frozen tree's, or if `decay` is no tree of bools.
+    Raises UserError, naming the leaf, if `init` makes what cannot be trained and read back from a file,
+    if `merge` returns other names, shapes or dtypes than the frozen tree's, if either gives two results
+    for one input, if `decay` is no tree of bools, or if `DEFAULTS` lacks a key.
     """
+    told = f"method {name!r} breaks its contract: "
+    if missing := {"lr", "weight_decay", "drop_path"} - method.DEFAULTS.keys():
+        raise UserError(f"{told}its DEFAULTS have no {', '.join(sorted(missing))}: add them")
     try:
         adapter = jax.eval_shape(method.init, jax.random.key(0), frozen)
     except UserError as e:
         reason = f"method {name!r} does not fit this model: {e}"
         more = "" if ": " in str(e) else " (python -m rlrr_jax.methods --model NAME lists what fits)"
         raise UserError(reason + more) from e
-    told = f"method {name!r} breaks its contract: "
     if not isinstance(adapter, dict) or "head" in adapter:
         raise UserError(f"{told}init must return a dict without 'head', which is trained beside it")
+    _check_leaves(told, adapter)
+    wider = {**frozen, "head": jax.tree.map(_wider, frozen["head"])}
+    other = leaves(jax.eval_shape(method.init, jax.random.key(0), wider))
+    if changed := [key for key, shape in leaves(adapter).items() if other.get(key) != shape]:
+        raise UserError(
+            f"{told}{changed[0]} depends on the number of classes: leave the head out of init"
+        )
     params = jax.eval_shape(method.merge, frozen, adapter)
     found, wanted = leaves(params), leaves(frozen)
     if not method.folds:
         found = {key: found[key] for key in wanted if key in found}
     _same_leaves(f"{told}merge returns ", found, wanted)
+    _check_pure(f"{told}init", method.init, jax.random.key(0), frozen)
+    _check_pure(f"{told}merge", method.merge, frozen, adapter)
     decay = method.decay(adapter)
     structure: Any = jax.tree.structure(decay)
     if structure != jax.tree.structure(adapter) or not all(
@@ -202,6 +224,42 @@ def check(name: str, method: Method, frozen: Any) -> Any:
     ):
         raise UserError(f"{told}decay must return True or False for each leaf that init makes")
     return adapter
+
+
+def _wider(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a head's array for one class more; scalars and others stay."""
+    return jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] + 1) if x.shape else (), x.dtype)
+
+
+def _check_leaves(told: str, node: Any, path: tuple[str, ...] = ()) -> None:
+    """UserError unless a tree is dicts of float32 arrays whose names are those of a file."""
+    where = "/".join(path)
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if not isinstance(key, str) or not key or "/" in key:
+                inside = f" in {where}" * bool(path)
+                raise UserError(f"{told}the key {key!r}{inside} must be a text without '/', not empty")
+            _check_leaves(told, value, (*path, key))
+        return
+    if not hasattr(node, "dtype") or not hasattr(node, "shape"):
+        kind = "None" if node is None else f"a {type(node).__name__}"
+        raise UserError(f"{told}{where} is {kind}: init must return dicts of arrays")
+    if node.dtype != jnp.float32:
+        raise UserError(f"{told}{where} is {node.dtype}{list(node.shape)}: init must return float32")
+
+
+def _check_pure(what: str, function: Callable, *arguments: Any) -> None:
+    """UserError if a function gives two results for one input, as NumPy's random numbers do."""
+    first, second = (jax.make_jaxpr(lambda *args: function(*args))(*arguments) for _ in range(2))
+    same = str(first.jaxpr) == str(second.jaxpr) and len(first.consts) == len(second.consts)
+    same = same and all(
+        np.array_equal(a, b, equal_nan=True) for a, b in zip(first.consts, second.consts)
+    )
+    if not same:
+        raise UserError(
+            f"{what} gives two results for one input: use no random numbers but those of its key, and "
+            f"nothing that changes from call to call"
+        )
 
 
 def leaves(tree: Any) -> dict[str, tuple]:

@@ -9,6 +9,7 @@ from rlrr_jax.methods.base import Method, decay_of, positive, replaced, stack, s
 FORMULA = "W' = anything in the last k blocks, W before"
 DEFAULTS = dict(lr=1e-3, weight_decay=1e-4, drop_path=0.0)  # not tuned on VTAB-1k
 _NORM = ("Transformer", "encoder_norm")
+_AFTER_POOLING = ("fc_norm",)  # the final one of MAE's fine-tuning
 
 
 def method(blocks: int = 1) -> Method:
@@ -30,12 +31,18 @@ def _init(frozen, k):
         raise UserError(f"option blocks={k} is more than the {depth} blocks of the model")
     return {
         "last": jax.tree.map(lambda x: jnp.array(x[-k:]), blocks),
-        "encoder_norm": jax.tree.map(jnp.array, subtree(frozen, _NORM)),
+        _norm(frozen)[-1]: jax.tree.map(jnp.array, subtree(frozen, _norm(frozen))),
     }
+
+
+def _norm(frozen):
+    """Where a model's final LayerNorm is."""
+    return _AFTER_POOLING if _AFTER_POOLING[0] in frozen else _NORM
 
 
 def _merge(frozen, adapter, k):
     join = lambda first, last: jnp.concatenate([first[:-k], last])
     path = stack(frozen)
     blocks = jax.tree.map(join, subtree(frozen, path), adapter["last"])
-    return replaced(replaced(frozen, path, blocks), _NORM, adapter["encoder_norm"])
+    norm = _norm(frozen)
+    return replaced(replaced(frozen, path, blocks), norm, adapter[norm[-1]])

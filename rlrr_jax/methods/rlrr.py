@@ -107,7 +107,7 @@ def _drop(rate, key, adapter):
     """An adapter without some ranks of its Dense layers, see `dropped_ranks`."""
     flat = flatten_dict(adapter)
     for i, path in enumerate(sorted(path for path in flat if path[-1] == "scale_in")):
-        flat[path] = dropped_ranks(jax.random.fold_in(key, i), flat[path], rate)
+        flat[path] = dropped_ranks(jax.random.fold_in(key, i), flat[path], rate, STACK in path)
     return unflatten_dict(flat)
 
 

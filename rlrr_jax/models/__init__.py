@@ -8,6 +8,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from rlrr_jax.errors import UserError, unknown
@@ -98,3 +99,17 @@ def default_unroll(variant: str) -> int | None:
         return None  # nothing is scanned
     every = size["depth"] if "depth" in size else max(size["depths"])
     return every if jax.default_backend() == "cpu" else 1
+
+
+def head_inputs(model: Any, params: Any, images: jax.Array) -> jax.Array:
+    """What a model gives its head [B, D], of images [B, H, W, 3] in [-1, 1]."""
+    found: list[jax.Array] = []
+
+    def listen(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if context.module.name == "head":
+            found.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(listen):
+        model.apply({"params": params}, images)
+    return found[0]

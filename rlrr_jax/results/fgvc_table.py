@@ -6,6 +6,7 @@ import statistics
 
 from rlrr_jax.data.fgvc import FGVC
 from rlrr_jax.results import tables, vtab_table
+from rlrr_jax.results.rows import diverged
 
 PUBLISHED = pathlib.Path(__file__).parent / "published_fgvc.csv"
 COLUMNS = dict(zip(FGVC, ("cub", "nabirds", "flowers", "dogs", "cars")))  # names in that file
@@ -27,7 +28,7 @@ def table(rows: list[dict]) -> str:
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        if row["task"] in FGVC and row["test_acc_final"] is not None:
+        if row["task"] in FGVC and row["test_acc_final"] is not None and not diverged(row):
             groups.setdefault(row["line"], []).append(row)
     if not groups:
         return ""

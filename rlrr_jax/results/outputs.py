@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from rlrr_jax import adapters, files, heads, step
 from rlrr_jax.results import plots, rows
@@ -82,7 +83,10 @@ def write_results(job: Any, outputs: Outputs, progress: Any) -> None:
             mine = heads.cut(mine, job.classes)
             accuracy = {k: history[-1].get(k) for k in ("train_acc", "val_acc", "test_acc")}
             card = adapters.card(run, outputs.provenance, outputs.classes, accuracy)
-            adapters.write(folder / "adapter.safetensors", adapters.Adapter(mine, card))
+            if all(np.isfinite(x).all() for x in jax.tree.leaves(mine)):
+                adapters.write(folder / "adapter.safetensors", adapters.Adapter(mine, card))
+            else:
+                print(f"warning: {outputs.labels[i]} diverged: it leaves no adapter", flush=True)
             row = rows.result(job, run, mine, history, outputs.provenance, progress.clock)
             files.write_json(folder / "result.json", row)
         for label, folder, history in zip(outputs.labels, outputs.folders, progress.histories):

@@ -52,7 +52,9 @@ def differences(rows: list[dict], against: str) -> list[Difference]:
     Raises UserError if no line, or more than one, is called so, if two runs of a line share task and
     seed, or if there is nothing to compare.
     """
-    groups = rows_lib.fold([row for row in rows if row["test_acc_final"] is not None])
+    groups = rows_lib.fold(
+        [row for row in rows if row["test_acc_final"] is not None and not rows_lib.diverged(row)]
+    )
     lines: dict[str, dict[str, list[dict]]] = {}
     for label, group in zip(tables.labels(groups, seed=False), groups):
         task = group[0]["task"]

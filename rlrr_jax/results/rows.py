@@ -132,7 +132,7 @@ def find(workdirs: list) -> list[dict]:
     """
     found: dict[str, tuple[dict, Any]] = {}
     for workdir in workdirs:
-        for path in sorted(workdir.glob("*/*/seed*/result.json")):
+        for path in files.below(workdir, "*", "*", "seed*", "result.json"):
             row = read(path)
             if missing := {"identity", *COMPARED} - row.keys():
                 raise UserError(
@@ -170,10 +170,15 @@ def read(path: Any) -> dict:
 
 def unfinished(workdir: Any) -> list[str]:
     """A line for each run that failed (and was not finished by another process)."""
-    errors = sorted(workdir.glob("*/*/seed*/error.txt"))
+    errors = files.below(workdir, "*", "*", "seed*", "error.txt")
     paths = [path for path in errors if not (path.parent / "result.json").exists()]
     last = lambda path: path.read_text().strip().splitlines()[-1]
     return [f"not finished: {' '.join(p.parts[-4:-1])}: {last(p)}" for p in paths]
+
+
+def diverged(row: dict) -> bool:
+    """Whether a run's last loss was not finite: its accuracy says nothing."""
+    return row["train_loss"] is None
 
 
 def fold(rows: list[dict]) -> list[list[dict]]:

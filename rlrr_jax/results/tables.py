@@ -69,9 +69,7 @@ def _line(rows: list[dict], name: str, full: int | None) -> list[str]:
         row["task"],
         name,
         row["protocol"],
-        spread(values("val_acc")) + " (val)"
-        if row["test_acc_final"] is None
-        else spread(values("test_acc_final")),
+        _accuracy(rows),
         spread(values("test_acc_best")),
         f"{row['trainable_params']:,}",
         percent(row["trainable_params"] / full) if full else "",
@@ -85,6 +83,17 @@ def _line(rows: list[dict], name: str, full: int | None) -> list[str]:
         f"{sum(speeds) / len(speeds):,.0f}" if speeds else "",
         f"{sum(values('wall_seconds')):.0f} s",
     ]
+
+
+def _accuracy(rows: list[dict]) -> str:
+    """The accuracy of runs, without those that diverged, which are counted."""
+    alive = [row for row in rows if not rows_lib.diverged(row)]
+    key = "val_acc" if rows[0]["test_acc_final"] is None else "test_acc_final"
+    text = spread([row[key] for row in alive]) + " (val)" * (key == "val_acc") if alive else ""
+    if len(alive) == len(rows):
+        return text
+    gone = "diverged" if len(rows) == 1 else f"{len(rows) - len(alive)} of {len(rows)} diverged"
+    return f"{text}, {gone}" if text else gone
 
 
 def which(row: dict, seed: bool = True) -> list[str]:
@@ -229,6 +238,11 @@ def caption(rows: list[dict]) -> str:
             f"pixels), backbone {row['backbone']} "
             f"(SHA-256 {row['backbone_sha256'][:12]}), {row['dtype']}, {row['device']}"
         )
+    gone = [
+        " ".join([r["task"], label([r]), f"seed {r['seed']}"]) for r in rows if rows_lib.diverged(r)
+    ]
+    if gone:
+        lines.append(f"diverged, and left out of means: {', '.join(gone)}")
     several = any(len(group) > 1 for group in rows_lib.fold(rows))
     lines.append(
         "test acc: after the last epoch"

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import plots, tables
+from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.runs import identity
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.csv"
@@ -80,7 +81,8 @@ def lines(rows: list[dict]) -> list[Line]:
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        if row["task"] in tasks.VTAB and row["test_acc_final"] is not None:
+        tested = row["test_acc_final"] is not None and not rows_lib.diverged(row)
+        if row["task"] in tasks.VTAB and tested:
             groups.setdefault(row["line"], []).append(row)
     ours = []
     for group in groups.values():

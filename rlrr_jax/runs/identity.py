@@ -1,9 +1,13 @@
 """What makes two runs the same work, and what rows of results are grouped by."""
 
+import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Iterable
 from typing import Any
+
+import jax
 
 from rlrr_jax import losses, methods, models
 from rlrr_jax.checks import GRID, LOSS_GRID
@@ -122,6 +126,15 @@ def identity(run: Any) -> dict[str, Any]:
 def fingerprint(runs: Iterable[Any], provenance: dict | None = None) -> str:
     """Eight hex digits that name the work of these runs, and of the weights and dataset they used."""
     return _digest([[identity(run) for run in runs], provenance or {}])
+
+
+@functools.cache
+def code() -> str:
+    """Eight hex digits that name the code that trains: our package, and the version of JAX."""
+    root = pathlib.Path(__file__).parents[1]
+    paths = sorted(path for path in root.rglob("*.py") if "configs" not in path.parts)
+    each = [(path.relative_to(root).as_posix(), path.read_bytes().hex()) for path in paths]
+    return _digest([each, jax.__version__])
 
 
 def _digest(values: Any) -> str:

@@ -7,6 +7,7 @@ all others follow. The workdir is on a disk that all share, or behind gs://.
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from rlrr_jax.errors import TRACEBACK, UserError, first_line
 
 _FAILED, _STOPPED = "rlrr_jax/failed", "rlrr_jax/stopped"
+WAITING_SECONDS = 5  # after which a process says that it waits for others
 STOPPED_TEXT = "stopped and saved: the same command goes on"
 
 
@@ -40,10 +42,14 @@ def start(mode: str = "auto", timeout: int = 300) -> None:
     """
     if mode == "off" or (mode == "auto" and _alone()):
         return
+    _check_address()
     number, mine = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     timer = threading.Timer(timeout, _give_up, [timeout, number, mine])
     timer.daemon = True
     timer.start()
+    told = threading.Timer(WAITING_SECONDS, _waiting, [number, timeout])
+    told.daemon = True
+    told.start()
     try:
         jax.distributed.initialize(
             num_processes=int(number) if number else None,
@@ -59,15 +65,55 @@ def start(mode: str = "auto", timeout: int = 300) -> None:
                 f"JAX_PROCESS_ID"
             ) from e
         return
+    except Exception as e:
+        # Of a cluster's library that has no rights, such as kubernetes without a token.
+        if mode == "on" or number or isinstance(e, jax.errors.JaxRuntimeError):
+            raise UserError(
+                f"the other processes cannot be joined ({type(e).__name__}: {first_line(e)}): see "
+                f"whether the same command runs on every host and whether the port is free, or add "
+                f"--distributed=off to go alone"
+            ) from e
+        print(
+            f"warning: no cluster can be asked for other processes ({type(e).__name__}): going alone, "
+            f"as with --distributed=off",
+            file=sys.stderr,
+            flush=True,
+        )
+        return
     finally:
         timer.cancel()
+        told.cancel()
     if several():
+        numbers = np.ravel(multihost_utils.process_allgather(np.asarray(jax.local_device_count())))
+        if len(set(numbers.tolist())) > 1:
+            raise UserError(
+                f"the processes have {', '.join(map(str, numbers.tolist()))} devices: give each as "
+                f"many (CUDA_VISIBLE_DEVICES, or XLA_FLAGS on CPUs)"
+            )
         print(
             f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
             f"{jax.device_count()} {jax.default_backend()} devices",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _check_address():
+    """UserError for an address of the coordinator that JAX cannot read."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is not None and not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS={address} is no host:port of process 0: add the port, or "
+            f"--distributed=off to go alone"
+        )
+    if "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ:
+        number = os.environ["OMPI_COMM_WORLD_SIZE"]
+        if number != "1" and address is None:
+            raise UserError(
+                f"Open MPI announces {number} processes in a way that JAX does not know: set "
+                f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or "
+                f"--distributed=off"
+            )
 
 
 def _alone():
@@ -77,12 +123,22 @@ def _alone():
     return "JAX_NUM_PROCESSES" not in os.environ and given[:1] == ["1"]
 
 
+def _waiting(number, timeout):
+    announced = number or os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS")
+    print(
+        f"waiting for {announced or 'the announced'} processes, {timeout} s at most: --distributed=off "
+        f"goes alone",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _give_up(timeout, number, mine):
     where = os.environ.get("JAX_COORDINATOR_ADDRESS", "process 0")
     print(
         f"error: gave up after {timeout} s: not all of the {number or 'announced'} processes came to "
         f"{where} (this is process {mine or 'of a cluster'}): see whether the same command runs on "
-        f"every host, or raise --distributed_timeout",
+        f"every host, raise --distributed_timeout, or add --distributed=off to go alone",
         file=sys.stderr,
         flush=True,
     )
@@ -157,7 +213,10 @@ def together(stopped: type[BaseException], code: int) -> Iterator[None]:
     except BaseException as e:
         if _said(_STOPPED):  # a collective with a process that has left
             _leave(STOPPED_TEXT, code, 0)
-        expected = isinstance(e, UserError | OSError | KeyboardInterrupt)
+        if isinstance(e, KeyboardInterrupt):
+            _tell(_FAILED, f"process {jax.process_index()}: interrupted")
+            _leave("interrupted: what was saved and what is finished is kept", 130, 4)
+        expected = isinstance(e, UserError | OSError)
         if not expected or os.environ.get(TRACEBACK):
             traceback.print_exc()
         text = str(e) if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {first_line(e)}"

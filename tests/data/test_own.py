@@ -302,11 +302,13 @@ def test_pictures_that_end_early_are_all_named(folder, tmp_path):
     root = flat(folder, tmp_path / "birds")
     for path in (root / "class 0").iterdir():
         path.write_bytes(path.read_bytes()[:200])
+    number = len(list((root / "class 0").iterdir()))
     message = (
-        r"class 0/\d+.png cannot be used \(.*\): remove or replace it; and these, too: .*/class 0/"
+        rf"^{number} of {len(list(root.rglob('*.*')))} files of .*class 0/\d+.png \(.*\): remove or"
     )
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as e:  # of every split at once
         arrays(task_of(root), tmp_path / "cache")
+    assert len(e.value.bad) == number and not list((tmp_path / "cache").rglob("*.npy"))
 
 
 def test_two_splits_that_share_a_file_are_said(folder, tmp_path):

@@ -81,7 +81,9 @@ def test_heads_come_from_whoever_says_them(what, tmp_path):
         )
     asked, said = follow(path, num_heads=24, **given)  # who asks for others is told
     assert asked.model.num_heads == 24
-    assert [n for n in said if "attention heads" in n or "has 12" in n or "has 8" in n or "has 6" in n] == (
+    assert [
+        n for n in said if "attention heads" in n or "has 12" in n or "has 8" in n or "has 6" in n
+    ] == (
         [f"note: {path} has {heads} ({said_by(config)}), config.model.num_heads is 24"] if heads else []
     )
 

@@ -1,6 +1,7 @@
 """Every name of timm's that is like ours: read right, or refused by name, never off."""
 
 import functools
+import gc
 import json
 
 import jax
@@ -133,6 +134,8 @@ def test_every_name_is_read_right_or_refused(tmp_path):
         )
         if not name.startswith(LIKE) or large:
             continue
+        jax.clear_caches()
+        gc.collect()
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=0).eval()
         variant = variant_of(name, model)

@@ -166,7 +166,7 @@ def test_rotary_positions_that_only_a_name_tells_are_refused(name, tmp_path):
     weights, *_ = named_vits.kind(np.random.default_rng(0), "clip")
     path = tmp_path / f"{name}.safetensors"
     safetensors.numpy.save_file(weights, path)
-    with pytest.raises(UserError, match=f"is a {name}.*, which has rotary positions, .* take another"):
+    with pytest.raises(UserError, match=f"names {name}, which has rotary positions: .*, take another"):
         preprocessing.read(path)
     path = path.rename(tmp_path / "x.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
