@@ -267,6 +267,7 @@ def _card(path, metadata):
 def _wanted(path, card):
     """Shapes of the tree that the card's method trains; checks what a card says."""
     try:
+        _check_kinds(card)
         method = methods.get(card["method"], **_plain(card["method_kwargs"]))
         formula = methods.module(card["method"]).FORMULA
         if card["formula"] != formula:
@@ -280,6 +281,34 @@ def _wanted(path, card):
             f"{path} is of another version of method {card['method']} ({first_line(e)}): use the "
             f"version of rlrr_jax that wrote it"
         ) from e
+
+
+_NUMBER = (int, float, type(None))
+_KINDS = {  # of what a card says; each name is there
+    **dict.fromkeys(("method", "formula", "backbone", "backbone_sha256", "model", "task"), str),
+    **dict.fromkeys(("method_kwargs", "accuracy", "config", "versions"), dict),
+    "classes": list,
+}
+_GROUPS = ("data", "pretrained", "model", "method_kwargs", "loss_kwargs")  # of the configuration
+_PLAIN = {"protocol": str, "seed": int, "eval_batch_size": int, "precision": str, "dtype": str}
+
+
+def _check_kinds(card):
+    """ValueError unless a card's values are of the kinds that runs write."""
+    for name, kind in _KINDS.items():
+        if not isinstance(card.get(name), kind):
+            raise ValueError(f"its {name} is no {kind.__name__}")
+    config = card["config"]
+    for name, kind in {**dict.fromkeys(_GROUPS, dict), **_PLAIN}.items():
+        if not isinstance(config.get(name), kind) or isinstance(config[name], bool):
+            raise ValueError(f"its config.{name} is no {kind.__name__}")
+    own = config.get("own", {})
+    paths = [config["data"].get("dir"), config["data"].get("cache_dir"), own and own.get("path")]
+    paths += [config["pretrained"].get("cache_dir"), card.get("dataset")]
+    if not all(isinstance(path, str | None) for path in paths) or not isinstance(own, dict):
+        raise ValueError("one of its paths is no text")
+    if not all(isinstance(x, _NUMBER) for x in card["accuracy"].values()):
+        raise ValueError("its accuracies are no numbers")
 
 
 def _check_run(card):

@@ -223,7 +223,7 @@ def trials(run: ConfigDict) -> list[ConfigDict]:
         change = dict(zip(given, values))
         trial = ConfigDict(run.to_dict())
         name = "-".join(filter(None, [run.trial, trial_name(change)]))
-        trial.update(protocol="tune", seed=0, trial=name)
+        trial.update(protocol="tune", seed=0, trial=name, searching=True)
         for key, value in change.items():
             node, last = checks.group(trial, key)
             node[last] = value
@@ -585,7 +585,9 @@ def evaluates(run: ConfigDict, epoch: int) -> bool:
     """Whether a run is evaluated after an epoch, counted from 0: always after the last."""
     if epoch + 1 == run.epochs:
         return True
-    if run.protocol in ("fast", "vtab") or epoch == 0:  # the authors skip the first, too
+    if (
+        run.get("searching") or run.protocol in ("fast", "vtab") or epoch == 0
+    ):  # the authors skip the first, too
         return False
     return (epoch + 1) % run.get("eval_every", 1) == 0
 

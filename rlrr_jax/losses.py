@@ -237,7 +237,10 @@ def options(name: str) -> dict[str, Any]:
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES)
     parameters = list(inspect.signature(LOSSES[name]).parameters.values())[2:]
-    return {p.name: p.default for p in parameters}
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if missing := [p.name for p in named if p.default is p.empty]:
+        raise UserError(f"option {missing[0]!r} of loss {name!r} has no default: give it one")
+    return {p.name: p.default for p in named}
 
 
 def check(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +276,16 @@ def check_contract(name: str, given: dict[str, Any], classes: int) -> None:
     key, number = (LOSSES[name], repr(sorted(given.items())), classes), 2
     if key in _CHECKED:
         return
-    losses, values = _traced(functools.partial(LOSSES[name], **given), number, classes)
+    try:
+        losses, values = _traced(LOSSES[name], number, classes, given)
+    except jax.errors.ConcretizationTypeError as e:
+        raise UserError(
+            f"loss {name!r} decides by a number that is traced, as its options of real numbers and "
+            f"batch.step are: use jnp.where or jax.lax.cond instead of if"
+        ) from e
+    for key_of, x in {"its losses": losses, **values}.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating) and (key_of == "its losses"):
+            raise UserError(f"loss {name!r} returns {x.dtype}, which has no gradient: return float32")
     shapes = {"losses": losses.shape, **{key: x.shape for key, x in values.items()}}
     for name_of, shape in shapes.items():
         wanted = (number, classes) if name_of == "remember" else (number,)
@@ -302,21 +314,30 @@ def outputs(loss: Loss, classes: int) -> set[str]:
     return set(_traced(loss, 1, classes)[1])
 
 
-def _traced(loss: Loss, number: int, classes: int) -> Values:
-    """Shapes of what a loss returns for so many images, on one device."""
+def _traced(loss: Loss, number: int, classes: int, given: dict[str, Any] | None = None) -> Values:
+    """Shapes of what a loss returns for so many images, on one device.
+
+    Args:
+      loss: the loss, with its options unless they are given.
+      number: number of images.
+      classes: number of classes of the logits.
+      given: options; real numbers are traced, as in the step.
+    """
+    given = given or {}
+    loss = functools.partial(loss, **fixed(given))
+    numbers = {key: jnp.float32(x) for key, x in given.items() if isinstance(x, float)}
 
     def forward(images: jax.Array, keys: Any, noise: Any = None, exits: bool = False) -> Any:
         logits = jnp.zeros((len(images), classes))
         return (logits[:, None].repeat(2, 1), logits[:, None]) if exits else logits
 
-    def call(batch: Batch) -> Values:
-        return jax.tree.map(
-            lambda x: x[0], jax.vmap(lambda b: loss(forward, b), axis_name="data")(batch)
-        )
+    def call(batch: Batch, numbers: dict[str, jax.Array]) -> Values:
+        one = lambda b: loss(forward, b, **numbers)
+        return jax.tree.map(lambda x: x[0], jax.vmap(one, axis_name="data")(batch))
 
     def batch() -> Batch:  # a device's
         image, zero = jnp.zeros((1, number, 1, 1, 3)), jnp.zeros((1, number), jnp.int32)
         keys, logits = jax.random.split(jax.random.key(0), (1, number)), jnp.zeros((1, number, classes))
         return Batch(image, zero, None, jnp.ones((1, number)), keys, zero, zero, zero[:, 0], logits)
 
-    return jax.eval_shape(call, jax.eval_shape(batch))
+    return jax.eval_shape(call, jax.eval_shape(batch), numbers)

@@ -155,6 +155,17 @@ def rest(recipe: Any, frozen: Any, number: int) -> tuple[Any, Any]:
     return recipe._replace(model=model, image_size=None), tree
 
 
+def _keys(recipe: Any, frozen: Any, data: tuple, number: int, run: Any) -> list[tuple]:
+    """What tells the outputs for training and held-out images from all others."""
+    model = recipe.model.clone(num_classes=1)
+    weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
+    flips = (run.flip, False)
+    return [
+        (id(images), id(weights[0]), model, number, recipe.precision, bool(flip))
+        for images, flip in zip(data, flips)
+    ]
+
+
 def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: dict) -> tuple:
     """A group of trials with what nothing changes computed once; as it was if there is none of it.
 
@@ -174,7 +185,9 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
         return recipe, frozen, data
     label = f"{run.task} {run.method}"
     where = "the head" if number == HEAD else f"block {number + 1}"
-    if (wanted := _bytes(recipe, number, data, run.flip)) > (free := _free()):
+    wanted, kept = _bytes(recipe, number, data, run.flip), _keys(recipe, frozen, data, number, run)
+    in_memory = wanted <= MOST_BYTES or all(key in known for key in kept)
+    if not distributed.broadcast(in_memory) and wanted > (free := _free()):
         _print(
             f"{label}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
             f"the {free / 1e9:.1f} GB for it, and is computed each time"
@@ -182,11 +195,8 @@ def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: 
         return recipe, frozen, data
     _print(f"{label}: what reaches {where} is computed once; images/s is of the rest")
     out = []
-    for images, what in zip(data, ("training", "held-out")):
+    for images, what, key in zip(data, ("training", "held-out"), kept):
         flip = run.flip and what == "training"
-        model = recipe.model.clone(num_classes=1)
-        weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
-        key = (id(images), id(weights[0]), model, number, recipe.precision, flip)
         if key not in known:
             title = f"{run.task}: {what} images up to {where}, once"
             arguments = number, images, mesh, flip, title

@@ -20,6 +20,7 @@ from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import exits
+from rlrr_jax.results import logs
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results.outputs import Outputs
 from rlrr_jax.runs import identity, search, workdir
@@ -74,7 +75,8 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
         runs = config_lib.resolve(config)
     except Unusable as e:
         raise _listed(e, epath.Path(folder or "runs").expanduser()) from e
-    folder = epath.Path(folder or f"runs/{identity.fingerprint(runs)}").expanduser()
+    folder = _workdir(folder or f"runs/{identity.fingerprint(runs)}")
+    logs.check(runs[0].log)
     _check_alike(identity.fingerprint(runs), _OTHER_CONFIGURATIONS)
     _check_alike(identity.code(), _OTHER_CODE)
     _check_shared(folder)
@@ -129,6 +131,20 @@ _OTHER_IMAGES = (
 _OTHER_CODE = (
     "the processes run different code: bring rlrr_jax and jax to the same version on every host"
 )
+
+
+def _workdir(folder: Any) -> Any:
+    """The path of a workdir; UserError for an address that cannot be reached."""
+    scheme = str(folder).partition("://")[0] if "://" in str(folder) else ""
+    if scheme not in ("", "gs", "s3"):
+        raise UserError(f"--workdir={folder} is no folder: write a path, or gs://BUCKET/FOLDER")
+    try:
+        path = epath.Path(folder).expanduser()
+        path.exists()
+        return path
+    except ImportError as e:
+        package = {"gs": "gcsfs", "s3": "s3fs"}[scheme]
+        raise UserError(f"{folder} cannot be reached ({first_line(e)}): pip install {package}") from e
 
 
 def _check_shared(folder: Any) -> None:
@@ -372,18 +388,28 @@ def train_group(works: list[Work], load: Loaders, forecast: Forecast, stop: Stop
     if distributed.any_of(stop()):  # asked while the group before ended
         raise Stopped
     folder = _group_folder(works)
+    parts = _attempt(works, folder, load, forecast, stop)
+    if len(works) > 1 and parts != [works]:  # the same group again goes on from its checkpoint
+        _remove(folder)
+    for part in parts:
+        train_group(part, load, forecast, stop)
+
+
+def _attempt(
+    works: list[Work], folder: Any, load: Loaders, forecast: Forecast, stop: Stop
+) -> list[list[Work]]:
+    """Trains runs together; the groups to train instead if they do not fit into memory.
+
+    What lies on the devices goes when this returns.
+    """
     try:
         group = [work.run for work in works]
         built = job.build(group, load.load_weights, _data_of(works, load), load.known)
         outputs = _outputs(works, folder, load, forecast)
         train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
-        parts = []
+        return []
     except TooLarge as e:
-        parts = _smaller(works, e, forecast.title(*works))
-    if len(works) > 1 and parts != [works]:  # the same group again goes on from its checkpoint
-        _remove(folder)
-    for part in parts:
-        train_group(part, load, forecast, stop)
+        return _smaller(works, e, forecast.title(*works))
 
 
 def _group_folder(works: list[Work]) -> Any:

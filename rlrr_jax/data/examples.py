@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from rlrr_jax import files
 from rlrr_jax.data.task import stamp
 from rlrr_jax.errors import UserError
 
+# Pillow takes a picture with a longer text in it, such as a drawing's source, for a bomb.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26
 ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".jp2", ".tga"),

@@ -177,6 +177,11 @@ def find(task: Task, data_dir: Any, kind: str | None) -> Found:
     if task.tfds and kind in (None, "tfds"):
         for version in sources.versions(root / task.tfds, task):
             return Found("tfds", root / task.tfds / version, f"{task.tfds}:{version}")
+    if task.name == "cars" and any((p / "cars_train").exists() for p in places):
+        raise UserError(
+            f"{root} has cars_train, and not devkit/cars_meta.mat and cars_test_annos_withlabels.mat, "
+            f"which are not in that archive: put both there"
+        )
     also = f" nor a prepared tfds dataset {root / task.tfds}" if task.tfds else ""
     raise UserError(
         f"there is no {places[0]} with {layout.marker}{also}: get it from {layout.page}, and point "
@@ -190,7 +195,7 @@ def open(task: Task, split: str, found: Found) -> Split:
 
     if found.kind == "tfds":
         return sources.open_vtab(task, split, found)
-    images = divided(task, found.path)[split]
+    images = _placed(divided(task, found.path)[split], found.path)
 
     def read(start: int, stop: int | None) -> list:
         return [((found.path / i.path).read_bytes(), (i.label,)) for i in images[start:stop]]
@@ -203,6 +208,23 @@ def open(task: Task, split: str, found: Found) -> Split:
         digest.update(repr((image, stamp(path))).encode())
     key = {"folder": str(found.path), "list": digest.hexdigest()}
     return Split(len(images), (task.name,), read, key, lambda i: str(found.path / images[i].path))
+
+
+def _placed(images: list[Image], folder: Any) -> list[Image]:
+    """Images with the paths that they have: some archives have their folder once more in itself.
+
+    Raises UserError for a list that leads out of its folder.
+    """
+    if not images:
+        return images
+    for image in images:
+        path = pathlib.PurePosixPath(image.path)
+        if path.is_absolute() or ".." in path.parts or "\\" in image.path:
+            raise UserError(f"the lists in {folder} name {image.path}, which leads out of it")
+    top = pathlib.PurePosixPath(images[0].path).parts[0]
+    if (folder / images[0].path).exists() or not (folder / top / top).is_dir():
+        return images
+    return [image._replace(path=f"{image.path.partition('/')[0]}/{image.path}") for image in images]
 
 
 def names(task: Task, found: Found) -> list[str]:
@@ -231,6 +253,8 @@ def _read(name: str, folder: Any) -> tuple[list[Image], list[str]]:
         return layout.read(folder)
     except FileNotFoundError as e:
         raise UserError(f"there is no {e.filename}: extract the whole archive of {layout.page}") from e
+    except UserError:
+        raise
     except Exception as e:  # SciPy's and lists that lack something
         why = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(f"the lists in {folder} cannot be read ({why}): extract them again") from e
@@ -248,7 +272,13 @@ def _of_vpt(task: Task, folder: Any, train: list[Image]) -> set[str]:
     if not path.exists():
         return set()
     known, found = {image.path for image in train}, set()
-    for key in json.loads(path.read_text()):
+    try:
+        listed = list(json.loads(path.read_bytes().decode("utf-8-sig")))
+        if not all(isinstance(key, str) for key in listed):
+            raise ValueError("it lists no paths")
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}): copy it again, or remove it") from e
+    for key in listed:
         places = [pathlib.PurePosixPath(root, key).as_posix() for root in LAYOUTS[task.name].roots]
         place = next((place for place in places if place in known), None)
         if place is None:

@@ -24,11 +24,11 @@ def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
     if unknown := sorted(parts.keys() - SPLITS.keys()):
         raise UserError(f"{folder} has a split {unknown[0]!r}, none of train, val and test: rename it")
     rows: dict[str, tuple[Any, int]] = {}  # key of an example -> its part, and its row there
-    out, tables, encoded = [], [], []
+    parts = {s: _encoded(part, *_columns(folder, part.features)) for s, part in parts.items()}
+    on_disk = any(False in _paths(part)[1] for part in parts.values())
+    _check_all(folder, sum(map(len, parts.values())), on_disk)
+    out, tables = [], []
     for split, part in parts.items():
-        image, label = _columns(folder, part.features)
-        part = _encoded(part, image, label)
-        encoded.append(part)
         names = getattr(part.features["label"], "int2str", str)
         for row, (value, path, inside) in enumerate(zip(part["label"], *_paths(part))):
             if value is None or value == -1:
@@ -38,7 +38,6 @@ def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
             rows[key] = part, row
             out.append(Example(key, names(value), SPLITS[split]))
         tables += [stamp(table["filename"]) for table in part.cache_files]
-    _check_all(folder, len(out), any(_paths(part)[1].count(False) for part in encoded))
     return _files(folder, rows, tables), out
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from rlrr_jax import files
@@ -138,7 +138,7 @@ def rgb(image: Any, pixels: Pixels, scale: int = 1) -> Image.Image:
     """An RGB Pillow image of its own size; arguments are those of `decode`."""
     image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
     if pixels.upright:
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
     if image.mode == "I" and image.format == "PPM":  # a PGM of 16 bits, which Pillow brings to 65535
         image = Image.fromarray(np.uint16(np.clip(np.asarray(image), 0, 65535)))
     if image.mode.startswith("I;16"):
@@ -155,6 +155,23 @@ def rgb(image: Any, pixels: Pixels, scale: int = 1) -> Image.Image:
     if pixels.variant == "jpeg75":
         image = Image.open(io.BytesIO(sources.jpeg75(image))).convert("RGB")
     return image
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as its EXIF's orientation says; the rest of EXIF, which may be wrong, is not read."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -513,7 +530,7 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(f, header)
         for start in range(0, number, _BLOCK):
-            examples = entry.split.read(start, min(start + _BLOCK, number))
+            examples = _examples(entry, task, start, min(start + _BLOCK, number))
             put = functools.partial(_attempt, entry, task)
             decoded = list(pool.map(put, enumerate(examples, start)))
             failed = [(i, e) for i, e in enumerate(decoded, start) if isinstance(e, UserError)]
@@ -542,6 +559,31 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
     )
     shutil.rmtree(entry.folder, ignore_errors=True)  # damaged, or another process was first
     part.rename(entry.folder)
+
+
+def _examples(entry, task, start, stop):
+    """What a source reads; UserError unless it is as many images with labels as it promised."""
+    found = list(entry.split.read(start, stop))
+    what = f"the source of {task.name}"
+    if len(found) != stop - start:
+        raise UserError(f"{what} reads {len(found)} images instead of {stop - start} from {start} on")
+    for i, example in enumerate(found, start):
+        good = isinstance(example, tuple | list) and len(example) == 2
+        labels = example[1] if good else None
+        if not isinstance(labels, tuple | list) or len(labels) != len(entry.split.tasks):
+            number = len(entry.split.tasks)
+            raise UserError(
+                f"{what} must read (image, labels), labels a tuple of {number}, as "
+                f"{entry.split.where(i)} is not"
+            )
+        if not all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in labels):
+            raise UserError(
+                f"{what} has the labels {labels} at {entry.split.where(i)}: give whole numbers"
+            )
+        if isinstance(example[0], np.ndarray) and example[0].dtype != np.uint8:
+            kind, where = example[0].dtype, entry.split.where(i)
+            raise UserError(f"{what} has pixels of {kind} at {where}: give uint8, 0 to 255")
+    return found
 
 
 def _attempt(entry, task, item):

@@ -1,14 +1,25 @@
 """Curves for TensorBoard or Weights & Biases, under the names that `metrics.jsonl` has."""
 
 import contextlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.results.outputs import Outputs
 from rlrr_jax.runtime import distributed
 
 Write = Callable[[list[dict]], None]
+
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def check(kind: str | None) -> None:
+    """UserError if the package that a kind of log needs is not installed."""
+    if kind is not None and importlib.util.find_spec(PACKAGES[kind]) is None:
+        raise UserError(f"config.log={kind} needs {PACKAGES[kind]}: pip install {PACKAGES[kind]}")
 
 
 @contextlib.contextmanager
@@ -68,14 +79,24 @@ def _wandb(job, outputs, epoch):
 
     def one(run, folder, label):
         plain = {**run.to_dict(), **outputs.provenance}
-        started = wandb.init(
-            id=identity.fingerprint([run], outputs.provenance),
-            name=label,
-            config=plain,
-            dir=str(folder),
-            resume="allow",
-            reinit="create_new",
-        )
+        try:
+            started = wandb.init(
+                id=identity.fingerprint([run], outputs.provenance),
+                name=label,
+                config=plain,
+                dir=str(folder),
+                resume="allow",
+                reinit="create_new",
+                settings=wandb.Settings(init_timeout=30),
+            )
+        except Exception as e:  # without a key, a network, rights: the run matters more
+            print(
+                f"warning: {label} has no curves in wandb ({first_line(e)}): set WANDB_MODE=offline to "
+                f"keep them here",
+                file=sys.stderr,
+                flush=True,
+            )
+            return lambda row: None, lambda: None
         return lambda row: started.log(_numbers(row), step=row["epoch"]), started.finish
 
     return [one(*each) for each in zip(job.runs, outputs.folders, outputs.labels)]

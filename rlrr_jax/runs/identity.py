@@ -33,6 +33,7 @@ PLACES = (
     "pretrained.cache_dir",
     "own.path",  # the images themselves are in the name of the dataset
     "machine",  # where it was last started, see `train`
+    "searching",  # evaluated after the last epoch alone
     "val_acc",  # of the setting that "vtab" chose: a result
     "val_tried",  # of all that it tried
 )

@@ -79,7 +79,7 @@ def check_folder(work: Work, sha256: str) -> None:
         identity.identity(ConfigDict(c))
         for c in (files.read_json(path), {**work.run.to_dict(), **provenance(work, sha256)})
     )
-    if any(new[key] is None for key in checks.GRID):  # "vtab" has not chosen yet
+    if work.run.protocol == "vtab" and "val_acc" not in work.run:  # it has not chosen yet
         for values in (old, new):
             for key in (*checks.GRID, "val_acc", "loss_kwargs"):
                 values.pop(key, None)

@@ -84,10 +84,10 @@ def start(mode: str = "auto", timeout: int = 300) -> None:
         timer.cancel()
         told.cancel()
     if several():
-        numbers = np.ravel(multihost_utils.process_allgather(np.asarray(jax.local_device_count())))
-        if len(set(numbers.tolist())) > 1:
+        numbers = _numbers_of_devices(timeout)
+        if len(set(numbers)) > 1:
             raise UserError(
-                f"the processes have {', '.join(map(str, numbers.tolist()))} devices: give each as "
+                f"the processes have {', '.join(numbers)} devices: give each as "
                 f"many (CUDA_VISIBLE_DEVICES, or XLA_FLAGS on CPUs)"
             )
         print(
@@ -96,6 +96,14 @@ def start(mode: str = "auto", timeout: int = 300) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _numbers_of_devices(timeout):
+    """Of each process, as text; asked without a collective, which unequal ones could not have."""
+    client, key = _client(), "rlrr_jax/devices"
+    client.key_value_set(f"{key}/{jax.process_index()}", str(jax.local_device_count()))
+    every = range(jax.process_count())
+    return [client.blocking_key_value_get(f"{key}/{i}", 1000 * timeout) for i in every]
 
 
 def _check_address():
@@ -135,10 +143,11 @@ def _waiting(number, timeout):
 
 def _give_up(timeout, number, mine):
     where = os.environ.get("JAX_COORDINATOR_ADDRESS", "process 0")
+    this = f"process {mine}" if mine else "one of a cluster"
     print(
         f"error: gave up after {timeout} s: not all of the {number or 'announced'} processes came to "
-        f"{where} (this is process {mine or 'of a cluster'}): see whether the same command runs on "
-        f"every host, raise --distributed_timeout, or add --distributed=off to go alone",
+        f"{where} (this is {this}): see whether the same command runs on every host, raise "
+        f"--distributed_timeout, or add --distributed=off to go alone",
         file=sys.stderr,
         flush=True,
     )

@@ -130,8 +130,11 @@ def turns(tree: Any, mesh: Mesh, number: int) -> Iterator[tuple[list[int], Any]]
         if len(which) == groups * here:
             yield which, tree
         else:
-            pick = jax.jit(
-                lambda tree, which: jax.tree.map(lambda x: x[which], tree),
-                out_shardings=NamedSharding(mesh, P("trial")),
-            )
-            yield which, pick(tree, np.array(which))
+            yield which, _pick(NamedSharding(mesh, P("trial")))(tree, np.array(which))
+
+
+@functools.lru_cache(8)
+def _pick(sharding: NamedSharding) -> Callable:
+    """A jitted function `(tree, indices) -> tree` of some trials, compiled once."""
+    take = lambda tree, which: jax.tree.map(lambda x: x[which], tree)
+    return jax.jit(take, out_shardings=sharding)
