@@ -82,11 +82,11 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
     if to not in ("timm", *TRAINED) and (layout is None or not plain):
         which = adapter.card["model"] + " with what it has besides" * (not plain)
         raise UserError(f"{which} is not exported to {to}: use timm, {', '.join(TRAINED)}")
-    out = files.local(out).absolute()
+    name, out = out, files.local(out).absolute()
     if to in FOLDERS:
         check_folder(out, FOLDERS[to])
-    elif not str(out).endswith(ending) or out.name == ending:
-        raise UserError(f"{to} files end in {ending}: {out} does not")
+    elif not str(name).endswith(ending) or out.name == ending:
+        raise UserError(f"{to} files end in {ending}: {name} does not")
     out.parent.mkdir(parents=True, exist_ok=True)
     if to not in FOLDERS:
         files.writable(out)

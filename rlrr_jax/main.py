@@ -1,9 +1,16 @@
 """Fine-tunes and evaluates: `python -m rlrr_jax.main --config configs/vtab.py:cifar`."""
 
 import os
+import signal
+
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # preemption, a lost terminal, SLURM
+STOPPED = 75  # exit code of a run that was stopped by one of these and goes on when started again
+if __name__ == "__main__":  # before what is slow to import: nothing is begun yet
+    for _signal in STOPPING:
+        signal.signal(_signal, lambda *_: os._exit(STOPPED))
+
 import pathlib
 import re
-import signal
 import sys
 import traceback
 
@@ -27,8 +34,6 @@ _TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 300, "seconds to wait for the other processes", lower_bound=1
 )
 
-STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # preemption, a lost terminal, SLURM
-STOPPED = 75  # exit code of a run that was stopped by SIGTERM and goes on when started again
 _KEYS = "the configuration file lists them; options of a method are written vtab.py:init=damped"
 HELP = """\
 Fine-tunes a Vision Transformer on labelled images, and prints a table of results.
@@ -71,7 +76,8 @@ def main(argv: list[str]) -> None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
     distributed.start(_DISTRIBUTED.value, _TIMEOUT.value)
     _cache_programs()
-    _say_devices()
+    if jax_x64():
+        raise UserError("JAX_ENABLE_X64 is set, and everything here is float32: unset it")
     if not distributed.is_process_zero():
         sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
     if config.task is None and config.own.path is None:
@@ -104,29 +110,11 @@ def _quiet_orbax(logging):
     handler.addFilter(lambda record: "orbax" not in record.pathname)
 
 
-def _say_devices():
-    """Says on what a run trains, and warns of a GPU or TPU that is there and unused."""
-    import glob
-
+def jax_x64() -> bool:
+    """Whether JAX was told to compute in float64."""
     import jax
 
-    if jax.config.jax_enable_x64:
-        raise UserError("JAX_ENABLE_X64 is set, and everything here is float32: unset it")
-    try:
-        devices = jax.local_devices()
-    except (RuntimeError, AssertionError):  # `checks` says what to do
-        return
-    print(f"training on {len(devices)} x {devices[0].device_kind}", file=sys.stderr, flush=True)
-    there = {"cuda13": glob.glob("/dev/nvidia[0-9]*"), "tpu": glob.glob("/dev/accel[0-9]*")}
-    chosen = os.environ.get("JAX_PLATFORMS")
-    for extra, found in there.items():
-        if found and devices[0].platform == "cpu" and not chosen:
-            print(
-                f"warning: {found[0]} is there and not used, since this JAX knows only the CPU: pip "
-                f"install 'jax[{extra}]'",
-                file=sys.stderr,
-                flush=True,
-            )
+    return jax.config.jax_enable_x64
 
 
 def _cache_programs():
@@ -148,8 +136,6 @@ def _cache_programs():
 
 def run() -> None:
     """The command."""
-    for name in STOPPING:  # before anything slow is imported: nothing is begun yet
-        signal.signal(name, lambda *_: os._exit(STOPPED))
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         one_sentence(lambda: print(HELP, end=""))
         return

@@ -2,14 +2,18 @@
 
 import contextlib
 import functools
+import glob
 import hashlib
 import itertools
+import os
 import re
 import secrets
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -26,7 +30,7 @@ from rlrr_jax.results.outputs import Outputs
 from rlrr_jax.runs import identity, search, workdir
 from rlrr_jax.runs.forecast import Forecast
 from rlrr_jax.runs.workdir import Work
-from rlrr_jax.runtime import distributed
+from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime.memory import TooLarge
 from rlrr_jax.runtime.stop import Stop, Stopped
 from rlrr_jax.weights import guard, names
@@ -87,9 +91,11 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
     if not works:
         raise UserError(f"no task can run; {explain(problems)[0]}")
     load = _open_weights(works)
+    print(f"workdir: {folder}", flush=True)
+    if not all(work.finished for work in works):
+        _say_devices(runs[0].num_devices)
     for line in dict.fromkeys(_augmentation(work.run) for work in works if not work.finished):
         _print(line)
-    print(f"workdir: {folder}", flush=True)
     forecast = Forecast(works)
     rows = []
     for _, several in itertools.groupby(works, lambda work: identity.together(work.run)):
@@ -219,6 +225,21 @@ def _listed(error: Unusable, folder: Any) -> UserError:
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / "bad.txt", "".join(f"{path}\t{why}\n" for path, why in error.bad))
     return UserError(f"{error}; {folder / 'bad.txt'} names all {len(error.bad)}")
+
+
+def _say_devices(number: int | None) -> None:
+    """Prints on what is trained, and warns of a GPU or TPU that is there and unused."""
+    devices = jax.devices()
+    _print(f"training on {memory.words(memory.machine(number or len(devices)))}")
+    there = {"cuda13": glob.glob("/dev/nvidia[0-9]*"), "tpu": glob.glob("/dev/accel[0-9]*")}
+    for extra, found in there.items():
+        if found and devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+            print(
+                f"warning: {found[0]} is there and not used, since this JAX knows only the CPU: pip "
+                f"install 'jax[{extra}]'",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _augmentation(run: Any) -> str:

@@ -9,8 +9,7 @@ import pytest
 from flags import xla_flags
 from squeeze import squeeze
 
-from rlrr_jax import config as config_lib
-from rlrr_jax import methods
+from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError, out_of_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,7 +98,7 @@ def test_a_broken_contract_is_named(what):
     names = {}
     good = dict(init="pass", merge="pass", decay="base.decay_of('kernel')")
     exec(METHOD.format(**{**good, **changes}), names)
-    frozen = config_lib._shapes("bundled", 32)
+    frozen = models.shapes(models.build("bundled", 2), 32)
     with pytest.raises(UserError) as e:
         methods.check("fork", names["method"](), frozen)
     assert str(e.value).startswith(f"method 'fork' breaks its contract: {message}")

@@ -288,3 +288,71 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(run, hub, tmp_path):
     )
     done = python("rlrr_jax.export", run, "--to", "timm", tmp_path / "x.safetensors", "--push", "me/x")
     assert done.returncode == 1 and "--push uploads what --to hub writes" in done.stderr
+
+
+# What other libraries compute --------------------------------------------------------------------
+
+
+def of_other_habits(run, **model):
+    """The run's adapter with another activation or epsilon: another model of the same weights."""
+    adapter = adapters.read(run / "adapter.safetensors")
+    config = json.loads(json.dumps(adapter.card["config"]))
+    config["model"] |= model
+    gelu = config["model"]["gelu"]
+    return adapter._replace(card={**adapter.card, "config": config, "gelu": gelu})
+
+
+def test_what_another_library_does_otherwise_is_said(run, tmp_path):
+    adapter = of_other_habits(run, gelu="quick", norm_eps=1e-5)
+    for to in ("big_vision", "vit_jax"):
+        said = export.advice(to, adapter, "x.npz")
+        assert "has the quick GELU: change nn.gelu(x) there to x * nn.sigmoid(1.702 * x)" in said
+        assert "its LayerNorms have epsilon=1e-05: change nn.LayerNorm() there" in said
+    files = export.transformers_files(adapter)
+    assert files["config.json"]["hidden_act"] == "quick_gelu"
+    assert files["config.json"]["layer_norm_eps"] == 1e-5
+    plain = export.advice("big_vision", adapters.read(run / "adapter.safetensors"), "x.npz")
+    assert "GELU" not in plain and "epsilon" not in plain
+
+
+def test_transformers_has_the_quick_gelu(run, images, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    adapter = of_other_habits(run, gelu="quick", norm_eps=1e-5)
+    export.export(adapter, "transformers", tmp_path / "x")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "x").eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits.numpy()
+    tuned = adapters.load(adapter)
+    ours = tuned.model.apply({"params": tuned.params}, images)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_transformers_crops_as_the_run_did(run, tmp_path):
+    """FGVC's recipe: the whole image as a square, of which the middle is taken."""
+    adapter = of_other_habits(run)
+    adapter.card["config"] |= {"crop": "square", "crop_from": 40}
+    pixels = export.transformers_files(adapter)["preprocessor_config.json"]
+    assert pixels["size"] == {"height": 40, "width": 40} and pixels["do_center_crop"]
+    assert pixels["crop_size"] == {"height": 32, "width": 32}
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8))
+    theirs = np.asarray(processor(picture, return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+    square = np.asarray(picture.resize((40, 40), Image.Resampling.BICUBIC))[4:36, 4:36]
+    np.testing.assert_allclose(theirs, np.float32(square) / 127.5 - 1, rtol=0, atol=0.02)
+
+
+def test_a_projection_and_a_head_are_one_head():
+    from rlrr_jax import models
+
+    model = models.build("bundled", 5, projection=8)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    params = model.init(jax.random.key(0), images)["params"]
+    params["head"]["kernel"] = np.random.default_rng(1).normal(size=(8, 5)).astype(np.float32)
+    tuned = adapters.Tuned(model, params, {})
+    one = export._one_head(tuned)
+    assert "projection" not in one.params and one.params["head"]["kernel"].shape == (96, 5)
+    with jax.default_matmul_precision("highest"):
+        both = [t.model.apply({"params": t.params}, images) for t in (tuned, one)]
+    np.testing.assert_allclose(*both, rtol=0, atol=1e-5)

@@ -33,7 +33,7 @@ ALLOWED = {
     "evaluate.py": {"data", "losses", "runtime"},
     "feed.py": {"data", "evaluate"},
     "prefix.py": {"data", "evaluate", "models", "runtime"},
-    "sensitivity.py": {"data"},
+    "sensitivity.py": {"data", "models"},
 }
 EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models
 

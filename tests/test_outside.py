@@ -298,7 +298,7 @@ def test_what_comes_from_outside(kind, place, good, monkeypatch):
     monkeypatch.setenv("RLRR_JAX_CACHE", str(place / "cache"))
     monkeypatch.setenv("HF_HOME", str(place / "hf"))
 
-    @settings(max_examples=40, **OPTIONS)
+    @settings(max_examples=15 if kind is of_cards else 40, **OPTIONS)
     @given(st.integers(0, 2**32 - 1))
     def run(seed):
         check(kind, place, good, seed)
@@ -312,7 +312,7 @@ def test_ten_thousand_of_them(kind, place, good, monkeypatch):
     monkeypatch.setenv("RLRR_JAX_CACHE", str(place / "cache"))
     monkeypatch.setenv("HF_HOME", str(place / "hf"))
 
-    @settings(max_examples=1500, **OPTIONS)
+    @settings(max_examples=300 if kind is of_cards else 1620, **OPTIONS)  # cards take a second each
     @given(st.integers(0, 2**32 - 1))
     def run(seed):
         check(kind, place, good, seed)

@@ -148,10 +148,11 @@ def of_pixels(images: Files, examples: list[Example]) -> list[str]:
         with images.open(example) as file, Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
                 return "pages"
-            if image.mode.startswith("I") and (image.getextrema()[1] or 0) < 1 << 12:
+            top: Any = image.getextrema()
+            if image.mode.startswith("I") and top[1] < 1 << 12:
                 return "dark"
             if image.mode in ("RGBA", "LA", "PA", "P") and image.has_transparency_data:
-                alpha = image.convert("RGBA").getextrema()[3]
+                alpha: Any = image.convert("RGBA").getchannel("A").getextrema()
                 return "transparent" if alpha[0] < 255 else None
             return None
 

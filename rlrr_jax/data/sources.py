@@ -134,7 +134,6 @@ def pixels(task: str | Task, found: Found) -> str:
 LOOKED_AT = 32  # files of a folder
 
 
-@functools.lru_cache(64)
 def quality_75(task: Task, found: Found) -> tuple[int, int]:
     """How many of some test images are JPEG with the tables of quality 75, and how many were looked at.
 

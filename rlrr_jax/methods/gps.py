@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
@@ -45,12 +46,12 @@ def method(entries: int = 1) -> base.Method:
     def merge(frozen, adapter):
         tree = frozen
         for site in _layers(frozen, entries):
-            name = "/".join(site.path)
-            rows = jax.lax.stop_gradient(adapter[base.FIXED][name]).astype(jnp.int32)
+            of = lambda kind, site=site: base.subtree(adapter[kind], site.path)
+            rows = jax.lax.stop_gradient(of(base.FIXED)).astype(jnp.int32)
             columns = _columns(_kernel(frozen, site), site)
-            columns = jnp.put_along_axis(columns, rows, adapter["values"][name], -1, inplace=False)
+            columns = jnp.put_along_axis(columns, rows, of("values"), -1, inplace=False)
             kernel = columns.swapaxes(-1, -2).reshape(_kernel(frozen, site).shape)
-            bias = {"bias": adapter["biases"][name]} if site.bias else {}
+            bias = {"bias": of("biases")} if site.bias else {}
             tree = base.replaced(tree, site.path, {"kernel": kernel, **bias})
         return tree
 
@@ -85,9 +86,9 @@ def _adapter(frozen: Any, rows: dict[tuple, jax.Array]) -> dict:
     out: dict = {"biases": {}, "values": {}, base.FIXED: {}}
     for site in base.sites(frozen):
         if (which := rows.get(site.path)) is not None:
-            name, columns = "/".join(site.path), _columns(_kernel(frozen, site), site)
+            path, columns = site.path, _columns(_kernel(frozen, site), site)
             if site.bias:
-                out["biases"][name] = jnp.array(base.subtree(frozen, site.path)["bias"])
-            out["values"][name] = jnp.take_along_axis(columns, which, -1)
-            out[base.FIXED][name] = which.astype(jnp.float32)  # whole numbers, exact
-    return out
+                out["biases"][path] = jnp.array(base.subtree(frozen, path)["bias"])
+            out["values"][path] = jnp.take_along_axis(columns, which, -1)
+            out[base.FIXED][path] = which.astype(jnp.float32)  # whole numbers, exact
+    return {kind: unflatten_dict(leaves) for kind, leaves in out.items()}

@@ -35,8 +35,10 @@ class Difference(NamedTuple):
 
 
 # What a method brings; any other setting that differs is named.
-_OF_METHODS = ("method", "loss", "grid.", "options", "trial", "schedule", "restarts", "average", *GRID)
-_OF_METHODS += ("mixup", "cutmix", "label_smoothing", "defence", "val_acc", "val_tried")
+_OF_METHODS: tuple[str, ...] = (
+    *("method", "loss", "grid.", "options", "trial", "schedule", "restarts", "average", *GRID),
+    *("mixup", "cutmix", "label_smoothing", "defence", "val_acc", "val_tried"),
+)
 
 
 def differences(rows: list[dict], against: str) -> list[Difference]:

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from rlrr_jax.errors import TRACEBACK, UserError, first_line
 
 _FAILED, _STOPPED = "rlrr_jax/failed", "rlrr_jax/stopped"
+_INTERRUPTED = "interrupted: what was saved and what is finished is kept"
 WAITING_SECONDS = 5  # after which a process says that it waits for others
 STOPPED_TEXT = "stopped and saved: the same command goes on"
 
@@ -223,8 +224,8 @@ def together(stopped: type[BaseException], code: int) -> Iterator[None]:
         if _said(_STOPPED):  # a collective with a process that has left
             _leave(STOPPED_TEXT, code, 0)
         if isinstance(e, KeyboardInterrupt):
-            _tell(_FAILED, f"process {jax.process_index()}: interrupted")
-            _leave("interrupted: what was saved and what is finished is kept", 130, 4)
+            _tell(_FAILED, _INTERRUPTED)
+            _leave(_INTERRUPTED, 130, 4)
         expected = isinstance(e, UserError | OSError)
         if not expected or os.environ.get(TRACEBACK):
             traceback.print_exc()
@@ -240,6 +241,8 @@ def _watch(over, code):
     """Ends this process, which may hang in a collective, when another one has failed or stopped."""
     while not over.wait(1):
         if text := _said(_FAILED):
+            if text == _INTERRUPTED:
+                _leave(text, 130, 0)
             if not text.startswith(f"process {jax.process_index()}:"):
                 _leave(f"error: {text}", 1, 0)
         elif (text := _said(_STOPPED)) and text != str(jax.process_index()):

@@ -413,7 +413,7 @@ def test_two_that_decode_at_once_without_locks_end_with_one_entry(pets, tmp_path
     pets()
     found = sources.find("oxford_iiit_pet", tmp_path / "data")
     entry = store.locate("oxford_iiit_pet", "test", store.Pixels(32), found, tmp_path)
-    other = entry.folder.parent / f".{entry.folder.name}.ffff.part"
+    other = entry.folder.parent / f".{entry.folder.name}.0123abcd.part"
     other.mkdir()
     store.build(entry, tasks.get("pets"), "test", alone=False)
     assert store.intact(entry) and other.exists()  # which may be going on

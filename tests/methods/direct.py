@@ -5,6 +5,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from reference import plain
 
 from rlrr_jax.methods import vera as vera_lib
@@ -275,8 +276,9 @@ def gps(frozen, t, entries=1):
     def around(site, block, x, p):
         if "kernel" not in p:
             return plain(site, block, x, p)
-        (name,) = [name for name in t["values"] if name.split("/")[-1] == site]
-        pick = lambda tree: tree[name] if block is None else tree[name][block]
+        (name,) = [path for path in flatten_dict(t["values"]) if path[-1] == site]
+        of = lambda tree: flatten_dict(tree)[name]
+        pick = lambda tree: of(tree) if block is None else of(tree)[block]
         rows, values = jax.lax.stop_gradient(pick(t["fixed"])), pick(t["values"])
         kernel = p["kernel"].reshape(-1, len(rows))
         for o in range(len(rows)):

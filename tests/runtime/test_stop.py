@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(UserError) as e:
         suite.run(config(lr=1e30), tmp_path)
     text = str(e.value)
-    assert "the loss of digits rlrr is not finite at step " in text
+    assert "the loss of digits rlrr, or its gradient, is not finite at step " in text
     assert " of epoch 1, learning rate " in text and "lower config.lr" in text
     assert not (tmp_path / "digits/rlrr/seed0/result.json").exists()
 
@@ -104,11 +104,21 @@ def test_sigterm_saves_and_exits_with_its_code_and_the_run_ends_the_same(tmp_pat
     assert kill_runs.contents(tmp_path / "broken") == kill_runs.contents(tmp_path / "whole")
 
 
-def test_sigterm_before_there_is_anything_to_save_ends_at_once(tmp_path):
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.5])
+def test_a_signal_while_python_imports_ends_with_the_code_of_a_stop(seconds, tmp_path):
+    process = start(tmp_path)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == STOPPED
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_before_there_is_anything_to_save_ends_at_once(kind, tmp_path):
     process = start(tmp_path)
     assert process.stdout.readline() == f"workdir: {tmp_path}\n"  # then it compiles
     begun = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(kind)
     _, err = process.communicate(timeout=60)
     assert process.returncode == STOPPED and time.monotonic() - begun < 20
     assert err.strip().endswith("stopped and saved: the same command goes on")

@@ -170,7 +170,7 @@ def test_rotary_positions_that_only_a_name_tells_are_refused(name, tmp_path):
         preprocessing.read(path)
     path = path.rename(tmp_path / "x.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
-    with pytest.raises(UserError, match=f"config.json is a {name}.*rotary positions"):
+    with pytest.raises(UserError, match=f"config.json names {name}.*rotary positions"):
         preprocessing.read(path)
 
 
