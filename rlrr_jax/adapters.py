@@ -302,6 +302,15 @@ def _check_kinds(card):
     for name, kind in {**dict.fromkeys(_GROUPS, dict), **_PLAIN}.items():
         if not isinstance(config.get(name), kind) or isinstance(config[name], bool):
             raise ValueError(f"its config.{name} is no {kind.__name__}")
+    given = config["pretrained"]
+    if missing := {"name", "grid", "mean", "std"} - given.keys():
+        raise ValueError(f"its config.pretrained has no {min(missing)}")
+    whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 1 << 12
+    grid = given["grid"]
+    if grid is not None and not (isinstance(grid, list) and len(grid) == 2 and all(map(whole, grid))):
+        raise ValueError(f"its config.pretrained.grid {grid!r} is no two numbers of patches")
+    if given.get("resize") not in (None, *reader.RESIZES):
+        raise ValueError("its config.pretrained.resize is none")
     own = config.get("own", {})
     paths = [config["data"].get("dir"), config["data"].get("cache_dir"), own and own.get("path")]
     paths += [config["pretrained"].get("cache_dir"), card.get("dataset")]

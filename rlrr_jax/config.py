@@ -110,7 +110,10 @@ def _overrides(config: ConfigDict, chosen: list[str]) -> list[tuple[str, dict, d
     shared = {key: _literal(value) for key, value in config.method_kwargs.items()}
     entries = ({},) if config.runs is None else config.runs
     if not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"config.runs={config.runs} must be a list, such as {SEVERAL}")
+        raise UserError(
+            f"config.runs={config.runs} must be a list, such as {SEVERAL}, with a comma behind a "
+            f"single entry"
+        )
     named = [entry["method"] for entry in entries if "method" in entry]
     several = [m for value in named for m in (value if isinstance(value, tuple) else (value,))]
     for key in shared:

@@ -17,6 +17,7 @@ from etils import epath
 
 from rlrr_jax.errors import UserError
 
+LONGEST = 4000  # characters of a path
 CACHE = "RLRR_JAX_CACHE"  # names the folder of caches
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _told = set()  # that there are no locks
@@ -26,6 +27,8 @@ def local(path: Any) -> pathlib.Path:
     """A path on this machine, `~` expanded; UserError for gs:// and the like, or an unknown user."""
     if "://" in str(path):
         raise UserError(f"{path} is not on this machine: copy it into a local folder first")
+    if "\0" in str(path) or len(str(path)) > LONGEST:
+        raise UserError(f"{str(path)[:80]!r} is no path: check it")
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as e:  # of ~nobody, or of nobody's

@@ -1,6 +1,7 @@
 """Many runs: tasks x methods x settings x seeds. What trains together, what failed, what goes on."""
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -107,7 +108,12 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
     if not rows:
         raise UserError(f"every run failed; {explain(problems)[0]}")
     if distributed.is_process_zero():
-        report.collect(folder)
+        try:
+            report.collect(folder)
+        except OSError as e:
+            if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            _print(f"note: {folder} cannot be written ({e.strerror}), and keeps the tables that it has")
     distributed.wait("reported")
     return rows, problems
 
@@ -262,8 +268,10 @@ def _describe(task: Task, folder: Any) -> None:
     """Prints what there is to know of a task's images, and writes their splits beside the runs."""
     for note in task.notes:
         _print(f"{task.name}: {note}")
+    path = folder / task.name / "split.csv"
     if task.listing and distributed.is_process_zero():
-        files.write(folder / task.name / "split.csv", task.listing)
+        if not path.exists() or path.read_text() != task.listing:
+            files.write(path, task.listing)
 
 
 def _open_weights(works: list[Work]) -> Loaders:
@@ -339,7 +347,8 @@ def _survive(problems: dict[str, str], *works: Work, alone: bool) -> Iterator[No
     try:
         yield
         for work in works:
-            (work.folder / "error.txt").unlink(missing_ok=True)
+            if (path := work.folder / "error.txt").exists():
+                path.unlink()
     except Exception as e:
         if isinstance(e, Unusable):
             e = _listed(e, works[0].folder.parents[1])

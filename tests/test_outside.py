@@ -271,7 +271,10 @@ def of_archives(rng, root, good):
     head = f"{{'descr': '{rng.choice(('<f4', '|O', 'V2', '<U9'))}', 'fortran_order': False, 'shape': {shape}}}"
     npy = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + bytes(8)
     with zipfile.ZipFile(root / "b.npz", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr(rng.choice(("x.npy", "../x.npy", "/etc/x.npy", text_of(rng) + ".npy")), npy)
+        file.writestr(
+            rng.choice(("x.npy", "../x.npy", "/etc/x.npy", text_of(rng).replace("\0", "0") + ".npy")),
+            npy,
+        )
         if rng.random() < 0.3:
             file.writestr("y.npy", bytes(1 << 22))  # a small bomb
     with audited(root):

@@ -232,6 +232,68 @@ def test_vtab_with_a_given_value_resumes(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")} == before
 
 
+def test_a_search_with_every_value_given_is_started_again(tmp_path, capsys):
+    """ "Not chosen yet" was guessed from None, of which there is none here."""
+    changes = dict(lr=0.03, weight_decay=0.0, drop_path=0.0, epochs=4, eval_every=1)
+    settings = config("digits,method=linear", protocol="vtab", **changes)
+    rows, problems = suite.run(settings, tmp_path)
+    assert not problems and suite.run(settings, tmp_path)[0] == rows
+    (tmp_path / "digits/linear/seed0/result.json").unlink()
+    assert [r["test_acc_final"] for r in suite.run(settings, tmp_path)[0]] == [
+        rows[0]["test_acc_final"]
+    ]
+    (trial,) = files.below(tmp_path / "digits/linear/search", "*", "metrics.jsonl")
+    assert ["val_acc" in row for row in files.read_rows(trial)] == [False] * 3 + [True]  # which is read
+
+
+def test_a_workdir_is_no_pattern(tmp_path, capsys):
+    """exp[1] matches exp1, whose results are not its own."""
+    for name, lr in (("exp1", 1e-4), ("exp[1]", 0.03), ("exp?", 1e-3)):
+        rows, _ = suite.run(config("digits,method=linear", lr=lr), tmp_path / name)
+        assert [row["lr"] for row in rows] == [lr]
+        assert [row["lr"] for row in json.loads((tmp_path / name / "results.json").read_text())] == [lr]
+
+
+def test_what_did_not_fit_goes_from_the_devices(tmp_path, monkeypatch):
+    """The failed job is gone while its parts train in smaller groups."""
+    import gc
+    import weakref
+
+    from rlrr_jax import job as job_lib
+    from rlrr_jax import train as train_lib
+    from rlrr_jax.runtime.memory import TooLarge
+
+    class Probe:
+        """Stands for what a job has on the devices."""
+
+    seen, alive = [], []
+
+    def build(runs, *rest):
+        alive.append([ref() is not None for ref in seen])
+        probe = Probe()
+        seen.append(weakref.ref(probe))
+        return SimpleNamespace(runs=runs, probe=probe)
+
+    def train(built, outputs, stop, on_epoch):
+        if len(built.runs) > 1:
+            raise TooLarge(1)
+
+    monkeypatch.setattr(job_lib, "build", build)
+    monkeypatch.setattr(train_lib, "train", train)
+    monkeypatch.setattr(suite, "_outputs", lambda *_: None)
+    monkeypatch.setattr(suite, "_data_of", lambda *_: None)
+    monkeypatch.setattr(suite, "_group_folder", lambda works: works[0].folder)
+    monkeypatch.setattr(suite, "_remove", lambda folder: None)
+    (run,) = config_lib.resolve(config("digits,method=linear"))
+    works = [Work(run, tmp_path / f"seed{i}", None, f"digits linear seed {i}") for i in range(3)]
+    forecast = SimpleNamespace(title=lambda *works: "x", on_epoch=print)
+    load = suite.Loaders({}, None, None, {})
+    gc.disable()
+    suite.train_group(works, load, forecast, suite.Stop())
+    gc.enable()
+    assert alive == [[], [False], [False, False], [False, False, False]]
+
+
 def test_finished_runs_need_no_data_and_are_not_forecast(data_dir, tmp_path, capsys):
     copy = tmp_path / "data"
     shutil.copytree(data_dir / "kitti", copy / "kitti")

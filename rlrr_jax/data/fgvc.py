@@ -12,6 +12,7 @@ images, too; CUB-200 shares some.
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -219,7 +220,12 @@ def _placed(images: list[Image], folder: Any) -> list[Image]:
         return images
     for image in images:
         path = pathlib.PurePosixPath(image.path)
-        if path.is_absolute() or ".." in path.parts or "\\" in image.path:
+        if (
+            path.is_absolute()
+            or not path.parts
+            or ".." in path.parts
+            or re.search(r"[\\\0]", image.path)
+        ):
             raise UserError(f"the lists in {folder} name {image.path}, which leads out of it")
     top = pathlib.PurePosixPath(images[0].path).parts[0]
     if (folder / images[0].path).exists() or not (folder / top / top).is_dir():

@@ -341,7 +341,7 @@ def _parse(path, number, line, classes):
             f"correct that line"
         )
     image, label = pathlib.PurePosixPath(parts[0]), int(parts[1])
-    if image.is_absolute() or ".." in image.parts or "\\" in parts[0]:
+    if image.is_absolute() or ".." in image.parts or "\\" in parts[0] or "\0" in parts[0]:
         raise UserError(f"{path}:{number}: {parts[0]!r} leads out of {path.parent}: correct that line")
     if not 0 <= label < classes:
         raise UserError(

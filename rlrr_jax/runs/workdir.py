@@ -59,6 +59,8 @@ def locked(works: Iterable[Work]) -> Iterator[None]:
     """Holds the folders of runs for this process."""
     with contextlib.ExitStack() as stack:
         for work in works if distributed.is_process_zero() else ():
+            if work.finished:  # nothing is written there, and it may be read-only
+                continue
             work.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.lock(work.folder))
         distributed.wait("locked")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -115,6 +116,8 @@ def _check_address():
             f"JAX_COORDINATOR_ADDRESS={address} is no host:port of process 0: add the port, or "
             f"--distributed=off to go alone"
         )
+    if address is not None and os.environ.get("JAX_PROCESS_ID") == "0":
+        _check_port(int(address.rpartition(":")[2]))
     if "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ:
         number = os.environ["OMPI_COMM_WORLD_SIZE"]
         if number != "1" and address is None:
@@ -123,6 +126,19 @@ def _check_address():
                 f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or "
                 f"--distributed=off"
             )
+
+
+def _check_port(port):
+    """UserError for a port that another program listens on: JAX would share it, and end both runs."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", port))
+        except OSError as e:
+            raise UserError(
+                f"port {port} of JAX_COORDINATOR_ADDRESS is taken ({e.strerror}): another run may hold "
+                f"it, choose another port"
+            ) from e
 
 
 def _alone():
@@ -136,10 +152,16 @@ def _waiting(number, timeout):
     announced = number or os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS")
     print(
         f"waiting for {announced or 'the announced'} processes, {timeout} s at most: --distributed=off "
-        f"goes alone",
+        f"goes alone"
+        + "; http_proxy is set, which reaches no host of a cluster: set no_proxy"
+        * _proxied(),
         file=sys.stderr,
         flush=True,
     )
+
+
+def _proxied():
+    return bool({"http_proxy", "HTTP_PROXY", "grpc_proxy"} & os.environ.keys() - {"no_proxy"})
 
 
 def _give_up(timeout, number, mine):

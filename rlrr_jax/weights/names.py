@@ -149,10 +149,13 @@ def shards(path: Any) -> list:
     """Paths of the `.safetensors` files that an index lists, beside it; UserError for a bad index."""
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        shards = [path.parent / pathlib.PurePath(name).name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
+        if other := [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]:
+            raise ValueError(f"it names {other[0][:80]!r}, which is no file beside it")
+        shards = [path.parent / name for name in names]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is no index of .safetensors files ({e!r}): download it again") from e
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
+    if missing:
         raise UserError(f"{path.parent} lacks {', '.join(missing)}, which {path.name} lists: copy them")
     return shards
 

@@ -1,8 +1,10 @@
 """TensorBoard's event files and W&B's offline runs, against `metrics.jsonl`."""
 
+import importlib.machinery
 import json
 import struct
 import sys
+import types
 
 import pytest
 
@@ -56,6 +58,24 @@ def test_wandb_gets_them_offline(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "digits/linear/seed0/wandb").glob("offline-run-*")
     (data,) = folder.glob("*.wandb")
     assert data.stat().st_size > 500 and rows[0]["identity"] in data.name
+
+
+def test_a_log_that_cannot_be_costs_no_run(tmp_path, monkeypatch, capsys):
+    """Without a key or a network wandb raises; here a stand-in does."""
+
+    class Fake(types.ModuleType):
+        Settings = staticmethod(lambda **given: given)
+
+        def init(self, **_):
+            raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    fake = Fake("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    rows, problems = suite.run(config(log="wandb", seeds=(0,), epochs=1), tmp_path)
+    assert not problems and rows[0]["test_acc_final"] > 0.5
+    said = capsys.readouterr().err
+    assert "has no curves in wandb (api_key not configured (no-tty)): set WANDB_MODE=offline" in said
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
