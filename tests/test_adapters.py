@@ -103,7 +103,7 @@ BAD = {
         "is of another version of method rlrr (its images have 32",
     ),
     "numbers as classes": (dict(classes=[1, 2]), "(its classes are no names)"),
-    "no accuracy": (dict(accuracy=3), "or its accuracies are none)"),
+    "no accuracy": (dict(accuracy=3), "its accuracy is no dict)"),
 }
 
 

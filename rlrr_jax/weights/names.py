@@ -216,7 +216,7 @@ def _pickled(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile, ValueError):
+    except Exception:  # a damaged archive can raise anything, and its reader says what is wrong
         return False
 
 
