@@ -171,8 +171,9 @@ def _portable_name(name: str) -> str:
         secret = re.search(r"(?i)sign|token|key|cred|password|secret", parts.query)
         host = parts.netloc.rpartition("@")[2]
         file = parts._replace(netloc=host, query="" if secret else parts.query).geturl()
-    elif pathlib.PurePath(names.address(file)).is_absolute() or files.local(file).exists():
-        file = file if file == "bundled" else _last_part(file)
+    elif file != "bundled" and file not in names.ALIASES and not file.startswith(names.HUB):
+        public = file.startswith(names.FOLDERS) and not files.local(file).exists()
+        file = file if public else _last_part(file)
     return f"{file}:{subtree}" if subtree else file
 
 
@@ -289,7 +290,7 @@ _KINDS = {  # of what a card says; each name is there
     **dict.fromkeys(("method_kwargs", "accuracy", "config", "versions"), dict),
     "classes": list,
 }
-_GROUPS = ("data", "pretrained", "model", "method_kwargs", "loss_kwargs")  # of the configuration
+_GROUPS = ("data", "pretrained", "model", "method_kwargs")  # of the configuration
 _PLAIN = {"protocol": str, "seed": int, "eval_batch_size": int, "precision": str, "dtype": str}
 
 

@@ -80,7 +80,8 @@ def multipliers(change: Any, noise: Noise) -> Any:
             one = lambda level, block: _draw(keys, level, block, node["bias"].shape[1:])  # all have one
             z = jax.vmap(one)(levels[blocks], blocks)
         else:
-            z = _draw(keys, levels[-1], depth, node["kernel"].shape[-1:])  # a projection has no bias
+            outputs = node["bias"] if "bias" in node else node["kernel"][0]  # CLIP's projection
+            z = _draw(keys, levels[-1], depth, outputs.shape)
         out[(*names, "z")] = z
     return unflatten_dict(out)
 

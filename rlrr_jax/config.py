@@ -440,13 +440,20 @@ def _default_weights(variant: str) -> str:
 # What a run is made of ------------------------------------------------------------------------
 
 
+@functools.lru_cache(64)
+def pixels_of(task: Task, found: sources.Found) -> tuple:
+    """What the pixels of a source are, and of a folder how many files say so of how many."""
+    seen = sources.quality_75(task, found) if found.kind == "folder" else (0, 0)
+    return (sources.pixels(task, found), *seen)
+
+
 def locate(run: ConfigDict) -> sources.Found:
     """Fills in where a run's data comes from and what its pixels are; returns where it is.
 
     Raises UserError if the data is not there, or its pixels are not those asked for.
     """
     found = sources.find(task_of(run), run.data.dir, run.data.source)
-    kind = sources.pixels(task_of(run), found)
+    kind, *_ = pixels_of(task_of(run), found)
     if found.kind == "folder" and run.data.variant not in (None, kind):
         raise UserError(
             f"the images in {found.path} are not {run.data.variant} but {kind}: leave out "
@@ -466,6 +473,7 @@ def follow(run: ConfigDict, path: str) -> list[str]:
     """
     name, given, model = run.pretrained.name, run.pretrained, run.model
     how = dict(variant=model.variant, ignore=bool(given.get("ignore_json")))
+    how["resized"] = bool(given.get("resize_patch"))
     card = preprocessing.read(path, name, needed=given.mean is None, **how)
     notes = [f"note: {text}" for text in card.notes]
     if card.by_name and given.mean is None:
@@ -576,6 +584,7 @@ _own_task = functools.lru_cache(8)(own.task)  # which looks at every image
 def forget_images() -> None:
     """Forgets what was seen of images of one's own: a folder may have changed since."""
     _own_task.cache_clear()
+    pixels_of.cache_clear()
 
 
 def splits(run: ConfigDict) -> tuple[str, str]:

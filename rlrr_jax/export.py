@@ -233,7 +233,7 @@ def transformers_files(adapter: Any) -> dict[str, dict]:
 
 
 def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
-    """Uploads a folder made by `export` to the Hugging Face Hub; returns its address.
+    """Uploads a folder made by `export` to the Hugging Face Hub; returns its address and who sees it.
 
     Its own library does it, with its environment variables (HF_TOKEN, HF_ENDPOINT). A card that
     somebody edited, in the folder or on the Hub, is kept.
@@ -276,7 +276,8 @@ def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
             f"cannot upload to hf:{repository} ({first_line(e)}): check the name, the network and "
             f"HF_TOKEN; the folder {folder} is complete"
         ) from e
-    return str(url)
+    seen = "private" if api.repo_info(repository).private else "public"
+    return f"{url} ({seen})"
 
 
 def card(adapter: Any) -> dict:
@@ -431,7 +432,7 @@ def main() -> None:
     if args.push:
         card = adapters.portable(adapter).card
         url = push(files.local(args.out), args.push, card, args.public)
-        print(f"uploaded to {url} ({'public' if args.public else 'private'})")
+        print(f"uploaded to {url}")
     print(advice(args.to, adapter, f"hf:{args.push}" if args.push else args.out))
 
 

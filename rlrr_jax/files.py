@@ -84,7 +84,10 @@ def below(folder: Any, *patterns: str) -> list:
     """
     found = [epath.Path(folder)]
     for pattern in patterns:
-        inner = [path for here in found if here.is_dir() for path in here.iterdir()]
+        inner: list = []
+        for here in found:
+            with contextlib.suppress(PermissionError):  # such as lost+found
+                inner += here.iterdir() if here.is_dir() else ()
         found = [path for path in inner if fnmatch.fnmatchcase(path.name, pattern)]
     return sorted(found)
 

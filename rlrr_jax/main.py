@@ -3,7 +3,12 @@
 import os
 import signal
 
-STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # preemption, a lost terminal, SLURM
+# Preemption, a lost terminal, SLURM; not what the caller ignores, as nohup does with SIGHUP.
+STOPPING = tuple(
+    number
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN
+)
 STOPPED = 75  # exit code of a run that was stopped by one of these and goes on when started again
 if __name__ == "__main__":  # before what is slow to import: nothing is begun yet
     for _signal in STOPPING:

@@ -202,7 +202,7 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
                 continue
             found = config_lib.locate(r)
             if found.kind == "folder":
-                alike, looked = sources.quality_75(config_lib.task_of(r), found)
+                _, alike, looked = config_lib.pixels_of(config_lib.task_of(r), found)
                 _say(
                     f"{r.task}: {alike} of {looked} files looked at are JPEG of quality 75, as the "
                     f"published folders were saved again; so are some original files"

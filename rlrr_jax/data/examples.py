@@ -148,8 +148,8 @@ def of_pixels(images: Files, examples: list[Example]) -> list[str]:
         with images.open(example) as file, Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
                 return "pages"
-            top: Any = image.getextrema()
-            if image.mode.startswith("I") and top[1] < 1 << 12:
+            top: Any = image.getextrema() if image.mode.startswith("I") else None
+            if top and top[1] < 1 << 12:
                 return "dark"
             if image.mode in ("RGBA", "LA", "PA", "P") and image.has_transparency_data:
                 alpha: Any = image.convert("RGBA").getchannel("A").getextrema()

@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from rlrr_jax.data.examples import SPLITS, Example, Files, pictures, some
@@ -57,11 +58,7 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
         import datasets
     except ImportError as e:
         raise UserError("hf:FOLDER needs Hugging Face's library datasets: install the extra hf") from e
-    card = folder / "README.md"  # whose head may name files, here or anywhere
-    if card.exists() and re.match(r"(?s)\s*---.*?://.*?\n---", card.read_text(errors="replace")):
-        raise UserError(
-            f"{card} names addresses of data in its head, which are not fetched: remove them"
-        )
+    _check_data_files(folder)
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             found = datasets.load_from_disk(str(folder))
@@ -72,6 +69,43 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
             f"Hugging Face's library datasets cannot read {folder} ({first_line(e)}): correct it"
         ) from e
     return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _check_data_files(folder: pathlib.Path) -> None:
+    """UserError if the library would take files from elsewhere than the folder, as its card says."""
+    import yaml  # which datasets needs, too
+
+    said = {}
+    card = folder / "README.md"
+    if card.exists():
+        head = re.match(r"(?s)\s*---\s*\n(.*?)\n---", card.read_text(errors="replace"))
+        said["README.md"] = head[1] if head else ""
+    if (folder / ".huggingface.yaml").exists():
+        said[".huggingface.yaml"] = (folder / ".huggingface.yaml").read_text(errors="replace")
+    for name, text in said.items():
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise UserError(f"{folder / name} has a head that is no YAML: correct or remove it") from e
+        for place in _data_files(values):
+            parts = pathlib.PurePosixPath(place)
+            if re.search(r"://|::|\\|\0", place) or parts.is_absolute() or ".." in parts.parts:
+                raise UserError(
+                    f"{folder / name} names data at {place!r}, which is not in the folder and not "
+                    f"fetched: remove that"
+                )
+
+
+def _data_files(node: Any, inside: bool = False) -> Iterator[str]:
+    """The paths that a card's head gives as `data_files` or `data_dir`."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _data_files(value, inside or key in ("data_files", "data_dir"))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _data_files(value, inside)
+    elif inside and isinstance(node, str):
+        yield node
 
 
 def _columns(folder: pathlib.Path, features: Any) -> tuple[str, str]:

@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from rlrr_jax import files
@@ -44,6 +45,7 @@ from rlrr_jax.errors import UserError
 PARTS = ("train", "val", "train+val")  # to train on, to choose on, and to train on before the test
 STEPS = 3500  # that a run of the default length has: 110 epochs of 1,000 images in batches of 32
 LONGEST, SHORTEST = 110, 5  # epochs
+LOOKED_AT = 500  # records of each part of a dataset of tfds
 TFDS, HF = "tfds:", "hf:"
 
 
@@ -109,7 +111,7 @@ def read(location: str, options: Options) -> Images:
     check(images, examples)
     splits, more = assign(examples, options)
     _check_splits(path, splits)
-    notes += of_pixels(images, examples) + more + _oddities(images, classes, splits)
+    notes += _alike(classes) + of_pixels(images, examples) + more + _oddities(images, classes, splits)
     return Images(images, classes, splits, notes)
 
 
@@ -141,19 +143,21 @@ def _innermost(folder):
 
 
 def _check_names(path, classes):
-    """UserError for classes that are one name in two spellings, or that break lines."""
-    alike: dict[str, list[str]] = {}
+    """UserError for names of classes that break lines."""
     for name in classes:
         if len(name.splitlines()) > 1 or "\0" in name:
             raise UserError(
                 f"{path} has a class with a line break in it, {name[:40]!r}: close its quotes"
             )
-        alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
-    if twice := [names for names in alike.values() if len(names) > 1]:
-        one, two = twice[0][:2]
-        raise UserError(
-            f"{path} has the classes {one!r} and {two!r}, which differ in case alone: rename one"
-        )
+
+
+def _alike(classes):
+    """Warnings for classes whose names differ in case alone."""
+    named: dict[str, list[str]] = {}
+    for name in classes:
+        named.setdefault(name.casefold(), []).append(name)
+    twice = [" and ".join(map(repr, names)) for names in named.values() if len(names) > 1]
+    return [f"warning: classes that differ in case alone are several: {some(twice)}"] if twice else []
 
 
 def _check_splits(path, splits):
@@ -497,20 +501,24 @@ def _tfds_task(name, dataset, options, data_dir):
 def _in_order(found, number, kept, classes):
     """Warnings for a training split whose parts have other classes, as one in order has."""
     _, fetch = sources.open_tfds(found, "train", ["label"])
-    blocks = (fetch(start, min(start + 4096, number)) for start in range(0, number, 4096))
-    labels = [int(e["label"]) for block in blocks for e in block]
-    train, val = set(labels[:kept]), set(labels[kept:])
+    look = lambda first, stop: {
+        int(e["label"])
+        for i in np.unique(np.linspace(first, stop - 1, min(LOOKED_AT, stop - first)).astype(int))
+        for e in fetch(int(i), int(i) + 1)
+    }
+    train, val = look(0, kept), look(kept, number)
+    labels = train | val
     notes = []
-    if len(val) < min(len(set(labels)), number - kept) / 2:
+    if len(val) < min(len(labels), number - kept) / 2:
         notes.append(
-            f"warning: the images to choose on have {len(val)} of {len(set(labels))} classes, since "
+            f"warning: the images to choose on have {len(val)} of {len(labels)} classes, since "
             f"the dataset lies in the order of its classes: prepare it shuffled"
         )
-    if missing := sorted(val - train):
+    if number <= LOOKED_AT and (missing := sorted(val - train)):
         names = some(map(str, missing))
         notes.append(f"warning: {len(missing)} classes are chosen on and not trained: {names}")
-    if len(set(labels)) < classes:
-        notes.append(f"note: {classes - len(set(labels))} of {classes} classes have no training image")
+    if number <= LOOKED_AT and len(labels) < classes:
+        notes.append(f"note: {classes - len(labels)} of {classes} classes have no training image")
     return notes
 
 

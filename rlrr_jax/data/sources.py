@@ -7,9 +7,9 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import pathlib
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -234,10 +234,25 @@ def _check_classes(found: Found) -> None:
     tfds imports what it names.
     """
     path = epath.Path(found.path) / "features.json"
-    text = path.read_text() if path.exists() else ""
-    for name in re.findall(r'"(?:pythonClassName|python_class_name|type)"\s*:\s*"([^"]*)"', text):
+    try:
+        said = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}): prepare the dataset again") from e
+    for name in _class_names(said):
         if "." in name and not name.startswith("tensorflow_datasets."):
             raise UserError(f"{path} names {name}, which is no class of tfds and is not imported")
+
+
+def _class_names(node: Any) -> Iterator[str]:
+    """What a description of features names as classes, at any depth."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str):
+                yield value
+            yield from _class_names(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _class_names(value)
 
 
 @contextlib.contextmanager

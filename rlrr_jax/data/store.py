@@ -354,8 +354,9 @@ def is_ours(cache_dir: str | None) -> bool:
     """Whether images were decoded into a cache before."""
     if cache_dir is None or "://" in str(cache_dir):
         return False
-    tag = images_folder(cache_dir) / _TAG
-    return tag.is_file() and tag.read_text(errors="replace") == _TAG_TEXT
+    root = images_folder(cache_dir)
+    tagged = (root / _TAG).is_file() and (root / _TAG).read_text(errors="replace") == _TAG_TEXT
+    return tagged or (root.is_dir() and any(map(_made, root.iterdir())))
 
 
 def described(cache_dir: str | None = None) -> str:

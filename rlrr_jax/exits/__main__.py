@@ -25,9 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m rlrr_jax.exits", description=__doc__)
     parser.add_argument("workdirs", nargs="+", help="of finished runs of one task")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("exits"))
+    adapters.add_flags(parser)
     args = parser.parse_args(argv)
     plans = plan(args.workdirs)
-    runs = [measure(*one) for one in plans]
+    runs = [measure(*one, **adapters.given(args)) for one in plans]
     groups: dict[str, list[page.Run]] = {}
     for run in runs:
         groups.setdefault(run.row["setting"], []).append(run)
@@ -92,14 +93,14 @@ def chooser(path: pathlib.Path, adapter: Adapter) -> Adapter | None:
     )
 
 
-def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None) -> page.Run:
-    """What a run gives at its exits, and for each budget."""
+def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None, **where: Any) -> page.Run:
+    """What a run gives at its exits, and for each budget; `where` as in `adapters.backbone`."""
     row, size = rows.read(path.parent / "result.json"), adapters.image_size(adapter.card)
     model = adapters.model(adapter)
     plain = float(leave.flops(model.clone(exits=()), size)[-1])
     if chooser is None:
         return page.Run(row, plain, np.array([plain]), np.array([plain]), [row["test_acc_final"]], [])
-    backbone, part = adapters.backbone(adapter), config_lib.task_of(adapter.run).parts[1]
+    backbone, part = adapters.backbone(adapter, **where), config_lib.task_of(adapter.run).parts[1]
     said, _ = probabilities(chooser, backbone, part)
     found, labels = probabilities(adapter, backbone, "test")
     costs = leave.flops(model, size, adapters.method(adapter).merge_exit is not None)

@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"there is no finished run in {', '.join(args.runs)}: give a --workdir")
     first = adapters.read(found[0])
     run = first.run
-    cases = [_case(path, run, args.precision) for path in found]  # a misfit is said before any work
+    # A misfit is said before any work.
+    cases = [_case(path, run, args.precision, adapters.given(args)) for path in found]
     known = images, labels = _candidates(first, args.candidates, args.seed)
     batches = _batches(len(labels), args.batches, args.probes, args.seed)
     results: dict[str, list] = {"reidentification": [], "exact": [], "inversion": []}
@@ -129,6 +130,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     precisions = checks.CHOICES["precision"]
     parser.add_argument("--precision", choices=precisions, default="highest", help="of matmuls")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("leakage"))
+    adapters.add_flags(parser)
     args = parser.parse_args(argv)
     for flag in ("invert", "batches"):
         if (most := np.max(getattr(args, flag))) > args.candidates:
@@ -169,7 +171,7 @@ def _batches(number: int, sizes: list[int], probes: int, seed: int) -> list[np.n
     return [rng.choice(number, size, replace=False) for size in sizes for _ in range(probes)]
 
 
-def _case(path: Any, first: ConfigDict, precision: str) -> Case:
+def _case(path: Any, first: ConfigDict, precision: str, where: dict) -> Case:
     adapter = adapters.read(path)
     run = ConfigDict(adapter.card["config"])
     for key in ("task", "image_size"):
@@ -182,7 +184,7 @@ def _case(path: Any, first: ConfigDict, precision: str) -> Case:
             f"{path} was trained with early exits, whose gradient is not the one attacked here: "
             f"give runs without"
         )
-    backbone = adapters.backbone(adapter)
+    backbone = adapters.backbone(adapter, **where)
     how = adapters.model(adapter), adapters.method(adapter), backbone.frozen
     client = Client(*how, adapter.trainable, precision)
     label = tables.label([rows.read(path.parent / "result.json")])

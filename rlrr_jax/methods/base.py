@@ -252,14 +252,19 @@ def _check_pure(what: str, function: Callable, *arguments: Any) -> None:
     """UserError if a function gives two results for one input, as NumPy's random numbers do."""
     first, second = (jax.make_jaxpr(lambda *args: function(*args))(*arguments) for _ in range(2))
     same = str(first.jaxpr) == str(second.jaxpr) and len(first.consts) == len(second.consts)
-    same = same and all(
-        np.array_equal(a, b, equal_nan=True) for a, b in zip(first.consts, second.consts)
-    )
+    same = same and all(map(_equal, first.consts, second.consts))
     if not same:
         raise UserError(
             f"{what} gives two results for one input: use no random numbers but those of its key, and "
             f"nothing that changes from call to call"
         )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arrays, or keys, have the same values."""
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return np.array_equal(a, b, equal_nan=bool(jnp.issubdtype(a.dtype, jnp.inexact)))
 
 
 def leaves(tree: Any) -> dict[str, tuple]:

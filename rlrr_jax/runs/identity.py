@@ -133,7 +133,7 @@ def fingerprint(runs: Iterable[Any], provenance: dict | None = None) -> str:
 def code() -> str:
     """Eight hex digits that name the code that trains: our package, and the version of JAX."""
     root = pathlib.Path(__file__).parents[1]
-    paths = sorted(path for path in root.rglob("*.py") if "configs" not in path.parts)
+    paths = sorted(path for path in root.rglob("*.py") if path.relative_to(root).parts[0] != "configs")
     each = [(path.relative_to(root).as_posix(), path.read_bytes().hex()) for path in paths]
     return _digest([each, jax.__version__])
 

@@ -111,7 +111,7 @@ def _numbers_of_devices(timeout):
 def _check_address():
     """UserError for an address of the coordinator that JAX cannot read."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is not None and not re.fullmatch(r"\S+:\d{1,5}", address):
+    if address is not None and not _is_address(address):
         raise UserError(
             f"JAX_COORDINATOR_ADDRESS={address} is no host:port of process 0: add the port, or "
             f"--distributed=off to go alone"
@@ -126,6 +126,11 @@ def _check_address():
                 f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or "
                 f"--distributed=off"
             )
+
+
+def _is_address(text):
+    found = re.fullmatch(r"\S+:(\d{1,5})", text)
+    return bool(found) and 0 < int(found[1]) < 1 << 16
 
 
 def _check_port(port):
@@ -161,7 +166,8 @@ def _waiting(number, timeout):
 
 
 def _proxied():
-    return bool({"http_proxy", "HTTP_PROXY", "grpc_proxy"} & os.environ.keys() - {"no_proxy"})
+    proxies = {"http_proxy", "HTTP_PROXY", "grpc_proxy"} & os.environ.keys()
+    return bool(proxies) and "no_proxy" not in os.environ
 
 
 def _give_up(timeout, number, mine):

@@ -5,6 +5,7 @@ here nor that it is fetched.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -163,7 +164,8 @@ def from_hub(
         for file in ("config.json", "preprocessor_config.json"):
             get(file, offline=there)  # without the network, if need be
         if wanted and not there:
-            _check_offer(library, where, wanted)
+            with contextlib.suppress(EntryNotFoundError):  # in shards, whose digest is compared later
+                _check_offer(library, where, wanted)
         if whole := get("model.safetensors"):
             return _whole(whole)
         if index := get("model.safetensors.index.json"):

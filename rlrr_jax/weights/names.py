@@ -196,9 +196,11 @@ _CONVERSIONS |= {".msgpack": _FLAX, ".h5": _KERAS, ".hdf5": _KERAS}
 def _check_kind(path):
     """UserError, with the lines that convert it, for a file of a kind that is not opened here."""
     with open(path, "rb") as file:
-        first = file.read(4)
+        first = file.read(9)
+    if path.suffix == ".safetensors" and first[4:] == b"\0\0\0\0{":  # a length, and a header
+        return
     kind = None if path.suffix in ENDINGS else _CONVERSIONS.get(path.suffix)
-    if first == b"\x89HDF":
+    if first[:4] == b"\x89HDF":
         kind = _KERAS
     elif first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04") or _pickled(path):
         kind = _TORCH

@@ -96,7 +96,7 @@ def of_jax(name: Any) -> bool:
 
 
 def read(
-    path: Any, name: str = "", needed: bool = True, variant: str | None = None, ignore: bool = False
+    path: Any, name: str = "", needed: bool = True, variant: str | None = None, **given: bool
 ) -> Card:
     """The `Card` of a weight file.
 
@@ -109,12 +109,13 @@ def read(
       name: what it was asked for by.
       needed: whether it is an error if nothing says how pixels are normalised.
       variant: `config.model.variant` of the model that it is for, if that is known.
-      ignore: whether the JSON files beside it and its name are passed over, as its user says.
+      **given: `ignore`, whether the JSON files beside it and its name are passed over, as its user
+        says; `resized`, whether the patch embedding is brought to another size.
 
     Raises UserError for that, for a damaged JSON, for one of another model, and for an architecture or
     activation that is not computed here.
     """
-    path = pathlib.Path(path)
+    path, ignore, resized = pathlib.Path(path), given.get("ignore"), given.get("resized")
     heads = vit.VARIANTS.get(str(variant).partition("/")[0], {}).get("num_heads")
     texts = [pathlib.PurePath(name).name.partition("@")[0], path.name]
     if of_jax(path):
@@ -128,10 +129,12 @@ def read(
     if ignore:
         notes = [f"{config} is passed over, as config.pretrained.ignore_json says" for config in beside]
     for config in () if ignore else beside:
-        card = card or _beside(config, variant)
+        card = card or _beside(config, variant, resized)
     if card is None:
         card = Card(None, None, None, "its name says so") if ignore else _by_name(texts, path, heads)
-    if card.variant and variant not in (None, "bundled", card.variant):
+    of_size = str(variant).partition("/")[0] if resized else variant  # patches are another size then
+    theirs = str(card.variant).partition("/")[0] if resized else card.variant
+    if card.variant and variant not in (None, "bundled") and of_size != theirs:
         raise UserError(
             f"{path} is of {card.variant} ({card.source}), config.model.variant is {variant}: set "
             f"config.model.variant={card.variant}, or take another file{_ignoring(beside)}"
@@ -205,7 +208,7 @@ def _header(path):
     return card._replace(image_size=size, num_heads=heads, norm_eps=eps)
 
 
-def _beside(config, variant):
+def _beside(config, variant, resized):
     """The card of a JSON beside a file; UserError for one that is of something else."""
     try:
         said = json.loads(config.read_text())
@@ -219,7 +222,7 @@ def _beside(config, variant):
     if not hugging and not said.keys() & {"pretrained_cfg", "architecture", "model_args", "mean"}:
         raise UserError(f"{config} says nothing of a model that is known here{_REMOVE}")
     try:
-        if hugging and (other := _other_hf(said, variant)):
+        if hugging and (other := _other_hf(said, variant, resized)):
             raise UserError(f"{config} is of another model ({other}){_REMOVE}")
         return (_hf if hugging else _timm)(said, config)
     except UserError:
@@ -233,7 +236,7 @@ _REMOVE = (
 )
 
 
-def _other_hf(said, variant):
+def _other_hf(said, variant, resized):
     """What tells that transformers' config.json belongs to another model, else None."""
     kind = said.get("model_type")
     family = models.family(variant or "bundled")
@@ -253,7 +256,7 @@ def _other_hf(said, variant):
         *(("hidden_size", "width"), ("num_hidden_layers", "depth"), ("patch_size",) * 2),
         ("intermediate_size", "mlp_dim"),
     ):
-        if said.get(key) not in (None, ours[own]):
+        if said.get(key) not in (None, ours[own]) and not (resized and key == "patch_size"):
             return f"its {key} is {said[key]}, that of {variant} {ours[own]}"
     ratio = said.get("mlp_ratio")
     if ratio is not None and ratio * ours["width"] != ours["mlp_dim"]:

@@ -54,7 +54,6 @@ LAYOUTS = {
         ("data/images/a", "data/images/b"),
         "data/images if its folders are the classes",
     ),
-    "case": (("Cat", "cat"), "the classes 'Cat' and 'cat', which differ in case"),
     "code of accents": (("caf\u00e9", "cafe\u0301x/../cafe\u0301"), None),
 }
 
@@ -68,6 +67,13 @@ def test_layouts(what, tmp_path):
         return
     with pytest.raises(UserError, match=message):
         read(made(tmp_path / "x", *folders))
+
+
+def test_classes_that_differ_in_case_are_warned_of(tmp_path):
+    """Letters are such classes, and so is a slip."""
+    images = read(made(tmp_path / "x", "Cat", "cat"))
+    assert images.classes == ("Cat", "cat")
+    assert "warning: classes that differ in case alone are several: 'Cat' and 'cat'" in images.notes
 
 
 @pytest.mark.parametrize("junk", ["@eaDir", "$RECYCLE.BIN", "__MACOSX", "#recycle"])
@@ -215,7 +221,9 @@ def test_a_column_called_label_is_the_label(tmp_path):
     _, examples = huggingface.read(tmp_path)
     assert [e.label for e in examples] == ["wren", "owl", "owl"]
     (tmp_path / "README.md").write_text("---\nconfigs:\n- data_files: https://x.org/t.parquet\n---\n")
-    with pytest.raises(UserError, match="names addresses of data in its head, which are not fetched"):
+    with pytest.raises(
+        UserError, match="README.md names data at .*, which is not in the folder and not"
+    ):
         huggingface.read(tmp_path)
 
 

@@ -1,0 +1,148 @@
+"""Small doors that a reader of the change found open, or shut before somebody's sound input."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rlrr_jax import adapters, change, files, methods, models
+from rlrr_jax.data import huggingface, sources
+from rlrr_jax.data.task import Found
+from rlrr_jax.errors import UserError
+from rlrr_jax.methods import base
+from rlrr_jax.runtime import distributed
+from rlrr_jax.weights import names, preprocessing
+
+
+def test_what_nohup_ignores_stays_ignored():
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import rlrr_jax.main as m; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(m.STOPPING)"], capture_output=True, text=True
+    )
+    assert done.stdout.count("SIG") == 2 and "SIGHUP" not in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", [r'{"pythonClassName": "evil\u002eThing"}', r'{"a": [{"\u0070ythonClassName": "os.x"}]}']
+)
+def test_escapes_in_a_dataset_import_nothing(text, tmp_path):
+    (tmp_path / "features.json").write_text(text)
+    with pytest.raises(UserError, match="is no class of tfds and is not imported"):
+        sources._check_classes(Found("tfds", tmp_path, "x"))
+    (tmp_path / "features.json").write_text(
+        '{"pythonClassName": "tensorflow_datasets.core.x.Y", "type": "z"}'
+    )
+    sources._check_classes(Found("tfds", tmp_path, "x"))
+
+
+def test_cards_of_datasets(tmp_path):
+    pytest.importorskip("yaml")
+    good = "---\nlicense_link: https://x.org\nconfigs:\n- data_files: data/*.parquet\n---\nsee https://y.org\n---\n"
+    (tmp_path / "README.md").write_text(good)
+    huggingface._check_data_files(tmp_path)
+    for name, place in (
+        ("README.md", r'"https:\x2f\x2fe/x"'),
+        (".huggingface.yaml", "../x"),
+        ("README.md", "/etc"),
+    ):
+        head = f"configs:\n- data_files:\n  - path: {place}\n"
+        (tmp_path / name).write_text(f"---\n{head}---\n" if name == "README.md" else head)
+        with pytest.raises(UserError, match="names data at .* which is not in the folder"):
+            huggingface._check_data_files(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_length_that_begins_as_a_pickle_is_none(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"x": np.ones(2, np.float32)}, path, {"note": "n"})
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()
+    path.write_bytes((640).to_bytes(8, "little") + header.ljust(640) + data[8 + size :])
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert names.fetch(str(path))[0] == str(path)
+
+
+def test_names_of_weights_that_have_gone_are_portable():
+    for name, portable in (
+        ("/data/model_dir", "model_dir"),
+        ("model_dir", "model_dir"),
+        ("x/y.npz", "y.npz"),
+    ):
+        assert adapters._portable_name(name) == portable
+        assert adapters._portable_name(portable) == portable
+
+
+def test_folders_that_must_not_be_read_are_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a" / "x").write_text("")
+    cls = type(files.below(tmp_path, "a")[0])
+    plain = cls.iterdir
+
+    def iterdir(self):
+        if self.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self)
+
+    monkeypatch.setattr(cls, "iterdir", iterdir)
+    assert [path.name for path in files.below(tmp_path, "*", "x")] == ["x"]
+
+
+def test_addresses_of_a_coordinator(monkeypatch):
+    good = {"h:1": True, "h:65535": True, "h:99999": False, "h": False, "h:0": False, "h:x": False}
+    assert {text: distributed._is_address(text) for text in good} == good
+    monkeypatch.setenv("http_proxy", "http://p")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert distributed._proxied()
+    monkeypatch.setenv("no_proxy", "h")
+    assert not distributed._proxied()
+
+
+def test_a_method_may_close_over_a_key():
+    key = jax.random.key(3)
+
+    def merge(frozen, adapter):
+        noise = jax.random.normal(key, ())
+        return base.change_dense(
+            frozen, base.DENSE, lambda n, k, b: (k * (1 + noise * adapter["g"]), b)
+        )
+
+    method = base.Method(
+        lambda k, f: {"g": jnp.zeros(())},
+        merge,
+        lambda adapter: jax.tree.map(lambda x: False, adapter),
+        dict(lr=1.0, weight_decay=0.0, drop_path=0.0),
+    )
+    methods.check("mine", method, models.shapes(models.build("bundled", 2), 32))
+
+
+def test_noise_of_a_map_head_is_of_each_output():
+    model = models.build("bundled", 2, class_token=False, pool="map")
+    shapes = models.shapes(model, 32)
+    frozen = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+    _, changed = change.split(frozen, jax.tree.map(lambda x: 1.1 * x, frozen))
+    noise = change.multipliers(changed, change.Noise(jax.random.split(jax.random.key(0), 2), 1.0))
+    (attention,) = [v for k, v in noise["MAPHead_0"].items() if "Attention" in k]
+    assert attention["query"]["z"].shape == (2, 3, 32)  # images, heads, width of a head
+
+
+def test_another_patch_size_is_resized_as_asked(tmp_path):
+    path = tmp_path / "vit_base_patch16_224.augreg.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="is of B/16 .*, config.model.variant is B/8"):
+        preprocessing.read(path, variant="B/8")
+    assert preprocessing.read(path, variant="B/8", resized=True).num_heads == 12
+    said = {"model_type": "vit", "patch_size": 16, "hidden_size": 768}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
+    )
+    with pytest.raises(UserError, match="its patch_size is 16, that of B/8 8"):
+        preprocessing.read(path, variant="B/8")
+    assert preprocessing.read(path, variant="B/8", resized=True).gelu == "exact"
