@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import signal
@@ -76,7 +77,10 @@ def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") 
             _report()
         where = f" {e.filename}" if e.filename else ""
         reason = (e.strerror or str(e)).strip().splitlines()[-1].strip()
-        _end(f"error: cannot use{where} ({reason}): check the path, its permissions and the space")
+        way = "check the path, its permissions and the space"
+        if e.errno == errno.EMFILE:
+            way = "raise the limit of open files (ulimit -n)"
+        _end(f"error: cannot use{where} ({reason}): {way}")
     except KeyboardInterrupt:
         leave(interrupted, 130)
     except Exception as e:

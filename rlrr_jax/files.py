@@ -112,8 +112,10 @@ def write(path: Any, data: str | bytes) -> None:
                 f.flush()
                 os.fsync(f.fileno())
         part.replace(path)
-    except BaseException:
+    except BaseException as e:
         part.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno is not None and (e.filename in (None, str(part))):
+            raise OSError(e.errno, e.strerror, str(path)) from e  # a full disk names no file
         raise
 
 

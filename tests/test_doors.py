@@ -16,7 +16,7 @@ from rlrr_jax.data.task import Found
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 from rlrr_jax.runtime import distributed
-from rlrr_jax.weights import names, preprocessing
+from rlrr_jax.weights import names, preprocessing, state_dicts, vit_layouts
 
 
 def test_what_nohup_ignores_stays_ignored():
@@ -146,3 +146,56 @@ def test_another_patch_size_is_resized_as_asked(tmp_path):
     with pytest.raises(UserError, match="its patch_size is 16, that of B/8 8"):
         preprocessing.read(path, variant="B/8")
     assert preprocessing.read(path, variant="B/8", resized=True).gelu == "exact"
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(OSError) as e:
+        files.write(tmp_path / "page.html", "x")
+    assert e.value.filename == str(tmp_path / "page.html") and not list(tmp_path.iterdir())
+
+
+def test_losing_a_process_is_told_from_a_fault():
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    assert distributed._lost(lost)
+    assert not distributed._lost(jax.errors.JaxRuntimeError("INTERNAL: bad program"))
+    assert not distributed._lost(ValueError("Connection reset"))
+
+
+def test_names_of_facebooks_code_are_read(tmp_path):
+    """DINOv2's blocks in chunks, DeiT-III's LayerScale beside the block; of timm's the same numbers."""
+    import named_vits
+
+    weights = named_vits.timm_weights(np.random.default_rng(0), scale=True)
+    chunks = {
+        k.replace("blocks.", "blocks.0.", 1) if k.startswith("blocks.") else k: v
+        for k, v in weights.items()
+    }
+    deit = {
+        k.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v
+        for k, v in weights.items()
+    }
+    assert any("gamma_1" in key for key in deit)
+    plain, _ = vit_layouts.from_timm(weights, 3, "x")
+    for other in (chunks, deit):
+        found, _ = vit_layouts.from_timm(other, 3, "x")
+        assert found.keys() == plain.keys()
+        assert all(map(np.array_equal, (found[k] for k in plain), plain.values()))
+
+
+LAYOUTS = {
+    "conv_proj.weight": "torchvision's names of a ViT",
+    "features.0.0.weight": "torchvision's names of a Swin",
+    "visual.transformer.resblocks.0.attn.in_proj_weight": "open_clip's names",
+    "resnet.embedder.embedder.convolution.weight": "transformers' names of a ResNet",
+    "bit.embedder.convolution.weight": "transformers' names of BiT",
+    "rope_embed.periods": "rotary positions",
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_that_are_not_read_are_named(name):
+    with pytest.raises(UserError, match=f"x has {LAYOUTS[name]}"):
+        state_dicts.refuse(["a", name], "x")

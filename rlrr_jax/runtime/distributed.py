@@ -254,6 +254,13 @@ def together(stopped: type[BaseException], code: int) -> Iterator[None]:
         if isinstance(e, KeyboardInterrupt):
             _tell(_FAILED, _INTERRUPTED)
             _leave(_INTERRUPTED, 130, 4)
+        if _lost(e):
+            text = (
+                f"process {jax.process_index()}: another one was lost ({first_line(e)[:100]}): see "
+                f"what that one said at its end; the same command goes on from the last checkpoint"
+            )
+            _tell(_FAILED, text)
+            _leave(f"error: {text}", 1, 4)
         expected = isinstance(e, UserError | OSError)
         if not expected or os.environ.get(TRACEBACK):
             traceback.print_exc()
@@ -263,6 +270,12 @@ def together(stopped: type[BaseException], code: int) -> Iterator[None]:
     finally:
         over.set()
         watch.join()
+
+
+def _lost(error):
+    """Whether an error is that of a collective with a process that has ended."""
+    words = r"Gloo|NCCL|[Cc]onnection (reset|closed)|heartbeat|[Cc]oordination service|UNAVAILABLE"
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(re.search(words, str(error)))
 
 
 def _watch(over, code):

@@ -123,7 +123,7 @@ def variant_of(name, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", LIKE)
+@pytest.mark.parametrize("start", LIKE)  # one at a time: PyTorch and JAX keep much memory
 def test_every_name_is_read_right_or_refused(start, tmp_path):
     """About half an hour for all: random weights of timm, saved as it saves them."""
     timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
