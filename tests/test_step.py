@@ -429,6 +429,8 @@ def test_trials_that_do_not_fill_the_mesh_train_as_if_alone():
     np.testing.assert_allclose(run.metrics["loss"][3], alone.metrics["loss"][0], rtol=0, atol=1e-6)
     kept = mesh_lib.without_spares(run.state, run.mesh, 3)
     assert {len(x) for x in jax.tree.leaves(kept)} == {3}
+    kernels = [x for x in jax.tree.leaves(kept) if x.ndim > 1 and any(n % 4 == 0 for n in x.shape[1:])]
+    assert kernels and not any(x.sharding.is_fully_replicated for x in kernels)
     again = mesh_lib.with_spares(kept, run.mesh, 4)
     for a, b in zip(*map(jax.tree.leaves, (again, run.state)), strict=True):
         np.testing.assert_array_equal(a[:3], b[:3])

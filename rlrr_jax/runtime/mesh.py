@@ -93,25 +93,38 @@ def without_spares(tree: Any, mesh: Mesh, number: int) -> Any:
     leaf = jax.tree.leaves(tree)[0]
     if len(leaf.shape) and leaf.shape[0] == number:
         return tree
-    everywhere = NamedSharding(mesh, P())  # so many may not divide the devices
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        cut = lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype, sharding=everywhere)
+        cut = lambda x: jax.ShapeDtypeStruct(
+            (number, *x.shape[1:]), x.dtype, sharding=_of_values(mesh, x.shape)
+        )
         return jax.tree.map(cut, tree)
-    return _rows(everywhere, number)(tree)
+    return _rows(mesh, number, False)(tree)
 
 
 def with_spares(tree: Any, mesh: Mesh, number: int) -> Any:
     """Undoes `without_spares`: the last trial is repeated until `number` of them fill the mesh."""
     if len(jax.tree.leaves(tree)[0]) == number:
         return tree
-    return _rows(NamedSharding(mesh, P("trial")), number)(tree)
+    return _rows(mesh, number, True)(tree)
+
+
+def _of_values(mesh, shape):
+    """A sharding of [T, ...] where T does not divide the devices: along the first axis that does."""
+    groups = mesh.shape["trial"]
+    axis = next((i for i, n in enumerate(shape) if i and n and n % groups == 0), None)
+    return NamedSharding(mesh, P() if axis is None else P(*[None] * axis, "trial"))
 
 
 @functools.lru_cache(8)
-def _rows(sharding, number):
+def _rows(mesh, number, filled):
     """A jitted function that takes `number` trials of a tree, the last again where it has fewer."""
-    which = lambda x: jnp.minimum(jnp.arange(number), len(x) - 1)
-    return jax.jit(lambda tree: jax.tree.map(lambda x: x[which(x)], tree), out_shardings=sharding)
+
+    def take(x):
+        out = x[jnp.minimum(jnp.arange(number), len(x) - 1)]
+        sharding = NamedSharding(mesh, P("trial")) if filled else _of_values(mesh, x.shape)
+        return jax.lax.with_sharding_constraint(out, sharding)
+
+    return jax.jit(lambda tree: jax.tree.map(take, tree))
 
 
 def turns(tree: Any, mesh: Mesh, number: int) -> Iterator[tuple[list[int], Any]]:
