@@ -22,7 +22,7 @@ class Ours:
       steps: the most that one call will do.
       drop_path: rate; 0 leaves drop path out of the program, and flips nothing.
       unroll, remat, attention: as in `config.model`.
-      loss: a name of `losses.LOSSES`, with its default options.
+      loss: a name of a loss, with its default options.
       precision: as `config.precision`; None goes by the dtype.
     """
 
@@ -56,6 +56,7 @@ class Ours:
         self.precision = precision or ("highest" if dtype == "float32" else "default")
         self.mesh = mesh_lib.make_mesh(jax.devices(), trials)
         self.method = methods.get(method)
+        net = self.model, self.method, models.shapes(self.model, size)
         self.recipe = step.Recipe(
             model=self.model,
             method=self.method,
@@ -64,7 +65,8 @@ class Ours:
             image_size=size,
             drop_path=drop_path > 0,
             precision=self.precision,
-            loss=functools.partial(losses.LOSSES[loss], **losses.fixed(losses.options(loss))),
+            loss=losses.get(loss, losses.fixed(losses.options(loss))),
+            values=losses.check_contract(loss, losses.options(loss), net, (size, size)),
         )
         hyper = {"lr": jnp.array([1e-3]), "weight_decay": jnp.array(1e-4)}
         hyper["drop_path"] = jnp.array(float(drop_path))
@@ -87,7 +89,7 @@ class Ours:
         many = functools.partial(jax.tree.map, lambda x: _shape((self.trials, *x.shape), x.dtype))
         start = functools.partial(step.init_state, self.recipe)
         state = many(jax.eval_shape(start, jax.random.key(0), self.frozen))
-        metrics = many(jax.eval_shape(functools.partial(step.init_metrics, self.recipe, CLASSES)))
+        metrics = many(jax.eval_shape(functools.partial(step.init_metrics, self.recipe)))
         begun = time.perf_counter()
         train = step.map_train_steps(self.recipe, self.mesh)
         compiled = train.lower(self.frozen, data, state, metrics, self.hyper, (scalar,) * 3).compile()

@@ -4,10 +4,12 @@ A field that is None is filled in at start: from the task's recipe (the authors'
 the method's own defaults. What a run used is saved with it, in `config.json`.
 """
 
+import re
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rlrr_jax.config import DEFAULT_GRID, loss_options
+from rlrr_jax.config import loss_options
 
 
 def get_config(arg=None):
@@ -31,9 +33,10 @@ def get_config(arg=None):
     config.protocol = placeholder(str)
     config.eval_every = 1  # epochs between the tests of "official" and "tune"; the last is always one
     # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead, and () is the
-    # method's own value. With times_own_lr, those of lr are multiples of the method's own. lam and
-    # sigma, if there are any, are those of a loss that has them.
-    config.grid = ConfigDict(DEFAULT_GRID)
+    # method's own value. With times_own_lr, those of lr are multiples of the method's own. And values
+    # of options of the loss. loss_kwargs: such options; None: the default of the loss.
+    named = re.search(r"(?:^|,)loss=([^,]+)", arg or "")
+    config.loss_kwargs, config.grid = loss_options(named and named[1])
     config.epochs = placeholder(int)
     config.batch_size = 32
     config.total_steps = placeholder(int)  # instead of epochs
@@ -42,8 +45,8 @@ def get_config(arg=None):
     config.grad_clip = placeholder(float)  # largest norm of the gradient
     # What is done to gradients to hide images: "noise1", "noise10", "prune90", "prune99".
     config.defence = placeholder(str)
-    config.loss = "cross_entropy"  # or "pace", "pace_lazy", "pace_fast", "exits": see losses.py
-    config.loss_kwargs = loss_options()  # such as lam and sigma; None: the default of the loss
+    # A name, or a path to your own, whose options are known if it is named here: vtab.py:loss=my:loss.
+    config.loss = "cross_entropy"
     # Parameters of mixup and CutMix (0 is off), and the share of a label that all classes get.
     config.mixup = config.cutmix = config.label_smoothing = 0.0
     # Decay of a running average of the trained tree, which is then evaluated and saved.
@@ -125,7 +128,7 @@ def get_config(arg=None):
         key, equals, value = item.partition("=")
         if not equals:
             config.task = f"{config.task}+{key}" if config.task else key
-        elif key in ("task", "method"):
+        elif key in ("task", "method", "loss"):
             config[key] = value
         else:
             config.method_kwargs[key] = value

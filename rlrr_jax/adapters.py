@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 import rlrr_jax
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, methods, models, sides
+from rlrr_jax import files, lookup, methods, models, sides
 from rlrr_jax.data import crops, resize, store
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
@@ -68,7 +68,7 @@ def card(run: ConfigDict, marks: dict, classes: list[str], accuracy: dict) -> di
         "format": FORMAT,
         "method": run.method,
         "method_kwargs": run.method_kwargs.to_dict(),
-        "formula": methods.module(run.method).FORMULA,
+        "formula": methods.formula(run.method),
         "backbone": run.pretrained.name,
         "model": run.model.variant,
         "gelu": run.model.gelu,
@@ -267,10 +267,12 @@ def _card(path, metadata):
 
 def _wanted(path, card):
     """Shapes of the tree that the card's method trains; checks what a card says."""
+    if lookup.is_path(card.get("method")):
+        methods.find(card["method"])  # which says how it is let run
     try:
         _check_kinds(card)
         method = methods.get(card["method"], **_plain(card["method_kwargs"]))
-        formula = methods.module(card["method"]).FORMULA
+        formula = methods.formula(card["method"])
         if card["formula"] != formula:
             raise ValueError(f"trained as {card['formula']!r}, this version computes {formula!r}")
         _check_run(card)
@@ -433,10 +435,13 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
     text = "downloads the backbone that the adapter names, if it is not on this machine"
     parser.add_argument("--fetch", action="store_true", help=text)
+    text = "code that an adapter needs, such as mygain:method; read it before"
+    parser.add_argument("--import", dest="code", action="append", default=[], help=text)
 
 
 def given(args: Any) -> dict[str, Any]:
     """The arguments of `backbone` that the flags of `add_flags` gave."""
+    lookup.allow(*args.code)
     return {key: getattr(args, key) for key in ("weights", "cache_dir", "fetch")}
 
 

@@ -15,12 +15,10 @@ from rlrr_jax.weights import names, preprocessing, reader
 TUPLES = ("pretrained.grid", "pretrained.mean", "pretrained.std", "restarts", "model.exits")
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
-LOSS_GRID = ("lam", "sigma")  # and these, of losses that have them
 CHOICES = {
     "protocol": PROTOCOLS,
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
-    "loss": losses.LOSSES,
     "defence": defences.DEFENCES,
     "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
@@ -70,11 +68,12 @@ def check(config: ConfigDict) -> None:
     for key in GRID:
         for value in config.grid[key]:
             hyper("config.grid", {key: value})
-    for key in LOSS_GRID:
+    losses.find(config.loss)
+    for key in searched(config):
         for value in config.grid[key]:
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise UserError(f"config.grid.{key}={value} must be finite and not negative")
-    for key in (*GRID, *LOSS_GRID):
+    for key in (*GRID, *searched(config)):
         if len(set(config.grid[key])) < len(config.grid[key]):
             raise UserError(f"config.grid.{key}={config.grid[key]} must be different values")
     _check_numbers(config)
@@ -153,6 +152,13 @@ def _check_pixels(mean, std):
             preprocessing.check("exact", mean, std)
         except ValueError as e:
             raise UserError(f"config.pretrained: {e} (of red, green and blue): set them so") from e
+
+
+def searched(config: Any) -> list[str]:
+    """The keys of a configuration's grid that are options of losses."""
+    return (
+        [key for key in config.grid if key not in (*GRID, "times_own_lr")] if "grid" in config else []
+    )
 
 
 def hyper(where: str, values: dict[str, Any]) -> None:

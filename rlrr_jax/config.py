@@ -15,8 +15,8 @@ import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rlrr_jax import checks, losses, methods, models
-from rlrr_jax.checks import GRID, LOSS_GRID
+from rlrr_jax import checks, lookup, losses, methods, models, sides
+from rlrr_jax.checks import GRID
 from rlrr_jax.data import own, sources, store, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, unknown
@@ -30,8 +30,6 @@ DEFAULT_GRID = {
     "weight_decay": (5e-5, 5e-2),
     "drop_path": (0.0, 0.1, 0.3),
     "times_own_lr": False,
-    "lam": (),
-    "sigma": (),
 }
 SEVERAL = "({'lr': (1e-3, 3e-3)}, {'method': 'lora', 'rank': 4})"  # an example of config.runs
 NAMELESS = (
@@ -41,10 +39,18 @@ NAMELESS = (
 RETIRED = f'config.trials and config.variants are one key now: write --config.runs="{SEVERAL}"'
 
 
-def loss_options() -> ConfigDict:
-    """A key for each option of each loss, without values."""
-    kinds = {k: type(v) for name in losses.LOSSES for k, v in losses.options(name).items()}
-    return ConfigDict({key: placeholder(kind) for key, kind in kinds.items()})
+def loss_options(name: str | None = None) -> tuple[ConfigDict, ConfigDict]:
+    """A key for each option of each loss, without values, and the grid of a search.
+
+    Args:
+      name: a loss by its path, whose options are there, too.
+    """
+    lookup.allow(name)
+    known = [*lookup.names("loss"), *([name] if lookup.is_path(name) else [])]
+    defaults = {k: v for loss in known for k, v in losses.options(loss).items()}
+    searched = {k: () for k, default in defaults.items() if isinstance(default, float)}
+    keys = {key: placeholder(type(default)) for key, default in defaults.items()}
+    return ConfigDict(keys), ConfigDict(DEFAULT_GRID | searched)
 
 
 # Tasks x methods x overrides x seeds ----------------------------------------------------------
@@ -57,6 +63,7 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
     """
     if "trials" in config or "variants" in config:
         raise UserError(RETIRED)
+    lookup.allow(config.loss, *_names(config.task), *_names(config.method))
     checks.check(config)
     if config.own.path == "":
         raise UserError(NAMELESS)
@@ -79,10 +86,11 @@ def _check_grid(config: ConfigDict, runs: list[ConfigDict]) -> None:
     """UserError for a grid that no run searches."""
     fixed = [key for key in GRID if config[key] is not None]
     fixed += ["times_own_lr"] if config.lr is not None else []
-    given = [k for k, default in DEFAULT_GRID.items() if config.grid[k] != default and k not in fixed]
+    nothing = {**dict.fromkeys(checks.searched(config), ()), **DEFAULT_GRID}
+    given = [k for k, default in nothing.items() if config.grid[k] != default and k not in fixed]
     if given and not any(run.protocol == "vtab" for run in runs):
         raise UserError("config.grid is only searched by config.protocol=vtab: add that")
-    for key in LOSS_GRID:
+    for key in checks.searched(config):
         if not config.grid[key] or any(run.grid[key] for run in runs if run.protocol == "vtab"):
             continue
         if config.loss_kwargs[key] is not None:
@@ -116,6 +124,7 @@ def _overrides(config: ConfigDict, chosen: list[str]) -> list[tuple[str, dict, d
         )
     named = [entry["method"] for entry in entries if "method" in entry]
     several = [m for value in named for m in (value if isinstance(value, tuple) else (value,))]
+    lookup.allow(*several)
     for key in shared:
         _option(config, [*chosen, *several], key, shared[key])
     out = []
@@ -192,6 +201,7 @@ def _settings(
 def _changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
     """A copy of the configuration with other values, checked."""
     out = copy.deepcopy(config)  # which keeps the types of keys that are None
+    lookup.allow(*change.values())
     for key, value in change.items():
         node, last = checks.group(out, key)
         try:
@@ -220,7 +230,8 @@ def trial_name(change: dict[str, Any]) -> str | None:
 def trials(run: ConfigDict) -> list[ConfigDict]:
     """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
     given = {key: tuple(run.grid[key]) for key in GRID}
-    given |= {f"loss_kwargs.{key}": tuple(run.grid[key]) for key in LOSS_GRID if run.grid.get(key)}
+    for key in checks.searched(run):
+        given |= {f"loss_kwargs.{key}": tuple(run.grid[key])} if run.grid[key] else {}
     out = []
     for values in itertools.product(*given.values()):
         change = dict(zip(given, values))
@@ -247,7 +258,7 @@ def _resolve_one(
     method = methods.get(method_name, **options)
     run.update(task=task_name, method=method_name, seed=seed)
     for kind, text in (("task", task_name), ("method", method_name)):
-        if not re.fullmatch(r"(?!\.)[\w .,+-]{1,100}", text):  # it names folders
+        if not re.fullmatch(r"(?!\.)[\w .,+-]{1,100}", text.replace(":", ".")):  # it names folders
             raise UserError(
                 f"the {kind} {text!r} must have a name of at most 100 letters, digits, _, -, + and "
                 f"dots inside: rename it"
@@ -257,8 +268,7 @@ def _resolve_one(
     run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
     run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
-    losses.check_contract(run.loss, run.loss_kwargs.to_dict(), task_of(run).classes)
-    for key in LOSS_GRID:
+    for key in checks.searched(run):
         if key in given or key not in run.loss_kwargs:
             run.grid[key] = ()
     bundled = task_of(run).group == "bundled"
@@ -272,7 +282,7 @@ def _resolve_one(
     _fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
-    _check_family(run, method)
+    _check_family(run)
     _check_exits(run, method)
     # Others than the JAX weights say their GELU when they are there: `follow`.
     if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
@@ -291,35 +301,43 @@ def _resolve_one(
     _fill(run, "drop_path_mode", default)
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
-    check_method(run)
+    check_contracts(run)
+    if code := lookup.code((run.method, run.loss, run.task)):
+        run.code = code
     return run
 
 
-def check_method(run: ConfigDict) -> None:
-    """Checks a run's method on its model, as far as that is known: again after `follow`.
+def check_contracts(run: ConfigDict) -> tuple[str, ...]:
+    """Checks a run's method and loss on its model, as far as that is known: again after `follow`.
 
-    Raises UserError, see `methods.check`.
+    Returns the names of the values that the loss returns. Raises UserError, see `methods.check` and
+    `losses.check_contract`.
     """
     sizes = {key: value for key, value in architecture(run).items() if key not in ("mean", "std")}
-    module = methods.module(run.method)
-    model = run.model.variant, size_of(run), json.dumps(sizes, sort_keys=True)
-    _check_method(
-        run.method, module.method, json.dumps(run.method_kwargs.to_dict(), sort_keys=True), model
-    )
+    of = json.dumps([run.method_kwargs.to_dict(), sizes, run.loss_kwargs.to_dict()], sort_keys=True)
+    names, size = (run.method, run.model.variant, run.loss), size_of(run)
+    _check_contracts(names, methods.find(run.method), size, of)
+    loss = losses.find(run.loss)
+    if loss.function is losses.cross_entropy:
+        return ("acc",)
+    return _check_contracts(names, loss, size, of, task_of(run).classes)
 
 
 @functools.lru_cache(256)
-def _check_method(name: str, function: Any, options: str, model: tuple) -> None:
-    del function  # another one after an edit in a notebook is checked again
-    variant, size, sizes = model
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(options).items()}
-    attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sizes).items()}
-    shapes = models.shapes(models.build(variant, 2, **attributes), size)
-    methods.check(name, methods.get(name, **given), shapes)
+def _check_contracts(names: tuple, of: Any, size: Size, options: str, classes: int = 0) -> tuple:
+    del of  # another one after an edit in a notebook is checked again
+    plain = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+    given = [plain(group) for group in json.loads(options)]
+    model, method = models.build(names[1], classes or 2, **given[1]), methods.get(names[0], **given[0])
+    frozen = models.shapes(model, size)
+    if not classes:
+        methods.check(names[0], method, frozen)
+        return ()
+    return losses.check_contract(names[2], given[2], (model, method, frozen), sides.pair(size))
 
 
-def _check_family(run: ConfigDict, method: methods.Method) -> None:
-    """UserError for a key that does nothing for models of the variant's family, or for the method."""
+def _check_family(run: ConfigDict) -> None:
+    """UserError for a key that does nothing for models of the variant's family."""
     variant, family = run.model.variant, models.family(run.model.variant)
     of_vit = {"pretrained.grid": None, "pretrained.resize": None, "pretrained.resize_patch": False}
     for key, nothing in of_vit.items() if family != "vit" else ():
@@ -328,13 +346,6 @@ def _check_family(run: ConfigDict, method: methods.Method) -> None:
             raise UserError(f"config.{key} is of no use for {variant}: leave it out")
     if variant.startswith("resnet") and run.model.norm_eps is not None:
         raise UserError(f"config.model.norm_eps is of no use for {variant}: leave it out")
-    if run.loss.startswith("pace") and family == "resnet":
-        raise UserError(f"config.loss={run.loss} is of Dense layers: leave it out for {variant}")
-    if run.loss.startswith("pace") and not method.folds:
-        raise UserError(
-            f"config.loss={run.loss} puts noise on changed weights, and method {run.method!r} changes "
-            f"none: leave it out"
-        )
 
 
 def _check_exits(run: ConfigDict, method: methods.Method) -> None:

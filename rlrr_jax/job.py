@@ -275,7 +275,7 @@ def _whole(recipe: step.Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) 
 def _recipe(runs: list, num_images: int) -> step.Recipe:
     run, model = runs[0], config_lib.build_model(runs[0])
     options, fixed = run.method_kwargs.to_dict(), losses.fixed(run.loss_kwargs)
-    method, loss = methods.module(run.method).method, losses.LOSSES[run.loss]
+    method, loss = methods.find(run.method), losses.find(run.loss)
     method = _same(method, options, lambda: methods.get(run.method, **options))
     return step.Recipe(
         model=model.clone(num_classes=heads.padded(run, model.num_classes)),
@@ -286,7 +286,8 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         drop_path=_noisy(runs, method),
         precision=run.precision,
         optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
-        loss=_same(loss, fixed, lambda: functools.partial(loss, **fixed)),
+        loss=_same(loss, fixed, lambda: losses.get(run.loss, fixed)),
+        values=config_lib.check_contracts(run),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
         average=run.average,
         defence=defences.DEFENCES.get(run.defence),

@@ -17,10 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import batch as batch_lib
-from rlrr_jax import change, defences, losses, methods, optim
+from rlrr_jax import defences, losses, methods, optim
 from rlrr_jax.methods import Method
 from rlrr_jax.mixing import Mixing
-from rlrr_jax.models import exits as exits_lib
 from rlrr_jax.runtime.mesh import over_trials
 from rlrr_jax.sides import Size
 
@@ -43,6 +42,7 @@ class Recipe(NamedTuple):
       drop_path: whether its noise is in the program; the rate itself is traced.
       optimizer: how gradients become updates, see `optim.build`.
       loss: what is minimised, with its fixed options, see `losses`.
+      values: names of the values that the loss returns, see `losses.check_contract`.
       mixing: how images and labels are mixed.
       defence: what is done to the gradient of a batch before it is used, a function of
         `defences.DEFENCES`; None: nothing.
@@ -57,7 +57,8 @@ class Recipe(NamedTuple):
     drop_path: bool = True
     precision: str = "highest"
     optimizer: optim.Optimizer = optim.Optimizer()
-    loss: losses.Loss = losses.cross_entropy
+    loss: losses.Loss = losses.Loss(losses.cross_entropy)
+    values: tuple[str, ...] = ("acc",)
     mixing: Mixing = Mixing()
     average: float | None = None
     defence: Callable | None = None
@@ -88,15 +89,15 @@ def init_state(recipe: Recipe, key: jax.Array, frozen: Tree) -> Tree:
       `{"trainable", "opt_state"}`; with an average `"average"`, and with a loss that remembers
       `"remembered"` [N, classes], too.
     """
-    trainable, classes = methods.start(recipe.method, key, frozen), frozen["head"]["bias"].size
+    trainable = losses.start(recipe.loss, recipe.method, key, frozen)
     state = {
         "trainable": trainable,
         "opt_state": optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0).init(trainable),
     }
     if recipe.average is not None:
         state["average"] = trainable
-    if "remember" in losses.outputs(recipe.loss, classes):
-        state["remembered"] = jnp.zeros((recipe.num_images, classes))
+    if "remember" in recipe.values:
+        state["remembered"] = jnp.zeros((recipe.num_images, frozen["head"]["bias"].size))
     return state
 
 
@@ -105,15 +106,10 @@ def tuned(state: Tree) -> Tree:
     return state.get("average", state["trainable"])
 
 
-def init_metrics(recipe: Recipe, classes: int) -> dict[str, jax.Array]:
-    """Values of each step of an epoch [S]: the mean loss, and sums of what else the loss returns.
-
-    Args:
-      recipe: the `Recipe`.
-      classes: number of classes of the logits.
-    """
-    names = losses.outputs(recipe.loss, classes) - {"remember"}
-    return {name: jnp.zeros(recipe.steps) for name in ("loss", *sorted(names))}
+def init_metrics(recipe: Recipe) -> dict[str, jax.Array]:
+    """Values of each step of an epoch [S]: the mean loss, and sums of what else the loss returns."""
+    names = sorted({*recipe.values} - {"remember"})
+    return {name: jnp.zeros(recipe.steps) for name in ("loss", *names)}
 
 
 def loss_and_grad(
@@ -132,18 +128,9 @@ def loss_and_grad(
             key = jax.random.fold_in(key, 2**31 - 2)  # of the batch; images have smaller numbers
         params = methods.merge(recipe.method, frozen, trainable, key)
 
-        def forward(images: Any, keys: Any, noise: Any = None, exits: bool = False) -> Any:
-            inputs = images, hyper["drop_path"], keys if recipe.drop_path else None
-            if exits and recipe.method.merge_exit is not None:
-                trees = methods.exit_trees(recipe.method, frozen, trainable)
-                return exits_lib.apply_each(recipe.model, trees, *inputs)
-            if exits:
-                return exits_lib.apply(recipe.model, params, *inputs)
-            if noise is None:
-                return recipe.model.apply({"params": params}, *inputs)
-            return change.apply(recipe.model, frozen, params, noise, *inputs)
-
-        each, values = recipe.loss(forward, batch, **hyper.get("loss", {}))
+        trees = frozen, params, trainable
+        net = losses.Net(recipe.model, recipe.method, *trees, hyper["drop_path"], recipe.drop_path)
+        each, values = recipe.loss(net, batch, **hyper.get("loss", {}))
         kept = {name: values.pop(name) for name in ("remember",) if name in values}
         sums = {name: (v * batch.mask).sum() for name, v in values.items()}
         total = (each * batch.mask).sum()
@@ -259,8 +246,7 @@ def map_start(recipe: Recipe, mesh: Mesh) -> Callable:
     """State and metrics before training, jitted: `(keys [T], frozen) -> state, metrics`."""
 
     def start(key: jax.Array, frozen: Tree) -> tuple[Tree, Tree]:
-        classes = frozen["head"]["bias"].size
-        return init_state(recipe, key, frozen), init_metrics(recipe, classes)
+        return init_state(recipe, key, frozen), init_metrics(recipe)
 
     return jax.jit(jax.vmap(start, (0, None)), out_shardings=NamedSharding(mesh, P("trial")))
 

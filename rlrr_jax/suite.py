@@ -191,7 +191,7 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
     works, entries = [], []
     entry = functools.cache(store.locate)  # the runs of a task share it
     for r in runs:
-        own = folder / r.task / workdir.method_folder(r) / workdir.run_folder(r)
+        own = folder / workdir.task_folder(r) / workdir.method_folder(r) / workdir.run_folder(r)
         own.mkdir(parents=True, exist_ok=True)
         label = f"{r.task} {workdir.method_folder(r)} seed {r.seed}" + f" {r.trial}" * bool(r.trial)
         work = Work(r, own, None, label)
@@ -268,7 +268,7 @@ def _describe(task: Task, folder: Any) -> None:
     """Prints what there is to know of a task's images, and writes their splits beside the runs."""
     for note in task.notes:
         _print(f"{task.name}: {note}")
-    path = folder / task.name / "split.csv"
+    path = folder / workdir.task_folder({"task": task.name}) / "split.csv"
     if task.listing and distributed.is_process_zero():
         if not path.exists() or path.read_text() != task.listing:
             files.write(path, task.listing)
@@ -285,7 +285,7 @@ def _open_weights(works: list[Work]) -> Loaders:
     for note in dict.fromkeys(notes):
         _print(note)
     for work in works:
-        config_lib.check_method(work.run)  # on the model that the weights made it
+        config_lib.check_contracts(work.run)  # on the model that the weights made it
     mine = [identity.fingerprint([work.run for work in works])]
     mine += [weights[work.run.pretrained.name][1] for work in works]
     _check_alike(mine, _OTHER_WEIGHTS)

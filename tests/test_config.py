@@ -4,7 +4,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from rlrr_jax import checks, methods
+from rlrr_jax import checks, lookup, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
@@ -112,7 +112,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             {"model": {"variant": "swin_t"}, "pretrained": {"grid": (9, 9)}},
             "config.pretrained.grid is of no use for swin_t: leave it out",
         ),
-        ({"model": {"variant": "resnet18"}, "loss": "pace"}, "config.loss=pace is of Dense layers"),
+        ({"model": {"variant": "resnet18"}, "loss": "pace"}, "pace puts noise on changed Dense layers"),
         ({"model": {"variant": "swin_t"}, "image_size": 256}, "set config.image_size to 224"),
         ({"model": {"variant": "swin_tt"}}, "unknown model variant 'swin_tt': did you mean 'swin_t'"),
         ({"runs": ({"rnk": 2},)}, "unknown option of method rlrr 'rnk': did you mean 'rank'"),
@@ -140,7 +140,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             {"warmup_epochs": 10, "epochs": 20},
             "and as many at the end, leave nothing of 20",
         ),
-        ({"loss": "pcae"}, "unknown value of config.loss 'pcae': did you mean 'pace'"),
+        ({"loss": "pcae"}, "unknown loss 'pcae': did you mean 'pace'"),
         ({"loss_kwargs": {"lam": 2.0}}, "unknown option of loss 'cross_entropy' 'lam'"),
         ({"data": {"device_gb": 0.0}}, "config.data.device_gb=0.0 must be greater than 0"),
         ({"data": {"device_gb": float("nan")}}, "device_gb=nan must be greater than 0"),
@@ -297,7 +297,7 @@ def test_several_bare_tasks():
     assert [r.task for r in resolve("hearts,digits,method=full")] == ["hearts", "digits"]
 
 
-@pytest.mark.parametrize("method", [*methods.METHODS, *methods.SPECIAL])
+@pytest.mark.parametrize("method", lookup.names("method"))
 def test_every_key_can_be_given_on_the_command_line(method):
     """A key that is None must say its type, or absl refuses the flag."""
 

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 METHOD = """
 import types
 import jax.numpy as jnp
-from rlrr_jax import methods
+from rlrr_jax import lookup
 from rlrr_jax.methods import base
 
 DEFAULTS = dict(lr=1.0, weight_decay=0.0, drop_path=0.0)
@@ -33,8 +33,8 @@ def method():
 COMMAND = """
 import sys
 module = types.ModuleType("fork", "Fork: of a test.")
-module.method, module.FORMULA, module.DEFAULTS = method, "W", DEFAULTS
-methods.METHODS["fork"] = module
+module.method, module.FORMULA = method, "W"
+sys.modules["fork"], lookup.NAMES["method"]["fork"] = module, "fork:method"
 sys.argv = ["main", "--config=configs/vtab.py:digits,method=fork", "--workdir={workdir}"]
 from rlrr_jax import main
 main.run()

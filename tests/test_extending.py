@@ -1,10 +1,9 @@
-"""A method, a loss and a data source as a fork adds them: one file and one line each."""
+"""A method, a loss and a data source of a fork: files beside the run, no file of ours touched."""
 
 import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -21,52 +20,64 @@ def block(page, word):
     return found
 
 
-def register(path, line, entry, before=None):
-    """Adds an import and a line to a table, the way the page says."""
-    text = path.read_text()
-    table = re.search(rf"^{entry[0]}\b.*? = {{", text, re.M)
-    text = text[: table.end()] + entry[1] + text[table.end() :]
-    where = text.index(before) if before else 0
-    path.write_text(text[:where] + line + text[where:])
+def run(folder, *words):
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
+    environment["RLRR_JAX_CACHE"] = str(folder / "cache")
+    command = [sys.executable, "-m", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_a_fork_adds_one_file_and_one_line_each(tmp_path):
-    for name in ("rlrr_jax", "configs"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
-    package = tmp_path / "rlrr_jax"
-    (package / "methods/gain.py").write_text(block("README.md", "def method("))
-    register(
-        package / "methods/__init__.py",
-        "from rlrr_jax.methods import gain\n",
-        ("METHODS", '"gain": gain,'),
-        before="METHODS = {",
-    )
-    (package / "smooth.py").write_text(block("docs/extending.md", "def smooth("))
-    register(
-        package / "losses.py",
-        "from rlrr_jax.smooth import smooth\n",
-        ("LOSSES", '"smooth": smooth,'),
-        before="LOSSES:",
-    )
-    (package / "data/stripes.py").write_text(block("docs/extending.md", "TASK = Task("))
-    register(
-        package / "data/tasks.py",
-        "from rlrr_jax.data import stripes\n",
-        ("TASKS", '"stripes": stripes.TASK,'),
-        before="# Chosen on",
-    )
-    command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:stripes,method=gain"]
-    command += ["--config.loss=smooth", "--config.model.variant=bundled", "--workdir=w"]
-    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(tmp_path)}
-    environment["RLRR_JAX_CACHE"] = str(tmp_path / "cache")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+TRAIN = ("rlrr_jax.main", "--config=configs/vtab.py:stripes:TASK,method=gain:method,loss=smooth:smooth")
+TRAIN += ("--config.model.variant=bundled", "--config.loss_kwargs.amount=0.2", "--workdir=w")
+
+
+def test_a_fork_is_files_beside_the_run(tmp_path):
+    (tmp_path / "gain.py").write_text(block("README.md", "def method("))
+    (tmp_path / "smooth.py").write_text(block("docs/extending.md", "def smooth("))
+    (tmp_path / "stripes.py").write_text(block("docs/extending.md", "TASK = Task("))
+    done = run(tmp_path, *TRAIN)
     assert done.returncode == 0, done.stderr
-    assert "| stripes | gain loss=smooth | official |" in squeeze(done.stdout)
+    assert "| stripes:TASK | gain:method loss=smooth:smooth | official |" in squeeze(done.stdout)
     assert "100 test images, source stripes (stripes, version 1, original pixels)" in done.stdout
-    folder = tmp_path / "w/stripes/gain/seed0"
+    folder = tmp_path / "w/stripes.TASK/gain.method/seed0"
     row = json.loads((folder / "result.json").read_text())
-    assert row["loss"] == "smooth" and row["trainable_params"] == 36 and row["test_acc_final"] > 0.9
+    assert row["loss"] == "smooth:smooth" and row["trainable_params"] == 36
+    assert row["test_acc_final"] > 0.9 and row["loss_kwargs"] == {"amount": 0.2}
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert 0 < last["train_entropy"] < 0.694 and last["train_loss"] > -0.1 * last["train_entropy"]
-    assert b'"standing"' in (folder / "adapter.safetensors").read_bytes().replace(b"\\", b"")
+    assert 0 < last["train_entropy"] < 0.694 and last["train_loss"] > -0.2 * last["train_entropy"]
+    adapter = folder / "adapter.safetensors"
+    assert b'"standing"' in adapter.read_bytes().replace(b"\\", b"")
+    # What a path names is in the run's identity, by its file.
+    (tmp_path / "smooth.py").write_text((tmp_path / "smooth.py").read_text() + "# another\n")
+    done = run(tmp_path, *TRAIN)
+    assert done.returncode == 1 and "holds a run with code=['gain:method " in done.stderr
+    # A card imports nothing by itself.
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    predict = ("rlrr_jax.predict", "--adapter", str(adapter), "a.png")
+    done = run(tmp_path, *predict)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line == (
+        "error: the method gain:method is somebody's code: read it, and add --import gain:method to let "
+        "it run"
+    )
+    done = run(tmp_path, *predict, "--import", "gain:method")
+    assert done.returncode == 0 and "standing" in done.stdout, done.stderr
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    (tmp_path / "mine.py").write_text("import nothing_like_this\n")
+    (tmp_path / "other.py").write_text("def method():\n    pass\n")
+    said = lambda name: run(tmp_path, "rlrr_jax.main", f"--config=configs/vtab.py:digits,method={name}")
+    (line,) = said("gone:method").stderr.splitlines()
+    assert line == (
+        f"error: there is no module 'gone' for the method 'gone:method': it is neither in {tmp_path} nor "
+        f"installed"
+    )
+    assert (
+        "unknown object of other for the method 'methd': did you mean 'method'"
+        in said("other:methd").stderr
+    )
+    done = said("mine:method")
+    assert "Traceback" in done.stderr and "No module named 'nothing_like_this'" in done.stderr

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from named import register
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import losses, methods, models
@@ -114,7 +115,7 @@ def test_names_that_are_no_folder(name, monkeypatch):
         DEFAULTS=DEFAULTS,
         method=lambda: base.Method(lambda k, f: {}, keep, none, DEFAULTS),
     )
-    monkeypatch.setitem(methods.METHODS, name, module)
+    register(monkeypatch, "method", name, module.method)
     with pytest.raises(UserError, match="the method .* must have a name of at most 100 letters"):
         config_lib.resolve(vtab.get_config(f"digits,method={name}"))
 
@@ -122,20 +123,20 @@ def test_names_that_are_no_folder(name, monkeypatch):
 # Losses ---------------------------------------------------------------------------------------
 
 
-def deciding(forward, batch, amount=0.0):
-    logits = forward(batch.images, batch.keys)
+def deciding(net, batch, amount=0.0):
+    logits = net(batch.images, batch.keys)
     each = losses.cross_entropies(logits, batch)
     if amount > 0:
         each = each * amount
     return each, {"acc": losses.correct(logits, batch.labels, each)}
 
 
-def required(forward, batch, amount):
-    return losses.cross_entropy(forward, batch)
+def required(net, batch, amount):
+    return losses.cross_entropy(net, batch)
 
 
-def counted(forward, batch):
-    logits = forward(batch.images, batch.keys)
+def counted(net, batch):
+    logits = net(batch.images, batch.keys)
     each = losses.cross_entropies(logits, batch)
     return (logits.argmax(-1) != batch.labels).astype(jnp.int32), {
         "acc": losses.correct(logits, batch.labels, each)
@@ -151,9 +152,10 @@ def counted(forward, batch):
     ],
 )
 def test_losses(loss, message, monkeypatch):
-    monkeypatch.setitem(losses.LOSSES, "mine", loss)
+    register(monkeypatch, "loss", "mine", loss)
     with pytest.raises(UserError, match=message):
-        losses.check_contract("mine", losses.check("mine", {}), 3)
+        net = models.build("bundled", 2), methods.get("linear"), SHAPES
+        losses.check_contract("mine", losses.check("mine", {}), net, (32, 32))
 
 
 # Models as weights make them ---------------------------------------------------------------------
@@ -178,20 +180,6 @@ def test_rank_dropout_masks_ranks_and_no_channels():
         if path[-1].key == "scale_in":
             ranks = np.asarray(x).reshape(-1, x.shape[-1])
             assert (ranks == ranks[:1]).all() and set(np.unique(ranks)) <= {0.0, 2.0}
-
-
-def test_pace_has_noise_on_a_projection_without_a_bias():
-    from rlrr_jax import change
-
-    model = models.build("bundled", 2, projection=8)
-    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)), jnp.float32)
-    frozen = model.init(jax.random.key(0), images)["params"]
-    params = jax.tree.map(lambda x: x * 1.01, frozen)
-    keys = jax.random.split(jax.random.key(1), 2)
-    with jax.default_matmul_precision("highest"):
-        plain = model.apply({"params": params}, images)
-        same = change.apply(model, frozen, params, change.Noise(keys, 0.0), images)
-    np.testing.assert_allclose(same, plain, rtol=0, atol=1e-5)
 
 
 def test_sensitivity_is_of_what_the_head_gets():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from named import register
 
 from rlrr_jax import adapters, losses, prefix, suite
 from rlrr_jax.configs import vtab
@@ -92,7 +93,7 @@ def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
     ids=str,
 )
 def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_path, monkeypatch):
-    monkeypatch.setitem(losses.LOSSES, "of_a_fork", lambda *args: losses.cross_entropy(*args))
+    register(monkeypatch, "loss", "of_a_fork", lambda *args: losses.cross_entropy(*args))
     seen = passed(monkeypatch)
     arg = f"hearts,method={changes.pop('method', 'linear')}"
     suite.run(config(arg, epochs=1, **changes), tmp_path)

@@ -83,7 +83,7 @@ class Run:
         self.frozen, self.data = put(P(), frozen), put(P(), DATA)
         self.hyper = put(P("trial"), stack(*hypers))
         self.state = put(P("trial"), stack(*states))
-        self.metrics = put(P("trial"), stack(*[step.init_metrics(self.recipe, CLASSES)] * len(hypers)))
+        self.metrics = put(P("trial"), stack(*[step.init_metrics(self.recipe)] * len(hypers)))
 
     def __call__(self, epoch, start, stop):
         scalars = [mesh_lib.put(self.mesh, P(), jnp.int32(i)) for i in (epoch, start, stop)]
@@ -371,7 +371,7 @@ def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
     }
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     mesh = mesh_lib.make_mesh(jax.devices(), trials=2)  # 2 x 2
-    args = (frozen, data, add(state), add(jax.eval_shape(lambda: step.init_metrics(r, 100))))
+    args = (frozen, data, add(state), add(jax.eval_shape(lambda: step.init_metrics(r))))
     args += (add(jax.eval_shape(hyper)), (scalar,) * 3)
     exported = jax.export.export(step.map_train_steps(r, mesh), platforms=[platform])(*args)
     assert exported.platforms == (platform,)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 
+from rlrr_jax import lookup
 from rlrr_jax.data.fgvc import FGVC
 from rlrr_jax.data.task import Task, splits
 from rlrr_jax.data.vtab import GROUPS, VTAB
-from rlrr_jax.errors import unknown
+from rlrr_jax.errors import UserError, unknown
 
 
 # Chosen on val200, mean of three seeds (--config.protocol=tune --config.seeds="(0,1,2)").
@@ -104,11 +105,20 @@ ALIASES = {
 
 def get(task: str | Task) -> Task:
     """The task of a name, or a task itself; UserError with the nearest name if there is none."""
-    return task if isinstance(task, Task) else TASKS[canonical(task)]
+    if isinstance(task, Task):
+        return task
+    if not lookup.is_path(task):
+        return TASKS[canonical(task)]
+    found = lookup.find("task", task)
+    if not isinstance(found, Task):
+        raise UserError(f"{task} is no task: make it a rlrr_jax.data.task.Task")
+    return found
 
 
 def canonical(name: str) -> str:
     """Our name of a task; UserError with the nearest name if there is none."""
+    if lookup.is_path(name):
+        return name
     if name not in TASKS and name not in ALIASES:
         raise unknown("task", name, [*TASKS, *GROUPS, *ALIASES, "all", "full", "fgvc"])
     return ALIASES.get(name, name)

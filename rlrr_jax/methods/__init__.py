@@ -1,37 +1,15 @@
 """Fine-tuning methods, each a pair of functions on parameter trees in a file of its own.
 
-To add one: write `methods/<name>.py` with `FORMULA`, `DEFAULTS` and a function `method(**options) ->
-Method`, and put the module into `METHODS`. `python -m rlrr_jax.methods` lists them all.
+To add one: write a file with `FORMULA`, `DEFAULTS` and a function `method(**options) -> Method`, and
+name it by its path, `method=<file>:method`. `python -m rlrr_jax.methods` lists ours.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+from rlrr_jax import lookup
 from rlrr_jax.errors import unknown
-from rlrr_jax.methods import (
-    apla,
-    arc,
-    bitfit,
-    difffit,
-    dora,
-    fact,
-    full,
-    glora,
-    gps,
-    hta,
-    last,
-    linear,
-    lora,
-    met,
-    moppa,
-    norm,
-    oft,
-    pissa,
-    repadapter,
-    rlrr,
-    ssf,
-    vera,
-)
 from rlrr_jax.methods.base import (
     Method,
     check,
@@ -43,43 +21,21 @@ from rlrr_jax.methods.base import (
     trainable_count,
 )
 
-METHODS = {
-    "rlrr": rlrr,
-    "linear": linear,
-    "full": full,
-    "bitfit": bitfit,
-    "norm": norm,
-    "last": last,
-    "ssf": ssf,
-    "lora": lora,
-    "dora": dora,
-    "vera": vera,
-    "fact": fact,
-    "arc": arc,
-    "repadapter": repadapter,
-    "apla": apla,
-    "hta": hta,
-    "glora": glora,
-    "difffit": difffit,
-    "oft": oft,
-    "pissa": pissa,
-    "gps": gps,
-}
+# Those that fold into the weights of any model. Others have to be named.
+METHODS = tuple(name for name in lookup.NAMES["method"] if name not in ("moppa", "met"))
 
-# Nothing takes these unless they are named: an activation method, which folds into no weight, and one
-# that needs early exits.
-SPECIAL = {"moppa": moppa, "met": met}
-
-__all__ = ["METHODS", "SPECIAL", "Method", "check", "decay", "exit_trees", "get", "head_count", "merge"]
-__all__ += ["module", "options", "start", "trainable_count"]
+__all__ = ["METHODS", "Method", "check", "decay", "exit_trees", "find", "formula", "get", "head_count"]
+__all__ += ["merge", "options", "start", "trainable_count"]
 
 
-def module(name: str) -> Any:
-    """The file of a method, with its `FORMULA` and `DEFAULTS`; UserError for an unknown name."""
-    known = METHODS | SPECIAL
-    if name not in known:
-        raise unknown("method", name, known)
-    return known[name]
+def find(name: str) -> Callable[..., Method]:
+    """The function `(**options) -> Method` of a name; UserError for an unknown one."""
+    return lookup.find("method", name)
+
+
+def formula(name: str) -> str:
+    """What a method computes, in a line: `FORMULA` of its file."""
+    return getattr(inspect.getmodule(find(name)), "FORMULA", name)
 
 
 def get(name: str, **kwargs: Any) -> Method:
@@ -87,13 +43,13 @@ def get(name: str, **kwargs: Any) -> Method:
 
     Raises UserError for an unknown name, option or value, with the nearest known one.
     """
-    known = module(name)
+    function, known = find(name), options(name)
     for key in kwargs:
-        if key not in options(name):
-            raise unknown(f"option of method {name!r}", key, options(name))
-    return known.method(**kwargs)
+        if key not in known:
+            raise unknown(f"option of method {name!r}", key, known)
+    return function(**kwargs)
 
 
 def options(name: str) -> dict[str, Any]:
     """A method's options and their defaults."""
-    return {k: p.default for k, p in inspect.signature(module(name).method).parameters.items()}
+    return {k: p.default for k, p in inspect.signature(find(name)).parameters.items()}

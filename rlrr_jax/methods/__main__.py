@@ -1,10 +1,11 @@
 """`python -m rlrr_jax.methods`: what methods there are, their options and counts for a model."""
 
+import inspect
 from typing import Any
 
 import jax
 
-from rlrr_jax import methods, models
+from rlrr_jax import lookup, methods, models
 from rlrr_jax.errors import Parser, UserError, one_sentence
 
 
@@ -16,14 +17,15 @@ def main() -> None:
     args = parser.parse_args()
     model = models.build(args.variant, 2)
     frozen = models.shapes(model, models.default_size(args.variant))
-    for name, module in (methods.METHODS | methods.SPECIAL).items():
+    for name in lookup.names("method"):
         try:
             number = f"{count(methods.get(name), frozen):,} values and the head on {args.variant}"
         except UserError as e:
             number = f"not on {args.variant}, since {e}"
+        module: Any = inspect.getmodule(methods.find(name))
         print(f"{name}: {str(module.__doc__).splitlines()[0].partition(': ')[2]}")
-        print(f"    {module.FORMULA}")
-        defaults = ", ".join(f"{k} {v:g}" for k, v in module.DEFAULTS.items())
+        print(f"    {methods.formula(name)}")
+        defaults = ", ".join(f"{k} {v:g}" for k, v in methods.get(name).DEFAULTS.items())
         print(f"    {number}; {defaults}")
         if options := methods.options(name):
             print("    options:", ", ".join(f"{k}={v}" for k, v in options.items()))

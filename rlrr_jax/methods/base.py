@@ -99,9 +99,9 @@ def exit_trees(method: "Method", frozen: Any, trained: Any) -> list[dict]:
 
 
 def decay(method: "Method", trained: Any) -> dict:
-    """Which leaves of a trained tree get weight decay: of the head the kernel alone."""
-    head = decay_of("kernel")(trained["head"])
-    return {"adapter": method.decay(trained["adapter"]), "head": head}
+    """Which leaves of a trained tree get weight decay: beside the adapter's, those called "kernel"."""
+    rest = {name: decay_of("kernel")(node) for name, node in trained.items() if name != "adapter"}
+    return {"adapter": method.decay(trained["adapter"]), **rest}
 
 
 def trainable_count(trained: Any) -> int:
@@ -111,8 +111,9 @@ def trainable_count(trained: Any) -> int:
 
 
 def head_count(trained: Any) -> int:
-    """Number of trained values in the head."""
-    return sum(x.size for x in jax.tree.leaves(trained["head"]))
+    """Number of trained values in the head, and of a loss that trains some."""
+    rest = {name: node for name, node in trained.items() if name != "adapter"}
+    return sum(x.size for x in jax.tree.leaves(rest))
 
 
 def decay_of(*names: str) -> Callable[[Any], Any]:
@@ -201,8 +202,10 @@ def check(name: str, method: Method, frozen: Any) -> Any:
         reason = f"method {name!r} does not fit this model: {e}"
         more = "" if ": " in str(e) else " (python -m rlrr_jax.methods --model NAME lists what fits)"
         raise UserError(reason + more) from e
-    if not isinstance(adapter, dict) or "head" in adapter:
-        raise UserError(f"{told}init must return a dict without 'head', which is trained beside it")
+    if not isinstance(adapter, dict) or {"head", "loss"} & adapter.keys():
+        raise UserError(
+            f"{told}init must return a dict without 'head' and 'loss', which are trained beside it"
+        )
     _check_leaves(told, adapter)
     wider = {**frozen, "head": jax.tree.map(_wider, frozen["head"])}
     other = leaves(jax.eval_shape(method.init, jax.random.key(0), wider))

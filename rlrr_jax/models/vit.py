@@ -112,7 +112,7 @@ def over_depth(block: Any, number: int, unroll: int, remat: bool) -> Any:
     """
     return nn.scan(
         rematerialised(block, unroll > 1) if remat else block,
-        variable_axes={"params": 0, "change": 0, "noise": 0},  # others: see rlrr_jax/change.py
+        variable_axes={True: 0},  # of every collection, also those that somebody's interceptor reads
         split_rngs={"params": True},
         in_axes=(0, 0),
         length=number,

@@ -194,4 +194,5 @@ def fold(rows: list[dict]) -> list[list[dict]]:
 
 def folder(workdir: Any, row: dict) -> Any:
     """The folder of a row's run."""
-    return workdir / row["task"] / workdir_lib.method_folder(row) / workdir_lib.run_folder(row)
+    parts = workdir_lib.task_folder, workdir_lib.method_folder, workdir_lib.run_folder
+    return workdir.joinpath(*(name(row) for name in parts))

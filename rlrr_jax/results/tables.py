@@ -8,8 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from rlrr_jax import methods
-from rlrr_jax.checks import GRID, LOSS_GRID
+from rlrr_jax.checks import GRID
 from rlrr_jax.data import tasks
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.runs import identity
@@ -102,7 +101,7 @@ def which(row: dict, seed: bool = True) -> list[str]:
         [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()],
         row.get("trial") or "",
     )
-    if row["method"] in methods.SPECIAL and not methods.get(row["method"]).folds:
+    if row["method"] == "moppa":
         options.append("(not folded)")
     if row.get("loss", "cross_entropy") not in ("cross_entropy", "exits") and "loss" not in trial:
         options.append(f"loss={row['loss']}")
@@ -132,7 +131,7 @@ def changed(row: dict) -> list[str]:
 def chosen(row: dict) -> str:
     """`"lam=0.1 sigma=0.5"`: options of the loss that a search chose; empty if it chose none."""
     grid, options = row.get("grid") or {}, row.get("loss_kwargs") or {}
-    return " ".join(f"{key}={options[key]:g}" for key in LOSS_GRID if grid.get(key) and key in options)
+    return " ".join(f"{key}={options[key]:g}" for key in sorted(grid) if grid[key] and key in options)
 
 
 def tried(fractions: list | None) -> str:

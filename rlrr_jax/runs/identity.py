@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rlrr_jax import losses, methods, models
-from rlrr_jax.checks import GRID, LOSS_GRID
+from rlrr_jax.checks import GRID
 from rlrr_jax.data import crops, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.models import vit
@@ -41,7 +41,7 @@ PLACES = (
 
 def recipe(task: Task, method_name: str) -> dict[str, Any]:
     """What a task and a method bring where the configuration says nothing."""
-    own = methods.module(method_name).DEFAULTS
+    own = methods.get(method_name).DEFAULTS
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
     return {**recipe, **task.extra, **own, **task.recipes.get(method_name, {})}
 
@@ -92,7 +92,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         *((model, key, None) for key in (*vit.PARTS, *vit.CHOSEN)),
         (data, "upright", False),
         (plain.get("grid") or {}, "times_own_lr", False),
-        *((plain.get("grid") or {}, key, ()) for key in LOSS_GRID),
+        *((plain.get("grid") or {}, key, ()) for key in tuple(plain.get("grid") or ())),
         (plain, "loss", "cross_entropy"),
         (plain, "loss_kwargs", {}),
         (plain, "mixup", 0.0),
@@ -146,7 +146,7 @@ def setting(values: dict) -> dict[str, Any]:
     """What the seeds of one line share: `described` without the seed and what was searched."""
     grid = values.get("grid") or {}
     leave = ("seed", "recipe", *(GRID if grid else ()))  # chosen from it
-    leave += ("loss_kwargs",) if any(grid.get(key) for key in LOSS_GRID) else ()
+    leave += ("loss_kwargs",) if {*grid} - {*GRID, "times_own_lr"} else ()
     return {key: value for key, value in values.items() if key not in leave}
 
 

@@ -27,9 +27,14 @@ class Work(NamedTuple):
         return (self.folder / "result.json").exists()
 
 
+def task_folder(run: Mapping) -> str:
+    """Name of the folder of a task: its name, of a path `stripes:TASK` with a dot."""
+    return run["task"].replace(":", ".")
+
+
 def method_folder(run: Mapping) -> str:
     """Name of the folder above, or of a method with its options: `"rlrr"`, `"rlrr-rank2"`."""
-    return run["method"] + (f"-{run['options']}" if run.get("options") else "")
+    return run["method"].replace(":", ".") + (f"-{run['options']}" if run.get("options") else "")
 
 
 def run_folder(run: Mapping) -> str:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlrr_jax import change, methods, models
+from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base, sites
 from rlrr_jax.models import swin
@@ -188,14 +188,3 @@ def test_lora_of_a_fused_kernel_changes_query_and_value_alone(params):
         wanted = before + (0 if node is None else node["down"] @ node["up"])
         np.testing.assert_allclose(after, wanted, atol=1e-5, err_msg=name)
         assert (node is not None) == (name.rpartition(".")[2] in ("query", "value"))
-
-
-@pytest.mark.slow
-def test_pace_without_noise_is_the_merged_model(params):
-    method = methods.get("rlrr")
-    merged = jax.jit(lambda: method.merge(params, method.init(jax.random.key(0), params)))()
-    keys = jax.random.split(jax.random.key(1), 2)
-    noisy = jax.jit(lambda s: change.apply(TINY, params, merged, change.Noise(keys, s), images()))
-    plain = APPLY(merged, images())
-    np.testing.assert_allclose(noisy(0.0), plain, rtol=1e-5, atol=1e-5)
-    assert jnp.abs(noisy(1.0) - plain).max() > 0.01

@@ -3,7 +3,6 @@
 import functools
 import json
 import multiprocessing
-from concurrent import futures
 
 import jax
 import numpy as np
@@ -131,8 +130,9 @@ def test_every_name_is_read_right_or_refused(start, tmp_path):
     large = ("giant", "gigantic", "huge", "large", "so400m", "_1b", "_3b", "_5b")
     wanted = [x for x in timm.list_models() if x.startswith(start) and not any(w in x for w in large)]
     spawn = multiprocessing.get_context("spawn")  # PyTorch and JAX keep memory of every model
-    with futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=8) as pool:
-        errors = dict(zip(wanted, pool.map(errors_of, wanted, [tmp_path] * len(wanted))))
+    with spawn.Pool(1, maxtasksperchild=8) as pool:
+        given = [(name, tmp_path) for name in wanted]
+        errors = dict(zip(wanted, pool.starmap(errors_of, given, chunksize=1)))
     print(json.dumps(errors))
     assert not {name: e for name, e in errors.items() if any(x and x > 1e-5 for x in e)}
     small = {n for n, a in architectures.TIMM.items() if a.variant[:2] in ("Ti", "S/", "B/")}
@@ -196,4 +196,4 @@ def relative_error(name, model, variant, folder, given):
         found = np.asarray(ours.clone(num_classes=width).apply({"params": tree}, images))
     if found.shape != right.shape:  # both tokens of a distilled model, whose heads timm averages
         found = found.reshape(1, 2, -1).sum(1)
-    return np.linalg.norm(found - right) / np.linalg.norm(right)
+    return float(np.linalg.norm(found - right) / np.linalg.norm(right))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlrr_jax import change, methods, models
+from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 from rlrr_jax.weights import preprocessing, reader, vit_layouts
@@ -70,17 +70,6 @@ def test_a_kind_is_seen_in_its_file_and_computed_as_timm_does(name, pictures, tm
     wanted = named_vits.timm(state, pictures, 3, gelu, pool)
     ours = logits(tuned, pictures, model)
     assert np.linalg.norm(ours - wanted) < 1e-5 * np.linalg.norm(wanted)
-
-
-@pytest.mark.parametrize("name", ["map", "clip"])
-def test_pace_without_noise_is_the_merged_model(name, pictures, tmp_path):
-    *_, model, tree = load(name, tmp_path)
-    method = methods.get("lora", targets="query+value+Dense_0")
-    adapter = jax.tree.map(lambda x: x + 0.05, jax.jit(method.init)(jax.random.key(0), tree))
-    merged = {**jax.jit(method.merge)(tree, adapter), "head": tree["head"]}
-    noise = change.Noise(jax.random.split(jax.random.key(0), 3), 0.0)
-    silent = jax.jit(lambda: change.apply(model, tree, merged, noise, pictures))()
-    np.testing.assert_allclose(silent, logits(merged, pictures, model), rtol=1e-5, atol=1e-5)
 
 
 def test_the_pooling_of_a_map_head_is_frozen_or_tuned(tmp_path):

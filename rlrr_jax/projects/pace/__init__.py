@@ -1,0 +1,1 @@
+"""PACE, as losses: consistency of passes with noise on what was changed."""
