@@ -18,7 +18,8 @@ setup(
     packages=find_packages(include=["rlrr_jax", "rlrr_jax.*"]),
     package_data={
         "rlrr_jax.bundled": ["*.npz", "README.md"],
-        "rlrr_jax.results": ["page.html", "published.csv", "published_fgvc.csv"],
+        "rlrr_jax.projects.fgvc": ["published.csv"],
+        "rlrr_jax.results": ["page.html", "published.csv"],
     },
     # Lower bounds are the oldest versions the tests ran with, upper bounds the next untested minor.
     install_requires=[

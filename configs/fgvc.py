@@ -11,14 +11,14 @@ recipe, too: `fgvc.py:augmented,cifar`.
 """
 
 from rlrr_jax.configs import vtab
-from rlrr_jax.data import fgvc
+from rlrr_jax.projects.fgvc.data import NAMES
 
 
 def get_config(arg=None):
     """The configuration; `arg` is what `vtab.get_config` takes, `augmented` among it or not."""
     items = (arg or "").split(",")
     config = vtab.get_config(",".join(item for item in items if item not in ("augmented", "all")))
-    config.task = config.task or "+".join(fgvc.FGVC)
+    config.task = config.task or "+".join(NAMES)
     if "augmented" in items:
         config.epochs = 110
         config.schedule, config.restarts = "restarts", (10, 2)

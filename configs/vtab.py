@@ -43,8 +43,8 @@ def get_config(arg=None):
     config.optimizer = "adamw"  # or "momentum"
     config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"
     config.grad_clip = placeholder(float)  # largest norm of the gradient
-    # What is done to gradients to hide images: "noise1", "noise10", "prune90", "prune99".
-    config.defence = placeholder(str)
+    # What is done to gradients first: a name, or a path to a function `key -> optax transformation`.
+    config.gradients = placeholder(str)
     # A name, or a path to your own, whose options are known if it is named here: vtab.py:loss=my:loss.
     config.loss = "cross_entropy"
     # Parameters of mixup and CutMix (0 is off), and the share of a label that all classes get.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlrr_jax import defences, losses, models, optim
+from rlrr_jax import lookup, losses, models, optim
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import names, preprocessing, reader
@@ -19,7 +19,6 @@ CHOICES = {
     "protocol": PROTOCOLS,
     "optimizer": ("adamw", "momentum"),
     "momentum_dtype": ("bfloat16", "float32"),
-    "defence": defences.DEFENCES,
     "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
     "data.source": sources.KINDS,
@@ -69,6 +68,8 @@ def check(config: ConfigDict) -> None:
         for value in config.grid[key]:
             hyper("config.grid", {key: value})
     losses.find(config.loss)
+    if config.gradients is not None:
+        lookup.find("gradients", config.gradients)
     for key in searched(config):
         for value in config.grid[key]:
             if not isinstance(value, int | float) or not 0 <= value < math.inf:

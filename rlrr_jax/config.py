@@ -46,7 +46,7 @@ def loss_options(name: str | None = None) -> tuple[ConfigDict, ConfigDict]:
       name: a loss by its path, whose options are there, too.
     """
     lookup.allow(name)
-    known = [*lookup.names("loss"), *([name] if lookup.is_path(name) else [])]
+    known = [*lookup.names("loss"), *([name] if name and lookup.is_path(name) else [])]
     defaults = {k: v for loss in known for k, v in losses.options(loss).items()}
     searched = {k: () for k, default in defaults.items() if isinstance(default, float)}
     keys = {key: placeholder(type(default)) for key, default in defaults.items()}
@@ -63,7 +63,7 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
     """
     if "trials" in config or "variants" in config:
         raise UserError(RETIRED)
-    lookup.allow(config.loss, *_names(config.task), *_names(config.method))
+    lookup.allow(config.loss, config.gradients, *_names(config.task), *_names(config.method))
     checks.check(config)
     if config.own.path == "":
         raise UserError(NAMELESS)
@@ -302,7 +302,7 @@ def _resolve_one(
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
     check_contracts(run)
-    if code := lookup.code((run.method, run.loss, run.task)):
+    if code := lookup.code((run.method, run.loss, run.task, run.gradients)):
         run.code = code
     return run
 

@@ -22,7 +22,7 @@ def padded(run: Any, classes: int) -> int:
       classes: number of classes of its task.
     """
     plain = run.loss == "cross_entropy" and not run.label_smoothing
-    if not plain or run.defence is not None or run.model.exits:
+    if not plain or run.get("gradients") is not None or run.model.exits:
         return classes
     return -(-classes // STEP) * STEP
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import (
-    defences,
     evaluate,
     heads,
+    lookup,
     losses,
     methods,
     mixing,
@@ -277,6 +277,7 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
     options, fixed = run.method_kwargs.to_dict(), losses.fixed(run.loss_kwargs)
     method, loss = methods.find(run.method), losses.find(run.loss)
     method = _same(method, options, lambda: methods.get(run.method, **options))
+    gradients = run.get("gradients") and lookup.find("gradients", run.gradients)
     return step.Recipe(
         model=model.clone(num_classes=heads.padded(run, model.num_classes)),
         method=method,
@@ -285,12 +286,11 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         image_size=config_lib.size_of(run),
         drop_path=_noisy(runs, method),
         precision=run.precision,
-        optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip),
+        optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip, gradients),
         loss=_same(loss, fixed, lambda: losses.get(run.loss, fixed)),
         values=config_lib.check_contracts(run),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
         average=run.average,
-        defence=defences.DEFENCES.get(run.defence),
         crop_from=run.crop_from if run.crop == crops.SQUARE else None,
     )
 
@@ -306,7 +306,7 @@ def _noisy(runs: list, method: methods.Method) -> bool:
     return any(rate > 0 for rate in rates)
 
 
-def _same(function: Callable, options: dict, make: Callable[[], Any]) -> Any:
+def _same(function: Any, options: dict, make: Callable[[], Any]) -> Any:
     """What `make` gives for a function and its options, the same object each time.
 
     Programs are kept by what they are of, and closures and partials are equal to themselves alone.

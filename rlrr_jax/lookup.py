@@ -20,8 +20,10 @@ _METHODS = (
     *("rlrr", "linear", "full", "bitfit", "norm", "last", "ssf", "lora", "dora", "vera", "fact"),
     *("arc", "repadapter", "apla", "hta", "glora", "difffit", "oft", "pissa", "gps", "moppa", "met"),
 )
-# Kind -> short name -> path. A method is a function `(**options) -> methods.Method`, a loss one like
-# `losses.cross_entropy` or a `losses.Loss`.
+# Kind -> short name -> path. A "method" is a function `(**options) -> methods.Method`, a "loss" one
+# like `losses.cross_entropy` or a `losses.Loss`, "gradients" one `key -> optax transformation`, a
+# "task" a `data.task.Task`, "tasks" names of several, a "table" a function `rows -> Markdown or ""` that a
+# report shows, "weights" one `frozen -> warning or ""` for every file of weights that is read.
 NAMES: dict[str, dict[str, str]] = {
     "method": {name: f"rlrr_jax.methods.{name}:method" for name in _METHODS},
     "loss": {

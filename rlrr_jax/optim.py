@@ -1,8 +1,10 @@
 """Optimisers and learning-rate schedules."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from rlrr_jax import methods
@@ -29,17 +31,25 @@ class Optimizer(NamedTuple):
       name: "adamw", or "momentum" as big_vision fine-tunes (SGD, momentum 0.9).
       momentum_dtype: dtype in which "momentum" keeps its state.
       grad_clip: largest norm of the whole gradient; None: any.
+      gradients: function `key -> optax transformation` of the gradient before all else, made anew with
+        each step's own key; None: it stays. It does not see what a method keeps fixed.
     """
 
     name: str = "adamw"
     momentum_dtype: str = "bfloat16"
     grad_clip: float | None = None
+    gradients: Callable[[jax.Array], optax.GradientTransformation] | None = None
 
 
 def build(
-    optimizer: "Optimizer", method: methods.Method, trainable: Any, lr: Any, weight_decay: Any
+    optimizer: "Optimizer",
+    method: methods.Method,
+    trainable: Any,
+    lr: Any,
+    weight_decay: Any,
+    key: jax.Array | None = None,
 ) -> optax.GradientTransformation:
-    """The optax transformation; `lr` and `weight_decay` may be traced."""
+    """The optax transformation; `lr`, `weight_decay` and `key`, for `gradients`, may be traced."""
     if optimizer.name == "adamw":
         tx = adamw(method, trainable, lr, weight_decay)
     elif optimizer.name != "momentum":
@@ -50,8 +60,11 @@ def build(
             optax.add_decayed_weights(weight_decay, mask=methods.decay(method, trainable)),
             optax.scale_by_learning_rate(lr),
         )
-    clip = optimizer.grad_clip
-    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+    if (clip := optimizer.grad_clip) is not None:
+        tx = optax.chain(optax.clip_by_global_norm(clip), tx)
+    if optimizer.gradients is None:
+        return tx
+    return optax.chain(optax.masked(optimizer.gradients(key), methods.trained(trainable)), tx)
 
 
 def learning_rates(

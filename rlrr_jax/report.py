@@ -4,10 +4,10 @@ from typing import Any
 
 from etils import epath
 
-from rlrr_jax import files
+from rlrr_jax import files, lookup
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import Parser, UserError, one_sentence
-from rlrr_jax.results import fgvc_table, paired, plots, rows, tables, vtab_table
+from rlrr_jax.results import paired, plots, rows, tables, vtab_table
 
 MOST_CURVES = 12  # in one picture
 MOST_COMPARED = 4  # tasks in one picture
@@ -36,9 +36,7 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
         text = [vtab_table.markdown(lines), vtab_table.CAPTION, *text]
         files.write(out / "summary.csv", vtab_table.csv(lines))
         files.write_json(out / "summary.json", vtab_table.plain(lines))
-    if several := fgvc_table.table(found):
-        text = [several, fgvc_table.CAPTION, *text]
-    files.write(out / "results.md", "\n\n".join(text) + "\n")
+    files.write(out / "results.md", "\n\n".join([*_others(found), *text]) + "\n")
     alive = rows.fold([row for row in found if not rows.diverged(row)])
     tested = [group for group in alive if group[0]["test_acc_final"] is not None]
     if len(tested) > len({group[0]["task"] for group in tested}) <= MOST_COMPARED:
@@ -58,9 +56,13 @@ def show(found: list[dict]) -> str:
         text = [vtab_table.text(lines), vtab_table.CAPTION]
     else:
         text = [tables.table(found)]
-    if of_fgvc := fgvc_table.table(found):
-        text += [of_fgvc, fgvc_table.CAPTION]
-    return "\n\n".join([*text, tables.caption(found)])
+    return "\n\n".join([*text, *_others(found), tables.caption(found)])
+
+
+def _others(found: list[dict]) -> list[str]:
+    """The tables of projects."""
+    every = [lookup.find("table", name)(found) for name in lookup.names("table")]
+    return [text for text in every if text]
 
 
 def main() -> None:

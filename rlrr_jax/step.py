@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import batch as batch_lib
-from rlrr_jax import defences, losses, methods, optim
+from rlrr_jax import losses, methods, optim
 from rlrr_jax.methods import Method
 from rlrr_jax.mixing import Mixing
 from rlrr_jax.runtime.mesh import over_trials
@@ -44,8 +44,6 @@ class Recipe(NamedTuple):
       loss: what is minimised, with its fixed options, see `losses`.
       values: names of the values that the loss returns, see `losses.check_contract`.
       mixing: how images and labels are mixed.
-      defence: what is done to the gradient of a batch before it is used, a function of
-        `defences.DEFENCES`; None: nothing.
       average: decay of the running average of the trained tree; None keeps none.
     """
 
@@ -61,7 +59,6 @@ class Recipe(NamedTuple):
     values: tuple[str, ...] = ("acc",)
     mixing: Mixing = Mixing()
     average: float | None = None
-    defence: Callable | None = None
     crop_from: int | None = None
 
     @property
@@ -90,10 +87,8 @@ def init_state(recipe: Recipe, key: jax.Array, frozen: Tree) -> Tree:
       `"remembered"` [N, classes], too.
     """
     trainable = losses.start(recipe.loss, recipe.method, key, frozen)
-    state = {
-        "trainable": trainable,
-        "opt_state": optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0).init(trainable),
-    }
+    tx = optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0, key)
+    state = {"trainable": trainable, "opt_state": tx.init(trainable)}
     if recipe.average is not None:
         state["average"] = trainable
     if "remember" in recipe.values:
@@ -165,12 +160,10 @@ def train_step(
     metrics, grads, kept = loss_and_grad(recipe, frozen, trainable, batch, hyper)
     finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(grads)]).all()
     metrics["loss"] = jnp.where(finite, metrics["loss"], jnp.nan)  # seen in the step where it comes
-    if recipe.defence is not None:
-        key = jax.random.fold_in(hyper["noise_key"], batch.step)
-        key = jax.random.fold_in(key, 2**31 - 3)  # of the batch; images have smaller numbers
-        grads = defences.defend(recipe.defence, key, grads)
     lr = hyper["lr"][epoch * recipe.steps + step]
-    tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper["weight_decay"])
+    key = jax.random.fold_in(hyper["noise_key"], batch.step)
+    key = jax.random.fold_in(key, 2**31 - 3)  # of the batch; images have smaller numbers
+    tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper["weight_decay"], key)
     updates, opt_state = tx.update(grads, state["opt_state"], trainable)
     new = {"trainable": optax.apply_updates(trainable, updates), "opt_state": opt_state}
     if recipe.average is not None:

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, job, report, train
+from rlrr_jax import files, job, lookup, report, train
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
@@ -34,7 +34,7 @@ from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime.memory import TooLarge
 from rlrr_jax.runtime.stop import Stop, Stopped
-from rlrr_jax.weights import guard, names
+from rlrr_jax.weights import names
 
 
 class Loaders(NamedTuple):
@@ -311,7 +311,9 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
         if key not in last:
             last.clear()
             last[key] = config_lib.load_weights(run, path, headless, note=_print)
-            guard.warn(last[key], str(run.pretrained.name), _print)
+            for name in lookup.names("weights"):
+                if text := lookup.find("weights", name)(last[key]):
+                    _print(f"warning: {run.pretrained.name} {text}")
         width = len(last[key]["head"]["kernel"])
         head: dict = {"kernel": np.zeros((width, model.num_classes), np.float32)}
         head["bias"] = np.zeros(model.num_classes, np.float32)

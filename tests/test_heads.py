@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from named import register
 from test_step import DATA, FROZEN, METHOD, MODEL, NUMBER, SIZE, frozen_tree, hyper
 from test_suite import config
 
-from rlrr_jax import adapters, defences, files, heads, job, losses, mixing, optim, step, suite
+from rlrr_jax import adapters, files, heads, job, losses, mixing, optim, step, suite
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import resize
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -66,7 +68,7 @@ def test_only_plain_cross_entropy_sees_a_padded_head():
     one = config_lib.resolve(config("cifar"))[0]
     assert heads.padded(one, 100) == heads.padded(one, 2) == heads.padded(one, 512) == 512
     assert heads.padded(one, 513) == 1024
-    changes = dict(loss="pace", label_smoothing=0.1, defence="prune90")
+    changes = dict(loss="pace", label_smoothing=0.1, gradients="prune90")
     for key, value in changes.items():
         other = one.copy_and_resolve_references()
         other.update({key: value})
@@ -119,11 +121,12 @@ def test_images_are_enlarged_once_to_the_same_bits():
 def test_edited_code_counts_once_programs_are_forgotten(tmp_path, monkeypatch):
     """A replaced defence is another program; what a program calls counts after `forget`."""
     loss = lambda name: suite.run(
-        config("digits,method=linear", epochs=1, defence="prune90", protocol="tune"), tmp_path / name
+        config("digits,method=linear", epochs=1, gradients="mine", protocol="tune"), tmp_path / name
     )[0][0]["train_loss"]
+    register(monkeypatch, "gradients", "mine", lambda key: optax.identity())
     first = loss("first")
-    zero = lambda key, tree: jax.tree.map(jnp.zeros_like, tree)
-    monkeypatch.setitem(defences.DEFENCES, "prune90", zero)
+    zero = optax.stateless(lambda tree, _: jax.tree.map(jnp.zeros_like, tree))
+    register(monkeypatch, "gradients", "mine", lambda key: zero)
     assert loss("no gradient") == pytest.approx(np.log(10), rel=1e-4) != pytest.approx(first, rel=1e-2)
     monkeypatch.setattr(losses, "cross_entropies", lambda logits, batch: 0 * logits[:, 0])
     job.forget()

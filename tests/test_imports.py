@@ -24,10 +24,9 @@ ALLOWED = {
     "runtime": {"errors"},
     "data": {"errors", "files", "lookup", "sides"},
     "weights": {"errors", "files", "models", "sides"},
-    "defences.py": {"methods"},
-    "checks.py": {"data", "defences", "errors", "losses", "models", "optim", "weights"},
+    "checks.py": {"data", "errors", "losses", "lookup", "models", "optim", "weights"},
     "step.py": {
-        *("batch", "defences", "losses", "methods"),
+        *("batch", "losses", "methods"),
         *("mixing", "models", "optim", "runtime", "sides"),
     },
     "evaluate.py": {"data", "losses", "runtime"},

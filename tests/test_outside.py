@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlrr_jax import adapters
-from rlrr_jax.data import fgvc, own, sources, tasks
+from rlrr_jax.data import own, sources, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import model_card
 from rlrr_jax.weights import download, names, preprocessing, reader
@@ -238,8 +238,6 @@ def of_lists(rng, root, good):
     task = tasks.TASKS["cifar"]
     with audited(root):
         sources.open_vtab(task, "test", sources.Found("folder", folder, "x")).read(0, 1)
-    with audited(root):
-        fgvc._placed([fgvc.Image(text_of(rng), 0, "train")], folder)
 
 
 def of_tables(rng, root, good):

@@ -35,7 +35,7 @@ KEYS = {
         "drop_path_mode",
         "epochs",
         "eval_every",
-        "defence",
+        "gradients",
         "batch_size",
         "protocol",
         "source",

@@ -65,7 +65,7 @@ class Task(NamedTuple):
 
     Attributes:
       name: how it is called in configurations and results.
-      group: "natural", "specialized", "structured", "bundled", "full", "fgvc" or "own".
+      group: "natural", "specialized", "structured", "bundled", "full", "own" or a project's.
       splits: our split names -> tfds's instructions (bundled: parts of the file).
       classes: number of classes.
       num_test: number of test images.

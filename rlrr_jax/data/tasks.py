@@ -1,9 +1,8 @@
-"""All tasks by name: VTAB-1k's, two bundled ones, four whole datasets, and FGVC's five."""
+"""All tasks by name: VTAB-1k's, two bundled ones, four whole datasets, and those of projects."""
 
 from collections.abc import Iterable
 
 from rlrr_jax import lookup
-from rlrr_jax.data.fgvc import FGVC
 from rlrr_jax.data.task import Task, splits
 from rlrr_jax.data.vtab import GROUPS, VTAB
 from rlrr_jax.errors import UserError, unknown
@@ -73,7 +72,7 @@ FULL = {
     "pets_full": _full("pets_full", "oxford_iiit_pet:4.0.0", 3680, 90, 37, 3669, majors=(3,)),
     "flowers_full": _full("flowers_full", "oxford_flowers102:2.1.1", 1020, 90, 102, 6149),
 }
-TASKS = {**VTAB, **BUNDLED, **FULL, **FGVC}
+TASKS = {**VTAB, **BUNDLED, **FULL}
 # Other names in use: tfds's, VTAB's and those of papers' code.
 ALIASES = {
     "cifar100": "cifar",
@@ -95,11 +94,6 @@ ALIASES = {
     "dsprites_orientation": "dsprites_ori",
     "smallnorb_azimuth": "smallnorb_azi",
     "smallnorb_elevation": "smallnorb_ele",
-    "cub_200_2011": "cub",
-    "caltech_birds2011": "cub",
-    "stanford_dogs": "dogs",
-    "stanford_cars": "cars",
-    "cars196": "cars",
 }
 
 
@@ -107,9 +101,9 @@ def get(task: str | Task) -> Task:
     """The task of a name, or a task itself; UserError with the nearest name if there is none."""
     if isinstance(task, Task):
         return task
-    if not lookup.is_path(task):
-        return TASKS[canonical(task)]
-    found = lookup.find("task", task)
+    if (name := canonical(task)) in TASKS:
+        return TASKS[name]
+    found = lookup.find("task", name)
     if not isinstance(found, Task):
         raise UserError(f"{task} is no task: make it a rlrr_jax.data.task.Task")
     return found
@@ -117,17 +111,18 @@ def get(task: str | Task) -> Task:
 
 def canonical(name: str) -> str:
     """Our name of a task; UserError with the nearest name if there is none."""
-    if lookup.is_path(name):
-        return name
-    if name not in TASKS and name not in ALIASES:
-        raise unknown("task", name, [*TASKS, *GROUPS, *ALIASES, "all", "full", "fgvc"])
-    return ALIASES.get(name, name)
+    if lookup.is_path(name) or name in TASKS or name in ALIASES:
+        return ALIASES.get(name, name)
+    if name in (theirs := lookup.names("task")):
+        return lookup.find("task", name).name
+    groups = [*GROUPS, "all", "full", *lookup.names("tasks")]
+    raise unknown("task", name, [*TASKS, *ALIASES, *theirs, *groups])
 
 
 def expand(names: Iterable[str]) -> list[str]:
     """Names of tasks for names, aliases, groups and "all", each once."""
     groups = {**GROUPS, "all": tuple(VTAB), "bundled": tuple(BUNDLED), "full": tuple(FULL)}
-    groups["fgvc"] = tuple(FGVC)
+    groups |= {name: lookup.find("tasks", name) for name in lookup.names("tasks")}
     every = [task for name in names for task in groups.get(name) or (canonical(name),)]
     return list(dict.fromkeys(every))
 

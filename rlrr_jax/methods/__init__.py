@@ -19,13 +19,14 @@ from rlrr_jax.methods.base import (
     merge,
     start,
     trainable_count,
+    trained,
 )
 
 # Those that fold into the weights of any model. Others have to be named.
 METHODS = tuple(name for name in lookup.NAMES["method"] if name not in ("moppa", "met"))
 
 __all__ = ["METHODS", "Method", "check", "decay", "exit_trees", "find", "formula", "get", "head_count"]
-__all__ += ["merge", "options", "start", "trainable_count"]
+__all__ += ["merge", "options", "start", "trainable_count", "trained"]
 
 
 def find(name: str) -> Callable[..., Method]:

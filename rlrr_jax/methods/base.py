@@ -104,6 +104,12 @@ def decay(method: "Method", trained: Any) -> dict:
     return {"adapter": method.decay(trained["adapter"]), **rest}
 
 
+def trained(tree: Any) -> Any:
+    """Which leaves of a trained tree training changes: all but the adapter's `FIXED`."""
+    fixed = lambda path: len(path) > 1 and (path[0].key, path[1].key) == ("adapter", FIXED)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not fixed(path), tree)
+
+
 def trainable_count(trained: Any) -> int:
     """Number of trained values outside the head."""
     adapter = {name: node for name, node in trained["adapter"].items() if name != FIXED}

@@ -37,7 +37,7 @@ class Difference(NamedTuple):
 # What a method brings; any other setting that differs is named.
 _OF_METHODS: tuple[str, ...] = (
     *("method", "loss", "grid.", "options", "trial", "schedule", "restarts", "average", *GRID),
-    *("mixup", "cutmix", "label_smoothing", "defence", "val_acc", "val_tried"),
+    *("mixup", "cutmix", "label_smoothing", "gradients", "val_acc", "val_tried"),
 )
 
 

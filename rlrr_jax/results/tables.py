@@ -107,7 +107,7 @@ def which(row: dict, seed: bool = True) -> list[str]:
         options.append(f"loss={row['loss']}")
     if row.get("precision") not in (None, "highest", "default") and "precision" not in trial:
         options.append(f"precision={row['precision']}")  # other than what goes with the dtype
-    options += [f"defence={row['defence']}"] if row.get("defence") else []
+    options += [f"gradients={row['gradients']}"] if row.get("gradients") else []
     model = (row.get("config") or {}).get("model") or {}
     options += [f"depth={model['depth']}"] if model.get("depth") else []
     if model.get("exits"):

@@ -100,7 +100,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (plain, "label_smoothing", 0.0),
         (plain, "average", None),
         (plain, "restarts", None),
-        (plain, "defence", None),
+        (plain, "gradients", None),
         (plain, "warmup_epochs", None),
         (plain, "image_width", None),
         (plain, "eval_every", 1),

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.losses import Batch, Net, Values, correct, cross_entropies
@@ -70,7 +71,7 @@ def pace_fast(net: Net, batch: Batch, lam: float = 0.1, sigma: float = 1.0) -> V
 
 def _forward(net: Net, batch: Batch, noise: Noise) -> jax.Array:
     """Logits of a batch with noise on what was changed; UserError where nothing is."""
-    folded = jax.tree.structure(net.params) == jax.tree.structure(net.frozen)
+    folded = flatten_dict(net.params).keys() == flatten_dict(net.frozen).keys()
     if not folded or not block_numbers(change.split(net.frozen, net.params)[1]):
         raise UserError(
             "pace puts noise on changed Dense layers of blocks, and this method changes none of this "

@@ -6,9 +6,10 @@ from test_step import DATA, FROZEN, recipe
 from test_step import hyper as hyper_of
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import defences, optim, step
+from rlrr_jax import lookup, optim, step
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
+from rlrr_jax.projects.leakage import defences
 from rlrr_jax.runtime import mesh as mesh_lib
 
 
@@ -27,8 +28,9 @@ def test_values_by_hand():
 
 def moved(defence, devices):
     """What two steps of plain gradient descent change, of each leaf."""
-    sgd = optim.Optimizer("momentum", "float32")
-    r = recipe(defence=defences.DEFENCES.get(defence), optimizer=sgd, drop_path=False)
+    transformation = defence and lookup.find("gradients", defence)
+    sgd = optim.Optimizer("momentum", "float32", gradients=transformation)
+    r = recipe(optimizer=sgd, drop_path=False)
     mesh = mesh_lib.make_mesh(jax.devices()[:devices], 1)
     state, metrics = step.map_start(r, mesh)(jax.random.split(jax.random.key(0), 1), FROZEN)
     before = jax.tree.map(np.asarray, state["trainable"])
@@ -54,7 +56,7 @@ def test_training_uses_what_a_defence_leaves():
 
 def test_an_unknown_defence_is_said_with_the_nearest():
     config = vtab.get_config("hearts")
-    config.defence = "prune9"
+    config.gradients = "prune9"
     with pytest.raises(UserError, match="'prune9': did you mean 'prune9"):
         config_lib.resolve(config)
 

@@ -1,4 +1,4 @@
-"""What tuning changed: `python -m rlrr_jax.analyze WORKDIR...` looks at every kernel of every block.
+"""What tuning changed: `python -m rlrr_jax.projects.analysis WORKDIR...` looks at every kernel.
 
 Writes `analysis.json` (all numbers), `analysis.md` (tables, figures and how to read them) and PNG
 figures. After section 3 of the paper: singular values, and where singular vectors point, before (W) and
@@ -22,7 +22,8 @@ from rlrr_jax import adapters, files
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.methods import base
 from rlrr_jax.methods.sites import block_numbers, stack_of
-from rlrr_jax.results import analysis_figures, plots, tables
+from rlrr_jax.projects.analysis import figures
+from rlrr_jax.results import plots, tables
 
 LEADING = 8  # singular vectors whose span is compared
 MOST_RUNS = 6  # in one figure
@@ -226,7 +227,7 @@ def write(folder: Any, found: dict) -> None:
     shown = dict(list(found.items())[:MOST_RUNS])
     text = ""
     for name in FIGURES:
-        draw = getattr(analysis_figures, name.removesuffix(".png"))
+        draw = getattr(figures, name.removesuffix(".png"))
         if plots.save(folder / name, draw, shown):
             text += f"{FIGURES[name]}\n\n![{FIGURES[name]}]({name})\n\n"
     if len(found) > MOST_RUNS:

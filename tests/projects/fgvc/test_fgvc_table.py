@@ -4,9 +4,9 @@ import pytest
 from rows import row as make
 
 from rlrr_jax import report
-from rlrr_jax.data.fgvc import FGVC
 from rlrr_jax.errors import UserError
-from rlrr_jax.results import fgvc_table
+from rlrr_jax.projects.fgvc import table as fgvc_table
+from rlrr_jax.projects.fgvc.data import FGVC
 
 
 def rows(names=tuple(FGVC), seeds=(0, 1), **changes):

@@ -4,22 +4,22 @@ import csv
 import pathlib
 import statistics
 
-from rlrr_jax.data.fgvc import FGVC
+from rlrr_jax.projects.fgvc.data import FGVC
 from rlrr_jax.results import tables, vtab_table
 from rlrr_jax.results.rows import diverged
 
-PUBLISHED = pathlib.Path(__file__).parent / "published_fgvc.csv"
+PUBLISHED = pathlib.Path(__file__).parent / "published.csv"
 COLUMNS = dict(zip(FGVC, ("cub", "nabirds", "flowers", "dogs", "cars")))  # names in that file
 CAPTION = """\
 Test accuracy in percent, mean and standard deviation (n - 1) over seeds; mean: of the five datasets,
 left out where one is missing. params: trained values, with the mean head. trained on: "trainval", the
 official training images (of Flowers training and validation), or VPT's "train", nine tenths of them (of
 Flowers half); empty where it is not known. Published rows are copied from their sources
-(results/published_fgvc.csv), * is AugReg's ViT-B/16; RLRR's are of the best epoch."""
+(projects/fgvc/published.csv), * is AugReg's ViT-B/16; RLRR's are of the best epoch."""
 
 
 def table(rows: list[dict]) -> str:
-    """Our lines and the published ones, in Markdown; "" without tested rows of FGVC.
+    """Our lines and the published ones, in Markdown, with a caption; "" without tested rows of FGVC.
 
     Args:
       rows: of `results.json`. A line is what `row["line"]` says tasks and seeds have in common.
@@ -38,7 +38,7 @@ def table(rows: list[dict]) -> str:
         names = [" ".join([name, *note]) for name, note in zip(names, notes)]
     lines = [_line(group, name) for group, name in zip(groups.values(), names)]
     header = ["", *COLUMNS.values(), "mean", "params", "trained on"]
-    return tables.markdown(header, lines + [_published(row) for row in published()])
+    return tables.markdown(header, lines + [_published(row) for row in published()]) + f"\n\n{CAPTION}"
 
 
 def published() -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from rlrr_jax import methods
-from rlrr_jax.defences import flat
+from rlrr_jax.projects.leakage.defences import flat
 
 
 class Client(NamedTuple):

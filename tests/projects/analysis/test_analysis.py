@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from squeeze import squeeze
 
-from rlrr_jax import adapters, analyze
+from rlrr_jax import adapters
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
+from rlrr_jax.projects.analysis import __main__ as analyze
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 
 from rlrr_jax import models
 from rlrr_jax.models import vit
-from rlrr_jax.weights import guard
+from rlrr_jax.projects.leakage import guard
 
 # As wide as its patches have values, which the attack needs.
 WIDE = dict(width=192, depth=2, mlp_dim=384, num_heads=3, patch_size=8, num_classes=1)
@@ -66,13 +66,11 @@ def test_pixels_are_seen_however_they_are_turned(prepared, turned):
 def test_a_single_part_is_enough_for_a_warning():
     tree = start(vit.ViT(**WIDE), 32)
     tree["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_1"]["bias"][1, 3] = -60
-    said = []
-    guard.warn(tree, "given.npz", said.append)
-    assert said == [
-        "warning: given.npz looks prepared to give away the images it is tuned on (PEFTLeak): biases "
-        "beyond 50 (Transformer/encoderblock/MlpBlock_0/Dense_1/bias). If gradients leave this "
-        "machine, take weights from their authors"
-    ]
+    assert guard.warning(tree) == (
+        "looks prepared to give away the images it is tuned on (PEFTLeak): biases beyond 50 "
+        "(Transformer/encoderblock/MlpBlock_0/Dense_1/bias). If gradients leave this machine, take "
+        "weights from their authors"
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,9 +78,7 @@ def test_a_single_part_is_enough_for_a_warning():
     [("bundled", 32), pytest.param("swin_t_2", 64, marks=pytest.mark.slow), ("resnet18", 32)],
 )
 def test_random_starts_pass(variant, size):
-    said = []
-    guard.warn(start(models.build(variant, 3), size), "none", said.append)
-    assert not said
+    assert guard.warning(start(models.build(variant, 3), size)) == ""
 
 
 def test_the_bundled_weights_pass():

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import scipy.ndimage
 
-from rlrr_jax.leakage.gradients import Client, flat, gradient
+from rlrr_jax.projects.leakage.gradients import Client, flat, gradient
 
 
 class Attack(NamedTuple):

@@ -11,8 +11,9 @@ from PIL import Image
 from rlrr_jax import config as config_lib
 from rlrr_jax import suite
 from rlrr_jax.configs import fgvc as config_fgvc
-from rlrr_jax.data import fgvc, sources, store, tasks
+from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.errors import UserError
+from rlrr_jax.projects.fgvc import data as fgvc
 
 PLACES = {name: layout.folder for name, layout in fgvc.LAYOUTS.items()}
 LABELS = np.array([0, 1, 2] * 8)  # of 24 images, the last 6 tested on

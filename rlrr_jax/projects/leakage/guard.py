@@ -7,7 +7,7 @@ tokens on, large biases choose a token. No public backbone looks like that. Weig
 be prepared in another way; an adapter's start is never read from a file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,19 +38,14 @@ def oddities(frozen: Any) -> list[str]:
     return [f"{what} ({first(names)})" for what, names in found.items()]
 
 
-def warn(frozen: Any, source: str, note: Callable[[str], None]) -> None:
-    """Calls `note` with a warning if weights look prepared.
-
-    Args:
-      frozen: a model's tree.
-      source: where its weights come from, to be named.
-      note: function of a text.
-    """
-    if odd := oddities(frozen):
-        note(
-            f"warning: {source} looks prepared to give away the images it is tuned on (PEFTLeak): "
-            f"{'; '.join(odd)}. If gradients leave this machine, take weights from their authors"
-        )
+def warning(frozen: Any) -> str:
+    """What is said of weights, a model's tree, that look prepared; empty for others."""
+    if not (odd := oddities(frozen)):
+        return ""
+    return (
+        f"looks prepared to give away the images it is tuned on (PEFTLeak): {'; '.join(odd)}. If "
+        f"gradients leave this machine, take weights from their authors"
+    )
 
 
 def _of_array(name: str, x: np.ndarray) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """What is done to a gradient before it is shared, to hide the images behind it.
 
-Each is a function `(key, gradient) -> gradient`. `config.defence` trains with one, which shows what it
-costs; `python -m rlrr_jax.leakage` attacks what it leaves.
+Each is a function `(key, gradient) -> gradient`. `config.gradients` trains with one, as an optax
+transformation made of a step's key, which shows what it costs; `python -m
+rlrr_jax.projects.leakage` attacks what it leaves.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from rlrr_jax.methods.base import FIXED
 
@@ -57,3 +59,13 @@ DEFENCES: dict[str, Callable[[jax.Array, Any], Any]] = {
     "prune90": functools.partial(prune, share=0.9),
     "prune99": functools.partial(prune, share=0.99),
 }
+
+
+def transformation(name: str) -> Callable[[jax.Array], optax.GradientTransformation]:
+    """One of `DEFENCES` as `config.gradients` takes it: a function of the key of a step."""
+    of_step = lambda key: optax.stateless(lambda grads, _: DEFENCES[name](key, grads))
+    return of_step
+
+
+noise1, noise10 = transformation("noise1"), transformation("noise10")
+prune90, prune99 = transformation("prune90"), transformation("prune99")

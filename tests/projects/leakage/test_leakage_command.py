@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.leakage import __main__ as command
+from rlrr_jax.projects.leakage import __main__ as command
 
 
 @pytest.mark.slow  # two minutes of compiling

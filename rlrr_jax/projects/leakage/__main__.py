@@ -1,4 +1,4 @@
-"""What gradients give away: `python -m rlrr_jax.leakage WORKDIR...`, for finished runs of one task.
+"""What gradients give away: `python -m rlrr_jax.projects.leakage WORKDIR...`, for runs of one task.
 
 Writes `leakage.json` (all numbers), `leakage.md` (tables, and how to read them) and, with `--invert`,
 pictures of true and recovered images.
@@ -15,14 +15,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, checks, defences, files, methods
+from rlrr_jax import adapters, checks, files, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.data import crops
 from rlrr_jax.data.resize import normalize
 from rlrr_jax.errors import Parser, UserError, one_sentence
-from rlrr_jax.leakage import gradients, inversion
-from rlrr_jax.leakage.gradients import Client
+from rlrr_jax.projects.leakage import defences, gradients, inversion
+from rlrr_jax.projects.leakage.gradients import Client
 from rlrr_jax.results import plots, rows, tables
 
 STATES = ("start", "trained")
@@ -41,7 +41,7 @@ For each image of a batch: its rank among all candidates by the cosine of their 
 shared one. **top-1** is the share of images ranked first, **MRR** the mean reciprocal rank; guessing
 has {chance}. An attacker who knows the label alone, which the head's gradient gives away, has {label}.
 The gradient of the adapter alone is what is shared where the head is withheld. What a defence costs in
-accuracy is seen by training with it, config.defence.
+accuracy is seen by training with it, config.gradients.
 
 {table}
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m rlrr_jax.leakage", description=__doc__)
+    parser = Parser(prog="python -m rlrr_jax.projects.leakage", description=__doc__)
     parser.add_argument("runs", nargs="+", help="workdirs or folders of finished runs of one task")
     several = lambda text: [_whole(part) for part in text.split(",")]
     parser.add_argument("--candidates", type=_whole, default=1000)
@@ -179,10 +179,10 @@ def _case(path: Any, first: ConfigDict, precision: str, where: dict) -> Case:
             raise UserError(
                 f"{path} is a run with {key}={run[key]}, the first with {first[key]}: give runs alike"
             )
-    if run.model.get("exits"):
+    if run.loss != "cross_entropy":
         raise UserError(
-            f"{path} was trained with early exits, whose gradient is not the one attacked here: "
-            f"give runs without"
+            f"{path} was trained with config.loss={run.loss}, whose gradient is not the one attacked "
+            f"here: give runs with cross_entropy"
         )
     backbone = adapters.backbone(adapter, **where)
     how = adapters.model(adapter), adapters.method(adapter), backbone.frozen

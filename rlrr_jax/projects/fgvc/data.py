@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from rlrr_jax.data import sources
 from rlrr_jax.data.task import Found, Source, Split, Task, stamp
 from rlrr_jax.errors import UserError, first_line
 
@@ -167,8 +168,6 @@ LAYOUTS = {
 
 def find(task: Task, data_dir: Any, kind: str | None) -> Found:
     """The official folder below `data_dir`, or a prepared tfds dataset; UserError if there is none."""
-    from rlrr_jax.data import sources  # which knows all tasks
-
     layout = LAYOUTS[task.name]
     root = epath.Path(data_dir or "~/tensorflow_datasets").expanduser()
     places = [root / layout.folder, root / "fgvc" / layout.folder, root / "fgvc" / task.name, root]
@@ -192,8 +191,6 @@ def find(task: Task, data_dir: Any, kind: str | None) -> Found:
 
 def open(task: Task, split: str, found: Found) -> Split:
     """The examples of a split."""
-    from rlrr_jax.data import sources
-
     if found.kind == "tfds":
         return sources.open_vtab(task, split, found)
     images = _placed(divided(task, found.path)[split], found.path)
@@ -359,3 +356,5 @@ FGVC = {
     ),
     "cars": _task("cars", (7329, 815), 196, 8041, (3e-3, 0.2), "cars196:2.1.0"),
 }
+NAMES = tuple(FGVC)
+CUB, NABIRDS, FLOWERS, DOGS, CARS = FGVC.values()

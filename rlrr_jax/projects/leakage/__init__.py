@@ -1,6 +1,6 @@
 """What the shared gradients of an adapter give away about the images it was tuned on.
 
 The setting is federated fine-tuning with an honest server: it sent public weights, sees the gradient
-of one batch, and knows the model, the method and what of it is trained. `python -m rlrr_jax.leakage`
-measures it on finished runs.
+of one batch, and knows the model, the method and what of it is trained.
+`python -m rlrr_jax.projects.leakage` measures it on finished runs.
 """

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from rlrr_jax import methods, models
-from rlrr_jax.leakage import gradients, inversion
-from rlrr_jax.leakage.gradients import Client
+from rlrr_jax.projects.leakage import gradients, inversion
+from rlrr_jax.projects.leakage.gradients import Client
 
 CLASSES = 5
 

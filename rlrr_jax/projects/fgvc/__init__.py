@@ -1,0 +1,1 @@
+"""FGVC: five fine-grained tasks, and their table; see configs/fgvc.py."""

@@ -1,0 +1,53 @@
+"""The commands and links of the pages of projects, run as written, smaller; see tests/test_docs.py."""
+
+import pytest
+import test_docs as docs
+from squeeze import squeeze
+
+PAGES = sorted((docs.RUN / "projects").glob("**/README.md"))
+COMMANDS = list(dict.fromkeys(text for _, text in docs.commands(PAGES)))
+KINDS = ("analysis", "leakage", "main")
+data, dinov2 = docs.data, docs.dinov2
+
+
+def kind(text):
+    """How a command is tested."""
+    return next(
+        (word for word in KINDS if f"rlrr_jax.{word}" in text or f"projects.{word}" in text), None
+    )
+
+
+def test_there_is_a_rule_for_every_command():
+    assert all(map(kind, COMMANDS)) and len(COMMANDS) >= 4, [t for t in COMMANDS if not kind(t)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [t for t in COMMANDS if kind(t) == "main"])
+def test_training(text, data, dinov2, tmp_path):
+    out = docs.trained(text, tmp_path, data, dinov2)
+    assert "| test acc |" in squeeze(out) or "(val)" in out
+
+
+@pytest.mark.parametrize("text", [t for t in COMMANDS if kind(t) == "analysis"])
+def test_analysing(text, tuned_runs, tmp_path):
+    *words, workdir = docs.program(text)
+    (tmp_path / workdir).parent.mkdir(parents=True)
+    (tmp_path / workdir).symlink_to(tuned_runs)
+    out = docs.run([*words, workdir, "--out", tmp_path / "out"], tmp_path)
+    assert "digits" in out and list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [t for t in COMMANDS if kind(t) == "leakage"])
+def test_gradients_are_attacked_as_the_page_says(text, tuned_runs, tmp_path):
+    *words, path, flag, out = docs.program(text)
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).symlink_to(tuned_runs / "digits/rlrr/seed0")
+    small = ["--candidates=20", "--probes=1", "--batches=1"]
+    assert "Whose gradient is it?" in docs.run([*words, path, flag, out, *small], tmp_path)
+    assert (tmp_path / out / "leakage.md").exists()
+
+
+def test_links_and_programs():
+    docs.check_links(PAGES)
+    docs.check_programs(docs.inline(PAGES))
