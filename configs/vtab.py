@@ -46,7 +46,7 @@ def get_config(arg=None):
     # What is done to gradients first: a name, or a path to a function `key -> optax transformation`.
     config.gradients = placeholder(str)
     # A name, or a path to your own, whose options are known if it is named here: vtab.py:loss=my:loss.
-    config.loss = "cross_entropy"
+    config.loss = placeholder(str)  # None is the method's own, of most "cross_entropy"
     # Parameters of mixup and CutMix (0 is off), and the share of a label that all classes get.
     config.mixup = config.cutmix = config.label_smoothing = 0.0
     # Decay of a running average of the trained tree, which is then evaluated and saved.
@@ -82,8 +82,7 @@ def get_config(arg=None):
         config.model[key] = placeholder(bool)
     config.model.projection = placeholder(int)  # width of CLIP's, which is left out otherwise
     config.model.depth = placeholder(int)  # of a ViT, its first so many blocks; None: all
-    # Numbers of blocks after which there are heads, too, trained by config.loss=exits, see exits.md.
-    config.model.exits = placeholder(tuple)
+    config.model.block = placeholder(str)  # of a ViT, another class of blocks; None: the method's own
     config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)

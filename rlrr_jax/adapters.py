@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 import rlrr_jax
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, lookup, methods, models, sides
+from rlrr_jax import files, lookup, losses, methods, models, sides
 from rlrr_jax.data import crops, resize, store
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
@@ -92,15 +92,11 @@ class Backbone(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """A merged model: a plain one of flax, its tree, and the adapter's card.
-
-    `exit_trees` are those of the early exits, where each has one of its own (`Method.merge_exit`).
-    """
+    """A merged model: a plain one of flax, its tree, and the adapter's card."""
 
     model: Any
     params: Any
     card: dict
-    exit_trees: tuple = ()
 
     def logits(self, images: Any) -> jax.Array:
         """Logits [B, classes] of images uint8 [B, h, w, 3], computed as the run evaluated.
@@ -139,14 +135,16 @@ def write(path: Any, adapter: Adapter) -> None:
 
 
 def _flat(trained):
-    """A trained tree by the names of files: the head's leaves lie beside the method's."""
-    return flatten_dict({**trained["adapter"], "head": trained["head"]}, sep="/")
+    """A trained tree by the names of files: head, and what a loss trained, beside the method's."""
+    rest = {name: node for name, node in trained.items() if name != "adapter"}
+    return flatten_dict({**trained["adapter"], **rest}, sep="/")
 
 
 def _tree(flat):
     """The trained tree that `_flat` took apart."""
     tree = unflatten_dict(flat, sep="/")
-    return {"head": tree.pop("head"), "adapter": tree}
+    rest = {name: tree.pop(name) for name in ("head", "loss") if name in tree}
+    return {**rest, "adapter": tree}
 
 
 def portable(adapter: Adapter) -> Adapter:
@@ -229,7 +227,9 @@ def read(path: Any) -> Adapter:
             slices = {key: file.get_slice(key) for key in file.keys()}
             kind = lambda x: {"F32": "float32"}.get(x.get_dtype(), x.get_dtype())
             found = {key: (tuple(x.get_shape()), kind(x)) for key, x in slices.items()}
-            wanted = {k: (v.shape, str(v.dtype)) for k, v in _flat(_wanted(path, card)).items()}
+            trains = any(key.startswith("loss/") for key in found)
+            tree = _wanted(path, card, trains)
+            wanted = {k: (v.shape, str(v.dtype)) for k, v in _flat(tree).items()}
             problems = reader.differences(found, wanted)
             flat = {} if problems else {key: file.get_tensor(key) for key in wanted}
     except UserError:
@@ -265,8 +265,8 @@ def _card(path, metadata):
     return card
 
 
-def _wanted(path, card):
-    """Shapes of the tree that the card's method trains; checks what a card says."""
+def _wanted(path, card, trains):
+    """Shapes of the tree that the card's method, and its loss if that `trains`, make; checks a card."""
     if lookup.is_path(card.get("method")):
         methods.find(card["method"])  # which says how it is let run
     try:
@@ -277,7 +277,12 @@ def _wanted(path, card):
             raise ValueError(f"trained as {card['formula']!r}, this version computes {formula!r}")
         _check_run(card)
         shapes = models.shapes(_model(card), image_size(card))
-        start = functools.partial(methods.start, method)
+        loss = losses.Loss(losses.cross_entropy)
+        if trains:
+            loss = losses.get(
+                card["config"]["loss"], losses.fixed(_plain(card["config"]["loss_kwargs"]))
+            )
+        start = functools.partial(losses.start, loss, method)
         return jax.eval_shape(start, jax.random.key(0), shapes)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
@@ -306,7 +311,7 @@ def _check_kinds(card):
         if not isinstance(config.get(name), kind) or isinstance(config[name], bool):
             raise ValueError(f"its config.{name} is no {kind.__name__}")
     given = config["pretrained"]
-    if missing := {"name", "grid", "mean", "std"} - given.keys():
+    if missing := {"name", "grid", "mean", "std", "resize", "resize_patch"} - given.keys():
         raise ValueError(f"its config.pretrained has no {min(missing)}")
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 1 << 12
     grid = given["grid"]
@@ -314,7 +319,7 @@ def _check_kinds(card):
         raise ValueError(f"its config.pretrained.grid {grid!r} is no two numbers of patches")
     if given.get("resize") not in (None, *reader.RESIZES):
         raise ValueError("its config.pretrained.resize is none")
-    own = config.get("own", {})
+    own = config.get("own")
     paths = [config["data"].get("dir"), config["data"].get("cache_dir"), own and own.get("path")]
     paths += [config["pretrained"].get("cache_dir"), card.get("dataset")]
     if not all(isinstance(path, str | None) for path in paths) or not isinstance(own, dict):
@@ -375,11 +380,11 @@ def _how(card):
     """What besides the file decides about a frozen tree, plain values."""
     run, given = ConfigDict(card["config"]), card["config"]["pretrained"]
     how = {"subtree": _subtree(run.pretrained.name), "image_size": card["image_size"]}
-    how["resize"] = given.get("resize") or "linear"  # which older versions always took
+    how["resize"] = given["resize"] or "linear"
     how["num_heads"] = getattr(_model(card), "num_heads", None)
     how |= {k: v for k in vit.PARTS if (v := run.model.get(k)) is not None}
     how |= {"depth": depth} if (depth := run.model.get("depth")) else {}
-    how |= {"resize_patch": True} if given.get("resize_patch") else {}
+    how |= {"resize_patch": True} if given["resize_patch"] else {}
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
 
 
@@ -486,7 +491,7 @@ def images(adapter: Adapter, split: str) -> tuple[Any, np.ndarray]:
     """
     run = adapter.run
     found, wanted = config_lib.locate(run), adapter.card.get("dataset")
-    if wanted not in (None, found.dataset):  # older cards have none
+    if wanted != found.dataset:
         raise UserError(
             f"the images of {run.task} were {wanted}, and are {found.dataset} now: put back what the "
             f"run had, or train again"
@@ -519,11 +524,7 @@ def load(
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     on = on or backbone(adapter, weights, cache_dir, fetch)
     _check_backbone(adapter.card, on.sha256, on.how, "this backbone")
-    tuned = Tuned(_model(adapter.card), merged(adapter, on.frozen), adapter.card)
-    if (how := method(adapter)).merge_exit is None:
-        return tuned
-    trees = jax.jit(functools.partial(methods.exit_trees, how))(on.frozen, adapter.trainable)
-    return tuned._replace(exit_trees=tuple(trees[:-1]))
+    return Tuned(_model(adapter.card), merged(adapter, on.frozen), adapter.card)
 
 
 def merged(adapter: Adapter, frozen: Any) -> Any:
@@ -557,7 +558,7 @@ def combine(
     first = adapters[0].card
     rank = options["rank"] * (len(adapters) if way == "products" else 1)
     trees = [_flat(a.trainable) for a in adapters]
-    of_head = lambda key: key.startswith("head/")
+    of_head = lambda key: key.startswith(("head/", "loss/"))
     out = {key: value for key, value in trees[head].items() if of_head(key)}
     for key in (key for key in trees[0] if not of_head(key)):
         parts, name = [tree[key] for tree in trees], key.rsplit("/", 1)[-1]

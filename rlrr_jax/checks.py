@@ -11,8 +11,6 @@ from rlrr_jax.data import crops, sources, store
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import names, preprocessing, reader
 
-# Keys whose value is a tuple.
-TUPLES = ("pretrained.grid", "pretrained.mean", "pretrained.std", "restarts", "model.exits")
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 CHOICES = {
@@ -42,7 +40,7 @@ POSITIVE = (
 
 GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs", "loss_kwargs")
 NEEDED = (
-    *("batch_size", "eval_batch_size", "eval_every", "checkpoint_seconds", "optimizer", "loss"),
+    *("batch_size", "eval_batch_size", "eval_every", "checkpoint_seconds", "optimizer"),
     *("mixup", "cutmix", "label_smoothing"),
 )
 
@@ -67,7 +65,10 @@ def check(config: ConfigDict) -> None:
     for key in GRID:
         for value in config.grid[key]:
             hyper("config.grid", {key: value})
-    losses.find(config.loss)
+    if config.loss is not None:
+        losses.find(config.loss)
+    if config.model.block is not None:
+        lookup.find("block", config.model.block)
     if config.gradients is not None:
         lookup.find("gradients", config.gradients)
     for key in searched(config):
@@ -108,9 +109,6 @@ def _check_numbers(config):
     for key in ("label_smoothing", "average"):
         if config[key] is not None and not 0 <= config[key] < 1:
             raise UserError(f"config.{key}={config[key]} must be at least 0 and less than 1")
-    exits = config.model.exits
-    if exits is not None and not (exits and all(_whole(n) for n in exits)):
-        raise UserError(f"config.model.exits={exits} must be numbers of blocks, such as (3,6,9)")
     restarts = config.restarts
     if restarts is not None and (len(restarts) != 2 or not all(_whole(n) and n > 0 for n in restarts)):
         raise UserError(f"config.restarts={restarts} must be two whole numbers, such as (10, 2)")
@@ -196,6 +194,12 @@ def group(config: Any, key: str) -> tuple[Any, str]:
     for name in groups:
         config = config[name]
     return config, last
+
+
+def kind(config: Any, key: str) -> type:
+    """The type of the value of a dotted key."""
+    node, last = group(config, key)
+    return node.get_type(last)
 
 
 def has(config: Any, key: str) -> bool:

@@ -36,7 +36,6 @@ NAMELESS = (
     "name your images: --config configs/own.py:FOLDER, a list of files, hf:FOLDER or tfds:NAME, or "
     "by --config.own.path"
 )
-RETIRED = f'config.trials and config.variants are one key now: write --config.runs="{SEVERAL}"'
 
 
 def loss_options(name: str | None = None) -> tuple[ConfigDict, ConfigDict]:
@@ -61,9 +60,9 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
 
     Raises UserError for any unknown name or impossible value.
     """
-    if "trials" in config or "variants" in config:
-        raise UserError(RETIRED)
-    lookup.allow(config.loss, config.gradients, *_names(config.task), *_names(config.method))
+    lookup.allow(
+        config.loss, config.gradients, config.model.block, *_names(config.task), *_names(config.method)
+    )
     checks.check(config)
     if config.own.path == "":
         raise UserError(NAMELESS)
@@ -148,7 +147,7 @@ def _values(config: ConfigDict, key: str, value: Any) -> tuple:
         return (value,)
     if not value:
         raise UserError(f"config.runs={config.runs} must have values for {key}, such as {SEVERAL}")
-    takes_tuples = key in checks.TUPLES
+    takes_tuples = checks.has(config, key) and checks.kind(config, key) is tuple
     return tuple(value) if not takes_tuples or isinstance(value[0], tuple | list) else (value,)
 
 
@@ -267,6 +266,8 @@ def _resolve_one(
         run.own.path = own.absolute(run.own.path)
     run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
+    _fill(run, "loss", method.DEFAULTS.get("loss", "cross_entropy"))
+    _fill(run.model, "block", method.DEFAULTS.get("block"))
     run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
     for key in checks.searched(run):
         if key in given or key not in run.loss_kwargs:
@@ -283,7 +284,7 @@ def _resolve_one(
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
     _check_family(run)
-    _check_exits(run, method)
+    _check_depth(run)
     # Others than the JAX weights say their GELU when they are there: `follow`.
     if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
         _fill(run.model, "gelu", preprocessing.JAX.gelu)
@@ -302,7 +303,7 @@ def _resolve_one(
     _fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
     check_contracts(run)
-    if code := lookup.code((run.method, run.loss, run.task, run.gradients)):
+    if code := lookup.code((run.method, run.loss, run.task, run.gradients, run.model.block)):
         run.code = code
     return run
 
@@ -348,30 +349,16 @@ def _check_family(run: ConfigDict) -> None:
         raise UserError(f"config.model.norm_eps is of no use for {variant}: leave it out")
 
 
-def _check_exits(run: ConfigDict, method: methods.Method) -> None:
-    """UserError unless exits and the number of blocks fit the model, and the loss the exits."""
-    variant, numbers, depth = run.model.variant, run.model.exits, run.model.depth
-    for key in vit.CHOSEN if models.family(variant) != "vit" else ():
-        if run.model[key] is not None:
-            raise UserError(f"config.model.{key} is of no use for {variant}: leave it out")
-    if bool(numbers) != (run.loss == "exits"):
-        way = "set the loss, too" if numbers else "set the exits, too, such as (3,6,9)"
-        raise UserError(f"config.model.exits and config.loss=exits go together: {way}")
-    if not numbers and depth is None:
+def _check_depth(run: ConfigDict) -> None:
+    """UserError unless the number of blocks fits the model."""
+    variant, depth = run.model.variant, run.model.depth
+    if depth is None:
         return
-    blocks = models.sizes(variant)["depth"]
-    if depth is not None and depth >= blocks:
+    if models.family(variant) != "vit":
+        raise UserError(f"config.model.depth is of no use for {variant}: leave it out")
+    if depth >= (blocks := models.sizes(variant)["depth"]):
         raise UserError(
             f"config.model.depth={depth} must be less than the {blocks} of {variant}: leave it out"
-        )
-    if numbers and not method.folds:
-        raise UserError(f"method {run.method} does not fold: leave config.model.exits out")
-    last = (depth or blocks) - 1
-    if numbers and last < 1:
-        raise UserError(f"config.model.depth={depth} leaves no block for an exit: raise it")
-    if numbers and (sorted(set(numbers)) != list(numbers) or numbers[0] < 1 or numbers[-1] > last):
-        raise UserError(
-            f"config.model.exits={numbers} must be numbers of blocks from 1 to {last}, in order"
         )
 
 
@@ -483,8 +470,7 @@ def follow(run: ConfigDict, path: str) -> list[str]:
       path: where the weight file is.
     """
     name, given, model = run.pretrained.name, run.pretrained, run.model
-    how = dict(variant=model.variant, ignore=bool(given.get("ignore_json")))
-    how["resized"] = bool(given.get("resize_patch"))
+    how = dict(variant=model.variant, ignore=given.ignore_json, resized=given.resize_patch)
     card = preprocessing.read(path, name, needed=given.mean is None, **how)
     notes = [f"note: {text}" for text in card.notes]
     if card.by_name and given.mean is None:
@@ -582,8 +568,8 @@ def task_of(run: ConfigDict) -> Task:
 
     Raises UserError for images that cannot be used.
     """
-    given = run.get("own")  # older runs have none
-    if given is None or given.path is None:
+    given = run.own
+    if given.path is None:
         return tasks.get(run.task)
     options = own.Options(given.val, given.test, given.shots, given.seed)
     return _own_task(run.task, given.path, options, run.data.dir)
@@ -612,27 +598,27 @@ def evaluates(run: ConfigDict, epoch: int) -> bool:
         run.get("searching") or run.protocol in ("fast", "vtab") or epoch == 0
     ):  # the authors skip the first, too
         return False
-    return (epoch + 1) % run.get("eval_every", 1) == 0
+    return (epoch + 1) % run.eval_every == 0
 
 
 def pixels(run: ConfigDict) -> store.Pixels:
     """What is made of a run's images."""
-    options = dict(variant=run.data.variant, upright=run.data.get("upright", False))
-    options["white"] = (run.get("own") or {}).get("path") is not None
+    options = dict(variant=run.data.variant, upright=run.data.upright)
+    options["white"] = run.own.path is not None
     return store.pixels_for(size_of(run), run.crop, run.crop_from, **options)
 
 
 def size_of(run: ConfigDict) -> Size:
     """Size of the images that a run's model takes, see `sides`."""
-    width = run.get("image_width")  # older runs have none
+    width = run.image_width
     return run.image_size if width in (None, run.image_size) else (run.image_size, width)
 
 
 def architecture(run: ConfigDict) -> dict[str, Any]:
     """Attributes in which a run's model differs from its variant, see `follow`."""
-    keys = ("num_heads", "norm_eps", *vit.PARTS, *vit.CHOSEN)  # None in older runs
+    keys = ("num_heads", "norm_eps", *vit.PARTS, *vit.CHOSEN)
     said = {key: run.model.get(key) for key in keys}
-    said["exits"] = said["exits"] and tuple(said["exits"])
+    said["block"] = said["block"] or methods.get(run.method).DEFAULTS.get("block")
     if models.family(run.model.variant) == "resnet":  # which does not fold them
         said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
     return {key: value for key, value in said.items() if value is not None}
@@ -663,9 +649,8 @@ def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> di
       note: function called with a sentence about what was passed over.
     """
     given = run.pretrained
-    patch = bool(given.get("resize_patch"))  # older runs have none
-    resize, whole = given.get("resize") or "linear", None
-    if run.model.get("depth") is not None:
+    resize, whole = given.resize or "linear", None
+    if run.model.depth is not None:
         whole = models.sizes(run.model.variant)["depth"]
-    how = reader.How(given.grid, given.mean, given.std, resize, patch, whole)
+    how = reader.How(given.grid, given.mean, given.std, resize, given.resize_patch, whole)
     return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)

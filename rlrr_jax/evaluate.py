@@ -150,7 +150,7 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
     shown = distributed.is_process_zero()
     with tqdm(total=total, unit="img", desc=title, leave=False, delay=2, disable=not shown) as bar:
         for which, part in mesh_lib.turns(trainable, mesh, together):
-            params, done = job.merge(job.frozen, part), pace(check, bar)
+            params, done = job.merge(job.frozen, part), looking(check, bar)
             size = job.runs[0].eval_batch_size
             images, labels = job.held_out
             found = evaluate(step, params, images, labels, size, mesh, done)
@@ -171,7 +171,7 @@ def at_once(job: Any, limit: int) -> int:
     return max(n for n in range(1, fit + 1) if here % n == 0)  # of one size, compiled once
 
 
-def pace(check: Callable[[], None], bar: tqdm) -> Callable[[int], None]:
+def looking(check: Callable[[], None], bar: tqdm) -> Callable[[int], None]:
     """A function for each evaluated batch: it moves the bar, and checks.
 
     Among several processes a check is a collective that all wait for, so it comes about every

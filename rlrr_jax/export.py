@@ -23,7 +23,7 @@ from rlrr_jax import adapters, config, files, models, sides
 from rlrr_jax.data import crops
 from rlrr_jax.data.examples import some
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
-from rlrr_jax.models import exits, vit
+from rlrr_jax.models import vit
 from rlrr_jax.results import model_card, tables
 from rlrr_jax.weights import reader, resnet_layouts, swin_layouts, vit_layouts
 
@@ -71,7 +71,7 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
-    if to not in TRAINED and not adapters.method(adapter).folds:
+    if to not in TRAINED and "block" in adapters.method(adapter).DEFAULTS:
         raise UserError(
             f"method {adapter.card['method']} folds into no weight, so {to} has no place for it: use "
             f"{', '.join(TRAINED)}"
@@ -93,8 +93,6 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
     backbone = adapters.backbone(adapter, **where)
     adapter = adapters.portable(adapter)
     tuned = adapters.load(adapter, backbone)
-    if drops_exits(to, adapter):
-        tuned = _ending(tuned)
     if getattr(tuned.model, "projection", 0) and to not in TRAINED:
         tuned = _one_head(tuned)
     special = files.is_special(out)  # whose folder may be /dev
@@ -160,20 +158,9 @@ def _one_head(tuned):
     return tuned._replace(model=tuned.model.clone(projection=0), params=params)
 
 
-def drops_exits(to: str, adapter: Any) -> bool:
-    """Whether an adapter has early exits for which a format has no place.
-
-    An .npz file has, for those of one tree; the formats of other libraries have the last exit alone.
-    """
-    one_tree = FORMATS[to] == ".npz" and adapters.method(adapter).merge_exit is None
-    return bool(adapter.run.model.get("exits")) and to not in TRAINED and not one_tree
-
-
-def _ending(tuned):
-    """A `Tuned` model without early exits."""
-    head = {key: tuned.params["head"][key] for key in ("kernel", "bias")}
-    model = tuned.model.clone(exits=())
-    return tuned._replace(model=model, params={**tuned.params, "head": head}, exit_trees=())
+def drops_values(to: str, adapter: Any) -> bool:
+    """Whether an adapter has values that its loss trained, for which a format has no place."""
+    return "loss" in adapter.trainable and to not in TRAINED
 
 
 def _same_logits(tuned, again, out):
@@ -322,8 +309,6 @@ def compare(one: Any, other: Any, number: int = 8) -> float:
     @jax.jit
     def logits(params):
         with jax.default_matmul_precision("highest"):
-            if getattr(model, "exits", ()):
-                return exits.apply(model, params, images)[0]
             return model.apply({"params": params}, images)
 
     return float(jnp.abs(logits(one.params) - logits(other.params)).max())
@@ -333,7 +318,7 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     """How the file is used elsewhere."""
     card, classes = adapter.card, len(adapter.card["classes"])
     sizes = {**models.sizes(card["model"]), **config.architecture(adapter.run)}
-    early, eps = sizes.pop("exits", ()), sizes.pop("norm_eps", 1e-6)
+    eps = sizes.pop("norm_eps", 1e-6)
     if to == "timm" and models.family(card["model"]) == "resnet":
         return _resnet_advice(card, sizes, out)
     if to == "timm" and models.family(card["model"]) == "swin":
@@ -367,9 +352,6 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     pool = ', pool_type="tok"' if to == "big_vision" else ""
     sizes = ", ".join(f"{name}={value}" for name, value in sizes.items())
     text = f"{to}, with pixels in [-1, 1]: ViT of num_classes={classes}, {sizes}{pool}"
-    if early and not drops_exits(to, adapter):
-        blocks = ", ".join(map(str, early))
-        text += f"; head/exits are the heads after blocks {blocks}, which only rlrr_jax knows"
     if card["gelu"] != "tanh":  # which their code has
         other = {"exact": "nn.gelu(x, approximate=False)", "quick": "x * nn.sigmoid(1.702 * x)"}
         text += f"; this model has the {card['gelu']} GELU: "
@@ -427,8 +409,8 @@ def main() -> None:
         + f", {_size(files.local(args.out)) / 1e6:.1f} MB; read back, its logits "
         f"differ by at most {difference:.1g}"
     )
-    if drops_exits(args.to, adapter):
-        print("note: early exits are left out; .npz files have those of methods other than met")
+    if drops_values(args.to, adapter):
+        print(f"note: what config.loss={adapter.run.loss} trained beside the head is left out")
     if args.push:
         card = adapters.portable(adapter).card
         url = push(files.local(args.out), args.push, card, args.public)

@@ -1,30 +1,39 @@
-"""One size of head for all tasks: those that differ in their classes share a program.
+"""One size of head for the tasks of a start, so that those with other classes share programs.
 
 The classes beyond a task's own have kernels of 0 and a bias of `NEVER`, so that softmax gives them
 exactly 0: the loss, its gradients and the answers are those of a head of the task's size, with sums in
-another order. Where more than plain cross-entropy sees the logits, a head has the task's own size.
+another order. A single task, and any loss but plain cross-entropy, has heads of its own size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-STEP = 512  # a head has a multiple of so many classes
+from rlrr_jax import losses
+
 NEVER = -1e9  # bias of a class that there is not
 
 
-def padded(run: Any, classes: int) -> int:
-    """Number of classes of a run's head while it trains.
+def share(runs: list, classes: Callable[[Any], int]) -> None:
+    """Sets `head_classes` of the runs of a start that can share a program, if it has several tasks.
 
     Args:
-      run: the configuration.
-      classes: number of classes of its task.
+      runs: configurations.
+      classes: function `run -> number of classes of its task`.
     """
-    plain = run.loss == "cross_entropy" and not run.label_smoothing
-    if not plain or run.get("gradients") is not None or run.model.exits:
-        return classes
-    return -(-classes // STEP) * STEP
+    alike = [run for run in runs if _plain(run)]
+    if len({run.task for run in alike}) > 1:
+        most = max(map(classes, alike))
+        for run in alike:
+            run.head_classes = most
+
+
+def _plain(run: Any) -> bool:
+    """Whether nothing but plain cross-entropy sees a run's logits."""
+    plain = losses.find(run.loss).function is losses.cross_entropy
+    return plain and not run.label_smoothing and run.get("gradients") is None
 
 
 @jax.jit

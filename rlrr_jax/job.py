@@ -24,7 +24,6 @@ from rlrr_jax import (
     mixing,
     optim,
     prefix,
-    sensitivity,
     sides,
     step,
 )
@@ -91,22 +90,28 @@ class Job(NamedTuple):
         state, metrics = step.map_start(self.recipe, self.mesh)(self.init_keys, self.frozen)
         for name in {"trainable", "average"} & state.keys():
             state[name] = heads.hide(state[name], self.classes)
-        if self.recipe.method.prepare is None:
+        if not methods.asks_training(self.recipe.method):
             return state, metrics
+        recipe, frozen = self.recipe, self.frozen
+        pixels = recipe.image_size, recipe.crop_from
+        training = methods.Training(recipe.model, pixels, recipe.precision, self._batches)
+        init: Any = recipe.method.init
+        adapters = [distributed.fetch(init(_keys(r)[0], frozen, training=training)) for r in self.runs]
+        adapters += adapters[-1:] * (len(self.init_keys) - len(self.runs))
+        for name in {"trainable", "average"} & state.keys():
+            state[name] = {**state[name], "adapter": mesh_lib.put_trials(self.mesh, adapters)}
+        return state, metrics
+
+    def _batches(self) -> Iterator[tuple]:
+        """The training images on the mesh, see `methods.Training`, with a progress bar."""
         run, number = self.runs[0], len(self.feed.labels)
         order = np.asarray(jax.random.permutation(self.feed.order_key, number))  # else by class
         images, labels = Shuffled(self.feed.images, order), self.feed.labels[order]
-        batches = evaluate.batches(images, labels, run.batch_size, self.mesh)
         shown = distributed.is_process_zero()
-        title = f"{run.task} {run.method}: gradients"
+        title = f"{run.task} {run.method}: training images"
         total = -(-number // run.batch_size)
-        with tqdm(batches, title, total, delay=2, disable=not shown, unit="batch") as bar:
-            grads = sensitivity.gradient(self.recipe, self.frozen, bar)
-        adapter = distributed.fetch(jax.jit(self.recipe.method.prepare)(self.frozen, grads))
-        for name in {"trainable", "average"} & state.keys():
-            every = mesh_lib.put_trials(self.mesh, [adapter] * len(self.init_keys))
-            state[name] = {**state[name], "adapter": every}
-        return state, metrics
+        every = evaluate.batches(images, labels, run.batch_size, self.mesh)
+        yield from tqdm(every, title, total, delay=2, disable=not shown, unit="batch")
 
     def shapes(self) -> tuple[Any, Any]:
         """Shapes and shardings of what `start` returns."""
@@ -187,7 +192,7 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
     held_out = load_data(other)
     recipe = _recipe(runs, len(labels))
     frozen = load_weights(run, recipe.model)
-    if not recipe.method.folds and distributed.is_process_zero():
+    if "block" in recipe.method.DEFAULTS and distributed.is_process_zero():
         print(
             f"{run.task} {run.method}: folds into no weight, a tuned model computes "
             f"{overhead(recipe, frozen):.1%} more for each image",
@@ -198,7 +203,7 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
     recipe, frozen, both = prefix.applied(recipe, frozen, both, mesh, run, known)
     images, held_out = both[0], (both[1], held_out[1])
     lrs = [_learning_rates(r, recipe.steps) for r in runs]
-    keys = [jax.random.split(jax.random.key(r.seed), 3) for r in runs]  # init, noise, order
+    keys = [_keys(r) for r in runs]
     budget = _budget(run)
     feed = _feed(runs, images, labels, keys[0][2], budget)
     hyper = [_hyper(r, lr, key) for r, lr, key in zip(runs, lrs, keys)]
@@ -235,6 +240,11 @@ def overhead(recipe: step.Recipe, frozen: Any) -> float:
         return cost["flops"]
 
     return flops(tuned) / flops(frozen) - 1
+
+
+def _keys(run: Any) -> jax.Array:
+    """Keys of a run's first values, of its noise, and of the order of its images."""
+    return jax.random.split(jax.random.key(run.seed), 3)
 
 
 def _budget(run: Any) -> float:
@@ -279,7 +289,7 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
     method = _same(method, options, lambda: methods.get(run.method, **options))
     gradients = run.get("gradients") and lookup.find("gradients", run.gradients)
     return step.Recipe(
-        model=model.clone(num_classes=heads.padded(run, model.num_classes)),
+        model=model.clone(num_classes=run.get("head_classes") or model.num_classes),
         method=method,
         batch_size=run.batch_size,
         num_images=num_images,
@@ -320,7 +330,7 @@ def _same(function: Any, options: dict, make: Callable[[], Any]) -> Any:
 def forget() -> None:
     """Forgets all compiled programs: where code was edited and loaded again in a running Python."""
     _MADE.clear()
-    kept = _compiled, step.map_start, step.map_merge, evaluate.map_eval_step, sensitivity.program
+    kept = _compiled, step.map_start, step.map_merge, evaluate.map_eval_step
     for cached in kept:
         cached.cache_clear()
 

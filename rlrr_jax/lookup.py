@@ -18,18 +18,19 @@ from rlrr_jax.errors import UserError, unknown
 
 _METHODS = (
     *("rlrr", "linear", "full", "bitfit", "norm", "last", "ssf", "lora", "dora", "vera", "fact"),
-    *("arc", "repadapter", "apla", "hta", "glora", "difffit", "oft", "pissa", "gps", "moppa", "met"),
+    *("arc", "repadapter", "apla", "hta", "glora", "difffit", "oft", "pissa"),
 )
-# Kind -> short name -> path. A "method" is a function `(**options) -> methods.Method`, a "loss" one
-# like `losses.cross_entropy` or a `losses.Loss`, "gradients" one `key -> optax transformation`, a
-# "task" a `data.task.Task`, "tasks" names of several, a "table" a function `rows -> Markdown or ""` that a
-# report shows, "weights" one `frozen -> warning or ""` for every file of weights that is read.
+# Kind -> short name -> path:
+#   method     a function `(**options) -> methods.Method`
+#   loss       one like `losses.cross_entropy`, or a `losses.Loss`
+#   gradients  a function `key -> optax transformation`
+#   block      a class like `models.vit.Block`
+#   task       a `data.task.Task`; tasks: names of several
+#   table      a function `rows -> Markdown or ""` of a report
+#   weights    a function `frozen -> warning or ""`, for every file of weights that is read
 NAMES: dict[str, dict[str, str]] = {
     "method": {name: f"rlrr_jax.methods.{name}:method" for name in _METHODS},
-    "loss": {
-        "cross_entropy": "rlrr_jax.losses:cross_entropy",
-        "exits": "rlrr_jax.exits.losses:exits",
-    },
+    "loss": {"cross_entropy": "rlrr_jax.losses:cross_entropy"},
 }
 PROJECTS = "rlrr_jax.projects"
 _ALLOWED: set[str] = set()

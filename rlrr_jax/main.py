@@ -188,10 +188,6 @@ def _parse_flags(argv):
     except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest
         if "ml_collections" not in traceback.extract_tb(e.__traceback__)[-1].filename:
             raise  # a mistake in the configuration file
-        if any(f"config.{old}" in " ".join(argv) for old in ("trials", "variants")):
-            from rlrr_jax.config import RETIRED
-
-            raise UserError(RETIRED) from e
         key, near = re.search(r"\w+", str(e)), re.search(r'Did you mean "(.*?)"', str(e))
         hint = f"did you mean {near[1]!r}?" if near else _KEYS
         raise UserError(f"unknown key {key[0]!r} in a --config flag: {hint}") from e

@@ -64,7 +64,8 @@ def build(
         tx = optax.chain(optax.clip_by_global_norm(clip), tx)
     if optimizer.gradients is None:
         return tx
-    return optax.chain(optax.masked(optimizer.gradients(key), methods.trained(trainable)), tx)
+    first: Any = optimizer.gradients(key)  # type: ignore[arg-type]
+    return optax.chain(optax.masked(first, methods.trained(trainable)), tx)
 
 
 def learning_rates(

@@ -24,10 +24,8 @@ from tqdm import tqdm
 from rlrr_jax import adapters, evaluate, files
 from rlrr_jax.data import examples, store
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
-from rlrr_jax.exits import leave
 
 FORMATS = ("table", "csv", "jsonl")
-CHUNK = 16  # batches of images that are read before those that an exit is sure of are left out
 
 
 def find(names: Iterable[str], note: Callable[[str], None] = lambda text: None) -> list:
@@ -156,9 +154,8 @@ def show(rows: list, kind: str) -> str:
     return "".join(f"{p:<{width}}   {cells(best)}\n" for p, best in rows)
 
 
-def main() -> None:
-    """The command."""
-    parser = Parser(description=__doc__)
+def add_flags(parser: Any) -> None:
+    """Adds the flags of the command."""
     parser.add_argument("images", nargs="+", metavar="IMAGES")
     parser.add_argument("--adapter", required=True, help="of a run, or made by rlrr_jax.export")
     adapters.add_flags(parser)
@@ -166,23 +163,35 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--out", help="file for the predictions; default: the screen")
     parser.add_argument("--batch_size", type=int, default=64)
-    sure = "probability at which an image leaves at an early exit; 0: at the first, above 1: at none"
-    parser.add_argument("--exit_threshold", type=float, help=sure)
-    args = parser.parse_args()
+
+
+def check(args: Any) -> tuple[list, adapters.Adapter]:
+    """The image files and the adapter that flags name; UserError, before any work, for others."""
     if args.top_k < 1 or args.batch_size < 1:
         raise UserError("--top_k and --batch_size must be greater than 0")
-    if args.exit_threshold is not None and not args.exit_threshold >= 0:
-        raise UserError(f"--exit_threshold={args.exit_threshold} must be a number of at least 0")
     if args.out:
         files.writable(files.local(args.out))  # before the work, not after it
-    args.adapter = adapters.find(args.adapter)
+    path = adapters.find(args.adapter)
     paths = find(args.images, note=lambda text: print(text, file=sys.stderr, flush=True))
-    tuned = adapters.load(args.adapter, **adapters.given(args))
-    rows, bad, how, size = [], [], {}, args.batch_size
-    if args.exit_threshold is not None:
-        leaver = leave.Leaver(tuned, args.exit_threshold, min(size, len(paths)))
-        how, size = {"classify": leaver}, CHUNK * size
-    found = predict(tuned, paths, size, progress=len(paths) > args.batch_size, **how)
+    adapters.given(args)  # which lets code run that --import names
+    return paths, adapters.read(path)
+
+
+def show_all(
+    args: Any, tuned: adapters.Tuned, paths: list, classify: Any = None, at_once: int | None = None
+) -> None:
+    """Prints or writes the classes of image files; UserError at the end for those that are none.
+
+    Args:
+      args: what the flags gave.
+      tuned: the model.
+      paths: image files.
+      classify: as `predict` takes it.
+      at_once: number of images that it gets at once; None: a batch.
+    """
+    rows, bad = [], []
+    shown = len(paths) > args.batch_size
+    found = predict(tuned, paths, at_once or args.batch_size, progress=shown, classify=classify)
     for path, probabilities, why in found:
         if probabilities is None:
             bad.append(f"  {path}: {why}".encode("utf-8", "backslashreplace").decode())
@@ -193,11 +202,18 @@ def main() -> None:
         files.write(files.local(args.out), text)
     else:
         print(text, end="", flush=True)
-    if how:
-        print(leaver.told(), file=sys.stderr, flush=True)
     if bad:
         print("not read:", *bad, sep="\n", file=sys.stderr)
         raise UserError(f"{len(bad)} of {len(paths)} files could not be read: see above")
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser(description=__doc__)
+    add_flags(parser)
+    args = parser.parse_args()
+    paths, adapter = check(args)
+    show_all(args, adapters.load(adapter, **adapters.given(args)), paths)
 
 
 if __name__ == "__main__":

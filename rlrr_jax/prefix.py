@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rlrr_jax import evaluate, models
 from rlrr_jax.data.resize import enlarge, normalize
-from rlrr_jax.models import exits
+from rlrr_jax.models import vit
 from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -54,7 +54,7 @@ def blocks(recipe: Any, run: Any) -> int:
     """
     noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
     noisy = noisy or run.loss != "cross_entropy"  # others may look at pixels, or at all blocks
-    if recipe.method.untouched is None or noisy or recipe.method.prepare is not None:
+    if recipe.method.untouched is None or noisy:
         return 0
     depth = getattr(recipe.model, "depth", 0)
     number = recipe.method.untouched(depth)
@@ -127,8 +127,9 @@ def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh)
     def one(frozen: Any, images: jax.Array) -> jax.Array:
         if number == HEAD:
             return models.head_inputs(model, frozen, images)
-        first, own = exits.part(model, frozen, 0, number)
-        return first.apply({"params": own}, images)
+        first, own = vit.part(model, frozen, 0, number)
+        tokens: Any = first.apply({"params": own}, images)
+        return tokens
 
     def both(frozen: Any, images: jax.Array) -> jax.Array:
         images = normalize(images, size)
@@ -146,10 +147,11 @@ def _print(text: str) -> None:
 
 def rest(recipe: Any, frozen: Any, number: int) -> tuple[Any, Any]:
     """The recipe and tree of what comes after the first blocks; it takes their outputs for images."""
+    model: Any
     if number == HEAD:
         model, tree = Head(recipe.model.num_classes), {"head": frozen["head"]}
     else:
-        model, own = exits.part(recipe.model, frozen, number, None)
+        model, own = vit.part(recipe.model, frozen, number, None)
         before = ("embedding", "pos_embedding", "pre_norm", *model.tokens())
         tree = {key: x for key, x in own.items() if key not in before}
     return recipe._replace(model=model, image_size=None), tree

@@ -129,10 +129,6 @@ def loss_and_grad(
         kept = {name: values.pop(name) for name in ("remember",) if name in values}
         sums = {name: (v * batch.mask).sum() for name, v in values.items()}
         total = (each * batch.mask).sum()
-        if recipe.method.penalty is not None:
-            total += (
-                recipe.method.penalty(trainable["adapter"]) * batch.mask.sum()
-            )  # once, over devices
         return total / count, (sums, kept)
 
     with jax.default_matmul_precision(recipe.precision):

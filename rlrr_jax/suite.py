@@ -19,12 +19,11 @@ import numpy as np
 from etils import epath
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, job, lookup, report, train
+from rlrr_jax import files, heads, job, lookup, report, train
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
-from rlrr_jax.models import exits
 from rlrr_jax.results import logs
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results.outputs import Outputs
@@ -91,6 +90,7 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
     _check_alike([work.found and work.found.dataset for work in works], _OTHER_IMAGES)
     if not works:
         raise UserError(f"no task can run; {explain(problems)[0]}")
+    _share_heads(works)
     load = _open_weights(works)
     print(f"workdir: {folder}", flush=True)
     if not all(work.finished for work in works):
@@ -224,6 +224,15 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
     return works
 
 
+def _share_heads(works: list[Work]) -> None:
+    """Gives heads one size, see `heads.share`; a run that was begun keeps that of its checkpoint."""
+    works = [work for work in works if not work.finished]
+    heads.share([work.run for work in works], lambda run: config_lib.task_of(run).classes)
+    for work in works:
+        if (path := work.folder / "config.json").exists():
+            work.run.head_classes = files.read_json(path).get("head_classes")
+
+
 def _listed(error: Unusable, folder: Any) -> UserError:
     """The error, with all that cannot be used in a file if they are many."""
     if len(error.bad) <= SHOWN or not distributed.is_process_zero():
@@ -317,8 +326,6 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
         width = len(last[key]["head"]["kernel"])
         head: dict = {"kernel": np.zeros((width, model.num_classes), np.float32)}
         head["bias"] = np.zeros(model.num_classes, np.float32)
-        if number := len(getattr(model, "exits", ())):
-            head["exits"] = exits.empty(number, model.width, model.num_classes)
         return {**last[key], "head": head}
 
     return read

@@ -1,5 +1,6 @@
 """Four CPU devices for every test, and runs that several files look at."""
 
+import gc
 import os
 import pathlib
 import subprocess
@@ -25,6 +26,14 @@ def compiled(tmp_path_factory, worker_id):
     folder = (shared if worker_id == "master" else shared.parent) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dropped():
+    """Programs go when their file ends: a worker that kept all would need more memory than a laptop has."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 hypothesis.settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)

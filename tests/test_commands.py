@@ -40,11 +40,6 @@ WRONG = {  # of every command but main
     "dot": (["export", RUN, "--to=timm", "."], "end in .safetensors: . does not"),
     "read-only": (["export", RUN, "--to=timm", "/proc/x.safetensors"], "cannot use /proc/"),
     "backbone gone": (["export", RUN, "--to=timm", "--weights=/x.npz", OUT], "--weights names another"),
-    "nothing to analyse": (["projects.analysis", "{new}"], "there is no finished run in {new}"),
-    "remote workdir": (
-        ["projects.analysis", "gs://bucket/run"],
-        "gs://bucket/run is not on this machine",
-    ),
     "no page": (["html", "{new}"], "there is no finished run in {new}"),
     "a run is no workdir": (["html", RUN, "--out={new}/x.html"], "there is no finished run in"),
 }

@@ -142,8 +142,6 @@ def rule(text):
         return "own"
     if "launch/" in text:
         return "launch"
-    if "exit" in text or "depth6" in text:
-        return "exits"
     if text.startswith(("export JAX_", "JAX_PROCESS_ID")):
         return "processes"
     match = re.match(r"(?:venv/bin/)?python -m rlrr_jax\.(\w+)", text)
@@ -241,28 +239,6 @@ def test_commands_on_finished_runs(text, tuned_runs, tmp_path):
     (tmp_path / workdir).symlink_to(tuned_runs)
     out = run([*words, workdir, "--out", tmp_path / "out"], tmp_path)
     assert "digits" in out and list((tmp_path / "out").iterdir())
-
-
-@pytest.mark.slow
-def test_images_leave_early_as_the_page_says(data, tmp_path):
-    """Every command of docs/exits.md, in order, with the bundled model of six blocks."""
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (40, 30), "green").save(tmp_path / "photos/a.jpg")
-    every = [text for text in COMMANDS if rule(text) == "exits"]
-    assert len(every) == 4
-    for text in every:
-        small = text.replace("(4,6,8,10)", "(2,4)").replace("depth=6", "depth=3")
-        words = program(small.replace("(0,1,2)", "(0,)"))
-        if "rlrr_jax.main" in text:
-            words += [*SMALL, "--config.pretrained.name=bundled", f"--config.data.dir={data}"]
-        out = run(words, tmp_path)
-        if "rlrr_jax.exits" in text:
-            assert (
-                "## rlrr precision=bfloat16 exits=2+4" in out
-                and "rlrr precision=bfloat16 depth=3" in out
-            )
-        if "predict" in text:
-            assert "photos/a.jpg" in out and "of the FLOPs of the whole network" in out
 
 
 @pytest.mark.slow

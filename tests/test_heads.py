@@ -14,6 +14,7 @@ from rlrr_jax import adapters, files, heads, job, losses, mixing, optim, step, s
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import resize
 from rlrr_jax.runtime import mesh as mesh_lib
+from rlrr_jax.runtime.stop import Stop, Stopped
 
 
 def wide_tree(classes):
@@ -51,7 +52,7 @@ def train(classes, mix, devices):
 def test_classes_that_are_not_there_change_nothing(mix, devices):
     """Weight decay, clipping by the norm and a running average among it."""
     plain, wanted = train(MODEL.num_classes, mix, devices)
-    padded, found = train(heads.STEP, mix, devices)
+    padded, found = train(512, mix, devices)
     assert np.ptp(plain) > 0.1
     np.testing.assert_allclose(padded, plain, rtol=2e-5)
     beyond = found["head"]["kernel"][:, MODEL.num_classes :]
@@ -64,18 +65,19 @@ def test_classes_that_are_not_there_change_nothing(mix, devices):
             np.testing.assert_allclose(x, wanted[name], rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_only_plain_cross_entropy_sees_a_padded_head():
-    one = config_lib.resolve(config("cifar"))[0]
-    assert heads.padded(one, 100) == heads.padded(one, 2) == heads.padded(one, 512) == 512
-    assert heads.padded(one, 513) == 1024
-    changes = dict(loss="pace", label_smoothing=0.1, gradients="prune90")
-    for key, value in changes.items():
-        other = one.copy_and_resolve_references()
-        other.update({key: value})
-        assert heads.padded(other, 100) == 100, key
-    other = one.copy_and_resolve_references()
-    other.model.exits = (3,)
-    assert heads.padded(other, 100) == 100
+def test_tasks_of_one_start_share_a_size_where_only_cross_entropy_sees_it():
+    classes = {"cifar": 100, "dtd": 47}
+    sizes = lambda runs: [run.get("head_classes") for run in runs]
+    runs = config_lib.resolve(config("cifar,dtd", seeds=(0,)))
+    heads.share(runs, lambda run: classes[run.task])
+    assert sizes(runs) == [100, 100]
+    runs = config_lib.resolve(config("cifar", seeds=(0, 1)))
+    heads.share(runs, lambda run: classes[run.task])
+    assert sizes(runs) == [None, None]
+    for key, value in dict(loss="pace", label_smoothing=0.1, gradients="prune90").items():
+        runs = config_lib.resolve(config("cifar,dtd", seeds=(0,), **{key: value}))
+        heads.share(runs, lambda run: classes[run.task])
+        assert sizes(runs) == [None, None], key
 
 
 @pytest.fixture
@@ -92,22 +94,39 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_tasks_with_other_classes_flips_and_drop_path_share_their_programs(tmp_path, compiled):
+def test_tasks_with_other_classes_share_their_programs(tmp_path, compiled):
     """The second of the bundled tasks compiles no step, and has the adapter and row of its own task."""
     job.forget()  # other tests may have compiled them
-    large = lambda: [name for name in compiled if "train_steps" in name or "eval_step" in name]
-    first = config("hearts,method=rlrr", epochs=1, flip=True)
-    suite.run(first, tmp_path / "first")
-    before = large()
-    second = config("digits,method=rlrr", epochs=1, flip=False, drop_path=0.0)
-    suite.run(second, tmp_path / "second")
-    assert before and large() == before
-    for name, task, classes in (("first", "hearts", 16), ("second", "digits", 10)):
-        folder = next((tmp_path / name / task).glob("*/seed0"))
+    suite.run(config("hearts,digits,method=rlrr", epochs=1, drop_path=0.0), tmp_path)
+    steps = [name for name in compiled if "train_steps" in name]
+    evaluations = [name for name in compiled if "eval_step" in name]
+    assert len(steps) == len(evaluations) == 1
+    for task, classes in (("hearts", 16), ("digits", 10)):
+        folder = next((tmp_path / task).glob("*/seed0"))
         adapter = adapters.read(folder / "adapter.safetensors")
         assert adapter.trainable["head"]["bias"].shape == (classes,)
-        assert files.read_json(folder / "result.json")["head_params"] == 97 * classes
+        row = files.read_json(folder / "result.json")
+        assert row["head_params"] == 97 * classes and "head_classes" not in row
         assert np.abs(adapter.trainable["head"]["bias"]).max() < 10
+
+
+def test_a_run_that_was_begun_keeps_its_size(tmp_path):
+    """Whether the other task is named again, or not: its checkpoint has that head."""
+
+    class Soon(Stop):
+        looks = 0
+
+        def __call__(self):
+            self.looks += 1
+            return self.looks > 3
+
+    both = config("hearts,digits,method=lora", epochs=2, checkpoint_seconds=0.0)
+    with pytest.raises(Stopped):
+        suite.run(both, tmp_path, Soon())
+    saved = files.read_json(tmp_path / "hearts/lora/seed0/config.json")
+    assert saved["head_classes"] == 16
+    rows, problems = suite.run(config("hearts,method=lora", epochs=2), tmp_path)
+    assert not problems and rows[0]["head_params"] == 97 * 16
 
 
 def test_images_are_enlarged_once_to_the_same_bits():

@@ -91,7 +91,6 @@ WRONG = {
     "learning rate": ([CONFIG, "--config.lr=nan"], "config.lr=nan must be greater than 0 and finite"),
     "batch size": ([CONFIG, "--config.batch_size=-3"], "config.batch_size=-3 must be greater than 0"),
     "seeds": ([CONFIG, "--config.seeds=(1,1)"], "must be different whole numbers"),
-    "trials": ([CONFIG, "--config.trials=({'lr':1},)"], "write --config.runs="),
     "runs": ([CONFIG, "--config.runs=({'rnk':1},)"], "unknown option of method linear 'rnk'"),
     "grid": ([CONFIG, "--config.grid.lr=(0.1,)"], "only searched by config.protocol=vtab"),
     "pretrained grid": ([CONFIG, "--config.pretrained.grid=(4,)"], "must be two whole numbers"),

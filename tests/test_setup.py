@@ -49,6 +49,12 @@ def test_both_ends_of_the_supported_range_are_locked(wanted):
     assert str(oldest) in str(jax.specifier)
 
 
+def test_only_what_breaks_has_an_upper_bound():
+    every = [Requirement(text) for text in importlib.metadata.requires("rlrr_jax")]
+    capped = {r.name for r in every if "<" in str(r.specifier).replace("<=", "")}
+    assert capped == {"jax", "flax", "orbax-checkpoint", "tensorflow-datasets"}
+
+
 def test_the_wheel_brings_the_configurations(tmp_path):
     """Built as pip builds it and unpacked elsewhere, it finds them from any folder."""
     import os

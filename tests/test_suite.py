@@ -16,14 +16,12 @@ import pytest
 import vtab_data
 from flags import xla_flags
 from ml_collections import ConfigDict
-from squeeze import squeeze
 
 from rlrr_jax import checks, files, report, suite
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
-from rlrr_jax.results import tables
 from rlrr_jax.runs import search
 from rlrr_jax.runs.forecast import Forecast, cost, duration
 from rlrr_jax.runs.workdir import Work
@@ -427,28 +425,6 @@ def test_results_of_one_run_that_differ_are_not_merged(tmp_path):
     files.write_json(path, {**files.read_json(path), "test_acc_final": 0.1})
     with pytest.raises(UserError, match="are results of the same run that differ"):
         report.collect(tmp_path / "a", tmp_path / "b", out=tmp_path / "c")
-
-
-def test_results_of_older_versions_are_read(tmp_path, capsys):
-    """Rows without digests: they come from the configuration beside them."""
-    settings = config("digits,method=linear", seeds=(0, 1))
-    rows, _ = suite.run(settings, tmp_path)
-    for row in rows:
-        path = tmp_path / f"digits/linear/seed{row['seed']}/result.json"
-        for key in ("config", "setting", "line"):
-            del row[key]
-        files.write_json(path, row)
-        saved = files.read_json(path.parent / "config.json")
-        for group, key in (("model", "num_heads"), ("model", "norm_eps"), ("pretrained", "resize")):
-            del saved[group][key]
-        del saved["recipe"], saved["machine"], saved["data"]["upright"]
-        files.write_json(path.parent / "config.json", saved)
-    again, problems = suite.run(settings, tmp_path)
-    assert not problems and squeeze(tables.table(again)).count("| digits |") == 1
-    assert again[0]["setting"] == again[1]["setting"] and "±" in report.show(again)
-    (path.parent / "config.json").unlink()
-    with pytest.raises(UserError, match="written by an older version, and its config.json is gone"):
-        report.collect(tmp_path)
 
 
 def test_weights_are_read_once_a_start(tmp_path, monkeypatch):

@@ -345,7 +345,7 @@ def test_a_check_is_a_collective_once_in_some_seconds(several, monkeypatch):
     monkeypatch.setattr(evaluate.distributed, "several", lambda: several)
     monkeypatch.setattr(evaluate.distributed, "broadcast", lambda value: value)
     seen = []
-    done = evaluate.pace(lambda: looks.append(now[0]), SimpleNamespace(update=seen.append))
+    done = evaluate.looking(lambda: looks.append(now[0]), SimpleNamespace(update=seen.append))
     for i in range(100):
         now[0] += 10 if i == 0 else 0.125
         done(256)

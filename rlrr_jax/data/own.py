@@ -205,7 +205,7 @@ def _read_folder(folder):
     inner = _folders(folder)
     named = {p: SPLITS[p.name.lower()] for p in inner if p.name.lower() in SPLITS}
     _check_layout(folder, inner)
-    # A folder of that name without folders in it is a class: vehicles are cars, boats and trains.
+    # A folder of that name without folders in it is a class: vehicles are boats and trains.
     divided = any(split == "train" and _folders(p) for p, split in named.items())
     divided = divided or ("train" in named.values() and len(named) == len(inner))
     for top in named if divided else [folder]:

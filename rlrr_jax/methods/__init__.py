@@ -12,9 +12,10 @@ from rlrr_jax import lookup
 from rlrr_jax.errors import unknown
 from rlrr_jax.methods.base import (
     Method,
+    Training,
+    asks_training,
     check,
     decay,
-    exit_trees,
     head_count,
     merge,
     start,
@@ -22,10 +23,20 @@ from rlrr_jax.methods.base import (
     trained,
 )
 
-# Those that fold into the weights of any model. Others have to be named.
-METHODS = tuple(name for name in lookup.NAMES["method"] if name not in ("moppa", "met"))
+METHODS = tuple(lookup.NAMES["method"])  # ours, which all fold into the weights
 
-__all__ = ["METHODS", "Method", "check", "decay", "exit_trees", "find", "formula", "get", "head_count"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Training",
+    "asks_training",
+    "check",
+    "decay",
+    "find",
+    "formula",
+    "get",
+    "head_count",
+]
 __all__ += ["merge", "options", "start", "trainable_count", "trained"]
 
 

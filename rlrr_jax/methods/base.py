@@ -1,6 +1,7 @@
 """What a fine-tuning method is, and what several of them need."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -29,23 +30,19 @@ class Method(NamedTuple):
 
     Attributes:
       init: function `(key, frozen) -> adapter`, the tree that is trained; works under `jax.eval_shape`.
-      merge: function `(frozen, adapter) -> params`, a plain tree again; pure and differentiable.
+        With an argument `training=None` more it may look at the training images, see `Training`, for
+        other values of the same shapes.
+      merge: function `(frozen, adapter) -> params`, a plain tree again; pure and differentiable. With a
+        `block` of its own, see below, it may add names that this reads.
       decay: function `adapter -> tree of bools`, which leaves get weight decay.
       DEFAULTS: the method's own `lr`, `weight_decay` and `drop_path`, used where neither the config
-        nor the task's recipe says otherwise.
+        nor the task's recipe says otherwise; and where it needs others than the plain ones, the names
+        of a `loss` and of a `block` that the model is built with.
       drop: function `(key, adapter) -> adapter` of each training step, such as dropout of ranks; None
         for most methods.
-      prepare: function `(frozen, grads) -> adapter` that starts training instead of `init`'s, where it
-        goes by gradients of the frozen tree over the training images (`sensitivity.gradient`); of the
-        same shapes. None for most methods.
       untouched: function `number of blocks -> how many of the first are not changed`, nor what comes
         before them; more than all is everything but the head. Their outputs are computed once, see
         `prefix`. None for most methods.
-      penalty: function `adapter -> number` that is added to the loss; None for most methods.
-      merge_exit: function `(frozen, adapter, number) -> params`, the tree up to an exit, where each has
-        its own (see `models/exits.py`); the last, -1, is what `merge` returns. None for most methods.
-      folds: whether `merge` returns the names of the frozen tree and no others, so that a tuned model
-        costs what its backbone costs. If not, it may add some: an activation method.
 
     What `init` puts under `FIXED` is saved with the adapter, and not trained: `merge` must stop its
     gradient.
@@ -56,14 +53,37 @@ class Method(NamedTuple):
     decay: Callable[[Any], Any]
     DEFAULTS: dict
     drop: Callable[[jax.Array, Any], Any] | None = None
-    prepare: Callable[[Any, Any], Any] | None = None
     untouched: Callable[[int], int] | None = None
-    penalty: Callable[[Any], jax.Array] | None = None
-    merge_exit: Callable[[Any, Any, int], Any] | None = None
-    folds: bool = True
 
     def __hash__(self) -> int:
         return hash((self.init, self.merge))  # programs are kept by it; a dict has no hash
+
+
+class Training:
+    """What `Method.init` may look at before training: the images, and the model they are for.
+
+    Attributes:
+      model: the flax model.
+      pixels: size of the images that it takes, and of what their middle is cut from, or None.
+      precision: precision of matmuls.
+      batches: function `() -> iterator` of uint8 images [b, h, w, 3], labels [b] and mask [b], all of
+        one shape, shuffled.
+    """
+
+    def __init__(self, model: Any, pixels: tuple, precision: str, batches: Callable[[], Iterable]):
+        self.model, self.pixels, self.precision, self.batches = model, pixels, precision, batches
+        self._known: dict = {}
+
+    def once(self, function: Callable, *arguments: Any) -> Any:
+        """`function(self, *arguments)`, computed the first time that it is asked for."""
+        if function not in self._known:
+            self._known[function] = function(self, *arguments)
+        return self._known[function]
+
+
+def asks_training(method: "Method") -> bool:
+    """Whether a method's `init` looks at the training images."""
+    return "training" in inspect.signature(method.init).parameters
 
 
 # The trained tree: `{"adapter": what the method makes, "head": kernel and bias}` -----------------
@@ -88,14 +108,6 @@ def merge(method: "Method", frozen: Any, trained: Any, key: jax.Array | None = N
     if key is not None and method.drop is not None:
         adapter = method.drop(key, adapter)
     return {**method.merge(frozen, adapter), "head": trained["head"]}
-
-
-def exit_trees(method: "Method", frozen: Any, trained: Any) -> list[dict]:
-    """The plain trees up to each exit, and to the end, of a method with `merge_exit`."""
-    assert method.merge_exit is not None
-    number = len(trained["head"]["exits"]["bias"])
-    each = [method.merge_exit(frozen, trained["adapter"], i) for i in (*range(number), -1)]
-    return [{**tree, "head": trained["head"]} for tree in each]
 
 
 def decay(method: "Method", trained: Any) -> dict:
@@ -221,7 +233,7 @@ def check(name: str, method: Method, frozen: Any) -> Any:
         )
     params = jax.eval_shape(method.merge, frozen, adapter)
     found, wanted = leaves(params), leaves(frozen)
-    if not method.folds:
+    if "block" in method.DEFAULTS:  # which reads more
         found = {key: found[key] for key in wanted if key in found}
     _same_leaves(f"{told}merge returns ", found, wanted)
     _check_pure(f"{told}init", method.init, jax.random.key(0), frozen)

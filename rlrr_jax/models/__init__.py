@@ -8,9 +8,9 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-import flax.linen as nn
 import jax
 
+from rlrr_jax import lookup
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import resnet, swin, vit
 from rlrr_jax.sides import Size, pair
@@ -59,6 +59,8 @@ def build(variant: str, num_classes: int, **options: Any) -> Any:
     model = _module(variant).Model
     known = {field.name for field in dataclasses.fields(model)}
     given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(given.get("block"), str) and "block" in known:
+        given["block"] = lookup.find("block", given["block"])
     for key in given:
         if key not in known:
             raise UserError(f"config.model.{key} is of no use for {variant}: leave it out")
@@ -103,13 +105,5 @@ def default_unroll(variant: str) -> int | None:
 
 def head_inputs(model: Any, params: Any, images: jax.Array) -> jax.Array:
     """What a model gives its head [B, D], of images [B, H, W, 3] in [-1, 1]."""
-    found: list[jax.Array] = []
-
-    def listen(call: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if context.module.name == "head":
-            found.append(args[0])
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(listen):
-        model.apply({"params": params}, images)
-    return found[0]
+    _, kept = model.apply({"params": params}, images, mutable=["pre_logits"])
+    return kept["pre_logits"]["features"][0]

@@ -243,8 +243,10 @@ class ResNet(nn.Module):
         x = x.reshape(len(x), -1, x.shape[-1])
         self.sow("intermediates", "encoded", x)
         high = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.astype(high).mean(1)
+        self.sow("pre_logits", "features", x)
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
-        return head(x.astype(high).mean(1))
+        return head(x)
 
     def _keep(self, keys, rates, number, x, width, stride):
         """Mask of a unit's branch, [B, h*w, D] or [B, 1, 1]; None without keys."""

@@ -302,8 +302,10 @@ class Swin(nn.Module):
         x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
         self.sow("intermediates", "encoded", x)
         high = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.astype(high).mean(1)
+        self.sow("pre_logits", "features", x)
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
-        return head(x.astype(high).mean(1))
+        return head(x)
 
 
 Model = Swin

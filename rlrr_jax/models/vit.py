@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import exits, matmul, noise, physics
+from rlrr_jax.models import matmul, noise
 from rlrr_jax.models.matmul import Dense, DenseGeneral
 from rlrr_jax.sides import Size, pair
 
@@ -32,7 +32,7 @@ PARTS = (
     *("pool", "class_token", "dist_token", "registers"),
     *("pre_norm", "fc_norm", "qk_norm", "projection"),
 )
-CHOSEN = ("depth", "exits")  # and what a run chooses
+CHOSEN = ("depth", "block")  # and what a run chooses
 EXAMPLES = tuple(f"{size}/16" for size in VARIANTS)
 
 
@@ -171,10 +171,10 @@ class MultiHeadDotProductAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm encoder block, as the body of a scan over depth.
+    """One pre-norm encoder block, as the body of a scan over depth. A model may be built with another.
 
     With `tokens` it returns so many of the first tokens; they attend to all. `grid` is that of the
-    patches, rows and columns. Beside the tokens it returns the mean [B, D] of those that are `seen`.
+    patches, rows and columns. The collection "blocks" gets its `tokens` [B, T, D], if it is asked for.
     """
 
     mlp_dim: int
@@ -186,15 +186,17 @@ class Block(nn.Module):
     dtype: Any
     grid: tuple | None = None
     tokens: int | None = None
-    seen: tuple | None = None
+
+    def before_attention(self, y):
+        """What attention gets of the normalised tokens [B, T, D]: a place for a block of one's own."""
+        return y
 
     @nn.compact
     def __call__(self, x, rate, keep):
         first, second = (None, None) if keep is None else keep[:, :, : self.tokens]  # or [2, B, 1, 1]
         norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
-        if self.has_variable("params", physics.NAME):  # of an activation method
-            y = physics.before_attention(self.get_variable("params", physics.NAME), y, self.grid)
+        y = self.before_attention(y)
         y = MultiHeadDotProductAttention(
             self.num_heads,
             self.attention,
@@ -206,14 +208,12 @@ class Block(nn.Module):
         y = norm(name="LayerNorm_1")(x)
         y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
         x = added(x, y, rate, second)
-        return x, None if self.seen is None else exits.pooled(x, self.seen)
+        self.sow("blocks", "tokens", x)
+        return x, None
 
 
 class Encoder(nn.Module):
-    """All blocks, scanned over depth, and the final LayerNorm, unless that comes after pooling.
-
-    Returns the tokens, and what each block was asked for beside them.
-    """
+    """All blocks, scanned over depth, and the final LayerNorm, unless that comes after pooling."""
 
     depth: int
     unroll: int
@@ -223,7 +223,8 @@ class Encoder(nn.Module):
     first: int
     until: int | None
     pooled: int | None
-    block: dict
+    block: type
+    options: dict
 
     @nn.compact
     def __call__(self, x, rate, keys):
@@ -233,18 +234,18 @@ class Encoder(nn.Module):
         # All masks at once: a kernel for each branch would take longer to compile than the rest.
         noise = rates, x.shape[1:], self.drop_path_mode, self.first
         keep = None if keys is None else drop_path_masks(keys, *noise)
-        asked = self.is_mutable_collection("intermediates") or self.block["seen"] is not None
-        every, early = self.is_initializing() or asked, None
+        asked = any(map(self.is_mutable_collection, ("intermediates", "blocks")))
+        every = self.is_initializing() or asked
         # Cut apart only where nothing is scanned: a second kind of block would be compiled, too.
         if self.pooled and self.unroll >= number and not self.until and not every:
             x = self._apart(x, rates, keep)
         else:
-            blocks = over_depth(Block, number, self.unroll, self.remat)
-            x, early = blocks(**self.block, name="encoderblock")(x, rates, keep)
+            blocks = over_depth(self.block, number, self.unroll, self.remat)
+            x, _ = blocks(**self.options, name="encoderblock")(x, rates, keep)
         if not self.final_norm or self.until:
-            return x, early
-        norm = dict(epsilon=self.block["norm_eps"], dtype=self.block["dtype"])
-        return nn.LayerNorm(**norm, name="encoder_norm")(x), early
+            return x
+        norm = dict(epsilon=self.options["norm_eps"], dtype=self.options["dtype"])
+        return nn.LayerNorm(**norm, name="encoder_norm")(x)
 
     def _apart(self, x, rates, keep):
         """All blocks, of which the last computes what is pooled alone: [B, pooled, D]."""
@@ -253,10 +254,10 @@ class Encoder(nn.Module):
         own = lambda index: jax.tree.map(lambda leaf: leaf[index], kinds)
         masks = lambda index: None if keep is None else keep[index]
         if last:
-            blocks = over_depth(Block, last, self.unroll, self.remat)(**self.block, parent=None)
+            blocks = over_depth(self.block, last, self.unroll, self.remat)(**self.options, parent=None)
             x, _ = blocks.apply(own(slice(last)), x, rates[:last], masks(slice(last)))
-        block = rematerialised(Block, True) if self.remat else Block
-        block = block(**self.block, tokens=self.pooled, parent=None)
+        block = rematerialised(self.block, True) if self.remat else self.block
+        block = block(**self.options, tokens=self.pooled, parent=None)
         return block.apply(own(last), x, rates[last], masks(last))[0]
 
 
@@ -297,7 +298,7 @@ class ViT(nn.Module):
       first: number of blocks that the input has passed already; it is tokens then.
       until: number of blocks after which tokens are returned; None: logits after all.
       projection: width of a Dense without bias before the head, as CLIP's; 0 is none.
-      exits: numbers of blocks after which there are heads, too, see `models/exits.py`.
+      block: class of the blocks.
       gelu: "tanh" (the public JAX weights were trained with it), "exact", or "quick" (CLIP).
       attention: "xla" or "cudnn", see `MultiHeadDotProductAttention`.
       drop_path_mode: see `drop_path`.
@@ -328,7 +329,7 @@ class ViT(nn.Module):
     fc_norm: bool = False
     qk_norm: bool = False
     projection: int = 0
-    exits: tuple[int, ...] = ()
+    block: type = Block
     first: int = 0
     until: int | None = None
 
@@ -344,10 +345,11 @@ class ViT(nn.Module):
 
         The collection "intermediates" gets `encoded` [B, tokens + h*w, D], the normalised tokens, if it
         is asked for; else the last block computes no token that is not pooled, where depth is unrolled.
-        The collection "exits" gets `logits` [B, E, num_classes] and `features` [B, E, D] of the exits.
+        The collection "blocks" gets the tokens of every block [L, B, T, D], "pre_logits" what the head
+        gets, `features` [B, D].
         """
         x = images.astype(self.dtype) if self.first else self._tokens(images)
-        block = dict(
+        options = dict(
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,
             gelu=self.gelu,
@@ -355,12 +357,12 @@ class ViT(nn.Module):
             norm_eps=self.norm_eps,
             qk_norm=self.qk_norm,
             dtype=self.dtype,
-            seen=exits.seen(self) if self.exits and self.is_mutable_collection("exits") else None,
             grid=None if self.first else tuple(n // self.patch_size for n in images.shape[1:3]),
         )
         modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm, self.first, self.until
         pooled = {"token": 1, "both": 2}.get(self.pool)
-        x, early = Encoder(self.depth, *modes, pooled, block, name="Transformer")(x, drop_path, keys)
+        kind = pooled, self.block, options
+        x = Encoder(self.depth, *modes, *kind, name="Transformer")(x, drop_path, keys)
         if self.until:
             return x
         self.sow("intermediates", "encoded", x)
@@ -370,10 +372,7 @@ class ViT(nn.Module):
         if self.projection:
             x = Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
         high = jnp.promote_types(self.dtype, jnp.float32)  # float64 where a test computes in it
-        if self.exits:
-            sizes = len(self.exits), self.width, self.norm_eps
-            head = exits.Head(self.num_classes, *sizes, name="head")
-            return head(x.astype(high), exits.chosen(early, self.exits, high))
+        self.sow("pre_logits", "features", x.astype(high))
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
         return head(x.astype(high))
 
@@ -420,6 +419,13 @@ class ViT(nn.Module):
             return x.mean(1)
         kind = self.mlp_dim, self.num_heads, self.gelu, self.norm_eps, self.dtype
         return MAPHead(*kind, name="MAPHead_0")(x)[:, 0]
+
+
+def part(model: ViT, tree: Any, first: int, until: int | None) -> tuple[ViT, Any]:
+    """The model and tree of a ViT's blocks after the first so many, until a number; None: to logits."""
+    blocks = jax.tree.map(lambda x: x[first:until], tree["Transformer"]["encoderblock"])
+    own = {**tree, "Transformer": {**tree["Transformer"], "encoderblock": blocks}}
+    return model.clone(first=first, until=until), own
 
 
 Model = ViT

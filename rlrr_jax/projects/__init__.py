@@ -2,7 +2,16 @@
 
 _DATA, _DEFENCES = "rlrr_jax.projects.fgvc.data", "rlrr_jax.projects.leakage.defences"
 NAMES: dict[str, dict[str, str]] = {  # see lookup.py
+    "method": {
+        "gps": "rlrr_jax.projects.gps.method:method",
+        "moppa": "rlrr_jax.projects.moppa.method:method",
+        "met": "rlrr_jax.projects.exits.met:method",
+    },
+    "block": {"moppa": "rlrr_jax.projects.moppa.block:Block"},
     "loss": {
+        "exits": "rlrr_jax.projects.exits.losses:exits_loss",
+        "met": "rlrr_jax.projects.exits.losses:met_loss",
+        "moppa": "rlrr_jax.projects.moppa.losses:moppa",
         "pace": "rlrr_jax.projects.pace.losses:pace",
         "pace_lazy": "rlrr_jax.projects.pace.losses:pace_lazy",
         "pace_fast": "rlrr_jax.projects.pace.losses:pace_fast",

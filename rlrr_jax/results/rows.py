@@ -134,11 +134,6 @@ def find(workdirs: list) -> list[dict]:
     for workdir in workdirs:
         for path in files.below(workdir, "*", "*", "seed*", "result.json"):
             row = read(path)
-            if missing := {"identity", *COMPARED} - row.keys():
-                raise UserError(
-                    f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete "
-                    f"{path.parent} to start that run again"
-                )
             other, where = found.setdefault(row["identity"], (row, path))
             if any(other[key] != row[key] for key in COMPARED):
                 raise UserError(
@@ -151,21 +146,14 @@ def find(workdirs: list) -> list[dict]:
 
 
 def read(path: Any) -> dict:
-    """The row in a `result.json`; the `config`, `setting` and `line` of an older one are filled in.
-
-    They come from the `config.json` beside it; UserError if that has gone.
-    """
+    """The row in a `result.json`; UserError for one that lacks what tables are made of."""
     row = files.read_json(path)
-    if {"config", "setting", "line"} <= row.keys():
-        return row
-    saved = path.parent / "config.json"
-    if not saved.exists():
+    if missing := {"identity", "config", "setting", "line", *COMPARED} - row.keys():
         raise UserError(
-            f"{path} was written by an older version, and its config.json is gone: restore that, or "
-            f"delete {path.parent}"
+            f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete {path.parent} to start "
+            f"that run again"
         )
-    values = identity.described(ConfigDict(files.read_json(saved)))
-    return {**row, "config": values, **identity.digests(values)}
+    return row
 
 
 def unfinished(workdir: Any) -> list[str]:

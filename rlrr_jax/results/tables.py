@@ -9,7 +9,6 @@ from typing import Any
 from tabulate import tabulate
 
 from rlrr_jax.checks import GRID
-from rlrr_jax.data import tasks
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.runs import identity
 
@@ -101,24 +100,23 @@ def which(row: dict, seed: bool = True) -> list[str]:
         [f"{k}={v}" for k, v in row.get("method_kwargs", {}).items()],
         row.get("trial") or "",
     )
-    if row["method"] == "moppa":
-        options.append("(not folded)")
-    if row.get("loss", "cross_entropy") not in ("cross_entropy", "exits") and "loss" not in trial:
+    model = (row.get("config") or {}).get("model") or {}
+    options += ["(not folded)"] if model.get("block") else []
+    if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in trial:
         options.append(f"loss={row['loss']}")
+    fixed = {k: v for k, v in (row.get("loss_kwargs") or {}).items() if isinstance(v, list | tuple)}
+    options += [f"{k}={'+'.join(map(str, v))}" for k, v in fixed.items()]
     if row.get("precision") not in (None, "highest", "default") and "precision" not in trial:
         options.append(f"precision={row['precision']}")  # other than what goes with the dtype
     options += [f"gradients={row['gradients']}"] if row.get("gradients") else []
-    model = (row.get("config") or {}).get("model") or {}
     options += [f"depth={model['depth']}"] if model.get("depth") else []
-    if model.get("exits"):
-        options.append("exits=" + "+".join(map(str, model["exits"])))
     options += [f"{key}={row[key]:g}" for key in MIXED if row.get(key) and key not in trial]
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
     return options + seeds + changed(row)
 
 
 def changed(row: dict) -> list[str]:
-    """`["lr=1e-05", "loss=pace"]` of a run in the folder `lr1e-05-losspace`."""
+    """`["lr=1e-05", "gelu=tanh"]` of a run in the folder `lr1e-05-gelutanh`."""
     groups = [row, row.get("loss_kwargs"), *(row.get("config") or {}).values()]
     known = sorted({key for group in groups if isinstance(group, dict) for key in group}, key=len)
     out = []
@@ -219,19 +217,15 @@ def differing(each: list[dict], shown: Iterable[str] = ()) -> list[list[str]]:
     return words
 
 
-def _held_out(row):
-    number = row.get("num_val")
-    if number is None:  # of an older run
-        task = tasks.get(row["task"])
-        number = task.number(task.parts[1])
-    return f"{number:,} validation images"
-
-
 def caption(rows: list[dict]) -> str:
     """What the table's numbers are: one line for each setting of a task, and the columns."""
     lines = []
     for row in rows:
-        tested = f"{row['num_test']:,} test images" if row["num_test"] else _held_out(row)
+        tested = (
+            f"{row['num_test']:,} test images"
+            if row["num_test"]
+            else f"{row['num_val']:,} validation images"
+        )
         lines.append(
             f"{row['task']}: {tested}, source {row['source']} ({row['dataset']}, {row['variant']} "
             f"pixels), backbone {row['backbone']} "

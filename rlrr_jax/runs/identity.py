@@ -11,7 +11,7 @@ import jax
 
 from rlrr_jax import losses, methods, models
 from rlrr_jax.checks import GRID
-from rlrr_jax.data import crops, tasks
+from rlrr_jax.data import crops
 from rlrr_jax.data.task import Task
 from rlrr_jax.models import vit
 from rlrr_jax.weights import names, preprocessing
@@ -36,12 +36,13 @@ PLACES = (
     "searching",  # evaluated after the last epoch alone
     "val_acc",  # of the setting that "vtab" chose: a result
     "val_tried",  # of all that it tried
+    "head_classes",  # of a head that tasks of one start share, see `heads`
 )
 
 
 def recipe(task: Task, method_name: str) -> dict[str, Any]:
     """What a task and a method bring where the configuration says nothing."""
-    own = methods.get(method_name).DEFAULTS
+    own = {k: v for k, v in methods.get(method_name).DEFAULTS.items() if k not in ("loss", "block")}
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
     return {**recipe, **task.extra, **own, **task.recipes.get(method_name, {})}
 
@@ -68,7 +69,7 @@ def together(run: Any) -> str:
 def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
     """A run's configuration without `PLACES`, and the provenance of weights and data, plain values.
 
-    What is as it was before a key existed is left out, so that older runs stay the same work.
+    What is as it was before a key existed is left out, so that runs of before it stay the same work.
     """
     plain = {**run.to_dict(), **(provenance or {})}
     if not (plain.get("own") or {}).get("path"):
@@ -155,11 +156,7 @@ def across_tasks(values: dict) -> dict[str, Any]:
 
     Values that came from the recipe of a task and method are left out, since every task has its own.
     """
-    keys = values.get("recipe")
-    if keys is None:  # of an older run: what is equal
-        own = recipe(tasks.get(values["task"]), values["method"])
-        keys = [key for key in own if values.get(key) == own[key]]
-        keys += [f"grid.{key}" for key in own if (values.get("grid") or {}).get(key) == [own[key]]]
+    keys = values["recipe"]
     values = json.loads(json.dumps(setting(values)))
     grid = values.get("grid") or {}
     keys = [*keys, "task", "dataset"]

@@ -93,13 +93,5 @@ def check_folder(work: Work, sha256: str) -> None:
     if changed := identity.differences(old, new):
         raise UserError(
             f"{work.folder} holds a run with {', '.join(changed)}: choose another --workdir, or "
-            f"delete that folder" + _as_before(old, new)
+            f"delete that folder"
         )
-
-
-def _as_before(old: dict, new: dict) -> str:
-    """How a run of an older version goes on, which resized every position embedding linearly."""
-    resize = [values["pretrained"].get("resize") for values in (old, new)]
-    if resize[0] is None and resize[1] is not None:
-        return ", or go on as it was begun by --config.pretrained.resize=linear"
-    return ""

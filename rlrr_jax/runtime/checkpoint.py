@@ -166,8 +166,6 @@ def _other(saved: dict, wanted: dict) -> str | None:
     names = [k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k)]
     if not names:
         return None
-    if "crc32" not in saved or all("/head/" in name for name in names):  # whose heads were not padded
-        return "was written by an older version of rlrr_jax, which can finish it"
     return f"is another run's (its array {min(names)})"
 
 

@@ -31,7 +31,7 @@ STEM = "embedding"  # what takes the pixels
 _TIMM_STEM = "patch_embed.proj.weight"
 # Of other heads, of pre-training and of trainers: the class token's path does not use them.
 _UNUSED = re.compile(
-    r"(pre_logits|head_dist|head[./](\d+|mlp|last_layer|fc|exits)|fc_norm|pooler|mask_token|decoder|predictor"
+    r"(pre_logits|head_dist|head[./](\d+|mlp|last_layer|fc)|fc_norm|pooler|mask_token|decoder|predictor"
     r"|projector|projection|dino_head|ibot_head|optimizer|opt)\b.*|decoder_.*|(.*[./])?position_ids"
     r"|epoch|step|global_step|iteration"
 )

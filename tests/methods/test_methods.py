@@ -462,22 +462,3 @@ def test_dropout_of_ranks(name, factor, frozen):
     jax.tree.map(np.testing.assert_array_equal, plain["Transformer"], expected)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), noisy["Transformer"], expected)
     assert not all(jax.tree.leaves(same))
-
-
-def test_gps_takes_the_entries_with_the_largest_gradients(frozen):
-    method = methods.get("gps", entries=2)
-    rng = np.random.default_rng(0)
-    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), frozen)
-    adapter = method.prepare(frozen, grads)
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), method.init(jax.random.key(0), frozen))
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), adapter)
-    same = method.merge(frozen, adapter)
-    jax.tree.map(np.testing.assert_array_equal, same, frozen)
-    of = lambda tree: tree["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]
-    sizes = np.abs(np.asarray(of(grads)["kernel"]))
-    for block in range(3):
-        for o in range(64):
-            largest = set(np.argsort(sizes[block, :, o])[-2:].tolist())
-            assert set(np.asarray(of(adapter["fixed"])[block, o]).astype(int).tolist()) == largest
-    with pytest.raises(ValueError, match="option entries=40 is more than the 32 inputs of a layer"):
-        methods.get("gps", entries=40).init(jax.random.key(0), frozen)

@@ -2,11 +2,12 @@
 
 import pytest
 import test_docs as docs
+from PIL import Image
 from squeeze import squeeze
 
 PAGES = sorted((docs.RUN / "projects").glob("**/README.md"))
 COMMANDS = list(dict.fromkeys(text for _, text in docs.commands(PAGES)))
-KINDS = ("analysis", "leakage", "main")
+KINDS = ("analysis", "leakage", "exits", "main")
 data, dinov2 = docs.data, docs.dinov2
 
 
@@ -19,6 +20,28 @@ def kind(text):
 
 def test_there_is_a_rule_for_every_command():
     assert all(map(kind, COMMANDS)) and len(COMMANDS) >= 4, [t for t in COMMANDS if not kind(t)]
+
+
+@pytest.mark.slow
+def test_images_leave_early_as_the_page_says(data, tmp_path):
+    """Every command of the page of exits, in order, with the bundled model of six blocks."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "photos/a.jpg")
+    every = [text for text in COMMANDS if "exit" in text or "depth6" in text]
+    assert len(every) == 4
+    for text in every:
+        small = text.replace("(4,6,8,10)", "(2,4)").replace("depth=6", "depth=3")
+        words = docs.program(small.replace("(0,1,2)", "(0,)"))
+        if "rlrr_jax.main" in text:
+            words += [*docs.SMALL, "--config.pretrained.name=bundled", f"--config.data.dir={data}"]
+        out = docs.run(words, tmp_path)
+        if "projects.exits runs" in text:
+            assert (
+                "## rlrr loss=exits at=2+4 precision=bfloat16" in out
+                and "rlrr precision=bfloat16 depth=3" in out
+            )
+        if "predict" in text:
+            assert "photos/a.jpg" in out and "of the FLOPs of the whole network" in out
 
 
 @pytest.mark.slow

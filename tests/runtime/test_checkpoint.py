@@ -5,7 +5,6 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from rlrr_jax.errors import UserError
@@ -110,21 +109,3 @@ def test_a_checkpoint_of_another_run_is_refused(what, tmp_path):
     save(tmp_path, state=FOREIGN[what])
     with pytest.raises(UserError, match=r"checkpoint 1 is another run's \(its array .*trainable"):
         restore(tmp_path)
-
-
-def test_a_checkpoint_of_an_older_version_is_refused(tmp_path):
-    """Those had their checksums in a file beside them."""
-    with checkpoint.open_manager(tmp_path / "checkpoints") as manager:
-        tree = {"state": STATE, "metrics": METRICS, "place": np.zeros(1)}
-        manager.save(1, args=ocp.args.StandardSave(tree))
-    with pytest.raises(UserError, match="written by an older version of rlrr_jax, which can finish it"):
-        restore(tmp_path)
-
-
-def test_a_checkpoint_whose_head_alone_differs_is_of_an_older_version(tmp_path):
-    """Their heads were not padded, see `heads`."""
-    head = lambda classes: {**STATE, "trainable": {**STATE["trainable"], "head": {"bias": classes}}}
-    save(tmp_path, state=head(jnp.zeros(10)))
-    with checkpoint.open_manager(tmp_path / "checkpoints") as manager:
-        with pytest.raises(UserError, match="written by an older version of rlrr_jax, which can"):
-            checkpoint.Keeper(manager, 0).restore((head(jnp.zeros(512)), METRICS), 1)

@@ -188,7 +188,7 @@ def _case(path: Any, first: ConfigDict, precision: str, where: dict) -> Case:
     how = adapters.model(adapter), adapters.method(adapter), backbone.frozen
     client = Client(*how, adapter.trainable, precision)
     label = tables.label([rows.read(path.parent / "result.json")])
-    if client.method.prepare is not None:
+    if methods.asks_training(client.method):
         print(f"{label}: starts from gradients of the data, and is attacked after training only")
         return Case(label, {"trained": client})
     key = jax.random.split(jax.random.key(run.seed), 3)[0]

@@ -34,7 +34,7 @@ class Client(NamedTuple):
 def gradient(client: Client, images: jax.Array, labels: jax.Array) -> Any:
     """The gradient of the loss of a batch, a tree `{"adapter", "head"}`.
 
-    The loss is the mean cross-entropy, with the method's own penalty where it has one.
+    The loss is the mean cross-entropy.
 
     Args:
       client: the `Client`.
@@ -45,9 +45,7 @@ def gradient(client: Client, images: jax.Array, labels: jax.Array) -> Any:
     def loss(trainable: Any) -> jax.Array:
         params = methods.merge(client.method, client.frozen, trainable)
         logits = client.model.apply({"params": params}, images)
-        total = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        penalty = client.method.penalty
-        return total if penalty is None else total + penalty(trainable["adapter"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     with jax.default_matmul_precision(client.precision):
         return jax.grad(loss)(client.trainable)

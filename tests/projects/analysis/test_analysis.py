@@ -164,3 +164,9 @@ def test_nothing_to_analyse_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["analyze", str(tmp_path)])
     with pytest.raises(UserError, match="there is no finished run in "):
         analyze.main()
+
+
+def test_a_remote_workdir_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["analysis", "gs://bucket/run"])
+    with pytest.raises(UserError, match="gs://bucket/run is not on this machine"):
+        analyze.main()

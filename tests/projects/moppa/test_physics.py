@@ -9,7 +9,8 @@ import scipy.linalg
 from float64 import in_float64
 from models.test_vit import SMALL, images, random_tree
 
-from rlrr_jax.models import physics, vit
+from rlrr_jax.models import vit
+from rlrr_jax.projects.moppa import block as physics
 
 GRID, WIDTH = (4, 6), 3
 RNG = np.random.default_rng(0)
@@ -36,12 +37,6 @@ def only(path, v, x=X):
     route = jnp.array([0.0 if name == path else -1e9 for name in physics.PATHS])
     tokens = jnp.asarray(x).reshape(1, -1, WIDTH)
     return np.asarray(physics.before_attention({**v, "route": route}, tokens, GRID)[0])
-
-
-def test_the_transform_is_scipy_s():
-    x = RNG.standard_normal((7, 5))
-    np.testing.assert_allclose(physics.dct(7) @ x, scipy.fft.dct(x, norm="ortho", axis=0), atol=1e-12)
-    np.testing.assert_allclose(physics.dct(7).T @ physics.dct(7), np.eye(7), atol=1e-12)
 
 
 @in_float64
@@ -99,7 +94,7 @@ def test_paths_are_mixed_and_other_tokens_pass():
 @in_float64
 def test_a_vit_mixes_before_attention(unroll):
     """Against the same blocks with the operators written around their first LayerNorm."""
-    model = vit.ViT(**SMALL, unroll=unroll, dtype=jnp.float64)
+    model = vit.ViT(**SMALL, block=physics.Block, unroll=unroll, dtype=jnp.float64)
     params = jax.tree.map(jnp.float64, random_tree(vit.ViT(**SMALL), 48))
     draw = lambda *shape: jnp.array(0.3 * RNG.standard_normal(shape))
     extra = {name: draw(3, 32) for name in "ktcf"} | {"route": draw(3, 3)}
@@ -128,11 +123,13 @@ def test_a_vit_mixes_before_attention(unroll):
             own = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], block)
             one = {**params, "Transformer": {**params["Transformer"], "encoderblock": own}}
             if i == 0:
-                tokens = vit.ViT(**{**SMALL, "depth": 1}, dtype=jnp.float64, until=1).apply(
-                    {"params": one}, images()
-                )
+                tokens = vit.ViT(
+                    **{**SMALL, "depth": 1}, block=physics.Block, dtype=jnp.float64, until=1
+                ).apply({"params": one}, images())
             else:
-                part = vit.ViT(**{**SMALL, "depth": i + 1}, dtype=jnp.float64, first=i)
+                part = vit.ViT(
+                    **{**SMALL, "depth": i + 1}, block=physics.Block, dtype=jnp.float64, first=i
+                )
                 part = part.clone(until=i + 1) if i < 2 else part
                 tokens = part.apply({"params": one}, tokens)
     np.testing.assert_allclose(found, tokens, atol=1e-9)

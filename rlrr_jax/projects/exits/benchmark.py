@@ -1,7 +1,7 @@
 """Time of predictions with early exits beside the FLOPs they save, in one run.
 
-    python benchmarks/exits.py RUN                     # a run's folder, with exits
-    python benchmarks/exits.py RUN --images 5400 --thresholds 2,0.99,0.9,0
+    python -m rlrr_jax.projects.exits.benchmark RUN    # a run's folder, with exits
+    python -m rlrr_jax.projects.exits.benchmark RUN --images 5400 --thresholds 2,0.99,0.9,0
 
 Images are those of the run's test set, decoded before. The whole network, without exits, is timed
 among the thresholds; each time is the best of three. A threshold of 2 lets no image leave early.
@@ -16,7 +16,7 @@ import numpy as np
 from rlrr_jax import adapters
 from rlrr_jax import config as config_lib
 from rlrr_jax.data import store
-from rlrr_jax.exits import leave
+from rlrr_jax.projects.exits import leave
 
 
 def pictures(run, number):
@@ -53,16 +53,17 @@ def main():
     args = parser.parse_args()
     path = pathlib.Path(args.run) / "adapter.safetensors"
     adapter = adapters.read(path)
-    tuned = adapters.load(adapter)
+    exits = leave.load(adapter, adapters.backbone(adapter))
+    plain = adapters.Tuned(exits.model, exits.trees[-1], exits.card)
     images = pictures(adapter.run, args.images // args.batch * args.batch)
-    plain = tuned._replace(model=tuned.model.clone(exits=()))
     base = best(lambda: whole(plain, images, args.batch))
-    costs = leave.flops(tuned.model, adapters.image_size(tuned.card), bool(tuned.exit_trees))
-    full = leave.flops(plain.model, adapters.image_size(tuned.card))[-1]
+    size = adapters.image_size(exits.card)
+    costs = leave.flops(exits.model, exits.at, size, exits.own)
+    full = leave.flops(exits.model, (), size)[-1]
     print(f"{len(images)} images, batches of {args.batch}; the whole network takes {base:.2f} s")
     print("| threshold | FLOPs | time |\n| ---: | ---: | ---: |")
     for threshold in map(float, args.thresholds.split(",")):
-        leaver = leave.Leaver(tuned, threshold, args.batch)
+        leaver = leave.Leaver(exits, threshold, args.batch)
         seconds = best(lambda leaver=leaver: leaver(images))
         share = leaver.counts @ costs / leaver.counts.sum() / full
         print(f"| {threshold:g} | {share:.2f} | {seconds / base:.2f} |", flush=True)

@@ -9,9 +9,10 @@ import pytest
 import safetensors.numpy
 from models.test_vit import SMALL, random_tree
 
-from rlrr_jax import methods, sensitivity, step, suite
+from rlrr_jax import methods, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.models import vit
+from rlrr_jax.projects.gps import sensitivity
 
 MODEL = vit.ViT(**SMALL)
 RNG = np.random.default_rng(0)
@@ -40,14 +41,15 @@ def test_the_loss_is_that_of_the_paper():
 @pytest.mark.slow
 def test_the_gradient_is_the_sum_over_batches():
     frozen = random_tree(MODEL, 16)
-    recipe = step.Recipe(MODEL, methods.get("gps"), 4, 10, 16)
     images = RNG.integers(0, 256, (10, 16, 16, 3), np.uint8)
     labels, mask = RNG.integers(0, 2, 10).astype(np.int32), np.ones(12, np.float32)
     mask[10:] = 0
     pad = lambda x: np.concatenate([x, np.zeros((2, *x.shape[1:]), x.dtype)])
     rows = [slice(i, i + 4) for i in (0, 4, 8)]
     batches = [(pad(images)[r], pad(labels)[r], mask[r]) for r in rows]
-    ours = sensitivity.gradient(recipe, frozen, batches)
+    training = methods.Training(MODEL, (16, None), "highest", lambda: iter(batches))
+    ours = training.once(sensitivity.gradient, frozen)
+    assert training.once(sensitivity.gradient, frozen) is ours
 
     def loss(params, images, labels):
         views = np.concatenate([images, images[:, :, ::-1]]) / np.float32(127.5) - 1
@@ -82,3 +84,25 @@ def test_a_run_of_gps_trains_what_it_chose(tmp_path):
         (a != b).mean() for (k, a), b in zip(chosen[0].items(), chosen[1].values()) if "values" in k
     ]
     assert min(moved) > 0.5 and list(itertools.chain(moved))
+
+
+def test_gps_takes_the_entries_with_the_largest_gradients():
+    frozen = random_tree(MODEL, 16)
+    method = methods.get("gps", entries=2)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), frozen)
+    training = methods.Training(None, (), "", None)
+    training.once = lambda *_: grads
+    adapter = method.init(jax.random.key(0), frozen, training=training)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), method.init(jax.random.key(0), frozen))
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), adapter)
+    same = method.merge(frozen, adapter)
+    jax.tree.map(np.testing.assert_array_equal, same, frozen)
+    of = lambda tree: tree["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]
+    sizes = np.abs(np.asarray(of(grads)["kernel"]))
+    for block in range(3):
+        for o in range(64):
+            largest = set(np.argsort(sizes[block, :, o])[-2:].tolist())
+            assert set(np.asarray(of(adapter["fixed"])[block, o]).astype(int).tolist()) == largest
+    with pytest.raises(ValueError, match="option entries=40 is more than the 32 inputs of a layer"):
+        methods.get("gps", entries=40).init(jax.random.key(0), frozen)

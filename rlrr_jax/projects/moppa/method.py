@@ -1,13 +1,12 @@
 """MoPPA: a mixture of physical priors before attention (Wang et al., 2024, arXiv 2412.02759).
 
 An *activation* method: it folds into no weight, and a tuned model computes more than its backbone (see
-`models/physics.py`). Not all of it is public. This is the plainest reading, ours: each path starts near
+`block.py`). Not all of it is public. This is the plainest reading, ours: each path starts near
 the identity, the router is a softmax of three learnt values for each block and does not look at the
 image, and what keeps one path from taking all is `balance` times the Kullback-Leibler divergence of
-the shares from equal ones, summed over blocks.
+the shares from equal ones, summed over blocks (a loss of its own, `losses.py`).
 """
 
-import functools
 import math
 from typing import Any
 
@@ -15,23 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.methods.base import Method, decay_of, number, replaced, stack, subtree
+from rlrr_jax.methods.base import Method, decay_of, replaced, stack, subtree
+from rlrr_jax.projects.moppa.block import NAME, PATHS
 
 FORMULA = "tokens before attention: a1 heat + a2 wave + a3 Poisson of the grid; not folded"
-DEFAULTS = dict(lr=5e-3, weight_decay=1e-4, drop_path=0.0)  # ours
-NAME = "physics"  # as models/physics.py looks for them
-PATHS = 3
+DEFAULTS = dict(lr=5e-3, weight_decay=1e-4, drop_path=0.0, loss="moppa", block="moppa")  # ours
 
 
-def method(balance: float = 0.01) -> Method:
-    """MoPPA as a `Method`.
-
-    Args:
-      balance: weight of the term that keeps the shares of the paths apart from 0 and 1.
-    """
-    number("balance", balance)
-    penalty = functools.partial(_penalty, balance=balance)
-    return Method(init, merge, decay_of(), DEFAULTS, penalty=penalty, folds=False)
+def method() -> Method:
+    """MoPPA as a `Method`."""
+    return Method(init, merge, decay_of(), DEFAULTS)
 
 
 def init(key: jax.Array, frozen: Any) -> dict:
@@ -43,15 +35,10 @@ def init(key: jax.Array, frozen: Any) -> dict:
     depth, width = subtree(frozen, path)["LayerNorm_0"]["scale"].shape
     start = dict(k=-5.0, t=math.log(math.e - 1), c=0.05, f=0.0)  # k = 0.007 and t = 1 after softplus
     values = {name: jnp.full((depth, width), value) for name, value in start.items()}
-    return {**values, "route": jnp.zeros((depth, PATHS))}
+    return {**values, "route": jnp.zeros((depth, len(PATHS)))}
 
 
 def merge(frozen: Any, adapter: Any) -> Any:
     """The frozen tree with the values of each block beside its weights."""
     path = stack(frozen)
     return replaced(frozen, path, {**subtree(frozen, path), NAME: adapter})
-
-
-def _penalty(adapter: Any, balance: float) -> jax.Array:
-    log_shares = jax.nn.log_softmax(adapter["route"], -1)
-    return balance * (jnp.exp(log_shares) * (log_shares + math.log(PATHS))).sum()

@@ -14,6 +14,7 @@ from flax.traverse_util import unflatten_dict
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 from rlrr_jax.methods.sites import Site
+from rlrr_jax.projects.gps import sensitivity
 
 FORMULA = "W'[i, o] anything for the k inputs i of each output o with the largest gradient, b' anything"
 DEFAULTS = dict(lr=2e-3, weight_decay=0.0, drop_path=0.0)  # most frequent of its authors' on VTAB-1k
@@ -29,19 +30,18 @@ def method(entries: int = 1) -> base.Method:
     """
     base.positive("option entries", entries)
 
-    def init(key, frozen):
+    def init(key, frozen, training=None):
         del key
-        first = lambda site: jnp.broadcast_to(jnp.arange(entries), _shape(site, entries))
-        return _adapter(frozen, {site.path: first(site) for site in _layers(frozen, entries)})
+        layers = _layers(frozen, entries)
+        if training is None:
+            first = lambda site: jnp.broadcast_to(jnp.arange(entries), _shape(site, entries))
+            return _adapter(frozen, {site.path: first(site) for site in layers})
+        return _chosen(frozen, training.once(sensitivity.gradient, frozen))
 
-    def prepare(frozen, grads):
-        return _adapter(
-            frozen,
-            {
-                site.path: jax.lax.top_k(_columns(jnp.abs(_kernel(grads, site)), site), entries)[1]
-                for site in _layers(frozen, entries)
-            },
-        )
+    @jax.jit
+    def _chosen(frozen, grads):
+        largest = lambda site: jax.lax.top_k(_columns(jnp.abs(_kernel(grads, site)), site), entries)[1]
+        return _adapter(frozen, {site.path: largest(site) for site in _layers(frozen, entries)})
 
     def merge(frozen, adapter):
         tree = frozen
@@ -55,7 +55,7 @@ def method(entries: int = 1) -> base.Method:
             tree = base.replaced(tree, site.path, {"kernel": kernel, **bias})
         return tree
 
-    return base.Method(init, merge, base.decay_of(), DEFAULTS, prepare=prepare)
+    return base.Method(init, merge, base.decay_of(), DEFAULTS)
 
 
 def _layers(frozen: Any, entries: int) -> list[Site]:

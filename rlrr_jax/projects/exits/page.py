@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlrr_jax.exits import choose
+from rlrr_jax.projects.exits import choose
 from rlrr_jax.results import plots, tables
 
 TEXT = """\
@@ -80,7 +80,7 @@ def text(groups: list[list[Run]]) -> str:
 
 
 def _with_exits(group: list[Run], full: float) -> str:
-    first, exits = group[0], group[0].row["config"]["model"]["exits"]
+    first, exits = group[0], group[0].row["loss_kwargs"]["at"]
     places = [f"block {number}" for number in exits] + ["end"]
     share = lambda cost: f"{100 * cost / full:.0f} %"
     alone = [

@@ -10,7 +10,8 @@ import numpy as np
 from rlrr_jax import adapters, evaluate
 from rlrr_jax.data import crops, resize
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import exits
+from rlrr_jax.models import vit
+from rlrr_jax.projects.exits import heads, met
 from rlrr_jax.sides import Size, pair
 
 
@@ -28,22 +29,58 @@ class Stage(NamedTuple):
     images: bool
 
 
-def stages(tuned: adapters.Tuned) -> list[Stage]:
-    """The parts of a `Tuned` model with exits; UserError for one without."""
-    model, run = tuned.model, tuned.card["config"]
-    if not getattr(model, "exits", ()):
+class Exits(NamedTuple):
+    """A tuned model with early exits.
+
+    Attributes:
+      model: the ViT.
+      at: numbers of blocks after which there are exits.
+      heads: their own values.
+      trees: the merged tree, or one for each exit and the end, in order.
+      card: the adapter's.
+    """
+
+    model: Any
+    at: tuple
+    heads: Any
+    trees: list
+    card: dict
+
+    @property
+    def own(self) -> bool:
+        """Whether each exit has a tree of its own."""
+        return len(self.trees) > 1
+
+
+def places(adapter: adapters.Adapter) -> tuple[int, ...]:
+    """The blocks after which an adapter has exits; none if it was trained without."""
+    return tuple(adapter.card["config"].get("loss_kwargs", {}).get("at") or ())
+
+
+def load(adapter: adapters.Adapter, backbone: adapters.Backbone) -> Exits:
+    """Puts an adapter with exits on its backbone; UserError for one without."""
+    if not (at := places(adapter)):
         raise UserError(
-            "this adapter was trained without early exits: train one with config.model.exits and "
-            "config.loss=exits"
+            "this adapter was trained without early exits: train one with config.loss=exits and "
+            "config.loss_kwargs.at"
         )
-    ends, out, begin = (*model.exits, None), [], 0
-    own = (*tuned.exit_trees, tuned.params) if tuned.exit_trees else None
+    tuned = adapters.load(adapter, backbone)
+    trees = [tuned.params]
+    if adapter.card["config"]["loss"] == "met":
+        trees = jax.jit(met.trees)(backbone.frozen, adapter.trainable)
+    return Exits(tuned.model, at, adapter.trainable["loss"], trees, adapter.card)
+
+
+def stages(exits: Exits) -> list[Stage]:
+    """The parts of a model with exits."""
+    run, out, begin = exits.card["config"], [], 0
     crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
-    for number, end in enumerate(ends):
-        tree, first = (own[number], 0) if own else (tuned.params, begin)
-        part, cut = exits.part(model, tree, first, end)
-        pixels = None if first else (adapters.image_size(tuned.card), crop_from)
-        out.append(Stage(_program(part, model, number, pixels, run["precision"]), cut, not first))
+    for number, end in enumerate((*exits.at, None)):
+        tree, first = (exits.trees[number], 0) if exits.own else (exits.trees[0], begin)
+        part, cut = vit.part(exits.model, tree, first, end)
+        pixels = None if first else (adapters.image_size(exits.card), crop_from)
+        program = _program(part, exits.model, number, pixels, run["precision"])
+        out.append(Stage(program, {"tree": cut, "heads": exits.heads}, not first))
         begin = end
     return out
 
@@ -55,8 +92,11 @@ def _program(part: Any, model: Any, number: int, pixels: tuple | None, precision
     @jax.jit
     def run(params: Any, x: jax.Array) -> tuple[Any, jax.Array]:
         with jax.default_matmul_precision(precision):
-            out = part.apply({"params": params}, resize.normalize(x, *pixels) if pixels else x)
-            return (out, exits.at(model, params, number, out)[0]) if part.until else (None, out)
+            images = resize.normalize(x, *pixels) if pixels else x
+            out = part.apply({"params": params["tree"]}, images)
+            if not part.until:
+                return None, out
+            return out, heads.of_one(model, params["heads"], number, out)[0]
 
     return run
 
@@ -76,7 +116,9 @@ def classify(
       batch_size: images at once.
     """
     if not (number := len(images)):
-        return np.zeros((0, len(parts[-1].params["head"]["bias"])), np.float32), np.zeros(0, int)
+        return np.zeros((0, len(parts[-1].params["tree"]["head"]["bias"])), np.float32), np.zeros(
+            0, int
+        )
     left, left_at = np.arange(number), np.full(number, len(parts) - 1)
     out, x = None, images
     for i, stage in enumerate(parts):
@@ -92,12 +134,11 @@ def classify(
 
 
 class Leaver:
-    """`classify` of a `Tuned` model with a threshold, which counts who leaves where."""
+    """`classify` of a model with exits and a threshold, which counts who leaves where."""
 
-    def __init__(self, tuned: adapters.Tuned, threshold: float, batch_size: int):
-        self.parts, self.threshold, self.batch_size = stages(tuned), threshold, batch_size
-        self.model, self.own = tuned.model, bool(tuned.exit_trees)
-        self.size = adapters.image_size(tuned.card)
+    def __init__(self, exits: Exits, threshold: float, batch_size: int):
+        self.parts, self.threshold, self.batch_size = stages(exits), threshold, batch_size
+        self.exits, self.size = exits, adapters.image_size(exits.card)
         self.counts = np.zeros(len(self.parts), int)
 
     def __call__(self, images: Any) -> np.ndarray:
@@ -108,10 +149,10 @@ class Leaver:
 
     def told(self) -> str:
         """How many images left where, and what that cost."""
-        places = [f"block {number}" for number in self.model.exits] + ["the end"]
+        places = [f"block {number}" for number in self.exits.at] + ["the end"]
         left = ", ".join(f"{n} at {place}" for n, place in zip(self.counts, places))
-        costs = flops(self.model, self.size, self.own)
-        whole = flops(self.model.clone(exits=()), self.size)[-1]
+        costs = flops(self.exits.model, self.exits.at, self.size, self.exits.own)
+        whole = flops(self.exits.model, (), self.size)[-1]
         mean = self.counts @ costs / max(self.counts.sum(), 1) / whole
         return f"left {left}; {100 * mean:.0f} % of the FLOPs of the whole network"
 
@@ -142,11 +183,12 @@ def every(parts: list[Stage], images: Any, batch_size: int, done: Callable = lam
     return np.concatenate(out)
 
 
-def flops(model: Any, image_size: Size, own: bool = False) -> np.ndarray:
+def flops(model: Any, at: tuple, image_size: Size, own: bool = False) -> np.ndarray:
     """FLOPs [E + 1] of the matmuls until an image leaves at each exit, and at the end.
 
     Args:
       model: a ViT.
+      at: numbers of blocks after which there are exits.
       image_size: size of the images, see `sides`.
       own: whether each exit has a tree of its own, and an image begins again after one it did not take.
     """
@@ -155,6 +197,6 @@ def flops(model: Any, image_size: Size, own: bool = False) -> np.ndarray:
     tokens, d = patches + sum(model.tokens().values()), model.width
     stem = 2 * patches * 3 * model.patch_size**2 * d
     block = 2 * tokens * (4 * d * d + 2 * d * model.mlp_dim) + 4 * tokens**2 * d
-    head, ends = 2 * d * model.num_classes, np.array((*model.exits, model.depth))
+    head, ends = 2 * d * model.num_classes, np.array((*at, model.depth))
     alone = stem + ends * block + head
     return np.cumsum(alone) if own else alone + head * np.arange(len(ends))

@@ -1,27 +1,31 @@
-"""Heat, wave and Poisson operators on the grid of patches, solved by cosine transforms.
+"""A block whose patches are mixed by heat, wave and Poisson operators before attention.
 
 After MoPPA (Wang et al., 2024, arXiv 2412.02759), whose text and code are not all public: the spectral
 forms are those of vHeat (https://github.com/MzeroMiko/vHeat), the same group's earlier operator.
-Borders are Neumann's: nothing flows out.
+Borders are Neumann's: nothing flows out, so that a cosine transform solves each equation.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.fft import dctn, idctn
+
+from rlrr_jax.models import vit
 
 NAME = "physics"  # of a block's values in a ViT's tree; where there are none, nothing is computed
 PATHS = ("heat", "wave", "poisson")
 
 
-def dct(size: int) -> np.ndarray:
-    """The orthonormal DCT-II [frequencies, positions]: `dct(n) @ x`; its transpose is the inverse."""
-    n, x = np.arange(size)[:, None], np.arange(size)[None]
-    rows = np.cos((x + 0.5) * n * np.pi / size) * math.sqrt(2 / size)
-    rows[0] /= math.sqrt(2)
-    return rows.astype(np.float64)
+class Block(vit.Block):
+    """A ViT's block that looks for the values of the operators beside its weights."""
+
+    def before_attention(self, y):
+        """The tokens, those of patches mixed over the grid."""
+        if not self.has_variable("params", NAME):
+            return y
+        return before_attention(self.get_variable("params", NAME), y, self.grid)
 
 
 def eigenvalues(grid: tuple[int, int]) -> np.ndarray:
@@ -69,8 +73,8 @@ def before_attention(values: Any, tokens: jax.Array, grid: tuple[int, int]) -> j
     x = tokens[:, first:].reshape(len(tokens), *grid, -1)
     shares, each = routes(values), multipliers(values, grid)
     paths = jnp.stack([each[path] for path in PATHS])
-    mask = jnp.sum(shares[:, None, None, None] * paths, 0).astype(x.dtype)
-    rows, columns = (jnp.asarray(dct(size), x.dtype) for size in grid)
-    spectrum = jnp.einsum("ih,jw,bhwd->bijd", rows, columns, x)
-    x = jnp.einsum("ih,jw,bijd->bhwd", rows, columns, spectrum * mask[None])
-    return jnp.concatenate([tokens[:, :first], x.reshape(len(x), -1, x.shape[-1])], 1)
+    mask = jnp.sum(shares[:, None, None, None] * paths, 0)
+    how = dict(axes=(1, 2), norm="ortho")
+    high = jnp.promote_types(x.dtype, jnp.float32)
+    mixed = idctn(dctn(x.astype(high), **how) * mask[None], **how).astype(x.dtype)
+    return jnp.concatenate([tokens[:, :first], mixed.reshape(len(x), -1, x.shape[-1])], 1)

@@ -2,14 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_vit import SMALL, random_tree
+from models.test_vit import random_tree
+from projects.exits.test_exit_heads import AT, MODEL, random_heads
 
 from rlrr_jax import adapters, models
 from rlrr_jax.errors import UserError
-from rlrr_jax.exits import choose, leave
-from rlrr_jax.models import exits, vit
+from rlrr_jax.models import vit
+from rlrr_jax.projects.exits import choose, heads, leave
 
-MODEL = vit.ViT(**SMALL, exits=(1, 2))
 RUN = {"image_size": 48, "crop": None, "crop_from": None, "precision": "highest", "dtype": "float32"}
 CARD = {"config": RUN, "method": "rlrr"}
 IMAGES = np.random.default_rng(0).integers(0, 256, (21, 48, 48, 3), np.uint8)
@@ -17,14 +17,14 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (21, 48, 48, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def tuned():
-    return adapters.Tuned(MODEL, random_tree(MODEL, 48), CARD)
+    return leave.Exits(MODEL, AT, random_heads(), [random_tree(MODEL, 48)], CARD)
 
 
 @pytest.fixture(scope="module")
 def wanted(tuned):
     """Probabilities of all exits, from the network in one piece."""
-    apply = jax.jit(lambda params, x: exits.apply(MODEL, params, x)[0])
-    logits = apply(tuned.params, jnp.asarray(IMAGES) / 127.5 - 1)
+    apply = jax.jit(lambda params, x: heads.apply(MODEL, params, tuned.heads, AT, x)[0])
+    logits = apply(tuned.trees[0], jnp.asarray(IMAGES) / 127.5 - 1)
     return np.asarray(jax.nn.softmax(logits))
 
 
@@ -62,11 +62,9 @@ def test_images_leave_where_they_are_sure_and_the_rest_is_skipped(tuned, wanted,
 
 def test_a_tree_for_each_exit_begins_again(tuned):
     """Each with its own answer: those of three trees."""
-    others = tuple(random_tree(MODEL, 48, seed) for seed in (1, 2))
-    head = {"head": tuned.params["head"]}
-    own = tuned._replace(exit_trees=tuple({**tree, **head} for tree in others))
-    apply = jax.jit(lambda trees, x: exits.apply_each(MODEL, trees, x)[0])
-    logits = apply([*own.exit_trees, own.params], jnp.asarray(IMAGES) / 127.5 - 1)
+    own = tuned._replace(trees=[random_tree(MODEL, 48, seed) for seed in (1, 2, 3)])
+    apply = jax.jit(lambda trees, x: heads.apply_each(MODEL, trees, own.heads, AT, x)[0])
+    logits = apply(own.trees, jnp.asarray(IMAGES) / 127.5 - 1)
     wanted = np.asarray(jax.nn.softmax(logits))
     np.testing.assert_allclose(leave.every(leave.stages(own), IMAGES, 21), wanted, rtol=1e-4, atol=1e-6)
     _, left = leave.classify(leave.stages(own), IMAGES, 0.9, 8)
@@ -87,27 +85,27 @@ def test_what_is_told_is_what_left(tuned, wanted):
 
 @pytest.mark.parametrize("variant, size", [("Ti/16", 64), ("B/16", 224)])
 def test_flops_are_what_xla_counts(variant, size):
-    model = models.build(variant, 10, exits=(4, 8))
+    model = models.build(variant, 10)
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
     def count(until):
         zeros = jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), params)
-        part, cut = exits.part(model, zeros, 0, until)
+        part, cut = vit.part(model, zeros, 0, until)
         part = part.clone(unroll=12)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), cut)
         apply = jax.jit(lambda params, image: part.apply({"params": params}, image))
         return apply.lower(shapes, image).cost_analysis()["flops"]
 
     # XLA counts norms, softmax and GELU, too: a few percent. Its last block has the class token alone.
-    ours = leave.flops(model, size)
+    ours = leave.flops(model, (4, 8), size)
     for number, until in enumerate((4, 8)):
         assert 0 < count(until) / ours[number] - 1 < 0.08
-    assert leave.flops(model, size, own=True)[1] == pytest.approx(ours[:2].sum(), rel=1e-3)
-    assert ours[2] / leave.flops(model.clone(exits=()), size)[0] == pytest.approx(1, abs=1e-3)
+    assert leave.flops(model, (4, 8), size, own=True)[1] == pytest.approx(ours[:2].sum(), rel=1e-3)
+    assert ours[2] / leave.flops(model, (), size)[0] == pytest.approx(1, abs=1e-3)
 
 
-def test_what_has_no_exits_is_said(tuned):
-    plain = tuned._replace(model=MODEL.clone(exits=()))
+def test_what_has_no_exits_is_said(tuned_runs):
+    adapter = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
     with pytest.raises(UserError, match="trained without early exits: train one with"):
-        leave.stages(plain)
+        leave.load(adapter, None)

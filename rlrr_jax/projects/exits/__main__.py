@@ -1,4 +1,4 @@
-"""Accuracy against cost of early exits: `python -m rlrr_jax.exits WORKDIR...`, for runs of one task.
+"""Accuracy against cost of early exits: `python -m rlrr_jax.projects.exits WORKDIR...`, of one task.
 
 Runs with exits need config.protocol=vtab: the thresholds for a budget are chosen on the validation
 images, by the run of its search that was not trained on them, and tested with the final run. Runs
@@ -15,14 +15,14 @@ from rlrr_jax import adapters, files, models
 from rlrr_jax import config as config_lib
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.errors import Parser, UserError, one_sentence
-from rlrr_jax.exits import choose, leave, page
+from rlrr_jax.projects.exits import choose, leave, page
 from rlrr_jax.results import plots, rows
 from rlrr_jax.runs import identity
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = Parser(prog="python -m rlrr_jax.exits", description=__doc__)
+    parser = Parser(prog="python -m rlrr_jax.projects.exits", description=__doc__)
     parser.add_argument("workdirs", nargs="+", help="of finished runs of one task")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("exits"))
     adapters.add_flags(parser)
@@ -53,8 +53,8 @@ def plan(workdirs: list[str]) -> list[tuple[pathlib.Path, Adapter, Adapter | Non
     plans = [(path, adapter, chooser(path, adapter)) for path, adapter in read.items()]
     if all(one is None for *_, one in plans):
         raise UserError(
-            f"no run in {', '.join(workdirs)} has early exits: train one with config.model.exits, "
-            f"config.loss=exits and config.protocol=vtab"
+            f"no run in {', '.join(workdirs)} has early exits: train one with config.loss=exits, "
+            f"config.loss_kwargs.at and config.protocol=vtab"
         )
     return plans
 
@@ -77,7 +77,7 @@ def chooser(path: pathlib.Path, adapter: Adapter) -> Adapter | None:
 
     Raises UserError for a run with exits that has none.
     """
-    if not adapter.run.model.get("exits"):
+    if not leave.places(adapter):
         return None
     apart = ("seed", "protocol", "grid", "recipe", "epochs")  # of a run and of what it chose from
     same = lambda run: {k: v for k, v in identity.described(run).items() if k not in apart}
@@ -97,22 +97,23 @@ def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None, **whe
     """What a run gives at its exits, and for each budget; `where` as in `adapters.backbone`."""
     row, size = rows.read(path.parent / "result.json"), adapters.image_size(adapter.card)
     model = adapters.model(adapter)
-    plain = float(leave.flops(model.clone(exits=()), size)[-1])
+    plain = float(leave.flops(model, (), size)[-1])
     if chooser is None:
         return page.Run(row, plain, np.array([plain]), np.array([plain]), [row["test_acc_final"]], [])
     backbone, part = adapters.backbone(adapter, **where), config_lib.task_of(adapter.run).parts[1]
     said, _ = probabilities(chooser, backbone, part)
     found, labels = probabilities(adapter, backbone, "test")
-    costs = leave.flops(model, size, adapters.method(adapter).merge_exit is not None)
+    at = leave.places(adapter)
+    costs = leave.flops(model, at, size, adapter.run.loss == "met")
     thresholds = [choose.threshold_of(said, costs, budget) for budget in choose.budgets(costs)]
     points = [choose.point(found, labels, costs, threshold) for threshold in thresholds]
     alone = (found.argmax(-1) == labels[:, None]).mean(0).tolist()
-    return page.Run(row, plain, costs, leave.flops(model, size), alone, points)
+    return page.Run(row, plain, costs, leave.flops(model, at, size), alone, points)
 
 
 def probabilities(adapter: Adapter, backbone: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [N, E + 1, C] of a split's images at all exits, and their labels [N]."""
-    run, parts = adapter.run, leave.stages(adapters.load(adapter, backbone))
+    run, parts = adapter.run, leave.stages(leave.load(adapter, backbone))
     images, labels = adapters.images(adapter, split)
     title = f"{run.task} {run.method} seed {run.seed}: {split}"
     with tqdm(total=len(labels), unit="img", desc=title, delay=2) as bar:

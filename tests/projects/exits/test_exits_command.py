@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlrr_jax import adapters, export, predict, suite
+from rlrr_jax import adapters, export, suite
 from rlrr_jax import config as config_lib
+from rlrr_jax import predict as plain
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
-from rlrr_jax.exits import __main__ as command
+from rlrr_jax.projects.exits import __main__ as command
+from rlrr_jax.projects.exits import predict
 
 HYPER = {"lr": 0.02, "weight_decay": 0.0, "drop_path": 0.0, "num_devices": 1}
 HYPER["model.unroll"] = 1  # which compiles faster
-EXITS = {"model.exits": (2, 4), "loss": "exits"}
+EXITS = {"loss": "exits", "loss_kwargs.at": (2, 4)}
 
 
 def run(workdir, arg, **changes):
@@ -42,9 +44,9 @@ def test_the_page_has_curves_knees_and_what_is_beside_them(runs, tmp_path, capsy
     command.main([*map(str, twice), f"--out={tmp_path}"])
     shown = capsys.readouterr().out
     text = (tmp_path / "exits.md").read_text()
-    assert text in shown and "## rlrr exits=2+4" in text and "| rlrr depth=3 |" in text
+    assert text in shown and "## rlrr loss=exits at=2+4" in text and "| rlrr depth=3 |" in text
     found = {group["run"]: group for group in json.loads((tmp_path / "exits.json").read_text())}
-    group = found["rlrr exits=2+4"]
+    group = found["rlrr loss=exits at=2+4"]
     for seed in group["seeds"]:
         costs = [point["cost"] for point in seed["points"]]
         assert np.all(np.diff(costs) >= 0) and seed["alone"][-1] == pytest.approx(seed["test_acc"])
@@ -61,14 +63,17 @@ def test_the_page_has_curves_knees_and_what_is_beside_them(runs, tmp_path, capsy
 def test_what_has_no_curve_is_said(runs, tmp_path):
     for folders, message in (
         ([tmp_path], "there is no finished run in .*: give a --workdir"),
-        ([runs / "shallow"], "no run in .* has early exits: train one with config.model.exits"),
+        ([runs / "shallow"], "no run in .* has early exits: train one with config.loss=exits"),
     ):
         with pytest.raises(UserError, match=message):
             command.main([*map(str, folders), f"--out={tmp_path / 'out'}"])
     path = runs / "exits/hearts/rlrr/seed0/adapter.safetensors"
     adapter = adapters.read(path)
     assert command.chooser(path, adapter).run.protocol == "tune"
-    config = {**adapter.card["config"], "model": {**adapter.card["config"]["model"], "exits": [1]}}
+    config = {
+        **adapter.card["config"],
+        "loss_kwargs": {**adapter.card["config"]["loss_kwargs"], "at": [1]},
+    }
     other = adapter._replace(card={**adapter.card, "config": config})
     with pytest.raises(UserError, match="has no search beside it"):  # that is of other exits
         command.chooser(path, other)
@@ -97,75 +102,69 @@ def test_predict_leaves_early_and_says_where(runs, tmp_path, monkeypatch, capsys
     def classes(*flags):
         out = tmp_path / "out.csv"
         flags = [*map(str, flags), "--format=csv", f"--out={out}", "--batch_size=16"]
-        monkeypatch.setattr(sys, "argv", ["predict", f"--adapter={adapter}", str(tmp_path), *flags])
-        predict.main()
+        command = predict.main if "--threshold" in flags[0] else plain.main
+        argv = [f"--adapter={adapter}", str(tmp_path), *flags]
+        monkeypatch.setattr(sys, "argv", ["predict", *argv])
+        command()
         with open(out) as file:
             rows = list(csv.reader(file))[1:]
         return [float(row[2]) for row in rows], capsys.readouterr().err
 
     whole, said = classes()
     assert "left" not in said
-    same, said = classes("--exit_threshold=2")
+    same, said = classes("--threshold=2")
     np.testing.assert_allclose(same, whole, rtol=1e-4)
     assert "left 0 at block 2, 0 at block 4, 70 at the end; 100 % of the FLOPs" in said
-    first, said = classes("--exit_threshold=0")
+    first, said = classes("--threshold=0")
     assert "left 70 at block 2, 0 at block 4, 0 at the end; 35 % of the FLOPs" in said
     assert np.abs(np.array(first) - whole).max() > 0.01
-    with pytest.raises(UserError, match="--exit_threshold=-1.0 must be a number of at least 0"):
-        classes("--exit_threshold=-1")
+    with pytest.raises(UserError, match="--threshold=-1.0 must be a number of at least 0"):
+        classes("--threshold=-1")
     adapter = runs / "shallow/hearts/rlrr/seed0/adapter.safetensors"
     with pytest.raises(UserError, match="trained without early exits"):
-        classes("--exit_threshold=0.5")
+        classes("--threshold=0.5")
 
 
-def test_a_file_of_all_exits_and_one_of_the_last(runs, tmp_path, monkeypatch, capsys):
+def test_an_export_to_other_libraries_leaves_them_out_and_says_so(runs, tmp_path, monkeypatch, capsys):
     path = runs / "exits/hearts/rlrr/seed0"
-    for to, name in (("big_vision", "a.npz"), ("timm", "a.safetensors")):
+    for to, name in (("big_vision", "a.npz"), ("timm", "a.safetensors"), ("adapter", "b.safetensors")):
         monkeypatch.setattr(sys, "argv", ["export", str(path), "--to", to, str(tmp_path / name)])
         export.main()
-        said = capsys.readouterr().out
-        assert ("early exits are left out" in said) == (to == "timm")
-    assert "head/exits are the heads after blocks 2, 4" in export.advice(
-        "big_vision", adapters.read(path / "adapter.safetensors"), "a.npz"
-    )
-    tuned = adapters.load(path / "adapter.safetensors")
-    with np.load(tmp_path / "a.npz") as file:
-        kernel = file["params/head/exits/kernel"]
-    np.testing.assert_array_equal(kernel, tuned.params["head"]["exits"]["kernel"])
+        said = "what config.loss=exits trained beside the head is left out" in capsys.readouterr().out
+        assert said == (to != "adapter")
+    again = adapters.read(tmp_path / "b.safetensors").trainable["loss"]
+    mine = adapters.read(path / "adapter.safetensors").trainable["loss"]
+    assert again.keys() == mine.keys() == {"scale", "shift", "kernel", "bias"}
+    np.testing.assert_array_equal(again["kernel"], mine["kernel"])
 
 
 def test_adapters_with_and_without_exits_are_combined(runs):
     """The head, and what exits it has, is that of the one that is named."""
     one = adapters.read(runs / "exits/hearts/rlrr/seed0/adapter.safetensors")
-    head = {key: one.trainable["head"][key] for key in ("kernel", "bias")}
-    model = {**one.card["config"]["model"], "exits": None}
-    card = {**one.card, "config": {**one.card["config"], "model": model}}
-    other = adapters.Adapter({**one.trainable, "head": head}, card)
+    card = {**one.card, "config": {**one.card["config"], "loss": "cross_entropy", "loss_kwargs": {}}}
+    other = adapters.Adapter({k: one.trainable[k] for k in ("adapter", "head")}, card)
     for number, wanted in ((0, one), (1, other)):
         found = adapters.combine([one, other], head=number)
-        assert found.trainable["head"].keys() == wanted.trainable["head"].keys()
+        assert found.trainable.keys() == wanted.trainable.keys()
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model.exits": (2, 4)}, "config.model.exits and config.loss=exits go together: set the loss"),
-        ({"loss": "exits"}, "config.loss=exits go together: set the exits, too, such as (3,6,9)"),
-        ({**EXITS, "model.exits": (4, 2)}, "must be numbers of blocks from 1 to 5, in order"),
-        ({**EXITS, "model.exits": (2, 6)}, "must be numbers of blocks from 1 to 5, in order"),
-        ({**EXITS, "model.exits": (0,)}, "must be numbers of blocks from 1 to 5, in order"),
-        ({**EXITS, "model.exits": ("a",)}, "must be numbers of blocks, such as (3,6,9)"),
-        ({**EXITS, "model.depth": 4}, "must be numbers of blocks from 1 to 3, in order"),
-        ({**EXITS, "model.exits": (1,), "model.depth": 1}, "leaves no block for an exit: raise it"),
         (
-            {"arg": "hearts,method=moppa", **EXITS},
-            "method moppa does not fold: leave config.model",
+            {"loss": "exits"},
+            "exits need config.loss_kwargs.at, numbers of blocks such as (3,6,9): set it",
         ),
+        ({**EXITS, "loss_kwargs.at": (4, 2)}, "must be numbers of blocks from 1 to 5, in order"),
+        ({**EXITS, "loss_kwargs.at": (2, 6)}, "must be numbers of blocks from 1 to 5, in order"),
+        ({**EXITS, "loss_kwargs.at": (0,)}, "must be numbers of blocks from 1 to 5, in order"),
+        ({**EXITS, "loss_kwargs.at": ("a",)}, "must be numbers of blocks from 1 to 5, in order"),
+        ({**EXITS, "model.depth": 4}, "must be numbers of blocks from 1 to 3, in order"),
+        ({**EXITS, "model.variant": "swin_t"}, "it needs blocks of one width, as a ViT has"),
         ({"model.depth": 6}, "config.model.depth=6 must be less than the 6 of bundled: leave it out"),
         ({"model.depth": 0}, "config.model.depth=0 must be greater than 0"),
         ({"model.variant": "swin_t", "model.depth": 2}, "config.model.depth is of no use for swin_t"),
-        ({"arg": "hearts,method=met"}, "method 'met' does not fit this model: it needs exits, such as"),
-        ({"arg": "hearts,method=moppa", "loss": "pace"}, "method 'moppa' changes none: leave it out"),
+        ({"arg": "hearts,method=met"}, "exits need config.loss_kwargs.at"),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
 """How much a loss without a head depends on each pretrained weight: what GPS chooses weights by."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,20 +32,20 @@ def contrastive(features: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.
     return (each * counted).sum() / jnp.maximum(counted.sum(), 1)
 
 
-def gradient(recipe: Any, frozen: Any, batches: Iterable[tuple]) -> Any:
+def gradient(training: Any, frozen: Any) -> Any:
     """The gradient of the contrastive loss, summed over batches: a tree like `frozen`, a zero head.
 
     The two views of an image are the image and its mirror image.
 
     Args:
-      recipe: the `step.Recipe`.
+      training: a `methods.Training`.
       frozen: the pretrained weights.
-      batches: images uint8 [b, h, w, 3], labels [b] and mask [b], all of one shape.
     """
-    add = program(recipe.model, recipe.image_size, recipe.crop_from, recipe.precision)
+    size, crop_from = training.pixels
+    add = program(training.model, size, crop_from, training.precision)
     total = jax.tree.map(jnp.zeros_like, frozen)
-    for images, *rest in batches:
-        images = enlarge(images, recipe.crop_from or recipe.image_size)  # one program for all sizes
+    for images, *rest in training.batches():
+        images = enlarge(images, crop_from or size)  # one program for all sizes
         total = add(total, frozen, images, *rest)
     return total
 

@@ -2,13 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_vit import SMALL, images, random_tree
+from models.test_vit import images, random_tree
+from projects.exits.test_exit_heads import AT, MODEL, random_heads
 
-from rlrr_jax import methods
+from rlrr_jax import losses, methods
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import exits, vit
-
-MODEL = vit.ViT(**SMALL, exits=(1, 2))
+from rlrr_jax.projects.exits import heads, met
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def frozen():
 
 def tuned(frozen, seed=1):
     """A trained tree without a zero in it."""
-    method = methods.get("met", bottleneck=5)
+    method = methods.get("met", exits=2, bottleneck=5)
     trained = methods.start(method, jax.random.key(0), frozen)
     leaves, tree = jax.tree.flatten(trained)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -27,7 +26,7 @@ def tuned(frozen, seed=1):
 
 
 def test_it_keeps_its_contract_and_starts_as_the_backbone(frozen):
-    method = methods.get("met", bottleneck=5)
+    method = methods.get("met", exits=2, bottleneck=5)
     methods.check("met", method, frozen)
     trained = methods.start(method, jax.random.key(0), frozen)
     # Two projections; for three ends, three blocks and two places a diagonal and a shift.
@@ -38,7 +37,7 @@ def test_it_keeps_its_contract_and_starts_as_the_backbone(frozen):
 
 def test_each_exit_has_its_own_adapters_before_attention_and_mlp(frozen):
     method, trained = tuned(frozen)
-    trees = methods.exit_trees(method, frozen, trained)
+    trees = met.trees(frozen, trained)
     assert len(trees) == 3
     merged = methods.merge(method, frozen, trained)
     same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), trees[-1], merged)
@@ -63,11 +62,11 @@ def test_each_exit_has_its_own_adapters_before_attention_and_mlp(frozen):
 
 @pytest.mark.slow
 def test_an_exit_trains_its_own_first_blocks(frozen):
-    method, trained = tuned(frozen)
+    _, trained = tuned(frozen)
 
     def loss(trained, number):
-        trees = methods.exit_trees(method, frozen, trained)
-        return (exits.apply_each(MODEL, trees, images())[0][:, number] ** 2).sum()
+        trees = met.trees(frozen, trained)
+        return (heads.apply_each(MODEL, trees, random_heads(), AT, images())[0][:, number] ** 2).sum()
 
     for number, depth in ((0, 1), (2, 3)):
         grads = jax.jit(jax.grad(loss), static_argnums=1)(trained, number)["adapter"]
@@ -76,9 +75,9 @@ def test_an_exit_trains_its_own_first_blocks(frozen):
         assert not np.delete(moved, number, 0).any() and np.abs(grads["up"]).max() > 0
 
 
-def test_without_exits_it_says_what_it_needs():
-    plain = random_tree(MODEL.clone(exits=()), 48)
-    with pytest.raises(
-        UserError, match="method 'met' does not fit this model: it needs exits, such as"
-    ):
-        methods.check("met", methods.get("met"), plain)
+@pytest.mark.parametrize(("method", "number"), [("met", 3), ("lora", 0)])
+def test_exits_of_loss_and_method_are_as_many(frozen, method, number):
+    net = MODEL, methods.get(method), frozen
+    options = losses.check("met", {"at": AT})
+    with pytest.raises(UserError, match=f"at has 2 exits, and the method's option exits is {number}"):
+        losses.check_contract("met", options, net, (48, 48))

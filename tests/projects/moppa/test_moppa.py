@@ -4,22 +4,19 @@ import numpy as np
 import pytest
 from models.test_vit import SMALL, images, random_tree
 
-from rlrr_jax import adapters, export, job, methods, models, step
+from rlrr_jax import adapters, export, job, losses, methods, models, step
 from rlrr_jax.errors import UserError
-from rlrr_jax.methods import moppa
-from rlrr_jax.models import physics, vit
+from rlrr_jax.models import vit
+from rlrr_jax.projects.moppa import block
+from rlrr_jax.projects.moppa import losses as lib
 from rlrr_jax.runtime import mesh as mesh_lib
 
-MODEL = vit.ViT(**SMALL)
+MODEL = vit.ViT(**SMALL, block=block.Block)
 
 
 @pytest.fixture(scope="module")
 def frozen():
     return random_tree(MODEL, 48)
-
-
-def test_names_are_those_of_the_model():
-    assert moppa.NAME == physics.NAME and moppa.PATHS == len(physics.PATHS)
 
 
 def test_it_keeps_its_contract_and_starts_near_the_identity(frozen):
@@ -38,8 +35,7 @@ def test_it_keeps_its_contract_and_starts_near_the_identity(frozen):
 
 
 def test_the_penalty_keeps_shares_alike():
-    method = methods.get("moppa", balance=2.0)
-    penalty = lambda route: float(method.penalty({"route": jnp.array(route)}))
+    penalty = lambda route: 2 * float(lib.divergence({"route": jnp.array(route)}))
     assert penalty([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]) == pytest.approx(0, abs=1e-6)
     shares = np.exp([0.0, 1.0, 3.0]) / np.exp([0.0, 1.0, 3.0]).sum()
     wanted = 2 * (shares * np.log(shares * 3)).sum()
@@ -57,19 +53,19 @@ def test_the_penalty_counts_once_on_any_number_of_devices(frozen):
     hyper = jax.tree.map(lambda x: x[None], hyper)
     shown = {}
     for devices, balance in ((1, 0.0), (1, 5.0), (2, 5.0)):
-        method = methods.get("moppa", balance=balance)
+        method = methods.get("moppa")
         begin = method.init
         tilted = lambda key, frozen: {**begin(key, frozen), "route": jnp.tile(jnp.arange(3.0), (3, 1))}
         method = method._replace(init=tilted)
-        recipe = step.Recipe(MODEL, method, batch_size=6, num_images=6, image_size=48, drop_path=False)
+        recipe = step.Recipe(
+            MODEL, method, 6, 6, 48, drop_path=False, loss=losses.get("moppa", {"balance": balance})
+        )
         mesh = mesh_lib.make_mesh(jax.devices()[:devices], 1, 6)
         state = step.map_start(recipe, mesh)(jax.random.split(jax.random.key(0), 1), frozen)
         train = step.map_train_steps(recipe, mesh)
         _, metrics = train(frozen, data, *state, hyper, (0, 0, 1))
         shown[devices, balance] = float(np.asarray(metrics["loss"])[0, 0])
-    penalty = float(
-        methods.get("moppa", balance=5.0).penalty({"route": jnp.tile(jnp.arange(3.0), (3, 1))})
-    )
+    penalty = 5 * float(lib.divergence({"route": jnp.tile(jnp.arange(3.0), (3, 1))}))
     assert shown[1, 5.0] - shown[1, 0.0] == pytest.approx(penalty, rel=1e-4)
     assert shown[2, 5.0] == pytest.approx(shown[1, 5.0], rel=1e-5)
 

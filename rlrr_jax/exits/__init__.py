@@ -1,1 +1,0 @@
-"""Early exits at test time: `leave` skips blocks, `choose` picks thresholds, see docs/exits.md."""

@@ -1,0 +1,1 @@
+"""Early exits: losses `exits` and `met`, thresholds, curves, and prediction that skips blocks."""

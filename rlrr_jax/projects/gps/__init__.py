@@ -1,0 +1,1 @@
+"""GPS, as a method: the weights with the largest gradients are trained as they are."""

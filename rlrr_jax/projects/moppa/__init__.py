@@ -1,0 +1,1 @@
+"""MoPPA, as a method: heat, wave and Poisson operators before attention; it folds into no weight."""
