@@ -21,8 +21,8 @@ setup(
         "rlrr_jax.projects.fgvc": ["published.csv"],
         "rlrr_jax.results": ["page.html", "published.csv"],
     },
-    # Lower bounds are the oldest versions the tests ran with. Upper bounds, the next untested minor, are of
-    # those whose minors break what we use; a cap on others breaks somebody's environment.
+    # Lower bounds are the oldest versions the tests ran with. Upper bounds, the next untested minor, are
+    # of those whose minors break what we use; a cap on others breaks somebody's environment.
     install_requires=[
         "absl-py>=2.5",
         "array-record>=0.8.6; sys_platform == 'linux'",
@@ -53,12 +53,12 @@ setup(
             "opencv-python-headless>=5",
             "tensorflow>=2.21",
         ],
-        "tensorboard": ["tensorboardX>=2.6,<2.7"],
-        "wandb": ["wandb>=0.31,<0.32"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.31"],
         # Images named own.py:hf:...
-        "hf": ["datasets>=5.2,<5.3"],
+        "hf": ["datasets>=5.2"],
         # Weights named hf:timm/...
-        "hub": ["huggingface_hub>=1,<3"],
+        "hub": ["huggingface_hub>=1"],
         "test": [
             "datasets>=5.2",
             "huggingface_hub>=1",

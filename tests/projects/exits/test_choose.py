@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from rlrr_jax.projects.exits import choose
 
 COSTS = np.array([1.0, 2.0, 4.0])
