@@ -265,6 +265,7 @@ def test_two_processes_as_the_page_starts_them(tmp_path):
 
 def test_every_python_block_is_one_of_these():
     known = ("def method(targets", "reader.load(", "torch.load(", "def smooth(", "TASK = Task(")
+    known += ("adapters.load(",)
     for page, text in blocks("python"):
         assert any(word in text for word in known), f"{page.name}: {text}"
 
@@ -280,6 +281,16 @@ def test_the_python_example(monkeypatch):
     names = {"images": np.zeros((2, 32, 32, 3), np.float32)}
     exec(compile(text, "README.md", "exec"), names)
     assert names["logits"].shape == (2, 100) and names["frozen"].keys() == names["params"].keys()
+
+
+def test_an_adapter_predicts_as_the_readme_says(tuned_runs, tmp_path, monkeypatch, capsys):
+    ((_, text),) = [b for b in blocks("python") if "adapters.load(" in b[1]]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/first").symlink_to(tuned_runs)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "README.md", "exec"), {"images": np.zeros((2, 28, 28, 3), np.uint8)})
+    first, second = re.findall(r"'(\d)'", capsys.readouterr().out)
+    assert first == second
 
 
 def test_the_conversion_of_a_checkpoint(tmp_path, monkeypatch):
