@@ -21,8 +21,8 @@ setup(
         "rlrr_jax.projects.fgvc": ["published.csv"],
         "rlrr_jax.results": ["page.html", "published.csv"],
     },
-    # Lower bounds are the oldest versions the tests ran with. Upper bounds, the next untested minor, are
-    # of those whose minors break what we use; a cap on others breaks somebody's environment.
+    # Lower bounds are the oldest versions the tests ran with. Upper bounds, untested minors, are
+    # of those whose minors break what we use; a cap on others breaks an environment.
     install_requires=[
         "absl-py>=2.5",
         "array-record>=0.8.6; sys_platform == 'linux'",

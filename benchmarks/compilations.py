@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, job, models
+from rlrr_jax import evaluate, job, models, run_images
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import one_sentence
 
@@ -74,7 +74,7 @@ def count(args, method):
 
 def one_step(run, load_weights, known):
     """Builds a run on random images, trains a step, and evaluates two batches."""
-    task, rng = config_lib.task_of(run), np.random.default_rng(0)
+    task, rng = run_images.task_of(run), np.random.default_rng(0)
 
     @functools.cache
     def load_data(split, crop=None):

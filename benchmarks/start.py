@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import methods
+from rlrr_jax import methods, run_images, run_model
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
 from rlrr_jax.data.resize import normalize
@@ -36,10 +36,10 @@ def main():
     args = parser.parse_args()
     run = resolve(args)
     path, _ = names.fetch(run.pretrained.name)
-    for note in config_lib.follow(run, path):
+    for note in run_model.follow(run, path):
         print(note)
-    model = config_lib.build_model(run)
-    frozen = config_lib.load_weights(run, path, model)
+    model = run_model.build_model(run)
+    frozen = run_model.load_weights(run, path, model)
     images = normalize(pictures(run), args.size)
     print(f"| {args.variant}, {args.task} at {args.size} px | cosines |\n| --- | ---: |")
     for start in STARTS:
@@ -58,8 +58,8 @@ def resolve(args):
 
 def pictures(run):
     """Validation images of a run's task [n, h, w, 3] uint8."""
-    found, task = config_lib.locate(run), config_lib.task_of(run)
-    images, _ = store.load_split(task, task.parts[1], config_lib.pixels(run), found)
+    found, task = run_images.locate(run), run_images.task_of(run)
+    images, _ = store.load_split(task, task.parts[1], run_images.pixels(run), found)
     return jnp.asarray(images[:IMAGES])
 
 

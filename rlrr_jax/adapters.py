@@ -27,8 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import rlrr_jax
-from rlrr_jax import config as config_lib
-from rlrr_jax import files, lookup, losses, methods, models, sides
+from rlrr_jax import files, lookup, losses, methods, models, run_images, run_model, sides
 from rlrr_jax.data import crops, resize, store
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
@@ -72,7 +71,7 @@ def card(run: ConfigDict, marks: dict, classes: list[str], accuracy: dict) -> di
         "backbone": run.pretrained.name,
         "model": run.model.variant,
         "gelu": run.model.gelu,
-        "image_size": _plain_size(config_lib.size_of(run)),
+        "image_size": _plain_size(run_images.size_of(run)),
         "value_range": [-1, 1],
         "task": run.task,
         "classes": list(classes),
@@ -336,7 +335,7 @@ def _check_run(card):
         raise ValueError("its backbone has no name, or its accuracies are none")
     if not card["classes"] or not all(isinstance(name, str) for name in card["classes"]):
         raise ValueError("its classes are no names")
-    size, model = config_lib.size_of(run), _model(card)
+    size, model = run_images.size_of(run), _model(card)
     longest = max(sides.pair(size)) // model.patch_size
     if _plain_size(size) != card["image_size"] or not 0 < longest < 1000:
         raise ValueError(f"its images have {sides.text(size)} pixels")
@@ -353,7 +352,7 @@ def _model(card):
     return models.build(
         run.model.variant,
         len(card["classes"]),
-        **config_lib.architecture(run),
+        **run_model.architecture(run),
         gelu=run.model.gelu,
         unroll=models.default_unroll(run.model.variant),
         dtype=jnp.dtype(run.dtype),
@@ -362,7 +361,7 @@ def _model(card):
 
 def image_size(card: dict) -> sides.Size:
     """Size of the images that the model of a card takes."""
-    return config_lib.size_of(ConfigDict(card["config"]))
+    return run_images.size_of(ConfigDict(card["config"]))
 
 
 def _plain_size(size):
@@ -429,9 +428,9 @@ def backbone(
     if how["subtree"] and path.endswith(".npz"):
         path = f"{path}:{how['subtree']}"
     how["subtree"] = _subtree(path)
-    model = models.build(run.model.variant, 1, **config_lib.architecture(run))
+    model = models.build(run.model.variant, 1, **run_model.architecture(run))
     _check_backbone(adapter.card, sha256, how, path)
-    return Backbone(config_lib.load_weights(run, path, model), sha256, how)
+    return Backbone(run_model.load_weights(run, path, model), sha256, how)
 
 
 def add_flags(parser: Any) -> None:
@@ -490,15 +489,15 @@ def images(adapter: Adapter, split: str) -> tuple[Any, np.ndarray]:
     Raises UserError if they are not where they were, or others by now.
     """
     run = adapter.run
-    found, wanted = config_lib.locate(run), adapter.card.get("dataset")
+    found, wanted = run_images.locate(run), adapter.card.get("dataset")
     if wanted != found.dataset:
         raise UserError(
             f"the images of {run.task} were {wanted}, and are {found.dataset} now: put back what the "
             f"run had, or train again"
         )
-    pixels, cache = config_lib.pixels(run), run.data.cache_dir
+    pixels, cache = run_images.pixels(run), run.data.cache_dir
     cache = cache if store.is_ours(cache) else None  # a card opens no folder for writing
-    return store.load_split(config_lib.task_of(run), split, pixels, found, cache)
+    return store.load_split(run_images.task_of(run), split, pixels, found, cache)
 
 
 def fits(adapter: Adapter, on: Backbone) -> bool:

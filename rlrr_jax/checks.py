@@ -196,6 +196,12 @@ def group(config: Any, key: str) -> tuple[Any, str]:
     return config, last
 
 
+def fill(node: Any, key: str, value: Any) -> None:
+    """Sets a key that is None."""
+    if node[key] is None:
+        node[key] = value
+
+
 def kind(config: Any, key: str) -> type:
     """The type of the value of a dotted key."""
     node, last = group(config, key)

@@ -2,11 +2,8 @@
 
 import ast
 import copy
-import functools
 import itertools
-import json
 import math
-import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -15,15 +12,14 @@ import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rlrr_jax import checks, lookup, losses, methods, models, sides
+from rlrr_jax import checks, lookup, losses, methods, models
 from rlrr_jax.checks import GRID
-from rlrr_jax.data import own, sources, store, tasks
-from rlrr_jax.data.task import Task
+from rlrr_jax.data import own, tasks
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.models import vit
+from rlrr_jax.run_images import size_of, task_of
+from rlrr_jax.run_model import build_model, check_contracts
 from rlrr_jax.runs.identity import PLACES, recipe, together
-from rlrr_jax.sides import Size
-from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
+from rlrr_jax.weights import names, preprocessing
 
 DEFAULT_GRID = {
     "lr": (1e-3, 3e-3, 1e-2),
@@ -266,29 +262,29 @@ def _resolve_one(
         run.own.path = own.absolute(run.own.path)
     run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
-    _fill(run, "loss", method.DEFAULTS.get("loss", "cross_entropy"))
-    _fill(run.model, "block", method.DEFAULTS.get("block"))
+    checks.fill(run, "loss", method.DEFAULTS.get("loss", "cross_entropy"))
+    checks.fill(run.model, "block", method.DEFAULTS.get("block"))
     run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
     for key in checks.searched(run):
         if key in given or key not in run.loss_kwargs:
             run.grid[key] = ()
     bundled = task_of(run).group == "bundled"
-    _fill(run, "protocol", "fast" if bundled or run.own.path else "official")
+    checks.fill(run, "protocol", "fast" if bundled or run.own.path else "official")
     part = task_of(run).parts[1]
     if run.protocol in ("vtab", "tune") and not task_of(run).number(part):
         raise UserError(
             f"config.protocol={run.protocol} needs images to choose on: raise config.own.val"
         )
     _fill_recipe(run)
-    _fill(run.model, "variant", "bundled" if bundled else "B/16")
+    checks.fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
     _check_family(run)
     _check_depth(run)
     # Others than the JAX weights say their GELU when they are there: `follow`.
     if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
-        _fill(run.model, "gelu", preprocessing.JAX.gelu)
-    _fill(run, "image_size", models.default_size(run.model.variant))
+        checks.fill(run.model, "gelu", preprocessing.JAX.gelu)
+    checks.fill(run, "image_size", models.default_size(run.model.variant))
     checks.heads(run.model.variant, run.model.num_heads)
     if run.crop and run.image_width is not None:
         raise UserError(f"config.crop={run.crop} cuts squares: leave config.image_width out")
@@ -296,45 +292,16 @@ def _resolve_one(
         raise UserError(
             f"config.crop={run.crop} needs config.crop_from of at least the image size {run.image_size}"
         )
-    _fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
-    _fill(run, "precision", "highest" if run.dtype == "float32" else "default")
+    checks.fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    checks.fill(run, "precision", "highest" if run.dtype == "float32" else "default")
     default = "element" if models.family(run.model.variant) == "vit" else "sample"  # as their authors
-    _fill(run, "drop_path_mode", default)
-    _fill(run.model, "unroll", models.default_unroll(run.model.variant))
+    checks.fill(run, "drop_path_mode", default)
+    checks.fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
     check_contracts(run)
     if code := lookup.code((run.method, run.loss, run.task, run.gradients, run.model.block)):
         run.code = code
     return run
-
-
-def check_contracts(run: ConfigDict) -> tuple[str, ...]:
-    """Checks a run's method and loss on its model, as far as that is known: again after `follow`.
-
-    Returns the names of the values that the loss returns. Raises UserError, see `methods.check` and
-    `losses.check_contract`.
-    """
-    sizes = {key: value for key, value in architecture(run).items() if key not in ("mean", "std")}
-    of = json.dumps([run.method_kwargs.to_dict(), sizes, run.loss_kwargs.to_dict()], sort_keys=True)
-    names, size = (run.method, run.model.variant, run.loss), size_of(run)
-    _check_contracts(names, methods.find(run.method), size, of)
-    loss = losses.find(run.loss)
-    if loss.function is losses.cross_entropy:
-        return ("acc",)
-    return _check_contracts(names, loss, size, of, task_of(run).classes)
-
-
-@functools.lru_cache(256)
-def _check_contracts(names: tuple, of: Any, size: Size, options: str, classes: int = 0) -> tuple:
-    del of  # another one after an edit in a notebook is checked again
-    plain = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
-    given = [plain(group) for group in json.loads(options)]
-    model, method = models.build(names[1], classes or 2, **given[1]), methods.get(names[0], **given[0])
-    frozen = models.shapes(model, size)
-    if not classes:
-        methods.check(names[0], method, frozen)
-        return ()
-    return losses.check_contract(names[2], given[2], (model, method, frozen), sides.pair(size))
 
 
 def _check_family(run: ConfigDict) -> None:
@@ -360,11 +327,6 @@ def _check_depth(run: ConfigDict) -> None:
         raise UserError(
             f"config.model.depth={depth} must be less than the {blocks} of {variant}: leave it out"
         )
-
-
-def _fill(node: ConfigDict, key: str, value: Any) -> None:
-    if node[key] is None:
-        node[key] = value
 
 
 def _fill_recipe(run: ConfigDict) -> None:
@@ -433,224 +395,3 @@ def _default_weights(variant: str) -> str:
             f".safetensors file, or to hf:timm/<name>"
         )
     return name
-
-
-# What a run is made of ------------------------------------------------------------------------
-
-
-@functools.lru_cache(64)
-def pixels_of(task: Task, found: sources.Found) -> tuple:
-    """What the pixels of a source are, and of a folder how many files say so of how many."""
-    seen = sources.quality_75(task, found) if found.kind == "folder" else (0, 0)
-    return (sources.pixels(task, found), *seen)
-
-
-def locate(run: ConfigDict) -> sources.Found:
-    """Fills in where a run's data comes from and what its pixels are; returns where it is.
-
-    Raises UserError if the data is not there, or its pixels are not those asked for.
-    """
-    found = sources.find(task_of(run), run.data.dir, run.data.source)
-    kind, *_ = pixels_of(task_of(run), found)
-    if found.kind == "folder" and run.data.variant not in (None, kind):
-        raise UserError(
-            f"the images in {found.path} are not {run.data.variant} but {kind}: leave out "
-            f"config.data.variant, or take them from tfds"
-        )
-    run.data.source = found.kind
-    _fill(run.data, "variant", kind)
-    return found
-
-
-def follow(run: ConfigDict, path: str) -> list[str]:
-    """Fills in what a run takes from its weights' card; returns notes where the run differs from it.
-
-    Args:
-      run: the configuration.
-      path: where the weight file is.
-    """
-    name, given, model = run.pretrained.name, run.pretrained, run.model
-    how = dict(variant=model.variant, ignore=given.ignore_json, resized=given.resize_patch)
-    card = preprocessing.read(path, name, needed=given.mean is None, **how)
-    notes = [f"note: {text}" for text in card.notes]
-    if card.by_name and given.mean is None:
-        notes.append(
-            f"note: pixels are normalised as the name {pathlib.PurePath(name).name} says, by means "
-            f"{card.mean} and deviations {card.std} (config.pretrained.mean, config.pretrained.std)"
-        )
-    plain = models.build(model.variant, 1)
-    ours = plain.num_heads if models.family(model.variant) == "vit" else None
-    if ours and model.num_heads is None and card.num_heads is None and not preprocessing.of_jax(path):
-        notes.append(
-            f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
-            f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
-        )
-    _check_activation(run, card, hasattr(plain, "gelu"))
-    if ours and card.gelu is None and card.norm_eps is None and model.norm_eps is None:
-        notes.append(
-            f"note: nothing says the epsilon of the LayerNorms of {name}: {plain.norm_eps:g} is taken "
-            f"(config.model.norm_eps)"
-        )
-    jax_of_others = not ours and preprocessing.of_jax(path)  # BiT's: the card is that of ViTs
-    eps = None if jax_of_others else card.norm_eps
-    for node, key, value, default in (
-        *([(model, "gelu", card.gelu, "exact")] if hasattr(plain, "gelu") else []),
-        (model, "num_heads", ours and card.num_heads, ours),
-        (model, "norm_eps", eps, plain.norm_eps),
-        (given, "mean", card.mean, None),
-        (given, "std", card.std, None),
-        (given, "resize", card.resize, None),
-        *_size_said(run, card.image_size),
-    ):
-        _fill(node, key, default if value is None else value)
-        where = {id(model): "model.", id(given): "pretrained."}.get(id(node), "")
-        mine = tuple(node[key]) if isinstance(value, tuple) else node[key]
-        if value is not None and mine != value:
-            notes.append(f"note: {name} has {value} ({card.source}), config.{where}{key} is {mine}")
-    checks.heads(model.variant, model.num_heads)
-    return notes + _follow_parts(run, card, path)
-
-
-def _check_activation(run: ConfigDict, card: preprocessing.Card, has_one: bool) -> None:
-    """UserError where nothing says a model's activation, or it is one that its family does not have."""
-    name, variant = run.pretrained.name, run.model.variant
-    if not has_one and card.gelu not in (None, "exact") and models.family(variant) == "swin":
-        raise UserError(
-            f"{name} has the {card.gelu} GELU ({card.source}), which {variant} has not: take another"
-        )
-    if has_one and card.gelu is None and run.model.gelu is None:
-        raise UserError(
-            f"nothing says which GELU {name} has, and its arrays do not show it: put its config.json "
-            f"beside it, or set config.model.gelu (exact, tanh or quick)"
-        )
-
-
-def _size_said(run: ConfigDict, size: Any) -> list[tuple]:
-    """What a card's image size fills in: the run's, and where it is not square the file's grid."""
-    if not isinstance(size, tuple):
-        return [(run, "image_size", size, None)]
-    vit_like = models.family(run.model.variant) == "vit"
-    patch = vit_like and models.sizes(run.model.variant)["patch_size"]
-    grid = [(run.pretrained, "grid", tuple(side // patch for side in size), None)] if patch else []
-    return [(run, "image_size", size[0], None), *grid]
-
-
-def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[str]:
-    """Fills in what a ViT has besides, or instead of, a class token; returns notes that name it."""
-    name, model = run.pretrained.name, run.model
-    if models.family(model.variant) != "vit":
-        note = f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by avg"
-        return [note] if card.pooling not in (None, "avg") else []
-    if card.pooling not in (None, "", *checks.CHOICES["model.pool"]):
-        raise UserError(
-            f"{name} pools by {card.pooling} ({card.source}), which is none of "
-            f"{', '.join(checks.CHOICES['model.pool'])}: take another"
-        )
-    said = vit_layouts.parts(reader.array_shapes(path))
-    if card.pooling in checks.CHOICES["model.pool"] and card.pooling != "token":
-        said.setdefault("pool", card.pooling)
-    notes = [f"note: {name} has {', '.join(f'{k}={v}' for k, v in said.items())}"] if said else []
-    for key, value in said.items():
-        _fill(model, key, value)
-        if model[key] != value:
-            notes.append(f"note: config.model.{key} is {model[key]}")
-    if model.class_token is False and "class_token" not in said:
-        raise UserError(f"{name} has a class token: leave config.model.class_token out")
-    if model.pool == "both" and not model.dist_token:
-        raise UserError(f"{name} has no distillation token: leave config.model.pool out")
-    if model.class_token is False and (model.pool or "token") in ("token", "both"):
-        raise UserError(f"{name} has no class token: leave config.model.pool out, or set it to avg")
-    return notes
-
-
-def task_of(run: ConfigDict) -> Task:
-    """The task of a run: one of ours by its name, or the user's own images.
-
-    Raises UserError for images that cannot be used.
-    """
-    given = run.own
-    if given.path is None:
-        return tasks.get(run.task)
-    options = own.Options(given.val, given.test, given.shots, given.seed)
-    return _own_task(run.task, given.path, options, run.data.dir)
-
-
-_own_task = functools.lru_cache(8)(own.task)  # which looks at every image
-
-
-def forget_images() -> None:
-    """Forgets what was seen of images of one's own: a folder may have changed since."""
-    _own_task.cache_clear()
-    pixels_of.cache_clear()
-
-
-def splits(run: ConfigDict) -> tuple[str, str]:
-    """Which split a run trains on, and which it is evaluated on."""
-    train, val, both = task_of(run).parts
-    return (train, val) if run.protocol == "tune" else (both, "test")
-
-
-def evaluates(run: ConfigDict, epoch: int) -> bool:
-    """Whether a run is evaluated after an epoch, counted from 0: always after the last."""
-    if epoch + 1 == run.epochs:
-        return True
-    if (
-        run.get("searching") or run.protocol in ("fast", "vtab") or epoch == 0
-    ):  # the authors skip the first, too
-        return False
-    return (epoch + 1) % run.eval_every == 0
-
-
-def pixels(run: ConfigDict) -> store.Pixels:
-    """What is made of a run's images."""
-    options = dict(variant=run.data.variant, upright=run.data.upright)
-    options["white"] = run.own.path is not None
-    return store.pixels_for(size_of(run), run.crop, run.crop_from, **options)
-
-
-def size_of(run: ConfigDict) -> Size:
-    """Size of the images that a run's model takes, see `sides`."""
-    width = run.image_width
-    return run.image_size if width in (None, run.image_size) else (run.image_size, width)
-
-
-def architecture(run: ConfigDict) -> dict[str, Any]:
-    """Attributes in which a run's model differs from its variant, see `follow`."""
-    keys = ("num_heads", "norm_eps", *vit.PARTS, *vit.CHOSEN)
-    said = {key: run.model.get(key) for key in keys}
-    said["block"] = said["block"] or methods.get(run.method).DEFAULTS.get("block")
-    if models.family(run.model.variant) == "resnet":  # which does not fold them
-        said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
-    return {key: value for key, value in said.items() if value is not None}
-
-
-def build_model(run: ConfigDict) -> Any:
-    """The flax model of a run."""
-    return models.build(
-        run.model.variant,
-        task_of(run).classes,
-        **architecture(run),
-        gelu=run.model.gelu,  # None until `follow`, where only shapes matter
-        attention=None if run.model.attention == "xla" else run.model.attention,  # "xla" is anyone's
-        drop_path_mode=run.drop_path_mode,
-        unroll=run.model.unroll,
-        remat=bool(run.model.remat),
-        dtype=jax.numpy.dtype(run.dtype),
-    )
-
-
-def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> dict:
-    """The frozen tree of a run.
-
-    Args:
-      run: the configuration.
-      path: where its weights are.
-      model: the flax model to fill.
-      note: function called with a sentence about what was passed over.
-    """
-    given = run.pretrained
-    resize, whole = given.resize or "linear", None
-    if run.model.depth is not None:
-        whole = models.sizes(run.model.variant)["depth"]
-    how = reader.How(given.grid, given.mean, given.std, resize, given.resize_patch, whole)
-    return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, config, files, models, sides
+from rlrr_jax import adapters, files, models, run_model, sides
 from rlrr_jax.data import crops
 from rlrr_jax.data.examples import some
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
@@ -317,7 +317,7 @@ def compare(one: Any, other: Any, number: int = 8) -> float:
 def advice(to: str, adapter: Any, out: Any) -> str:
     """How the file is used elsewhere."""
     card, classes = adapter.card, len(adapter.card["classes"])
-    sizes = {**models.sizes(card["model"]), **config.architecture(adapter.run)}
+    sizes = {**models.sizes(card["model"]), **run_model.architecture(adapter.run)}
     eps = sizes.pop("norm_eps", 1e-6)
     if to == "timm" and models.family(card["model"]) == "resnet":
         return _resnet_advice(card, sizes, out)

@@ -18,8 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rlrr_jax import adapters, evaluate, files
-from rlrr_jax import config as config_lib
+from rlrr_jax import adapters, evaluate, files, run_images
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results import tables
@@ -56,7 +55,7 @@ def answer(folder: Any, progress: bool = True, **where: Any) -> Answers:
     """
     adapter = adapters.read(folder / "adapter.safetensors")
     run = adapter.run
-    images, labels = adapters.images(adapter, config_lib.splits(run)[1])
+    images, labels = adapters.images(adapter, run_images.splits(run)[1])
     tuned = adapters.load(adapter, None, **where)
     size, answers = min(run.eval_batch_size, len(labels)), []
     with tqdm(total=len(labels), desc=str(folder), unit="img", disable=not progress) as bar:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import config as config_lib
 from rlrr_jax import (
     evaluate,
     heads,
@@ -24,6 +23,8 @@ from rlrr_jax import (
     mixing,
     optim,
     prefix,
+    run_images,
+    run_model,
     sides,
     step,
 )
@@ -73,7 +74,7 @@ class Job(NamedTuple):
     @property
     def classes(self) -> int:
         """Number of classes of the task; the head may have more, see `heads`."""
-        return config_lib.task_of(self.runs[0]).classes
+        return run_images.task_of(self.runs[0]).classes
 
     @property
     def epochs(self) -> int:
@@ -187,7 +188,7 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
     """
     begun = time.perf_counter()
     run = runs[0]
-    part, other = config_lib.splits(run)
+    part, other = run_images.splits(run)
     images, labels = load_data(part, crop=(run.crop, run.seed) if crops.by_host(run.crop) else None)
     held_out = load_data(other)
     recipe = _recipe(runs, len(labels))
@@ -283,7 +284,7 @@ def _whole(recipe: step.Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) 
 
 
 def _recipe(runs: list, num_images: int) -> step.Recipe:
-    run, model = runs[0], config_lib.build_model(runs[0])
+    run, model = runs[0], run_model.build_model(runs[0])
     options, fixed = run.method_kwargs.to_dict(), losses.fixed(run.loss_kwargs)
     method, loss = methods.find(run.method), losses.find(run.loss)
     method = _same(method, options, lambda: methods.get(run.method, **options))
@@ -293,12 +294,12 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         method=method,
         batch_size=run.batch_size,
         num_images=num_images,
-        image_size=config_lib.size_of(run),
+        image_size=run_images.size_of(run),
         drop_path=_noisy(runs, method),
         precision=run.precision,
         optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip, gradients),
         loss=_same(loss, fixed, lambda: losses.get(run.loss, fixed)),
-        values=config_lib.check_contracts(run),
+        values=run_model.check_contracts(run),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
         average=run.average,
         crop_from=run.crop_from if run.crop == crops.SQUARE else None,

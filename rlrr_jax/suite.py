@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, heads, job, lookup, report, train
+from rlrr_jax import files, heads, job, lookup, report, run_images, run_model, train
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
@@ -73,7 +73,7 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
       Stopped: if `stop` said so, when all is saved.
     """
     stop = stop or Stop()
-    config_lib.forget_images()  # a notebook's folder may have changed
+    run_images.forget_images()  # a notebook's folder may have changed
     _describe.cache_clear()
     try:
         runs = config_lib.resolve(config)
@@ -200,22 +200,22 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
             if found:  # its data may be gone
                 works.append(work._replace(found=found))
                 continue
-            found = config_lib.locate(r)
+            found = run_images.locate(r)
             if found.kind == "folder":
-                _, alike, looked = config_lib.pixels_of(config_lib.task_of(r), found)
+                _, alike, looked = run_images.pixels_of(run_images.task_of(r), found)
                 _say(
                     f"{r.task}: {alike} of {looked} files looked at are JPEG of quality 75, as the "
                     f"published folders were saved again; so are some original files"
                 )
-            _describe(config_lib.task_of(r), folder)
-            where = (config_lib.pixels(r), found, r.data.cache_dir)
+            _describe(run_images.task_of(r), folder)
+            where = (run_images.pixels(r), found, r.data.cache_dir)
             if found.kind != "bundled":
-                pairs = [config_lib.splits(r)]
-                pairs += [config_lib.task_of(r).parts[:2]] if r.protocol == "vtab" else []
+                pairs = [run_images.splits(r)]
+                pairs += [run_images.task_of(r).parts[:2]] if r.protocol == "vtab" else []
                 stored = {
                     part for pair in pairs for part in (pair[1:] if crops.by_host(r.crop) else pair)
                 }
-                entries += [entry(config_lib.task_of(r), part, *where) for part in sorted(stored)]
+                entries += [entry(run_images.task_of(r), part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):
         there = store.described(runs[0].data.cache_dir)
@@ -227,7 +227,7 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
 def _share_heads(works: list[Work]) -> None:
     """Gives heads one size, see `heads.share`; a run that was begun keeps that of its checkpoint."""
     works = [work for work in works if not work.finished]
-    heads.share([work.run for work in works], lambda run: config_lib.task_of(run).classes)
+    heads.share([work.run for work in works], lambda run: run_images.task_of(run).classes)
     for work in works:
         if (path := work.folder / "config.json").exists():
             work.run.head_classes = files.read_json(path).get("head_classes")
@@ -266,7 +266,7 @@ def _augmentation(run: Any) -> str:
     text = name + ", ".join(parts)
     if not (run.flip and run.own.path is not None):
         return text
-    words = {w for n in config_lib.task_of(run).names for w in re.split(r"[^a-z]+", n.lower())}
+    words = {w for n in run_images.task_of(run).names for w in re.split(r"[^a-z]+", n.lower())}
     sides = {"left", "right"} <= words
     text += ": --config.flip=False where left and right, text or digits are what matters"
     return f"warning: {text} (there are classes of left and right)" if sides else text
@@ -290,18 +290,18 @@ def _open_weights(works: list[Work]) -> Loaders:
     notes = []
     for work in works:
         path = names.split_subtree(weights[work.run.pretrained.name][0])[0]
-        notes += config_lib.follow(work.run, path)
+        notes += run_model.follow(work.run, path)
     for note in dict.fromkeys(notes):
         _print(note)
     for work in works:
-        config_lib.check_contracts(work.run)  # on the model that the weights made it
+        run_model.check_contracts(work.run)  # on the model that the weights made it
     mine = [identity.fingerprint([work.run for work in works])]
     mine += [weights[work.run.pretrained.name][1] for work in works]
     _check_alike(mine, _OTHER_WEIGHTS)
     for work in works:
         workdir.check_folder(work, weights[work.run.pretrained.name][1])
     load_weights = weights_reader(weights)
-    load_weights(works[0].run, config_lib.build_model(works[0].run))  # a misfit is no task's fault
+    load_weights(works[0].run, run_model.build_model(works[0].run))  # a misfit is no task's fault
     return Loaders(weights, load_weights, functools.lru_cache(8)(_load_data), {})
 
 
@@ -316,10 +316,10 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
     def read(run: Any, model: Any) -> dict:
         path, _ = weights[run.pretrained.name]
         headless = model.clone(num_classes=1)
-        key = path, config_lib.size_of(run), run.pretrained.to_json(), headless
+        key = path, run_images.size_of(run), run.pretrained.to_json(), headless
         if key not in last:
             last.clear()
-            last[key] = config_lib.load_weights(run, path, headless, note=_print)
+            last[key] = run_model.load_weights(run, path, headless, note=_print)
             for name in lookup.names("weights"):
                 if text := lookup.find("weights", name)(last[key]):
                     _print(f"warning: {run.pretrained.name} {text}")
@@ -475,8 +475,8 @@ def _source(works: list[Work]) -> sources.Found:
 def _data_of(works: list[Work], load: Loaders) -> Callable:
     """A function `(split, crop=None) -> images, labels` for the runs of a group."""
     run, found = works[0].run, _source(works)
-    pixels, cache = config_lib.pixels(run), run.data.cache_dir
-    task = config_lib.task_of(run)
+    pixels, cache = run_images.pixels(run), run.data.cache_dir
+    task = run_images.task_of(run)
     return lambda split, crop=None: load.load_data(task, split, pixels, found, cache, crop)
 
 
@@ -488,7 +488,7 @@ def _outputs(works: list[Work], folder: Any, load: Loaders, forecast: Forecast) 
         title=forecast.title(*works),
         checkpoints=folder / "checkpoints",
         provenance=workdir.provenance(works[0], load.weights[run.pretrained.name][1]),
-        classes=sources.class_names(config_lib.task_of(run), _source(works)),
+        classes=sources.class_names(run_images.task_of(run), _source(works)),
     )
 
 

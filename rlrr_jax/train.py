@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, step
+from rlrr_jax import evaluate, run_images, step
 from rlrr_jax.errors import UserError
 from rlrr_jax.job import Job
 from rlrr_jax.results import logs, rows
@@ -193,7 +192,7 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
 def evaluate_epoch(job: Job, progress: Progress, saver: checkpoint.Saver) -> list[dict]:
     """Held-out accuracy and loss of each trial after an epoch; empty where the protocol has none."""
     run, epoch = job.runs[0], progress.epoch
-    if not config_lib.evaluates(run, epoch):
+    if not run_images.evaluates(run, epoch):
         return [{}] * len(job.runs)
     split = "val" if run.protocol == "tune" else "test"
     title = f"evaluating epoch {epoch + 1}"

@@ -25,6 +25,10 @@ ALLOWED = {
     "data": {"errors", "files", "lookup", "sides"},
     "weights": {"errors", "files", "models", "sides"},
     "checks.py": {"data", "errors", "losses", "lookup", "models", "optim", "weights"},
+    "run_images.py": {"checks", "data", "errors", "sides"},
+    "run_model.py": {
+        *("checks", "errors", "losses", "methods", "models", "run_images", "sides", "weights"),
+    },
     "step.py": {
         *("batch", "losses", "methods"),
         *("mixing", "models", "optim", "runtime", "sides"),

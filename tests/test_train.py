@@ -20,7 +20,7 @@ from flax.traverse_util import unflatten_dict
 from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, files, job, methods, step, suite
+from rlrr_jax import evaluate, files, job, methods, run_model, step, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
 from rlrr_jax.data.resize import normalize
@@ -180,7 +180,7 @@ def test_saved_adapter_merges_into_the_reported_accuracy(finished):
     path = workdir / "digits/rlrr/seed0/adapter.safetensors"
     tree = unflatten_dict(safetensors.numpy.load_file(path), sep="/")
     trained = {"head": tree.pop("head"), "adapter": tree}
-    model = config_lib.build_model(config_lib.resolve(small_config())[0])
+    model = run_model.build_model(config_lib.resolve(small_config())[0])
     frozen = reader.load("bundled", model=model, image_size=32)
     params = methods.merge(methods.get("rlrr"), frozen, trained)
     images, labels = store.load_split("digits", "test", 32)
@@ -234,7 +234,7 @@ def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
     from sklearn.linear_model import LogisticRegression
 
     config = small_config(f"{task},method=linear", epochs=None)
-    model = config_lib.build_model(config_lib.resolve(config)[0])
+    model = run_model.build_model(config_lib.resolve(config)[0])
     frozen = reader.load("bundled", model=model, image_size=32)
 
     @jax.jit

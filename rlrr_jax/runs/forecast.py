@@ -5,7 +5,7 @@ import math
 import time
 from typing import Any, NamedTuple
 
-from rlrr_jax import config as config_lib
+from rlrr_jax import run_images
 from rlrr_jax.runs import search, workdir
 from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime.clock import Clock
@@ -33,9 +33,9 @@ class Cost(NamedTuple):
 
 def cost(run: Any, epochs: int | None = None) -> Cost:
     """The `Cost` of a run, or of its first epochs."""
-    images, held_out = map(config_lib.task_of(run).number, config_lib.splits(run))
+    images, held_out = map(run_images.task_of(run).number, run_images.splits(run))
     epochs = run.epochs if epochs is None else epochs
-    times = sum(config_lib.evaluates(run, epoch) for epoch in range(epochs))
+    times = sum(run_images.evaluates(run, epoch) for epoch in range(epochs))
     steps = epochs * math.ceil(images / run.batch_size)
     if run.total_steps and steps > run.total_steps:
         steps, images = run.total_steps, images * run.total_steps / steps

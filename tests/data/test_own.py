@@ -16,7 +16,7 @@ import vtab_data
 from PIL import Image
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, suite
+from rlrr_jax import files, run_images, suite
 from rlrr_jax.configs import own as own_config
 from rlrr_jax.data import own, sources, store
 from rlrr_jax.errors import UserError
@@ -530,7 +530,7 @@ def test_wrong_configurations(arg, changes, message, folder):
         config = make()
         config.own.update(changes)
         (run,) = config_lib.resolve(config)
-        assert config_lib.splits(run) == ("train+val", "test")
+        assert run_images.splits(run) == ("train+val", "test")
         return
     with pytest.raises(UserError, match=message):
         config = make()
@@ -557,7 +557,7 @@ def test_other_images_in_the_same_workdir_are_refused(folder, tmp_path):
     before = files.read_json(tmp_path / "w/birds/linear/seed0/result.json")
     assert before["dataset"].startswith("birds, 250 images ")
     (root / "class 0/000.png").unlink()
-    config_lib._own_task.cache_clear()
+    run_images._own_task.cache_clear()
     message = r"holds a run with dataset=birds, 250 images .*\(now birds, 249"
     with pytest.raises(UserError, match=message):
         suite.run(config, tmp_path / "w")

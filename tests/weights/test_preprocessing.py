@@ -11,7 +11,7 @@ import safetensors.numpy
 from weights.test_vit_layouts import of_transformers
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import models, suite
+from rlrr_jax import models, run_model, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
@@ -44,7 +44,7 @@ def follow(path, variant="S/16", name=None, **changes):
     config.model.variant, config.pretrained.name, config.image_size = variant, str(name or path), 32
     config.model.update(changes)
     (run,) = config_lib.resolve(config)
-    return run, config_lib.follow(run, path)
+    return run, run_model.follow(run, path)
 
 
 SMALL = {"architecture": "vit_small_patch16_224", "pretrained_cfg": HALF}
@@ -74,7 +74,7 @@ def test_heads_come_from_whoever_says_them(what, tmp_path):
     run, said = follow(path, **given)
     said = [note for note in said if "how many attention heads" in note]
     assert len(said) == notes and run.model.num_heads == (heads or 6)
-    assert config_lib.build_model(run).num_heads == run.model.num_heads
+    assert run_model.build_model(run).num_heads == run.model.num_heads
     if notes:
         assert (
             f"nothing says how many attention heads {path} has" in said[0] and "6 are taken" in said[0]
@@ -147,10 +147,10 @@ def test_a_config_of_another_model_is_refused_or_passed_over_as_asked(what, tmp_
     config.pretrained.ignore_json, config.model.gelu = True, "tanh"
     (run,) = config_lib.resolve(config)
     with pytest.raises(UserError, match="nothing says how the pixels of .* is passed over, as"):
-        config_lib.follow(run, path)
+        run_model.follow(run, path)
     config.pretrained.mean = config.pretrained.std = preprocessing.HALF
     (run,) = config_lib.resolve(config)
-    notes = config_lib.follow(run, path)
+    notes = run_model.follow(run, path)
     assert (
         f"note: {tmp_path}/config.json is passed over, as config.pretrained.ignore_json says" in notes
     )
@@ -179,7 +179,7 @@ def test_transformers_configs_are_read(tmp_path):
     run, _ = follow(path, "Ti/16")
     assert (run.model.gelu, run.model.num_heads, run.model.norm_eps) == ("tanh", 3, 1e-12)
     assert (run.pretrained.mean, run.pretrained.resize) == ((0.1, 0.2, 0.3), "bicubic_plain")
-    assert config_lib.build_model(run).norm_eps == 1e-12
+    assert run_model.build_model(run).norm_eps == 1e-12
     (tmp_path / "config.json").write_text(json.dumps({**vit_config, "hidden_act": "silu"}))
     with pytest.raises(UserError, match="config.json: the activation silu is none of gelu"):
         follow(path, "Ti/16")

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import models
+from rlrr_jax import models, run_model
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
@@ -178,9 +178,9 @@ def relative_error(name, model, variant, folder, given):
     try:
         (run,) = config_lib.resolve(config)
         file, _ = names.fetch(run.pretrained.name)
-        config_lib.follow(run, file)
-        ours = models.build(variant, 2, **config_lib.architecture(run), gelu=run.model.gelu)
-        tree = config_lib.load_weights(run, file, ours)
+        run_model.follow(run, file)
+        ours = models.build(variant, 2, **run_model.architecture(run), gelu=run.model.gelu)
+        tree = run_model.load_weights(run, file, ours)
     except UserError as e:
         assert "damaged" not in str(e) and "put its config.json beside it" not in str(e), e
         return None

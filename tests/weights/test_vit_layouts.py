@@ -12,7 +12,7 @@ import scipy.ndimage
 from PIL import Image
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import models
+from rlrr_jax import models, run_model
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
@@ -405,14 +405,14 @@ def test_a_configuration_that_differs_from_the_card_is_said(weights, tmp_path):
     config.pretrained.name = path
     (run,) = config_lib.resolve(config)
     assert run.model.gelu is None
-    notes = config_lib.follow(run, path)
+    notes = run_model.follow(run, path)
     assert (run.model.gelu, run.pretrained.mean) == ("exact", (0.1, 0.2, 0.3))
     assert notes == [f"note: {path} has pool=avg"]
     config.update(image_size=32)
     config.model.gelu = "tanh"
     config.pretrained.update(mean=preprocessing.HALF, std=preprocessing.HALF)
     (run,) = config_lib.resolve(config)
-    said = "\n".join(config_lib.follow(run, path))
+    said = "\n".join(run_model.follow(run, path))
     assert f"note: {path} has exact (config.json says so), config.model.gelu is tanh" in said
     assert (
         "has (0.1, 0.2, 0.3) (config.json says so), config.pretrained.mean is (0.5, 0.5, 0.5)" in said

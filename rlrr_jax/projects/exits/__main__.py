@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import adapters, files, models
-from rlrr_jax import config as config_lib
+from rlrr_jax import adapters, files, models, run_images
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.projects.exits import choose, leave, page
@@ -100,7 +99,7 @@ def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None, **whe
     plain = float(leave.flops(model, (), size)[-1])
     if chooser is None:
         return page.Run(row, plain, np.array([plain]), np.array([plain]), [row["test_acc_final"]], [])
-    backbone, part = adapters.backbone(adapter, **where), config_lib.task_of(adapter.run).parts[1]
+    backbone, part = adapters.backbone(adapter, **where), run_images.task_of(adapter.run).parts[1]
     said, _ = probabilities(chooser, backbone, part)
     found, labels = probabilities(adapter, backbone, "test")
     at = leave.places(adapter)

@@ -13,16 +13,15 @@ import time
 
 import numpy as np
 
-from rlrr_jax import adapters
-from rlrr_jax import config as config_lib
+from rlrr_jax import adapters, run_images
 from rlrr_jax.data import store
 from rlrr_jax.projects.exits import leave
 
 
 def pictures(run, number):
     """Test images of a run, uint8 [N, h, w, 3]."""
-    found, task = config_lib.locate(run), config_lib.task_of(run)
-    images, _ = store.load_split(task, "test", config_lib.pixels(run), found, run.data.cache_dir)
+    found, task = run_images.locate(run), run_images.task_of(run)
+    images, _ = store.load_split(task, "test", run_images.pixels(run), found, run.data.cache_dir)
     return np.asarray(images[:number])
 
 

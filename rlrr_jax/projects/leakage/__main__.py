@@ -15,8 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, checks, files, methods
-from rlrr_jax import config as config_lib
+from rlrr_jax import adapters, checks, files, methods, run_images
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.data import crops
 from rlrr_jax.data.resize import normalize
@@ -160,7 +159,7 @@ def _candidates(adapter: Adapter, number: int, seed: int) -> tuple[np.ndarray, n
     index = np.random.default_rng(seed).permutation(len(labels))[:number]
     chosen = np.stack([np.asarray(images[int(i) : int(i) + 1])[0] for i in index])
     crop_from = run.crop_from if run.crop == crops.SQUARE else None
-    resized = jax.jit(lambda x: normalize(x, config_lib.size_of(run), crop_from))
+    resized = jax.jit(lambda x: normalize(x, run_images.size_of(run), crop_from))
     parts = [np.asarray(resized(chosen[i : i + 64])) for i in range(0, number, 64)]
     return np.concatenate(parts), np.asarray(labels)[index].astype(np.int32)
 

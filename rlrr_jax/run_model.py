@@ -1,0 +1,188 @@
+"""The model and the weights of a run: what a card says of them, and how they are built and read."""
+
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rlrr_jax import checks, losses, methods, models, sides
+from rlrr_jax.errors import UserError
+from rlrr_jax.models import vit
+from rlrr_jax.run_images import size_of, task_of
+from rlrr_jax.sides import Size
+from rlrr_jax.weights import preprocessing, reader, vit_layouts
+
+
+def architecture(run: ConfigDict) -> dict[str, Any]:
+    """Attributes in which a run's model differs from its variant, see `follow`."""
+    keys = ("num_heads", "norm_eps", *vit.PARTS, *vit.CHOSEN)
+    said = {key: run.model.get(key) for key in keys}
+    said["block"] = said["block"] or methods.get(run.method).DEFAULTS.get("block")
+    if models.family(run.model.variant) == "resnet":  # which does not fold them
+        said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def build_model(run: ConfigDict) -> Any:
+    """The flax model of a run."""
+    return models.build(
+        run.model.variant,
+        task_of(run).classes,
+        **architecture(run),
+        gelu=run.model.gelu,  # None until `follow`, where only shapes matter
+        attention=None if run.model.attention == "xla" else run.model.attention,  # "xla" is anyone's
+        drop_path_mode=run.drop_path_mode,
+        unroll=run.model.unroll,
+        remat=bool(run.model.remat),
+        dtype=jax.numpy.dtype(run.dtype),
+    )
+
+
+def load_weights(run: ConfigDict, path: str, model: Any, note: Any = None) -> dict:
+    """The frozen tree of a run.
+
+    Args:
+      run: the configuration.
+      path: where its weights are.
+      model: the flax model to fill.
+      note: function called with a sentence about what was passed over.
+    """
+    given = run.pretrained
+    resize, whole = given.resize or "linear", None
+    if run.model.depth is not None:
+        whole = models.sizes(run.model.variant)["depth"]
+    how = reader.How(given.grid, given.mean, given.std, resize, given.resize_patch, whole)
+    return reader.load(path, model=model, image_size=size_of(run), how=how, note=note)
+
+
+def check_contracts(run: ConfigDict) -> tuple[str, ...]:
+    """Checks a run's method and loss on its model, as far as that is known: again after `follow`.
+
+    Returns the names of the values that the loss returns. Raises UserError, see `methods.check` and
+    `losses.check_contract`.
+    """
+    sizes = {key: value for key, value in architecture(run).items() if key not in ("mean", "std")}
+    of = json.dumps([run.method_kwargs.to_dict(), sizes, run.loss_kwargs.to_dict()], sort_keys=True)
+    names, size = (run.method, run.model.variant, run.loss), size_of(run)
+    _check_contracts(names, methods.find(run.method), size, of)
+    loss = losses.find(run.loss)
+    if loss.function is losses.cross_entropy:
+        return ("acc",)
+    return _check_contracts(names, loss, size, of, task_of(run).classes)
+
+
+@functools.lru_cache(256)
+def _check_contracts(names: tuple, of: Any, size: Size, options: str, classes: int = 0) -> tuple:
+    del of  # another one after an edit in a notebook is checked again
+    plain = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+    given = [plain(group) for group in json.loads(options)]
+    model, method = models.build(names[1], classes or 2, **given[1]), methods.get(names[0], **given[0])
+    frozen = models.shapes(model, size)
+    if not classes:
+        methods.check(names[0], method, frozen)
+        return ()
+    return losses.check_contract(names[2], given[2], (model, method, frozen), sides.pair(size))
+
+
+def follow(run: ConfigDict, path: str) -> list[str]:
+    """Fills in what a run takes from its weights' card; returns notes where the run differs from it.
+
+    Args:
+      run: the configuration.
+      path: where the weight file is.
+    """
+    name, given, model = run.pretrained.name, run.pretrained, run.model
+    how = dict(variant=model.variant, ignore=given.ignore_json, resized=given.resize_patch)
+    card = preprocessing.read(path, name, needed=given.mean is None, **how)
+    notes = [f"note: {text}" for text in card.notes]
+    if card.by_name and given.mean is None:
+        notes.append(
+            f"note: pixels are normalised as the name {pathlib.PurePath(name).name} says, by means "
+            f"{card.mean} and deviations {card.std} (config.pretrained.mean, config.pretrained.std)"
+        )
+    plain = models.build(model.variant, 1)
+    ours = plain.num_heads if models.family(model.variant) == "vit" else None
+    if ours and model.num_heads is None and card.num_heads is None and not preprocessing.of_jax(path):
+        notes.append(
+            f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
+            f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
+        )
+    _check_activation(run, card, hasattr(plain, "gelu"))
+    if ours and card.gelu is None and card.norm_eps is None and model.norm_eps is None:
+        notes.append(
+            f"note: nothing says the epsilon of the LayerNorms of {name}: {plain.norm_eps:g} is taken "
+            f"(config.model.norm_eps)"
+        )
+    jax_of_others = not ours and preprocessing.of_jax(path)  # BiT's: the card is that of ViTs
+    eps = None if jax_of_others else card.norm_eps
+    for node, key, value, default in (
+        *([(model, "gelu", card.gelu, "exact")] if hasattr(plain, "gelu") else []),
+        (model, "num_heads", ours and card.num_heads, ours),
+        (model, "norm_eps", eps, plain.norm_eps),
+        (given, "mean", card.mean, None),
+        (given, "std", card.std, None),
+        (given, "resize", card.resize, None),
+        *_size_said(run, card.image_size),
+    ):
+        checks.fill(node, key, default if value is None else value)
+        where = {id(model): "model.", id(given): "pretrained."}.get(id(node), "")
+        mine = tuple(node[key]) if isinstance(value, tuple) else node[key]
+        if value is not None and mine != value:
+            notes.append(f"note: {name} has {value} ({card.source}), config.{where}{key} is {mine}")
+    checks.heads(model.variant, model.num_heads)
+    return notes + _follow_parts(run, card, path)
+
+
+def _check_activation(run: ConfigDict, card: preprocessing.Card, has_one: bool) -> None:
+    """UserError where nothing says a model's activation, or it is one that its family does not have."""
+    name, variant = run.pretrained.name, run.model.variant
+    if not has_one and card.gelu not in (None, "exact") and models.family(variant) == "swin":
+        raise UserError(
+            f"{name} has the {card.gelu} GELU ({card.source}), which {variant} has not: take another"
+        )
+    if has_one and card.gelu is None and run.model.gelu is None:
+        raise UserError(
+            f"nothing says which GELU {name} has, and its arrays do not show it: put its config.json "
+            f"beside it, or set config.model.gelu (exact, tanh or quick)"
+        )
+
+
+def _size_said(run: ConfigDict, size: Any) -> list[tuple]:
+    """What a card's image size fills in: the run's, and where it is not square the file's grid."""
+    if not isinstance(size, tuple):
+        return [(run, "image_size", size, None)]
+    vit_like = models.family(run.model.variant) == "vit"
+    patch = vit_like and models.sizes(run.model.variant)["patch_size"]
+    grid = [(run.pretrained, "grid", tuple(side // patch for side in size), None)] if patch else []
+    return [(run, "image_size", size[0], None), *grid]
+
+
+def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[str]:
+    """Fills in what a ViT has besides, or instead of, a class token; returns notes that name it."""
+    name, model = run.pretrained.name, run.model
+    if models.family(model.variant) != "vit":
+        note = f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by avg"
+        return [note] if card.pooling not in (None, "avg") else []
+    if card.pooling not in (None, "", *checks.CHOICES["model.pool"]):
+        raise UserError(
+            f"{name} pools by {card.pooling} ({card.source}), which is none of "
+            f"{', '.join(checks.CHOICES['model.pool'])}: take another"
+        )
+    said = vit_layouts.parts(reader.array_shapes(path))
+    if card.pooling in checks.CHOICES["model.pool"] and card.pooling != "token":
+        said.setdefault("pool", card.pooling)
+    notes = [f"note: {name} has {', '.join(f'{k}={v}' for k, v in said.items())}"] if said else []
+    for key, value in said.items():
+        checks.fill(model, key, value)
+        if model[key] != value:
+            notes.append(f"note: config.model.{key} is {model[key]}")
+    if model.class_token is False and "class_token" not in said:
+        raise UserError(f"{name} has a class token: leave config.model.class_token out")
+    if model.pool == "both" and not model.dist_token:
+        raise UserError(f"{name} has no distillation token: leave config.model.pool out")
+    if model.class_token is False and (model.pool or "token") in ("token", "both"):
+        raise UserError(f"{name} has no class token: leave config.model.pool out, or set it to avg")
+    return notes
