@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import evaluate, losses, methods, models, step
+from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
 CLASSES = 100
@@ -57,7 +58,7 @@ class Ours:
         self.mesh = mesh_lib.make_mesh(jax.devices(), trials)
         self.method = methods.get(method)
         net = self.model, self.method, models.shapes(self.model, size)
-        self.recipe = step.Recipe(
+        self.recipe = Recipe(
             model=self.model,
             method=self.method,
             batch_size=batch,
@@ -65,8 +66,11 @@ class Ours:
             image_size=size,
             drop_path=drop_path > 0,
             precision=self.precision,
-            loss=losses.get(loss, losses.fixed(losses.options(loss))),
-            values=losses.check_contract(loss, losses.options(loss), net, (size, size)),
+            loss=losses.get(
+                loss,
+                losses.fixed(losses.options(loss)),
+                losses.check_contract(loss, losses.options(loss), net, (size, size)),
+            ),
         )
         hyper = {"lr": jnp.array([1e-3]), "weight_decay": jnp.array(1e-4)}
         hyper["drop_path"] = jnp.array(float(drop_path))
@@ -76,7 +80,7 @@ class Ours:
         keys = [
             {"noise_key": jax.random.key(i), "order_key": jax.random.key(-i)} for i in range(trials)
         ]
-        self.hyper = mesh_lib.put_trials(self.mesh, [{**hyper, **key} for key in keys])
+        self.hyper = mesh_lib.put_trials(self.mesh, [Hyper(**hyper, **key) for key in keys])
         self.images = jax.ShapeDtypeStruct((batch * steps, size, size, 3), jnp.uint8)
         self.labels = jax.ShapeDtypeStruct((batch * steps,), jnp.int32)
         self.frozen = models.shapes(self.model, size)

@@ -77,7 +77,7 @@ def card(run: ConfigDict, marks: dict, classes: list[str], accuracy: dict) -> di
         "classes": list(classes),
         "accuracy": accuracy,
         "versions": {m.__name__: m.__version__ for m in (rlrr_jax, jax, flax)},
-        "config": run.to_dict(),
+        "config": {key: value for key, value in run.to_dict().items() if key != "head_classes"},
         **marks,
     }
 

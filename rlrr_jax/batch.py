@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from rlrr_jax import mixing
 from rlrr_jax.data.resize import normalize
-from rlrr_jax.losses import Batch
+from rlrr_jax.recipe import Batch, Hyper, Recipe
 
 
-def take(recipe: Any, data: Any, order: jax.Array, state: Any, hyper: Any, now: tuple) -> Batch:
+def take(recipe: Recipe, data: Any, order: jax.Array, state: Any, hyper: Hyper, now: tuple) -> Batch:
     """This device's share of a batch; slots beyond the batch or the data have mask 0.
 
     Args:
-      recipe: the `step.Recipe`.
+      recipe: the `Recipe`.
       data: images and labels, see `step.train_steps`.
       order: rows of `data` in the order of the epoch [N].
       state: see `step.init_state`.
@@ -32,12 +32,12 @@ def take(recipe: Any, data: Any, order: jax.Array, state: Any, hyper: Any, now: 
     first, last = step * recipe.batch_size, recipe.num_images - 1
     mask = (slots < recipe.batch_size) & (first + slots <= last)
     rows = order[jnp.minimum(first + slots, last)]
-    step_key = jax.random.fold_in(hyper["noise_key"], epoch * recipe.steps + step)
+    step_key = jax.random.fold_in(hyper.noise_key, epoch * recipe.steps + step)
     keys = keys_of(step_key, slots)
     numbers = data["numbers"][rows] if "numbers" in data else rows
     remembered = state.get("remembered")
     batch = Batch(
-        images=augment(recipe, data["images"][rows], keys, hyper["flip"]),
+        images=augment(recipe, data["images"][rows], keys, hyper.flip),
         labels=data["labels"][rows],
         targets=None,
         mask=mask.astype(jnp.float32),
@@ -59,7 +59,7 @@ def keys_of(step_key: jax.Array, slots: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(slots)
 
 
-def augment(recipe: Any, images: jax.Array, keys: jax.Array, flip: jax.Array) -> jax.Array:
+def augment(recipe: Recipe, images: jax.Array, keys: jax.Array, flip: jax.Array) -> jax.Array:
     """Stored images [b, h, w, 3] as the model takes them, in [-1, 1]; with `flip`, flipped by key.
 
     Of outputs of first blocks [b, F, ...], see `prefix`, those of the image or of the flipped one.
@@ -70,6 +70,7 @@ def augment(recipe: Any, images: jax.Array, keys: jax.Array, flip: jax.Array) ->
     size = recipe.crop_from or recipe.image_size
     images = normalize(images, size)
     if size != recipe.image_size:
+        assert isinstance(recipe.image_size, int)  # squares are cut
         images = jax.vmap(functools.partial(_crop, recipe.image_size))(images, keys)
     return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
 
@@ -80,11 +81,11 @@ def _crop(size: int, image: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(image, (*corner, 0), (size, size, 3))
 
 
-def mixed(recipe: Any, data: Any, hyper: Any, batch: Batch, pairs: tuple) -> Batch:
+def mixed(recipe: Recipe, data: Any, hyper: Hyper, batch: Batch, pairs: tuple) -> Batch:
     """A batch mixed with partners, which other devices may have, and its targets.
 
     Args:
-      recipe: the `step.Recipe`.
+      recipe: the `Recipe`.
       data: images and labels.
       hyper: hyper-parameters and keys.
       batch: the batch before.
@@ -93,7 +94,7 @@ def mixed(recipe: Any, data: Any, hyper: Any, batch: Batch, pairs: tuple) -> Bat
     others, partners, step_key = pairs
     how, images, weight = recipe.mixing, batch.images, 1.0
     if how.images:
-        second = augment(recipe, data["images"][partners], keys_of(step_key, others), hyper["flip"])
+        second = augment(recipe, data["images"][partners], keys_of(step_key, others), hyper.flip)
         one = jax.random.fold_in(step_key, 2**31 - 1)  # of the batch; images have smaller numbers
         images, weight = mixing.mix(how, one, images, second)
     labels = batch.labels, data["labels"][partners]

@@ -30,6 +30,7 @@ from rlrr_jax import (
 )
 from rlrr_jax import feed as feed_lib
 from rlrr_jax.data import crops, resize
+from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -52,21 +53,21 @@ class Job(NamedTuple):
       feed: where the training images come from.
       held_out: images and labels of the evaluation, on the host.
       lrs: learning rates of each trial and step.
-      hyper: hyper-parameters and keys of the trials [T], see `step.train_steps`.
+      hyper: the `Hyper` of the trials [T].
       init_keys: keys of the trials [T] for the first values.
       merge: function `(frozen, trained [T, ...]) -> params [T, ...]`, jitted.
       begun: when this was begun, by `time.perf_counter`.
     """
 
     runs: list
-    recipe: step.Recipe
+    recipe: Recipe
     mesh: Mesh
     frozen: Any
     data: dict
     feed: feed_lib.Feed
     held_out: tuple
     lrs: list
-    hyper: dict
+    hyper: Hyper
     init_keys: Any
     merge: Callable
     begun: float
@@ -227,7 +228,7 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
     )
 
 
-def overhead(recipe: step.Recipe, frozen: Any) -> float:
+def overhead(recipe: Recipe, frozen: Any) -> float:
     """How many more FLOPs a tuned model needs for an image than the backbone, as a share of those."""
     assert recipe.image_size is not None  # a prefix is of methods that train the last blocks
     image = jax.ShapeDtypeStruct((1, *sides.pair(recipe.image_size), 3), jnp.float32)
@@ -271,7 +272,7 @@ def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array, budget: fl
     return feed
 
 
-def _whole(recipe: step.Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) -> dict[str, Any]:
+def _whole(recipe: Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) -> dict[str, Any]:
     """The training set on the devices; its images enlarged once, unless that takes much memory."""
     data = mesh_lib.put(mesh, P(), feed.read(0, 0, slice(None)))
     size = recipe.crop_from or recipe.image_size
@@ -283,13 +284,14 @@ def _whole(recipe: step.Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) 
     return data
 
 
-def _recipe(runs: list, num_images: int) -> step.Recipe:
+def _recipe(runs: list, num_images: int) -> Recipe:
     run, model = runs[0], run_model.build_model(runs[0])
     options, fixed = run.method_kwargs.to_dict(), losses.fixed(run.loss_kwargs)
     method, loss = methods.find(run.method), losses.find(run.loss)
     method = _same(method, options, lambda: methods.get(run.method, **options))
     gradients = run.get("gradients") and lookup.find("gradients", run.gradients)
-    return step.Recipe(
+    optimizer = run.optimizer, run.momentum_dtype, run.grad_clip
+    return Recipe(
         model=model.clone(num_classes=run.get("head_classes") or model.num_classes),
         method=method,
         batch_size=run.batch_size,
@@ -297,11 +299,9 @@ def _recipe(runs: list, num_images: int) -> step.Recipe:
         image_size=run_images.size_of(run),
         drop_path=_noisy(runs, method),
         precision=run.precision,
-        optimizer=optim.Optimizer(run.optimizer, run.momentum_dtype, run.grad_clip, gradients),
-        loss=_same(loss, fixed, lambda: losses.get(run.loss, fixed)),
-        values=run_model.check_contracts(run),
+        optimizer=optim.Optimizer(*optimizer, gradients, run.average),
+        loss=_same(loss, fixed, lambda: losses.get(run.loss, fixed, run_model.check_contracts(run))),
         mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
-        average=run.average,
         crop_from=run.crop_from if run.crop == crops.SQUARE else None,
     )
 
@@ -341,7 +341,7 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 
 
 @functools.lru_cache(64)
-def _compiled(recipe: step.Recipe, mesh: Mesh, shapes: tuple, tree: Any) -> Any:
+def _compiled(recipe: Recipe, mesh: Mesh, shapes: tuple, tree: Any) -> Any:
     """`step.map_train_steps` compiled for arguments of these shapes, flattened."""
     arguments = jax.tree.unflatten(tree, shapes)
     lowered: Any = step.map_train_steps(recipe, mesh)
@@ -360,16 +360,16 @@ def _learning_rates(run: Any, steps: int) -> list[float]:
     )
 
 
-def _hyper(run: Any, lrs: list[float], keys: jax.Array) -> dict[str, Any]:
-    return {
-        "lr": jnp.array(lrs),
-        "weight_decay": jnp.array(run.weight_decay),
-        "drop_path": jnp.array(run.drop_path),
-        "flip": jnp.array(run.flip),
-        "noise_key": keys[1],
-        "loss": {k: jnp.array(v) for k, v in run.loss_kwargs.items() if isinstance(v, float)},
-        "order_key": keys[2],
-    }
+def _hyper(run: Any, lrs: list[float], keys: jax.Array) -> Hyper:
+    return Hyper(
+        lr=jnp.array(lrs),
+        weight_decay=jnp.array(run.weight_decay),
+        drop_path=jnp.array(run.drop_path),
+        flip=jnp.array(run.flip),
+        noise_key=keys[1],
+        order_key=keys[2],
+        loss={k: jnp.array(v) for k, v in run.loss_kwargs.items() if isinstance(v, float)},
+    )
 
 
 def check_memory(job: Job, needs: Any, limit: int) -> None:

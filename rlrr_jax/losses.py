@@ -30,33 +30,7 @@ import optax
 from rlrr_jax import lookup, methods
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.methods import Method
-
-
-class Batch(NamedTuple):
-    """A device's share of a batch, b images of B.
-
-    Attributes:
-      images: pixels in [-1, 1], [b, H, W, 3].
-      labels: classes [b].
-      targets: probabilities [b, classes] where labels are mixed or smoothed, else None.
-      mask: 1 for an image, 0 for padding [b].
-      keys: a noise key for each image [b].
-      slots: place of each image in the whole batch [b].
-      numbers: number of each image in the training set [b].
-      step: number of the step, from the start of training.
-      remembered: what the loss returned as "remember" of each image last [b, classes], 0 at first;
-        None for a loss that returns no such value.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    targets: jax.Array | None
-    mask: jax.Array
-    keys: jax.Array
-    slots: jax.Array
-    numbers: jax.Array
-    step: jax.Array
-    remembered: jax.Array | None = None
+from rlrr_jax.recipe import Batch, Recipe
 
 
 class Net(NamedTuple):
@@ -101,10 +75,12 @@ class Loss(NamedTuple):
       function: what is minimised, see above; it finds its values in `net.trained["loss"]`.
       init: function `(key, frozen, classes, **options) -> tree of float32` of these values at the
         start; they are saved with the adapter, and those called "kernel" get weight decay.
+      values: names of what the function returns besides the loss, see `check_contract`.
     """
 
     function: Callable[..., Values]
     init: Callable[..., Any] | None = None
+    values: tuple[str, ...] = ("acc",)
 
     def __call__(self, net: Net, batch: Batch, **numbers: Any) -> Values:
         """The loss of each image, and other values."""
@@ -142,11 +118,11 @@ def _loss(found: Any) -> Loss:
     return found if isinstance(found, Loss) else Loss(found)
 
 
-def get(name: str, fixed: dict[str, Any]) -> Loss:
-    """The `Loss` of a name with its fixed options."""
+def get(name: str, fixed: dict[str, Any], values: tuple[str, ...] = ("acc",)) -> Loss:
+    """The `Loss` of a name with its fixed options, and the names of what it returns."""
     loss = find(name)
     bind = lambda f: f and functools.partial(f, **fixed)
-    return Loss(bind(loss.function), bind(loss.init))
+    return Loss(bind(loss.function), bind(loss.init), values)
 
 
 def options(name: str) -> dict[str, Any]:
@@ -183,6 +159,11 @@ def _like(value: Any, default: Any) -> bool:
 def fixed(given: dict[str, Any]) -> dict[str, Any]:
     """The options that are in the program: all but real numbers, which are traced."""
     return {key: value for key, value in given.items() if not isinstance(value, float)}
+
+
+def of(recipe: Recipe) -> Loss:
+    """The loss of a recipe."""
+    return recipe.loss or Loss(cross_entropy)
 
 
 def start(loss: Loss, method: Method, key: jax.Array, frozen: Any) -> dict:

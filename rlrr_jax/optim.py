@@ -33,12 +33,14 @@ class Optimizer(NamedTuple):
       grad_clip: largest norm of the whole gradient; None: any.
       gradients: function `key -> optax transformation` of the gradient before all else, made anew with
         each step's own key; None: it stays. It does not see what a method keeps fixed.
+      average: decay of a running average of the trained tree, which is evaluated and saved; None: none.
     """
 
     name: str = "adamw"
     momentum_dtype: str = "bfloat16"
     grad_clip: float | None = None
     gradients: Callable[[jax.Array], optax.GradientTransformation] | None = None
+    average: float | None = None
 
 
 def build(

@@ -23,8 +23,10 @@ from tqdm import tqdm
 from rlrr_jax import evaluate, models
 from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.models import vit
+from rlrr_jax.recipe import Recipe
 from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime import mesh as mesh_lib
+from rlrr_jax.sides import pair
 
 HEAD = -1  # instead of a number of blocks: all but the head
 MOST_BYTES = 2**30  # of outputs in memory; more lie in a file that goes with the process
@@ -45,11 +47,11 @@ class Head(nn.Module):
         return nn.Dense(self.num_classes, dtype=features.dtype, name="head")(features)
 
 
-def blocks(recipe: Any, run: Any) -> int:
+def blocks(recipe: Recipe, run: Any) -> int:
     """How many of the first blocks a run leaves alone, or `HEAD`; 0 if nothing can be computed once.
 
     Args:
-      recipe: the `step.Recipe` of a group of trials.
+      recipe: the `Recipe` of a group of trials.
       run: the configuration of the first.
     """
     noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
@@ -62,12 +64,12 @@ def blocks(recipe: Any, run: Any) -> int:
 
 
 def outputs(
-    recipe: Any, frozen: Any, number: int, images: Any, mesh: Mesh, flip: bool, title: str
+    recipe: Recipe, frozen: Any, number: int, images: Any, mesh: Mesh, flip: bool, title: str
 ) -> np.ndarray:
     """What the first blocks make of images: [N, F, ...], F = 2 with flips (the second is flipped).
 
     Args:
-      recipe: the `step.Recipe` of the whole network.
+      recipe: the `Recipe` of the whole network.
       frozen: its tree.
       number: number of blocks, or `HEAD`.
       images: uint8 [N, h, w, 3].
@@ -100,12 +102,12 @@ def _room(shape: tuple, dtype: Any) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def _bytes(recipe: Any, number: int, data: tuple, flip: bool) -> int:
+def _bytes(recipe: Recipe, number: int, data: tuple, flip: bool) -> int:
     """What the outputs of training and held-out images take."""
     if number == HEAD:
         return 0  # a few values an image
-    size = (recipe.image_size,) * 2 if isinstance(recipe.image_size, int) else recipe.image_size
-    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    assert recipe.image_size is not None
+    image = jax.ShapeDtypeStruct((1, *pair(recipe.image_size), 3), jnp.float32)
     first = recipe.model.clone(until=number)
     start = lambda image: first.init_with_output(jax.random.key(0), image)[0]
     tokens = jax.eval_shape(start, image)
@@ -145,7 +147,7 @@ def _print(text: str) -> None:
         print(text, flush=True)
 
 
-def rest(recipe: Any, frozen: Any, number: int) -> tuple[Any, Any]:
+def rest(recipe: Recipe, frozen: Any, number: int) -> tuple[Any, Any]:
     """The recipe and tree of what comes after the first blocks; it takes their outputs for images."""
     model: Any
     if number == HEAD:
@@ -157,7 +159,7 @@ def rest(recipe: Any, frozen: Any, number: int) -> tuple[Any, Any]:
     return recipe._replace(model=model, image_size=None), tree
 
 
-def _keys(recipe: Any, frozen: Any, data: tuple, number: int, run: Any) -> list[tuple]:
+def _keys(recipe: Recipe, frozen: Any, data: tuple, number: int, run: Any) -> list[tuple]:
     """What tells the outputs for training and held-out images from all others."""
     model = recipe.model.clone(num_classes=1)
     weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
@@ -168,11 +170,11 @@ def _keys(recipe: Any, frozen: Any, data: tuple, number: int, run: Any) -> list[
     ]
 
 
-def applied(recipe: Any, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: dict) -> tuple:
+def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: dict) -> tuple:
     """A group of trials with what nothing changes computed once; as it was if there is none of it.
 
     Args:
-      recipe: the `step.Recipe`.
+      recipe: the `Recipe`.
       frozen: the backbone's tree.
       data: images of the training set, and the held-out images.
       mesh: the devices.

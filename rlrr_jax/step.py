@@ -6,9 +6,8 @@ not depend on the number of devices.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,56 +18,10 @@ from jax.sharding import PartitionSpec as P
 from rlrr_jax import batch as batch_lib
 from rlrr_jax import losses, methods, optim
 from rlrr_jax.methods import Method
-from rlrr_jax.mixing import Mixing
+from rlrr_jax.recipe import Batch, Hyper, Recipe
 from rlrr_jax.runtime.mesh import over_trials
-from rlrr_jax.sides import Size
 
 Tree = Any  # a pytree of arrays
-
-
-class Recipe(NamedTuple):
-    """All that is fixed while the step is traced.
-
-    Attributes:
-      model: the flax model.
-      method: the `methods.Method`.
-      batch_size: B, over all devices.
-      num_images: N.
-      image_size: size of the images that the model takes, see `sides`; smaller images are enlarged.
-        None: it takes what first blocks made of images, see `prefix`.
-      crop_from: side of the images from which squares are cut on the device, at random to train on,
-        the middle to evaluate; None cuts nothing.
-      precision: precision of matmuls, as `jax.default_matmul_precision` names it.
-      drop_path: whether its noise is in the program; the rate itself is traced.
-      optimizer: how gradients become updates, see `optim.build`.
-      loss: what is minimised, with its fixed options, see `losses`.
-      values: names of the values that the loss returns, see `losses.check_contract`.
-      mixing: how images and labels are mixed.
-      average: decay of the running average of the trained tree; None keeps none.
-    """
-
-    model: Any
-    method: Method
-    batch_size: int
-    num_images: int
-    image_size: Size | None
-    drop_path: bool = True
-    precision: str = "highest"
-    optimizer: optim.Optimizer = optim.Optimizer()
-    loss: losses.Loss = losses.Loss(losses.cross_entropy)
-    values: tuple[str, ...] = ("acc",)
-    mixing: Mixing = Mixing()
-    average: float | None = None
-    crop_from: int | None = None
-
-    @property
-    def steps(self) -> int:
-        """S: steps an epoch; the last may be short."""
-        return math.ceil(self.num_images / self.batch_size)
-
-    def images_before(self, epoch: int, step: int) -> int:
-        """Number of images seen before a step of an epoch."""
-        return epoch * self.num_images + min(step * self.batch_size, self.num_images)
 
 
 # One device, one trial ------------------------------------------------------------------------
@@ -86,12 +39,12 @@ def init_state(recipe: Recipe, key: jax.Array, frozen: Tree) -> Tree:
       `{"trainable", "opt_state"}`; with an average `"average"`, and with a loss that remembers
       `"remembered"` [N, classes], too.
     """
-    trainable = losses.start(recipe.loss, recipe.method, key, frozen)
+    trainable = losses.start(losses.of(recipe), recipe.method, key, frozen)
     tx = optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0, key)
     state = {"trainable": trainable, "opt_state": tx.init(trainable)}
-    if recipe.average is not None:
+    if recipe.optimizer.average is not None:
         state["average"] = trainable
-    if "remember" in recipe.values:
+    if "remember" in losses.of(recipe).values:
         state["remembered"] = jnp.zeros((recipe.num_images, frozen["head"]["bias"].size))
     return state
 
@@ -103,12 +56,12 @@ def tuned(state: Tree) -> Tree:
 
 def init_metrics(recipe: Recipe) -> dict[str, jax.Array]:
     """Values of each step of an epoch [S]: the mean loss, and sums of what else the loss returns."""
-    names = sorted({*recipe.values} - {"remember"})
+    names = sorted({*losses.of(recipe).values} - {"remember"})
     return {name: jnp.zeros(recipe.steps) for name in ("loss", *names)}
 
 
 def loss_and_grad(
-    recipe: Recipe, frozen: Tree, trainable: Tree, batch: losses.Batch, hyper: Tree
+    recipe: Recipe, frozen: Tree, trainable: Tree, batch: Batch, hyper: Hyper
 ) -> tuple[dict[str, jax.Array], Tree, dict[str, jax.Array]]:
     """Metrics of the global batch (see `init_metrics`) and the gradient, equal on all devices.
 
@@ -119,13 +72,13 @@ def loss_and_grad(
     def loss_fn(trainable: Tree) -> tuple[jax.Array, tuple]:
         key = None
         if recipe.method.drop is not None:
-            key = jax.random.fold_in(hyper["noise_key"], batch.step)
+            key = jax.random.fold_in(hyper.noise_key, batch.step)
             key = jax.random.fold_in(key, 2**31 - 2)  # of the batch; images have smaller numbers
         params = methods.merge(recipe.method, frozen, trainable, key)
 
         trees = frozen, params, trainable
-        net = losses.Net(recipe.model, recipe.method, *trees, hyper["drop_path"], recipe.drop_path)
-        each, values = recipe.loss(net, batch, **hyper.get("loss", {}))
+        net = losses.Net(recipe.model, recipe.method, *trees, hyper.drop_path, recipe.drop_path)
+        each, values = losses.of(recipe)(net, batch, **hyper.loss)
         kept = {name: values.pop(name) for name in ("remember",) if name in values}
         sums = {name: (v * batch.mask).sum() for name, v in values.items()}
         total = (each * batch.mask).sum()
@@ -139,7 +92,7 @@ def loss_and_grad(
 
 
 def train_step(
-    recipe: Recipe, frozen: Tree, data: Tree, order: jax.Array, state: Tree, hyper: Tree, now: tuple
+    recipe: Recipe, frozen: Tree, data: Tree, order: jax.Array, state: Tree, hyper: Hyper, now: tuple
 ) -> tuple[Tree, dict[str, jax.Array]]:
     """One optimiser step.
 
@@ -156,21 +109,21 @@ def train_step(
     metrics, grads, kept = loss_and_grad(recipe, frozen, trainable, batch, hyper)
     finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(grads)]).all()
     metrics["loss"] = jnp.where(finite, metrics["loss"], jnp.nan)  # seen in the step where it comes
-    lr = hyper["lr"][epoch * recipe.steps + step]
-    key = jax.random.fold_in(hyper["noise_key"], batch.step)
+    lr = hyper.lr[epoch * recipe.steps + step]
+    key = jax.random.fold_in(hyper.noise_key, batch.step)
     key = jax.random.fold_in(key, 2**31 - 3)  # of the batch; images have smaller numbers
-    tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper["weight_decay"], key)
+    tx = optim.build(recipe.optimizer, recipe.method, trainable, lr, hyper.weight_decay, key)
     updates, opt_state = tx.update(grads, state["opt_state"], trainable)
     new = {"trainable": optax.apply_updates(trainable, updates), "opt_state": opt_state}
-    if recipe.average is not None:
-        keep = lambda old, x: recipe.average * old + (1 - recipe.average) * x
-        new["average"] = jax.tree.map(keep, state["average"], new["trainable"])
+    if recipe.optimizer.average is not None:
+        share = 1 - recipe.optimizer.average
+        new["average"] = optax.incremental_update(new["trainable"], state["average"], share)
     if kept:
         new["remembered"] = remember(state["remembered"], kept["remember"], batch)
     return new, metrics
 
 
-def remember(table: jax.Array, values: jax.Array, batch: losses.Batch) -> jax.Array:
+def remember(table: jax.Array, values: jax.Array, batch: Batch) -> jax.Array:
     """The table [N, classes] with what a loss returned of a batch's images, from all devices."""
     rows = jnp.where(batch.mask > 0, batch.numbers, len(table))
     rows, values = jax.lax.all_gather((rows, values), "data", tiled=True)
@@ -178,7 +131,7 @@ def remember(table: jax.Array, values: jax.Array, batch: losses.Batch) -> jax.Ar
 
 
 def train_steps(
-    recipe: Recipe, frozen: Tree, data: Tree, state: Tree, metrics: Tree, hyper: Tree, chunk: tuple
+    recipe: Recipe, frozen: Tree, data: Tree, state: Tree, metrics: Tree, hyper: Hyper, chunk: tuple
 ) -> tuple[Tree, Tree]:
     """A chunk of steps, with traced bounds; a whole epoch is one dispatch.
 
@@ -186,9 +139,7 @@ def train_steps(
       data: `images` [N, h, w, 3] uint8 and `labels` [N], the whole training set; or of those steps
         alone, in order, with their `numbers` and `first`, how many come before them in the epoch.
       metrics: values of the steps of this epoch so far, see `init_metrics`.
-      hyper: `lr` [epochs * S], `weight_decay`, `drop_path`, `flip` (whether images are flipped left to
-        right at random), `noise_key`, `order_key`, and the options of the loss that are not fixed,
-        `loss`.
+      hyper: the `Hyper`.
       chunk: epoch, first step, and the step to stop before.
 
     Returns:
@@ -198,7 +149,7 @@ def train_steps(
     if "first" in data:
         order = jnp.arange(recipe.num_images) - data["first"]
     else:
-        key = jax.random.fold_in(hyper["order_key"], epoch)
+        key = jax.random.fold_in(hyper.order_key, epoch)
         order = jax.random.permutation(key, recipe.num_images)
 
     def body(i: jax.Array, carry: tuple) -> tuple:

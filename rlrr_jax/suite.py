@@ -226,10 +226,9 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
 
 def _share_heads(works: list[Work]) -> None:
     """Gives heads one size, see `heads.share`; a run that was begun keeps that of its checkpoint."""
-    works = [work for work in works if not work.finished]
     heads.share([work.run for work in works], lambda run: run_images.task_of(run).classes)
     for work in works:
-        if (path := work.folder / "config.json").exists():
+        if (path := work.folder / "config.json").exists() and not work.finished:
             work.run.head_classes = files.read_json(path).get("head_classes")
 
 

@@ -14,7 +14,6 @@ from rlrr_jax import files, methods, report, suite
 from rlrr_jax.configs import ablations, compare, transfer
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.results import tables
-from rlrr_jax.runs import identity
 from rlrr_jax.runs.forecast import cost
 from rlrr_jax.runs.workdir import method_folder
 
@@ -186,39 +185,3 @@ def test_crops_reach_the_step(tmp_path, monkeypatch):
     images, _ = store.load_split("digits", "test", pixels, found=found)
     ((original, _),) = sources.open_split("digits", "test", found).read(0, 1)
     np.testing.assert_array_equal(images[0], store.decode(original, pixels))
-
-
-# PACE -----------------------------------------------------------------------------------------
-
-
-def test_lam_and_sigma_are_chosen_with_the_rest():
-    config = compare.get_config("kitti,method=lora")
-    config.runs = ({"loss": ("cross_entropy", "pace")}, {"loss": "pace", "loss_kwargs.lam": 0.1})
-    config.grid.lr, config.grid.lam, config.grid.sigma = (1.0,), (0.1, 1.0), (0.5, 1.0, 2.0)
-    plain, both, given = (r for r in config_lib.resolve(config) if r.seed == 0)
-    assert len(config_lib.trials(plain)) == 1 and plain.loss_kwargs.to_dict() == {}
-    trials = config_lib.trials(both)
-    values = [(t.loss_kwargs.lam, t.loss_kwargs.sigma) for t in trials]
-    assert values == [(a, b) for a in (0.1, 1.0) for b in (0.5, 1.0, 2.0)]
-    assert trials[1].trial.endswith("lam0.1-sigma1")
-    assert len({identity.together(t) for t in trials}) == 1  # trained at once
-    assert len({identity.fingerprint([t]) for t in trials}) == 6
-    assert [t.loss_kwargs.sigma for t in config_lib.trials(given)] == [0.5, 1.0, 2.0]
-    config.grid.lam = (-1.0,)
-    with pytest.raises(ValueError, match="config.grid.lam=-1.0 must be finite and not negative"):
-        config_lib.resolve(config)
-
-
-@pytest.mark.slow
-def test_the_chosen_lam_is_trained_and_what_was_tried_is_shown(tmp_path):
-    config = changed(compare.get_config("digits,method=linear"), loss="pace", epochs=1, seeds=(0,))
-    config.grid.lr, config.grid.lam = (1.0,), (0.0, 50.0)
-    (row,) = run(config, tmp_path)
-    tried = [files.read_json(p) for p in tmp_path.glob("*/*/search/seed0-*/result.json")]
-    best = max(tried, key=lambda t: t["val_acc"])
-    assert row["loss_kwargs"] == best["loss_kwargs"] and row["loss_kwargs"]["sigma"] == 1.0
-    assert row["val_tried"] == sorted(t["val_acc"] for t in tried)
-    low, high = (f"{100 * x:.2f}" for x in row["val_tried"])
-    text = report.show([row])
-    assert f"{low} to {high} %" in text and "linear loss=pace" in text
-    assert run(config, tmp_path) == [row]  # finished, and known again

@@ -112,7 +112,6 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             {"model": {"variant": "swin_t"}, "pretrained": {"grid": (9, 9)}},
             "config.pretrained.grid is of no use for swin_t: leave it out",
         ),
-        ({"model": {"variant": "resnet18"}, "loss": "pace"}, "pace puts noise on changed Dense layers"),
         ({"model": {"variant": "swin_t"}, "image_size": 256}, "set config.image_size to 224"),
         ({"model": {"variant": "swin_tt"}}, "unknown model variant 'swin_tt': did you mean 'swin_t'"),
         ({"runs": ({"rnk": 2},)}, "unknown option of method rlrr 'rnk': did you mean 'rank'"),
@@ -140,8 +139,6 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             {"warmup_epochs": 10, "epochs": 20},
             "and as many at the end, leave nothing of 20",
         ),
-        ({"loss": "pcae"}, "unknown loss 'pcae': did you mean 'pace'"),
-        ({"loss_kwargs": {"lam": 2.0}}, "unknown option of loss 'cross_entropy' 'lam'"),
         ({"data": {"device_gb": 0.0}}, "config.data.device_gb=0.0 must be greater than 0"),
         ({"data": {"device_gb": float("nan")}}, "device_gb=nan must be greater than 0"),
         ({"grad_clip": float("nan")}, "config.grad_clip=nan must be greater than 0"),
@@ -152,19 +149,6 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         (
             {"lr": 0.01, "grid": {"weight_decay": (0.0, 0.1)}},
             "config.grid is only searched by config.protocol=vtab: add that",
-        ),
-        (
-            {"protocol": "vtab", "grid": {"lam": (0.1, 1.0)}},
-            "config.grid.lam is of no use for config.loss=cross_entropy: leave it out",
-        ),
-        (
-            {
-                "protocol": "vtab",
-                "loss": "pace",
-                "loss_kwargs": {"lam": 1.0},
-                "grid": {"lam": (0.1, 1.0)},
-            },
-            "config.loss_kwargs.lam and config.grid.lam are both set: leave one out",
         ),
         ({"grad_clip": 0.0}, "config.grad_clip=0.0 must be greater than 0"),
         ({"method_kwargs": {"init": "zeros"}}, "use paper, damped, identity"),

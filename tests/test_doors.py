@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlrr_jax import adapters, change, files, methods, models
+from rlrr_jax import adapters, files, methods, models
 from rlrr_jax.data import huggingface, sources
 from rlrr_jax.data.task import Found
 from rlrr_jax.errors import UserError
@@ -120,16 +120,6 @@ def test_a_method_may_close_over_a_key():
         dict(lr=1.0, weight_decay=0.0, drop_path=0.0),
     )
     methods.check("mine", method, models.shapes(models.build("bundled", 2), 32))
-
-
-def test_noise_of_a_map_head_is_of_each_output():
-    model = models.build("bundled", 2, class_token=False, pool="map")
-    shapes = models.shapes(model, 32)
-    frozen = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
-    _, changed = change.split(frozen, jax.tree.map(lambda x: 1.1 * x, frozen))
-    noise = change.multipliers(changed, change.Noise(jax.random.split(jax.random.key(0), 2), 1.0))
-    (attention,) = [v for k, v in noise["MAPHead_0"].items() if "Attention" in k]
-    assert attention["query"]["z"].shape == (2, 3, 32)  # images, heads, width of a head
 
 
 def test_another_patch_size_is_resized_as_asked(tmp_path):

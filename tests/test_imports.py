@@ -17,9 +17,10 @@ ALLOWED = {
     "models": {"errors", "lookup", "sides"},
     "methods": {"errors", "lookup"},
     "lookup.py": {"errors"},
-    "losses.py": {"errors", "lookup", "methods"},
+    "recipe.py": {"methods", "mixing", "optim", "sides"},
+    "losses.py": {"errors", "lookup", "methods", "recipe"},
     "mixing.py": set(),
-    "batch.py": {"data", "losses", "mixing"},
+    "batch.py": {"data", "mixing", "recipe"},
     "optim.py": {"errors", "methods"},
     "runtime": {"errors"},
     "data": {"errors", "files", "lookup", "sides"},
@@ -31,11 +32,11 @@ ALLOWED = {
     },
     "step.py": {
         *("batch", "losses", "methods"),
-        *("mixing", "models", "optim", "runtime", "sides"),
+        *("mixing", "models", "optim", "recipe", "runtime", "sides"),
     },
-    "evaluate.py": {"data", "losses", "runtime"},
+    "evaluate.py": {"data", "losses", "recipe", "runtime"},
     "feed.py": {"data", "evaluate"},
-    "prefix.py": {"data", "evaluate", "models", "runtime"},
+    "prefix.py": {"data", "evaluate", "models", "recipe", "runtime", "sides"},
 }
 EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models
 

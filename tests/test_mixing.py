@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import methods, mixing, optim, step
 from rlrr_jax.mixing import Mixing
+from rlrr_jax.recipe import Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
 SIDE, CLASSES, NUMBER, BATCH = 6, 4, 22, 6  # 4 steps an epoch, the last of 4 images
@@ -36,7 +37,7 @@ class Regression:
 
 def recipe(how, **options):
     options = {"average": AVERAGE, "mixing": how, **options}
-    return step.Recipe(Regression(), methods.get("linear"), BATCH, NUMBER, SIDE, **options)
+    return Recipe(Regression(), methods.get("linear"), BATCH, NUMBER, SIDE, **options)
 
 
 def frozen_tree():
@@ -111,12 +112,12 @@ def train_in_numpy(how):
     average, losses = [w.copy() for w in weights], []
     for number in range(STEPS):
         epoch, k = divmod(number, 4)
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(h["order_key"], epoch), NUMBER))
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(h.order_key, epoch), NUMBER))
         rows = order[k * BATCH : (k + 1) * BATCH]
         images = DATA["images"][rows] / 127.5 - 1
         targets = np.eye(CLASSES)[DATA["labels"][rows]] * (1 - how.smoothing) + how.smoothing / CLASSES
         if how.images:
-            key = jax.random.fold_in(h["noise_key"], number)
+            key = jax.random.fold_in(h.noise_key, number)
             images, weight = mix_in_numpy(how, jax.random.fold_in(key, 2**31 - 1), images)
             targets = weight * targets + (1 - weight) * targets[::-1]
         x = images.reshape(len(rows), -1)

@@ -86,7 +86,6 @@ def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
     [
         dict(drop_path=0.1),
         pytest.param(dict(mixup=0.8), marks=pytest.mark.slow),
-        pytest.param(dict(loss="pace"), marks=pytest.mark.slow),
         dict(loss="of_a_fork"),
         pytest.param(dict(method="rlrr"), marks=pytest.mark.slow),
     ],

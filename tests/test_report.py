@@ -79,7 +79,7 @@ def test_lines_of_several_settings_are_told_apart():
 def test_best_and_validation_accuracy_are_named_as_such():
     official = {**ROW, "test_acc_best": 0.8}
     assert "best" in tables.table([official]) and "80.00 %" in tables.table([official])
-    tuned = {**ROW, "val_acc": 0.75, "test_acc_final": None, "num_test": None}
+    tuned = {**ROW, "val_acc": 0.75, "test_acc_final": None, "num_test": None, "num_val": 200}
     assert "75.00 % (val)" in tables.table([tuned])
     assert "200 validation images" in tables.caption([tuned])
 

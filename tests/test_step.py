@@ -21,6 +21,7 @@ from models.test_vit import SMALL, random_tree
 from rlrr_jax import batch as batch_lib
 from rlrr_jax import evaluate, methods, models, optim, step
 from rlrr_jax.models import vit
+from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.weights import reader
 
@@ -39,7 +40,7 @@ DATA = {
 def recipe(**kwargs):
     """In float64 where a test is."""
     model = MODEL.clone(dtype=jnp.zeros(()).dtype)
-    return step.Recipe(model, METHOD, BATCH, NUMBER, SIZE, **{"drop_path": True, **kwargs})
+    return Recipe(model, METHOD, BATCH, NUMBER, SIZE, **{"drop_path": True, **kwargs})
 
 
 def frozen_tree():
@@ -48,14 +49,14 @@ def frozen_tree():
 
 def hyper(seed=0, lr=1e-2, weight_decay=1e-2, drop_path=0.4, epochs=5, flip=True):
     noise, order = jax.random.split(jax.random.key(seed))
-    return {
-        "lr": jnp.full(epochs, lr),
-        "weight_decay": jnp.asarray(weight_decay),
-        "drop_path": jnp.asarray(drop_path),
-        "flip": jnp.asarray(flip),
-        "noise_key": noise,
-        "order_key": order,
-    }
+    return Hyper(
+        lr=jnp.full(epochs, lr),
+        weight_decay=jnp.asarray(weight_decay),
+        drop_path=jnp.asarray(drop_path),
+        flip=jnp.asarray(flip),
+        noise_key=noise,
+        order_key=order,
+    )
 
 
 def stack(*trees):
@@ -94,7 +95,7 @@ class Run:
 
 def one_gradient(r, frozen, data, hyper, trainable, number):
     """Gradient and plain SGD step of batch `number` of epoch 1, on one device of the axis "data"."""
-    order = jax.random.permutation(jax.random.fold_in(hyper["order_key"], 1), r.num_images)
+    order = jax.random.permutation(jax.random.fold_in(hyper.order_key, 1), r.num_images)
     batch = batch_lib.take(r, data, order, {}, hyper, (1, number))
     metrics, grads, _ = step.loss_and_grad(r, frozen, trainable, batch, hyper)
     return (
@@ -157,7 +158,7 @@ def test_gradient_is_that_of_the_plain_mean(trainable):
     """Against a formulation without masks, sums and devices."""
     trainable, frozen = double(trainable), frozen_tree()
     r, h = recipe(drop_path=False), hyper(flip=False)
-    order = jax.random.permutation(jax.random.fold_in(h["order_key"], 1), NUMBER)
+    order = jax.random.permutation(jax.random.fold_in(h.order_key, 1), NUMBER)
 
     @jax.jit
     @jax.value_and_grad
@@ -263,12 +264,14 @@ def test_steps_use_their_own_learning_rate_and_order(tmp_path):
     golden = Golden("open_a", tmp_path)
     frozen = reader.load(golden.weights, model=golden.model, image_size=golden.image_size)
     number = len(golden.labels)
-    r = step.Recipe(golden.model, METHOD, number, number, golden.image_size, drop_path=False)
+    r = Recipe(golden.model, METHOD, number, number, golden.image_size, drop_path=False)
     state = step.init_state(r, jax.random.key(0), frozen)
     state["trainable"] = golden.tree("init/", state["trainable"])
     data = {"images": jnp.asarray((golden.images + 1) * 127.5), "labels": jnp.asarray(golden.labels)}
-    h = {**hyper(flip=False), "lr": jnp.asarray(golden.data["lrs"], jnp.float32)}
-    h["weight_decay"] = jnp.float32(golden.data["weight_decay"])
+    h = hyper(flip=False)._replace(
+        lr=jnp.asarray(golden.data["lrs"], jnp.float32),
+        weight_decay=jnp.float32(golden.data["weight_decay"]),
+    )
     one = jax.shard_map(
         lambda state, epoch: step.train_step(r, frozen, data, jnp.arange(number), state, h, (epoch, 0)),
         mesh=mesh_lib.make_mesh(jax.devices()[:1]),
@@ -293,7 +296,7 @@ def shard_batch(r, data, h, epoch, number):
     """Labels, images and mask of a batch on one device."""
 
     def take():
-        order = jax.random.permutation(jax.random.fold_in(h["order_key"], epoch), NUMBER)
+        order = jax.random.permutation(jax.random.fold_in(h.order_key, epoch), NUMBER)
         batch = batch_lib.take(r, data, order, {}, h, (epoch, number))
         return batch.images, batch.labels, batch.mask
 
@@ -329,7 +332,7 @@ def test_an_epoch_shows_every_image_once():
     mesh = mesh_lib.make_mesh(jax.devices()[:4])
 
     def labels(number):
-        order = jax.random.permutation(jax.random.fold_in(h["order_key"], 0), NUMBER)
+        order = jax.random.permutation(jax.random.fold_in(h.order_key, 0), NUMBER)
         batch = batch_lib.take(r, data, order, {}, h, (0, number))
         return batch.labels, batch.mask
 
@@ -360,7 +363,7 @@ def test_evaluation_counts_every_image_once(devices, size):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
     model = models.build("B/16", 100, dtype=dtype)
-    r = step.Recipe(model, METHOD, 32, 1000, 224)
+    r = Recipe(model, METHOD, 32, 1000, 224)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     frozen = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     state = jax.eval_shape(functools.partial(step.init_state, r), jax.random.key(0), frozen)

@@ -20,11 +20,12 @@ from flax.traverse_util import unflatten_dict
 from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, files, job, methods, run_model, step, suite
+from rlrr_jax import evaluate, files, job, methods, run_model, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
 from rlrr_jax.data.resize import normalize
 from rlrr_jax.errors import UserError
+from rlrr_jax.recipe import Recipe
 from rlrr_jax.results import rows
 from rlrr_jax.weights import names, reader
 
@@ -279,7 +280,7 @@ def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
 
 
 def test_mean_of_an_epoch_counts_images_not_steps():
-    recipe = step.Recipe(None, None, batch_size=6, num_images=22, image_size=32)
+    recipe = Recipe(None, None, batch_size=6, num_images=22, image_size=32)
     metrics = {"loss": np.array([[1.0, 2.0, 3.0, 7.0]]), "acc": np.array([[6.0, 3.0, 0.0, 4.0]])}
     means = rows.means(recipe, metrics, 0)
     assert means["train_loss"] == pytest.approx((6 + 12 + 18 + 28) / 22)

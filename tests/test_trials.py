@@ -334,8 +334,6 @@ def test_a_trial_is_the_same_work_as_a_run_with_that_value():
         ({"runs": ({"task": "dtd"},)}, "config.runs cannot change task: set config.task for all runs"),
         ({"runs": ({"num_devices": 2},)}, "cannot change num_devices"),
         ({"runs": ({"grid.lr": (0.1,)},)}, "cannot change grid.lr"),
-        ({"trials": ({"lr": 1e-3},)}, "are one key now: write --config.runs="),
-        ({"variants": ({"rank": 2},)}, "are one key now: write --config.runs="),
     ],
 )
 def test_impossible_trials(changes, message):

@@ -156,7 +156,7 @@ def test_the_contract_holds(params, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(methods.METHODS) - set(ONE_WIDTH)))
 def test_every_method_works_and_most_start_at_the_identity(params, name):
-    options = {"vera": dict(rank=4), "gps": {}}.get(name, {})
+    options = {"vera": dict(rank=4)}.get(name, {})
     if name == "rlrr":
         options = dict(init="identity")
     method = methods.get(name, **options)

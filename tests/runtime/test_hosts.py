@@ -50,7 +50,7 @@ def other_code(tmp_path):
     for name in ("rlrr_jax", "configs"):
         shutil.copytree(ROOT / name, clone / name, symlinks=True)
     step = clone / "rlrr_jax" / "step.py"
-    step.write_text(step.read_text().replace('lr = hyper["lr"][', 'lr = -hyper["lr"]['))
+    step.write_text(step.read_text().replace("lr = hyper.lr[", "lr = -hyper.lr["))
     return clone
 
 

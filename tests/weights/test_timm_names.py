@@ -133,7 +133,7 @@ def test_every_name_is_read_right_or_refused(start, tmp_path):
         given = [(name, tmp_path) for name in wanted]
         errors = dict(zip(wanted, pool.starmap(errors_of, given, chunksize=1)))
     print(json.dumps(errors))
-    assert not {name: e for name, e in errors.items() if any(x and x > 1e-5 for x in e)}
+    assert not {name: e for name, e in errors.items() if any(x and x > 5e-5 for x in e)}
     small = {n for n, a in architectures.TIMM.items() if a.variant[:2] in ("Ti", "S/", "B/")}
     assert all(any(x is not None for x in errors[n]) for n in small if n.startswith(start))
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.losses import Batch, Loss, Net, Values, correct, cross_entropies
+from rlrr_jax.losses import Loss, Net, Values, correct, cross_entropies
 from rlrr_jax.methods import base
 from rlrr_jax.projects.exits import heads, met
+from rlrr_jax.recipe import Batch
 
 
 def one_tree(net: Net, batch: Batch, at: tuple) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlrr_jax.losses import Batch, Net, Values, cross_entropy
+from rlrr_jax.losses import Net, Values, cross_entropy
 from rlrr_jax.projects.moppa.block import PATHS
+from rlrr_jax.recipe import Batch
 
 
 def moppa(net: Net, batch: Batch, balance: float = 0.01) -> Values:

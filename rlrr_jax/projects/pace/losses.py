@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.losses import Batch, Net, Values, correct, cross_entropies
+from rlrr_jax.losses import Net, Values, correct, cross_entropies
 from rlrr_jax.methods.sites import block_numbers
 from rlrr_jax.projects.pace import change
 from rlrr_jax.projects.pace.change import Noise
+from rlrr_jax.recipe import Batch
 
 
 def pace(net: Net, batch: Batch, lam: float = 1.0, sigma: float = 1.0) -> Values:

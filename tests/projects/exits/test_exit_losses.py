@@ -10,6 +10,7 @@ from test_step import stack
 
 from rlrr_jax import losses, methods, step
 from rlrr_jax.projects.exits import losses as lib
+from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
 
@@ -73,13 +74,14 @@ def test_the_last_exit_learns_nothing_from_the_others():
 def train(devices, options):
     given = {**losses.options("exits"), "at": (1,), **options}
     net = MODEL, methods.get("lora"), frozen_tree()
-    recipe = step.Recipe(
+    recipe = Recipe(
         *net[:2],
         batch_size=6,
         num_images=NUMBER,
         image_size=SIZE,
-        loss=losses.get("exits", losses.fixed(given)),
-        values=losses.check_contract("exits", given, net, (SIZE, SIZE)),
+        loss=losses.get(
+            "exits", losses.fixed(given), losses.check_contract("exits", given, net, (SIZE, SIZE))
+        ),
     )
     mesh = mesh_lib.make_mesh(jax.devices()[:devices], 1, 6)
     put = lambda spec, tree: mesh_lib.put(mesh, spec, tree)
@@ -93,7 +95,9 @@ def train(devices, options):
     data = put(P(), {"images": images, "labels": LABELS})
     now = [put(P(), jnp.int32(i)) for i in (0, 0, recipe.steps)]
     run = step.map_train_steps(recipe, mesh)
-    state, metrics = run(frozen, data, state, metrics, put(P("trial"), stack(hyper)), tuple(now))
+    state, metrics = run(
+        frozen, data, state, metrics, put(P("trial"), stack(Hyper(**hyper))), tuple(now)
+    )
     return jax.tree.map(np.asarray, (state["trainable"], metrics))
 
 

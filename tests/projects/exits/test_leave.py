@@ -10,7 +10,14 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 from rlrr_jax.projects.exits import choose, heads, leave
 
-RUN = {"image_size": 48, "crop": None, "crop_from": None, "precision": "highest", "dtype": "float32"}
+RUN = {
+    "image_size": 48,
+    "image_width": None,
+    "crop": None,
+    "crop_from": None,
+    "precision": "highest",
+    "dtype": "float32",
+}
 CARD = {"config": RUN, "method": "rlrr"}
 IMAGES = np.random.default_rng(0).integers(0, 256, (21, 48, 48, 3), np.uint8)
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from methods import test_methods as contract
 from models.test_vit import SMALL, random_tree
 
-from rlrr_jax import methods, suite
+from rlrr_jax import methods, models, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.models import vit
 from rlrr_jax.projects.gps import sensitivity
@@ -106,3 +107,29 @@ def test_gps_takes_the_entries_with_the_largest_gradients():
             assert set(np.asarray(of(adapter["fixed"])[block, o]).astype(int).tolist()) == largest
     with pytest.raises(ValueError, match="option entries=40 is more than the 32 inputs of a layer"):
         methods.get("gps", entries=40).init(jax.random.key(0), frozen)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return random_tree(contract.MODEL, 48)
+
+
+@pytest.mark.parametrize("options", [{}, dict(entries=3)], ids=str)
+def test_merging_is_its_definition(options, frozen):
+    contract.test_merged_equals_the_methods_own_definition("gps", options, frozen)
+
+
+def test_it_keeps_the_contract_of_every_method(frozen):
+    """The tests of tests/methods, with this one."""
+    contract.test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape("gps", frozen)
+    contract.test_start("gps", frozen)
+    contract.test_only_its_own_leaves_change("gps", frozen)
+    contract.test_counts("gps")
+    contract.test_decay("gps", frozen)
+    resnet = models.build("resnet18", 2)
+    methods.check("gps", methods.get("gps"), models.shapes(resnet, 32))
+
+
+@pytest.mark.slow
+def test_it_trains_in_the_common_step(frozen):
+    contract.test_trains_in_the_common_step("gps", frozen)

@@ -9,6 +9,7 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 from rlrr_jax.projects.moppa import block
 from rlrr_jax.projects.moppa import losses as lib
+from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
 MODEL = vit.ViT(**SMALL, block=block.Block)
@@ -50,14 +51,14 @@ def test_the_penalty_counts_once_on_any_number_of_devices(frozen):
     data["labels"] = (np.arange(6) % 3).astype(np.int32)
     hyper = dict(lr=jnp.array([1e-2] * 4), weight_decay=jnp.array(0.0), drop_path=jnp.array(0.0))
     hyper |= dict(noise_key=jax.random.key(1), order_key=jax.random.key(2), flip=jnp.array(False))
-    hyper = jax.tree.map(lambda x: x[None], hyper)
+    hyper = jax.tree.map(lambda x: x[None], Hyper(**hyper))
     shown = {}
     for devices, balance in ((1, 0.0), (1, 5.0), (2, 5.0)):
         method = methods.get("moppa")
         begin = method.init
         tilted = lambda key, frozen: {**begin(key, frozen), "route": jnp.tile(jnp.arange(3.0), (3, 1))}
         method = method._replace(init=tilted)
-        recipe = step.Recipe(
+        recipe = Recipe(
             MODEL, method, 6, 6, 48, drop_path=False, loss=losses.get("moppa", {"balance": balance})
         )
         mesh = mesh_lib.make_mesh(jax.devices()[:devices], 1, 6)
@@ -71,7 +72,7 @@ def test_the_penalty_counts_once_on_any_number_of_devices(frozen):
 
 
 def test_what_it_costs_is_what_the_transforms_take(frozen):
-    recipe = step.Recipe(MODEL, methods.get("moppa"), batch_size=6, num_images=6, image_size=48)
+    recipe = Recipe(MODEL, methods.get("moppa"), batch_size=6, num_images=6, image_size=48)
     found = job.overhead(recipe, frozen)
     tokens, w, m = 37, 32, 64
     block = 2 * tokens * (4 * w * w + 2 * w * m) + 4 * tokens * tokens * w

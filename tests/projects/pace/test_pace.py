@@ -19,6 +19,7 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.models import swin, vit
 from rlrr_jax.projects.pace import change
 from rlrr_jax.projects.pace import losses as pace
+from rlrr_jax.recipe import Batch, Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.runtime.stop import Stop, Stopped
 
@@ -33,7 +34,7 @@ def batch_of(images, labels, **values):
     b = len(labels)
     plain = dict(targets=None, mask=jnp.ones(b), keys=jax.random.split(jax.random.key(1), b))
     plain |= dict(slots=jnp.arange(b), numbers=jnp.arange(b), step=jnp.int32(0))
-    return losses.Batch(images=images, labels=labels, **{**plain, **values})
+    return Batch(images=images, labels=labels, **{**plain, **values})
 
 
 # The authors' code ----------------------------------------------------------------------------
@@ -266,14 +267,13 @@ def test_noise_is_the_same_however_the_blocks_are_run(options):
 
 
 def recipe(loss):
-    return step.Recipe(
+    return Recipe(
         model=MODEL,
         method=methods.get("lora"),
         batch_size=6,
         num_images=NUMBER,
         image_size=SIZE,
-        loss=losses.get(loss, losses.fixed(losses.options(loss))),
-        values=contract(loss),
+        loss=losses.get(loss, losses.fixed(losses.options(loss)), contract(loss)),
     )
 
 
@@ -285,11 +285,9 @@ def contract(loss):
 
 def hyper(seed=0, lam=0.5, sigma=1.0):
     keys = jax.random.split(jax.random.key(seed), 2)
-    return {
-        **{"lr": jnp.full(8, 1e-2), "weight_decay": jnp.float32(0), "drop_path": jnp.float32(0.2)},
-        **{"noise_key": keys[0], "order_key": keys[1], "flip": jnp.array(True)},
-        "loss": {"lam": jnp.float32(lam), "sigma": jnp.float32(sigma)},
-    }
+    rates = {"lr": jnp.full(8, 1e-2), "weight_decay": jnp.float32(0), "drop_path": jnp.float32(0.2)}
+    own = {"lam": jnp.float32(lam), "sigma": jnp.float32(sigma)}
+    return Hyper(**rates, noise_key=keys[0], order_key=keys[1], flip=jnp.array(True), loss=own)
 
 
 def train_two_epochs(loss, devices, hypers):
@@ -442,3 +440,13 @@ def test_other_models_without_noise_are_merged(model, side):
     plain = jax.jit(model.apply)({"params": params}, images)
     np.testing.assert_allclose(noisy(0.0), plain, rtol=1e-4, atol=1e-4)
     assert jnp.abs(noisy(5.0) - plain).max() > 1e-3
+
+
+def test_noise_of_a_map_head_is_of_each_output():
+    model = models.build("bundled", 2, class_token=False, pool="map")
+    shapes = models.shapes(model, 32)
+    frozen = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+    _, changed = change.split(frozen, jax.tree.map(lambda x: 1.1 * x, frozen))
+    noise = change.multipliers(changed, change.Noise(jax.random.split(jax.random.key(0), 2), 1.0))
+    (attention,) = [v for k, v in noise["MAPHead_0"].items() if "Attention" in k]
+    assert attention["query"]["z"].shape == (2, 3, 32)  # images, heads, width of a head
