@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import methods, mixing, optim, step
 from rlrr_jax.mixing import Mixing
+from rlrr_jax.optim import Optimizer
 from rlrr_jax.recipe import Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -36,7 +37,7 @@ class Regression:
 
 
 def recipe(how, **options):
-    options = {"average": AVERAGE, "mixing": how, **options}
+    options = {"optimizer": Optimizer(average=AVERAGE), "mixing": how, **options}
     return Recipe(Regression(), methods.get("linear"), BATCH, NUMBER, SIDE, **options)
 
 
