@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from rlrr_jax import methods, mixing, optim, step
 from rlrr_jax.mixing import Mixing
 from rlrr_jax.optim import Optimizer
-from rlrr_jax.recipe import Recipe
+from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
 SIDE, CLASSES, NUMBER, BATCH = 6, 4, 22, 6  # 4 steps an epoch, the last of 4 images
@@ -49,7 +49,7 @@ def hyper(flip=False):
     noise, order = jax.random.split(jax.random.key(5))
     lrs = optim.learning_rates("restarts", LR, EPOCHS, 4, restarts=(2, 2))
     values = dict(lr=jnp.array(lrs), weight_decay=jnp.float32(DECAY), drop_path=jnp.float32(0))
-    return {**values, "flip": jnp.array(flip), "noise_key": noise, "order_key": order}
+    return Hyper(**values, flip=jnp.array(flip), noise_key=noise, order_key=order)
 
 
 def train(r, devices=1, flip=False):
