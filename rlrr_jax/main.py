@@ -18,6 +18,7 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -137,6 +138,24 @@ def _cache_programs():
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    _replace_damaged(folder)
+
+
+def _replace_damaged(folder):
+    """Removes compiled programs that JAX warns it cannot read: it would not write over them."""
+    show = warnings.showwarning
+
+    def heard(message, *rest, **more):
+        found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+        if not found:
+            return show(message, *rest, **more)
+        for path in folder.glob(f"{found[1]}-*-cache"):
+            path.unlink(missing_ok=True)
+        print(
+            f"note: compiled programs {found[1]} in {folder} were damaged: compiled again", flush=True
+        )
+
+    warnings.showwarning = heard
 
 
 def run() -> None:

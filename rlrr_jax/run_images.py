@@ -13,9 +13,8 @@ from rlrr_jax.sides import Size
 
 @functools.lru_cache(64)
 def pixels_of(task: Task, found: sources.Found) -> tuple:
-    """What the pixels of a source are, and of a folder how many files say so of how many."""
-    seen = sources.quality_75(task, found) if found.kind == "folder" else (0, 0)
-    return (sources.pixels(task, found), *seen)
+    """`sources.pixels` of a task's source, looked at once."""
+    return sources.pixels(task, found)
 
 
 def locate(run: ConfigDict) -> sources.Found:

@@ -204,8 +204,8 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
             if found.kind == "folder":
                 _, alike, looked = run_images.pixels_of(run_images.task_of(r), found)
                 _say(
-                    f"{r.task}: {alike} of {looked} files looked at are JPEG of quality 75, as the "
-                    f"published folders were saved again; so are some original files"
+                    f"{r.task}: {alike} of {looked} test images are JPEG of quality 75, as those of "
+                    f"the published folders are, and some original ones"
                 )
             _describe(run_images.task_of(r), folder)
             where = (run_images.pixels(r), found, r.data.cache_dir)

@@ -1,11 +1,16 @@
 """A fork's subtly wrong methods and losses: each is one sentence before any work."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flags import xla_flags
 from named import register
 
 from rlrr_jax import config as config_lib
@@ -14,6 +19,8 @@ from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base, last
 from rlrr_jax.methods.rlrr import method as rlrr
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 DEFAULTS = dict(lr=1e-2, weight_decay=0.0, drop_path=0.0)
 SHAPES = models.shapes(models.build("bundled", 2), 32)
@@ -192,3 +199,26 @@ def test_sensitivity_is_of_what_the_head_gets():
     _, kept = model.apply({"params": params}, images, mutable=["intermediates"])
     mean = kept["intermediates"]["encoded"][0].mean(1)
     np.testing.assert_allclose(head_inputs(model, params, images), mean, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_damaged_compiled_programs_are_replaced(tmp_path):
+    def run(workdir):
+        words = "-m rlrr_jax.main --config=configs/vtab.py:digits,method=lora --config.epochs=1".split()
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": xla_flags(),
+            "RLRR_JAX_CACHE": str(tmp_path / "cache"),
+        }
+        command = [sys.executable, *words, f"--workdir={tmp_path / workdir}"]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "were damaged" not in run("a")
+    entries = list((tmp_path / "cache/compiled").glob("*-cache"))
+    assert entries
+    for path in entries:
+        path.write_bytes(path.read_bytes()[:100])
+    assert "in " + str(tmp_path / "cache/compiled") + " were damaged: compiled again" in run("b")
+    assert "were damaged" not in run("c")

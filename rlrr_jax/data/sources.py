@@ -123,25 +123,21 @@ def class_names(task: str | Task, found: Found) -> list[str]:
     return list(names) if len(names) == task.classes else [str(i) for i in range(task.classes)]
 
 
-def pixels(task: str | Task, found: Found) -> str:
-    """What a source's pixels are: "original", "jpeg75" (as Pillow saves by default) or "stored"."""
-    if found.kind != "folder":
-        return "original"
-    alike, looked = quality_75(task, found)
-    return "jpeg75" if looked and alike == looked else "stored"
-
-
 LOOKED_AT = 32  # files of a folder
 
 
-def quality_75(task: Task, found: Found) -> tuple[int, int]:
-    """How many of some test images are JPEG with the tables of quality 75, and how many were looked at.
+def pixels(task: str | Task, found: Found) -> tuple[str, int, int]:
+    """What a source's pixels are: "original", "jpeg75" (as Pillow saves by default) or "stored".
 
-    The published folders were saved so, whatever they were before; so are some original files.
+    Second and third, of a folder, how many of some test images are JPEG with the tables of quality 75,
+    and how many were looked at. The published folders were saved so; so are some original files.
     """
+    if found.kind != "folder":
+        return "original", 0, 0
     split = open_split(task, "test", found)
     which = np.unique(np.linspace(0, split.number - 1, min(LOOKED_AT, split.number)).astype(int))
-    return sum(_is_75(split.read(int(i), int(i) + 1)[0][0]) for i in which), len(which)
+    alike = sum(_is_75(split.read(int(i), int(i) + 1)[0][0]) for i in which)
+    return "jpeg75" if alike == len(which) > 0 else "stored", alike, len(which)
 
 
 def _is_75(image: Any) -> bool:
