@@ -68,6 +68,7 @@ def passed() -> tuple[int, int, int]:
     """Files and functions that a run passes before its first update, and changes of file."""
     seen: dict = {}
     switches, last = 0, None
+    ours = (f"{CORE}{os.sep}", f"{ROOT / 'configs'}{os.sep}")  # a venv may lie beside them
 
     def listen(frame, event, arg):
         nonlocal switches, last
@@ -76,7 +77,7 @@ def passed() -> tuple[int, int, int]:
         path, name = frame.f_code.co_filename, frame.f_code.co_qualname
         if name == "apply_updates" and "optax" in path:
             raise SystemExit
-        if path.startswith(f"{ROOT}{os.sep}") and name != "<module>":
+        if path.startswith(ours) and name != "<module>":
             seen[path, name] = True
             switches, last = switches + (path != last), path
 
