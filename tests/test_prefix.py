@@ -103,6 +103,7 @@ def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_p
 def test_what_would_take_too_much_is_computed_each_time(tmp_path, monkeypatch, capsys):
     seen = passed(monkeypatch)
     monkeypatch.setattr(prefix, "MOST_FILE", 10**6)
+    monkeypatch.setattr(prefix, "MOST_BYTES", 10**5)  # what lies in memory needs no disk
     suite.run(config("hearts,method=last", epochs=1), tmp_path)
     assert (
         seen == []
