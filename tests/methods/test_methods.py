@@ -462,3 +462,16 @@ def test_dropout_of_ranks(name, factor, frozen):
     jax.tree.map(np.testing.assert_array_equal, plain["Transformer"], expected)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), noisy["Transformer"], expected)
     assert not all(jax.tree.leaves(same))
+
+
+def test_the_command_lists_every_method(monkeypatch, capsys):
+    """Those of projects, too, whose defaults are not numbers alone."""
+    from rlrr_jax import lookup
+    from rlrr_jax.methods import __main__ as command
+
+    monkeypatch.setattr("sys.argv", ["methods", "--model=bundled"])
+    command.main()
+    said = capsys.readouterr().out
+    for name in lookup.names("method"):
+        assert f"\n{name}: " in f"\n{said}"
+    assert "18,240 values and the head on bundled; lr 0.003, weight_decay 5e-05, drop_path 0.1" in said

@@ -239,7 +239,7 @@ def write(folder: Any, found: dict) -> None:
 
 def main() -> None:
     """The command."""
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m rlrr_jax.projects.analysis", description=__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="or an adapter.safetensors")
     parser.add_argument("--out", help="folder of the files; default WORKDIR/analysis")
     adapters.add_flags(parser)
