@@ -228,8 +228,13 @@ def _share_heads(works: list[Work]) -> None:
     """Gives heads one size, see `heads.share`; a run that was begun keeps that of its checkpoint."""
     heads.share([work.run for work in works], lambda run: run_images.task_of(run).classes)
     for work in works:
-        if (path := work.folder / "config.json").exists() and not work.finished:
-            work.run.head_classes = files.read_json(path).get("head_classes")
+        if not (path := work.folder / "config.json").exists():
+            continue
+        saved = files.read_json(path).get("head_classes")
+        if saved is not None:
+            work.run.head_classes = saved
+        elif "head_classes" in work.run:
+            del work.run["head_classes"]
 
 
 def _listed(error: Unusable, folder: Any) -> UserError:

@@ -17,9 +17,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             said = json.loads(body)
             name = said["name"]
-            self.server.private[f"me/{name}"] = said.get("visibility", "") == "private" or bool(
-                said.get("private")
-            )
+            private = said.get("visibility", "") == "private" or bool(said.get("private"))
+            self.server.private.setdefault(f"me/{name}", private)  # one that is there stays as it is
             self.answer({"url": f"{self.server.url}/me/{name}", "id": f"me/{name}"})
         elif "/preupload/" in self.path:
             wanted = [f["path"] for f in json.loads(body)["files"]]

@@ -260,7 +260,7 @@ def test_a_trial_that_does_not_fit_computes_twice(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(job_lib, "check_memory", check)
     monkeypatch.setattr(models, "default_unroll", lambda variant: 1)
     again = run(settings, tmp_path / "again")
-    assert needs[1] < 0.7 * needs[0]
+    assert needs[1] < 0.75 * needs[0]
     assert "not enough memory, so activations are computed twice" in capsys.readouterr().out
     assert again[0]["identity"] == plain[0]["identity"]
     assert again[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], abs=0.01)
