@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, job, models, run_images
+from rlrr_jax import evaluate, heads, job, models, run_images
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import one_sentence
 
@@ -59,6 +59,7 @@ def count(args, method):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     runs, weights, known = config_lib.resolve(config), functools.cache(random_weights), {}
+    heads.share(runs)
     for run in runs:
         begun = time.perf_counter()
         one_step(run, lambda run, model: weights(model, run.image_size), known)

@@ -4,8 +4,6 @@ A field that is None is filled in at start: from the task's recipe (the authors'
 the method's own defaults. What a run used is saved with it, in `config.json`.
 """
 
-import re
-
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -15,6 +13,7 @@ from rlrr_jax.config import loss_options
 def get_config(arg=None):
     """The configuration; `arg` is a task, or `task=...,method=...` and options of the method."""
     config = ConfigDict()
+    items = [item.partition("=") for item in (arg or "").split(",") if item]
     # Several: "kitti+dtd"; "natural", "specialized", "structured", "all"; None: the bundled ones.
     config.task = placeholder(str)
     config.method = placeholder(str)  # several: "linear+rlrr"; None: rlrr
@@ -35,8 +34,7 @@ def get_config(arg=None):
     # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead, and () is the
     # method's own value. With times_own_lr, those of lr are multiples of the method's own. And values
     # of options of the loss. loss_kwargs: such options; None: the default of the loss.
-    named = re.search(r"(?:^|,)loss=([^,]+)", arg or "")
-    config.loss_kwargs, config.grid = loss_options(named and named[1])
+    config.loss_kwargs, config.grid = loss_options({key: value for key, _, value in items}.get("loss"))
     config.epochs = placeholder(int)
     config.batch_size = 32
     config.total_steps = placeholder(int)  # instead of epochs
@@ -123,8 +121,7 @@ def get_config(arg=None):
     config.num_devices = placeholder(int)  # None: all
     config.checkpoint_seconds = 10.0  # between checkpoints; 0 is after every dispatch
 
-    for item in filter(None, (arg or "").split(",")):
-        key, equals, value = item.partition("=")
+    for key, equals, value in items:
         if not equals:
             config.task = f"{config.task}+{key}" if config.task else key
         elif key in ("task", "method", "loss"):

@@ -8,6 +8,7 @@
 An adapter is a trained tree with a card: what it belongs to and what it was trained on.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -266,8 +267,6 @@ def _card(path, metadata):
 
 def _wanted(path, card, trains):
     """Shapes of the tree that the card's method, and its loss if that `trains`, make; checks a card."""
-    if lookup.is_path(card.get("method")):
-        methods.find(card["method"])  # which says how it is let run
     try:
         _check_kinds(card)
         method = methods.get(card["method"], **_plain(card["method_kwargs"]))
@@ -276,13 +275,13 @@ def _wanted(path, card, trains):
             raise ValueError(f"trained as {card['formula']!r}, this version computes {formula!r}")
         _check_run(card)
         shapes = models.shapes(_model(card), image_size(card))
-        loss = losses.Loss(losses.cross_entropy)
+        start = functools.partial(methods.start, method)
         if trains:
-            loss = losses.get(
-                card["config"]["loss"], losses.fixed(_plain(card["config"]["loss_kwargs"]))
-            )
-        start = functools.partial(losses.start, loss, method)
+            options = losses.fixed(_plain(card["config"]["loss_kwargs"]))
+            start = functools.partial(losses.start, losses.get(card["config"]["loss"], options), method)
         return jax.eval_shape(start, jax.random.key(0), shapes)
+    except lookup.NotAllowed:  # which says how it is let run
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(
             f"{path} is of another version of method {card['method']} ({first_line(e)}): use the "
@@ -440,12 +439,18 @@ def add_flags(parser: Any) -> None:
     text = "downloads the backbone that the adapter names, if it is not on this machine"
     parser.add_argument("--fetch", action="store_true", help=text)
     text = "code that an adapter needs, such as mygain:method; read it before"
-    parser.add_argument("--import", dest="code", action="append", default=[], help=text)
+    parser.add_argument("--import", metavar="PATH", action=_Allow, help=text)
+
+
+class _Allow(argparse.Action):
+    """Lets the path of a flag be imported, before anything is read that names it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        lookup.allow(values)
 
 
 def given(args: Any) -> dict[str, Any]:
     """The arguments of `backbone` that the flags of `add_flags` gave."""
-    lookup.allow(*args.code)
     return {key: getattr(args, key) for key in ("weights", "cache_dir", "fetch")}
 
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import optax
 from ml_collections import ConfigDict
 
 from rlrr_jax import lookup, losses, models, optim
@@ -70,7 +71,12 @@ def check(config: ConfigDict) -> None:
     if config.model.block is not None:
         lookup.find("block", config.model.block)
     if config.gradients is not None:
-        lookup.find("gradients", config.gradients)
+        made = lookup.find("gradients", config.gradients)(jax.random.key(0))
+        if not isinstance(made, optax.GradientTransformation):
+            raise UserError(
+                f"config.gradients={config.gradients} must make an optax transformation of a key, not "
+                f"{type(made).__name__}"
+            )
     for key in searched(config):
         for value in config.grid[key]:
             if not isinstance(value, int | float) or not 0 <= value < math.inf:

@@ -308,10 +308,16 @@ def _check_family(run: ConfigDict) -> None:
     """UserError for a key that does nothing for models of the variant's family."""
     variant, family = run.model.variant, models.family(run.model.variant)
     of_vit = {"pretrained.grid": None, "pretrained.resize": None, "pretrained.resize_patch": False}
+    of_vit["model.depth"] = None
     for key, nothing in of_vit.items() if family != "vit" else ():
         node, last = checks.group(run, key)
         if node[last] != nothing:
             raise UserError(f"config.{key} is of no use for {variant}: leave it out")
+    if run.model.block is not None and family != "vit":
+        raise UserError(
+            f"the block {run.model.block} (config.model.block, or method {run.method}) is of ViTs: "
+            f"take one, or another method for {variant}"
+        )
     if variant.startswith("resnet") and run.model.norm_eps is not None:
         raise UserError(f"config.model.norm_eps is of no use for {variant}: leave it out")
 
@@ -319,11 +325,7 @@ def _check_family(run: ConfigDict) -> None:
 def _check_depth(run: ConfigDict) -> None:
     """UserError unless the number of blocks fits the model."""
     variant, depth = run.model.variant, run.model.depth
-    if depth is None:
-        return
-    if models.family(variant) != "vit":
-        raise UserError(f"config.model.depth is of no use for {variant}: leave it out")
-    if depth >= (blocks := models.sizes(variant)["depth"]):
+    if depth is not None and depth >= (blocks := models.sizes(variant)["depth"]):
         raise UserError(
             f"config.model.depth={depth} must be less than the {blocks} of {variant}: leave it out"
         )

@@ -71,10 +71,11 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
-    if to not in TRAINED and "block" in adapters.method(adapter).DEFAULTS:
+    block = run_model.architecture(adapter.run).get("block")
+    if to not in TRAINED and block:
         raise UserError(
-            f"method {adapter.card['method']} folds into no weight, so {to} has no place for it: use "
-            f"{', '.join(TRAINED)}"
+            f"the blocks of this model are {block}, for which {to} has no place: use "
+            f"{' or '.join(TRAINED)}"
         )
     family = models.family(adapter.card["model"])
     ending, layout = FORMATS[to], LAYOUTS[family].get(to)

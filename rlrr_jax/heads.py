@@ -5,27 +5,22 @@ exactly 0: the loss, its gradients and the answers are those of a head of the ta
 another order. A single task, and any loss but plain cross-entropy, has heads of its own size.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rlrr_jax import losses
+from rlrr_jax.run_images import task_of
 
 NEVER = -1e9  # bias of a class that there is not
 
 
-def share(runs: list, classes: Callable[[Any], int]) -> None:
-    """Sets `head_classes` of the runs of a start that can share a program, if it has several tasks.
-
-    Args:
-      runs: configurations.
-      classes: function `run -> number of classes of its task`.
-    """
+def share(runs: list) -> None:
+    """Sets `head_classes` of the runs of a start that can share a program, if it has several tasks."""
     alike = [run for run in runs if _plain(run)]
     if len({run.task for run in alike}) > 1:
-        most = max(map(classes, alike))
+        most = max(task_of(run).classes for run in alike)
         for run in alike:
             run.head_classes = most
 

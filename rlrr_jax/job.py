@@ -96,7 +96,7 @@ class Job(NamedTuple):
             return state, metrics
         recipe, frozen = self.recipe, self.frozen
         pixels = recipe.image_size, recipe.crop_from
-        training = methods.Training(recipe.model, pixels, recipe.precision, self._batches)
+        training = methods.Training(recipe.model, frozen, pixels, recipe.precision, self._batches)
         init: Any = recipe.method.init
         adapters = [distributed.fetch(init(_keys(r)[0], frozen, training=training)) for r in self.runs]
         adapters += adapters[-1:] * (len(self.init_keys) - len(self.runs))

@@ -32,8 +32,13 @@ NAMES: dict[str, dict[str, str]] = {
     "method": {name: f"rlrr_jax.methods.{name}:method" for name in _METHODS},
     "loss": {"cross_entropy": "rlrr_jax.losses:cross_entropy"},
 }
+VALUES = ("task", "tasks")  # all others are called
 PROJECTS = "rlrr_jax.projects"
 _ALLOWED: set[str] = set()
+
+
+class NotAllowed(UserError):
+    """A path that no user typed is to be imported."""
 
 
 def names(kind: str) -> dict[str, str]:
@@ -51,31 +56,34 @@ def is_path(name: Any) -> bool:
 def find(kind: str, name: str) -> Any:
     """What a name of a kind stands for.
 
-    Raises UserError, with the nearest name or with what was tried, if there is none, and for a path
-    that nobody has allowed. An error inside the code of a path is raised as it is.
+    Raises UserError, with the nearest name or with what was tried, if there is none, or nothing that
+    can be called, and `NotAllowed` for a path that no user typed. An error inside the code of a path is
+    raised as it is.
     """
+    known = names(kind)
+    if not is_path(name) and name not in known:
+        raise unknown(kind, name, known)
     if is_path(name) and name not in _ALLOWED:
-        raise UserError(
+        raise NotAllowed(
             f"the {kind} {name} is somebody's code: read it, and add --import {name} to let it run"
         )
-    if is_path(name):
-        return _imported(kind, name)
-    known = names(kind)
-    if name not in known:
-        raise unknown(kind, name, known)
-    return _imported(kind, known[name])
+    found = _imported(kind, known.get(name, name))
+    if kind not in VALUES and not callable(found):
+        raise UserError(f"the {kind} {name} is {type(found).__name__}: name a function or a class")
+    return found
 
 
 def _imported(kind: str, path: str) -> Any:
     name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*name.split("."), attribute)):
+        raise UserError(f"the {kind} {path!r} is no path: write module:object, such as mygain:method")
     here = os.getcwd()
     try:
         if here not in sys.path and "" not in sys.path:
             sys.path.append(here)
         module = importlib.import_module(name)
-    except (ModuleNotFoundError, ValueError) as e:  # ValueError: an empty name
-        missing = getattr(e, "name", None)
-        if missing and missing != name and not name.startswith(f"{missing}."):
+    except ModuleNotFoundError as e:
+        if e.name != name and not name.startswith(f"{e.name}."):
             raise  # of an import inside
         raise UserError(
             f"there is no module {name!r} for the {kind} {path!r}: it is neither in {here} nor "

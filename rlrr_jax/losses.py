@@ -111,10 +111,7 @@ def correct(logits: jax.Array, labels: jax.Array, losses: jax.Array) -> jax.Arra
 
 def find(name: str) -> Loss:
     """The `Loss` of a name; UserError for an unknown one."""
-    return _loss(lookup.find("loss", name))
-
-
-def _loss(found: Any) -> Loss:
+    found = lookup.find("loss", name)
     return found if isinstance(found, Loss) else Loss(found)
 
 

@@ -173,7 +173,6 @@ def check(args: Any) -> tuple[list, adapters.Adapter]:
         files.writable(files.local(args.out))  # before the work, not after it
     path = adapters.find(args.adapter)
     paths = find(args.images, note=lambda text: print(text, file=sys.stderr, flush=True))
-    adapters.given(args)  # which lets code run that --import names
     return paths, adapters.read(path)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import evaluate, models
+from rlrr_jax import evaluate, methods, models
 from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.models import vit
 from rlrr_jax.recipe import Recipe
@@ -56,7 +56,7 @@ def blocks(recipe: Recipe, run: Any) -> int:
     """
     noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
     noisy = noisy or run.loss != "cross_entropy"  # others may look at pixels, or at all blocks
-    if recipe.method.untouched is None or noisy:
+    if recipe.method.untouched is None or noisy or methods.asks_training(recipe.method):
         return 0
     depth = getattr(recipe.model, "depth", 0)
     number = recipe.method.untouched(depth)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, heads, job, lookup, report, run_images, run_model, train
@@ -81,8 +82,10 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
         raise _listed(e, epath.Path(folder or "runs").expanduser()) from e
     folder = _workdir(folder or f"runs/{identity.fingerprint(runs)}")
     logs.check(runs[0].log)
-    _check_alike(identity.fingerprint(runs), _OTHER_CONFIGURATIONS)
-    _check_alike(identity.code(), _OTHER_CODE)
+    codes = [run.get("code") for run in runs]
+    plain = [ConfigDict({k: v for k, v in run.to_dict().items() if k != "code"}) for run in runs]
+    _check_alike(identity.fingerprint(plain), _OTHER_CONFIGURATIONS)
+    _check_alike([identity.code(), codes], _OTHER_CODE)
     _check_shared(folder)
     problems: dict[str, str] = {}
     survive = functools.partial(_survive, problems, alone=len({r.task for r in runs}) == 1)
@@ -90,7 +93,8 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
     _check_alike([work.found and work.found.dataset for work in works], _OTHER_IMAGES)
     if not works:
         raise UserError(f"no task can run; {explain(problems)[0]}")
-    _share_heads(works)
+    heads.share([work.run for work in works])
+    workdir.keep_heads(works)
     load = _open_weights(works)
     print(f"workdir: {folder}", flush=True)
     if not all(work.finished for work in works):
@@ -141,7 +145,8 @@ _OTHER_IMAGES = (
     "the processes found different images: copy the same files to every host, or share their folder"
 )
 _OTHER_CODE = (
-    "the processes run different code: bring rlrr_jax and jax to the same version on every host"
+    "the processes run different code: bring rlrr_jax, jax and the files that paths name to the same "
+    "version on every host"
 )
 
 
@@ -222,19 +227,6 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
         print(f"decoded images to write: {wanted / 1e9:.2f} GB{there}", flush=True)
         store.check_space(wanted, runs[0].data.cache_dir)
     return works
-
-
-def _share_heads(works: list[Work]) -> None:
-    """Gives heads one size, see `heads.share`; a run that was begun keeps that of its checkpoint."""
-    heads.share([work.run for work in works], lambda run: run_images.task_of(run).classes)
-    for work in works:
-        if not (path := work.folder / "config.json").exists():
-            continue
-        saved = files.read_json(path).get("head_classes")
-        if saved is not None:
-            work.run.head_classes = saved
-        elif "head_classes" in work.run:
-            del work.run["head_classes"]
 
 
 def _listed(error: Unusable, folder: Any) -> UserError:

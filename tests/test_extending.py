@@ -62,8 +62,40 @@ def test_a_fork_is_files_beside_the_run(tmp_path):
         "error: the method gain:method is somebody's code: read it, and add --import gain:method to let "
         "it run"
     )
-    done = run(tmp_path, *predict, "--import", "gain:method")
-    assert done.returncode == 0 and "standing" in done.stdout, done.stderr
+    for command in (predict, ("rlrr_jax.export", str(adapter), "--to", "timm", "x.safetensors")):
+        done = run(tmp_path, *command, "--import", "gain:method")
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+WRONG = """
+def number(key): return 1
+value = 3
+class Block: pass
+def method(): return None
+"""
+
+
+def test_what_a_path_names_must_be_of_its_kind(tmp_path):
+    (tmp_path / "wrong.py").write_text(WRONG)
+    for flag, message in (
+        ("method=wrong:method", "method 'wrong:method' must return a methods.Method, not NoneType"),
+        ("method=wrong:value", "the method wrong:value is int: name a function or a class"),
+        ("loss=wrong:value", "the loss wrong:value is int: name a function or a class"),
+        ("--config.gradients=wrong:number", "must make an optax transformation of a key, not int"),
+        ("--config.gradients=noise2", "unknown gradients 'noise2': did you mean 'noise1'"),
+        ("--config.model.block=wrong:Block", "must be a class like rlrr_jax.models.vit.Block"),
+        ("wrong:value", "wrong:value is no task: make it a rlrr_jax.data.task.Task"),
+        ("method=:method", "the method ':method' is no path: write module:object"),
+        ("method=wrong:", "the method 'wrong:' is no path: write module:object"),
+        ("method=../wrong:method", "the method '../wrong:method' is no path: write module:object"),
+    ):
+        given = flag.startswith("--")
+        argument = "digits" if given else f"{flag}" if flag == "wrong:value" else f"digits,{flag}"
+        words = ["rlrr_jax.main", f"--config=configs/vtab.py:{argument}", *([flag] if given else [])]
+        done = run(tmp_path, *words)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 1 and len(lines) == 1 and message in lines[0], (flag, done.stderr)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_paths_that_lead_nowhere(tmp_path):

@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "evaluate.py": {"data", "losses", "recipe", "runtime"},
     "feed.py": {"data", "evaluate"},
-    "prefix.py": {"data", "evaluate", "models", "recipe", "runtime", "sides"},
+    "prefix.py": {"data", "evaluate", "methods", "models", "recipe", "runtime", "sides"},
 }
 EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlrr_jax import lookup
-from rlrr_jax.errors import unknown
+from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.methods.base import (
     Method,
     Training,
@@ -59,7 +59,10 @@ def get(name: str, **kwargs: Any) -> Method:
     for key in kwargs:
         if key not in known:
             raise unknown(f"option of method {name!r}", key, known)
-    return function(**kwargs)
+    method = function(**kwargs)
+    if not isinstance(method, Method):
+        raise UserError(f"method {name!r} must return a methods.Method, not {type(method).__name__}")
+    return method
 
 
 def options(name: str) -> dict[str, Any]:

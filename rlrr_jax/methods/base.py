@@ -64,20 +64,24 @@ class Training:
 
     Attributes:
       model: the flax model.
+      frozen: the pretrained tree.
       pixels: size of the images that it takes, and of what their middle is cut from, or None.
       precision: precision of matmuls.
       batches: function `() -> iterator` of uint8 images [b, h, w, 3], labels [b] and mask [b], all of
         one shape, shuffled.
     """
 
-    def __init__(self, model: Any, pixels: tuple, precision: str, batches: Callable[[], Iterable]):
-        self.model, self.pixels, self.precision, self.batches = model, pixels, precision, batches
+    def __init__(
+        self, model: Any, frozen: Any, pixels: tuple, precision: str, batches: Callable[[], Iterable]
+    ):
+        self.model, self.frozen, self.pixels = model, frozen, pixels
+        self.precision, self.batches = precision, batches
         self._known: dict = {}
 
-    def once(self, function: Callable, *arguments: Any) -> Any:
-        """`function(self, *arguments)`, computed the first time that it is asked for."""
+    def once(self, function: Callable[["Training"], Any]) -> Any:
+        """`function(self)`, computed the first time that it is asked for: trials share it."""
         if function not in self._known:
-            self._known[function] = function(self, *arguments)
+            self._known[function] = function(self)
         return self._known[function]
 
 

@@ -60,7 +60,10 @@ def build(variant: str, num_classes: int, **options: Any) -> Any:
     known = {field.name for field in dataclasses.fields(model)}
     given = {key: value for key, value in options.items() if value is not None}
     if isinstance(given.get("block"), str) and "block" in known:
-        given["block"] = lookup.find("block", given["block"])
+        block = lookup.find("block", name := given["block"])
+        if not isinstance(block, type) or not issubclass(block, vit.Block):
+            raise UserError(f"the block {name} must be a class like rlrr_jax.models.vit.Block")
+        given["block"] = block
     for key in given:
         if key not in known:
             raise UserError(f"config.model.{key} is of no use for {variant}: leave it out")

@@ -9,8 +9,7 @@ NAMES: dict[str, dict[str, str]] = {  # see lookup.py
     },
     "block": {"moppa": "rlrr_jax.projects.moppa.block:Block"},
     "loss": {
-        "exits": "rlrr_jax.projects.exits.losses:exits_loss",
-        "met": "rlrr_jax.projects.exits.losses:met_loss",
+        "exits": "rlrr_jax.projects.exits.losses:LOSS",
         "moppa": "rlrr_jax.projects.moppa.losses:moppa",
         "pace": "rlrr_jax.projects.pace.losses:pace",
         "pace_lazy": "rlrr_jax.projects.pace.losses:pace_lazy",

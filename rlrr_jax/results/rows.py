@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rlrr_jax import files, methods
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
+from rlrr_jax.recipe import Recipe
 from rlrr_jax.runs import identity
 from rlrr_jax.runs import workdir as workdir_lib
 from rlrr_jax.runtime import memory
@@ -23,11 +24,11 @@ def number(x: Any) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
-def means(recipe: Any, metrics: dict, trial: int, steps: int | None = None) -> dict[str, Any]:
+def means(recipe: Recipe, metrics: dict, trial: int, steps: int | None = None) -> dict[str, Any]:
     """A trial's mean loss and other metrics over the images of an epoch's first steps.
 
     Args:
-      recipe: the `step.Recipe`.
+      recipe: the `Recipe`.
       metrics: values of each trial and step [T, S]: means of the loss, sums of everything else.
       trial: index of the trial.
       steps: number of steps; None is all.

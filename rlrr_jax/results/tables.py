@@ -101,7 +101,7 @@ def which(row: dict, seed: bool = True) -> list[str]:
         row.get("trial") or "",
     )
     model = (row.get("config") or {}).get("model") or {}
-    options += ["(not folded)"] if model.get("block") else []
+    options += [f"block={model['block']}"] if model.get("block") else []
     if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in trial:
         options.append(f"loss={row['loss']}")
     fixed = {k: v for k, v in (row.get("loss_kwargs") or {}).items() if isinstance(v, list | tuple)}

@@ -18,6 +18,7 @@ def trials(work: Work) -> list[Work]:
         folder = work.folder.parent / "search" / workdir.run_folder(run)
         label = f"{run.task} {workdir.method_folder(run)} {workdir.run_folder(run)}"
         out.append(Work(run, folder, work.found, label))
+    workdir.keep_heads(out)
     return out
 
 

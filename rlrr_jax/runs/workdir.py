@@ -95,3 +95,15 @@ def check_folder(work: Work, sha256: str) -> None:
             f"{work.folder} holds a run with {', '.join(changed)}: choose another --workdir, or "
             f"delete that folder"
         )
+
+
+def keep_heads(works: Iterable[Work]) -> None:
+    """Gives runs that were begun the size of head that their checkpoints have, see `heads.share`."""
+    for work in works:
+        if not (path := work.folder / "config.json").exists():
+            continue
+        saved = files.read_json(path).get("head_classes")
+        if saved is not None:
+            work.run.head_classes = saved
+        elif "head_classes" in work.run:
+            del work.run["head_classes"]

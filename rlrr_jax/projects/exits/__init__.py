@@ -1,1 +1,1 @@
-"""Early exits: losses `exits` and `met`, thresholds, curves, and prediction that skips blocks."""
+"""Early exits: the loss `exits`, the method `met`, thresholds, and prediction that skips blocks."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rlrr_jax import adapters, files, models, run_images
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.errors import Parser, UserError, one_sentence
-from rlrr_jax.projects.exits import choose, leave, page
+from rlrr_jax.projects.exits import choose, leave, met, page
 from rlrr_jax.results import plots, rows
 from rlrr_jax.runs import identity
 
@@ -103,7 +103,7 @@ def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None, **whe
     said, _ = probabilities(chooser, backbone, part)
     found, labels = probabilities(adapter, backbone, "test")
     at = leave.places(adapter)
-    costs = leave.flops(model, at, size, adapter.run.loss == "met")
+    costs = leave.flops(model, at, size, met.is_met(adapters.method(adapter)))
     thresholds = [choose.threshold_of(said, costs, budget) for budget in choose.budgets(costs)]
     points = [choose.point(found, labels, costs, threshold) for threshold in thresholds]
     alone = (found.argmax(-1) == labels[:, None]).mean(0).tolist()

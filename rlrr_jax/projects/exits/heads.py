@@ -1,6 +1,6 @@
 """Heads after chosen blocks of a ViT, whose answer needs no later block.
 
-They are what the losses `exits` and `met` train beside the head: `scale` and `shift` [E, D] of a
+They are what the loss `exits` trains beside the head: `scale` and `shift` [E, D] of a
 LayerNorm, `kernel` [E, D, C] and `bias` [E, C]. All are zero at first; the scale is what is added to 1.
 """
 

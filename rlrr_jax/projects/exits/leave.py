@@ -66,7 +66,7 @@ def load(adapter: adapters.Adapter, backbone: adapters.Backbone) -> Exits:
         )
     tuned = adapters.load(adapter, backbone)
     trees = [tuned.params]
-    if adapter.card["config"]["loss"] == "met":
+    if met.is_met(adapters.method(adapter)):
         trees = jax.jit(met.trees)(backbone.frozen, adapter.trainable)
     return Exits(tuned.model, at, adapter.trainable["loss"], trees, adapter.card)
 

@@ -1,6 +1,5 @@
 """The losses of early exits, which train heads of their own."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,22 +12,18 @@ from rlrr_jax.projects.exits import heads, met
 from rlrr_jax.recipe import Batch
 
 
-def one_tree(net: Net, batch: Batch, at: tuple) -> tuple[jax.Array, jax.Array]:
-    """Logits and features of all exits of one network, see `heads.apply`."""
-    inputs = net.inputs(batch.images, batch.keys)
-    return heads.apply(net.model, net.params, net.trained["loss"], at, *inputs)
-
-
-def tree_each(net: Net, batch: Batch, at: tuple) -> tuple[jax.Array, jax.Array]:
-    """Logits and features of exits that have a network each, of the method `met`."""
+def answers(net: Net, batch: Batch, at: tuple) -> tuple[jax.Array, jax.Array]:
+    """Logits and features of all exits, of one network or, with the method `met`, of one for each."""
+    inputs, own = net.inputs(batch.images, batch.keys), net.trained["loss"]
+    if not met.is_met(net.method):
+        return heads.apply(net.model, net.params, own, at, *inputs)
     if (number := met.exits_of(net.trained["adapter"])) != len(at):
         raise UserError(
-            f"config.loss_kwargs.at has {len(at)} exits, and the method's option exits is {number}: "
-            f"give as many (method met has a network for each exit, others have not)"
+            f"config.loss_kwargs.at has {len(at)} exits, and option exits of method met is {number}: "
+            f"give as many"
         )
     trees = met.trees(net.frozen, net.trained)
-    inputs = net.inputs(batch.images, batch.keys)
-    return heads.apply_each(net.model, trees, net.trained["loss"], at, *inputs)
+    return heads.apply_each(net.model, trees, own, at, *inputs)
 
 
 def init(key: jax.Array, frozen: Any, classes: int, at: tuple = (), **options: Any) -> dict:
@@ -39,8 +34,13 @@ def init(key: jax.Array, frozen: Any, classes: int, at: tuple = (), **options: A
     return heads.empty(len(at), width, classes)
 
 
-def _all(
-    answers: Callable, net: Net, batch: Batch, at: tuple, early: Any, distill: Any, graph: Any
+def exits(
+    net: Net,
+    batch: Batch,
+    at: tuple = (),
+    early: float = 1.0,
+    distill: float = 1.0,
+    graph: float = 0.1,
 ) -> Values:
     """Cross-entropies of all exits of a ViT, distillation from the last, and a graph of labels.
 
@@ -50,6 +50,12 @@ def _all(
     those of the other images of its label in the batch, over all devices (where images are mixed, its
     own label, not its partner's). MET (Liu et al., 2024, see `met.py`) has the graph; its exact form is
     not public, and this is ours.
+
+    Args:
+      at: numbers of blocks after which there are exits.
+      early: weight of their cross-entropies.
+      distill: weight of the divergences.
+      graph: weight of the differences of features.
     """
     every, features = answers(net, batch, at)
     losses = jax.vmap(cross_entropies, (1, None), 1)(every, batch)  # [b, E + 1]
@@ -67,31 +73,7 @@ def _all(
     return losses[:, -1] + extra + graph * distance, values
 
 
-def _exits(
-    net: Net,
-    batch: Batch,
-    at: tuple = (),
-    early: float = 1.0,
-    distill: float = 1.0,
-    graph: float = 0.1,
-) -> Values:
-    """Exits after the blocks `at` of one network, see `_all`."""
-    return _all(one_tree, net, batch, at, early, distill, graph)
-
-
-def _met(
-    net: Net,
-    batch: Batch,
-    at: tuple = (),
-    early: float = 1.0,
-    distill: float = 1.0,
-    graph: float = 0.1,
-) -> Values:
-    """Exits after the blocks `at`, a network each, see `_all`."""
-    return _all(tree_each, net, batch, at, early, distill, graph)
-
-
-exits_loss, met_loss = Loss(_exits, init), Loss(_met, init)
+LOSS = Loss(exits, init)
 
 
 def _to_own_class(features: jax.Array, batch: Batch) -> jax.Array:

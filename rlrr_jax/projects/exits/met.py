@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rlrr_jax.methods import base
 
 FORMULA = "W' = (I + A diag(s_exit) B) W, b' = b + c_exit W; A, B shared by all blocks and exits"
-DEFAULTS = dict(lr=1e-2, weight_decay=0.0, drop_path=0.1, loss="met")  # as ARC; not tuned here
+DEFAULTS = dict(lr=1e-2, weight_decay=0.0, drop_path=0.1, loss="exits")  # as ARC; not tuned here
 
 
 def method(exits: int = 3, bottleneck: int = 50, where: str = "attention+mlp") -> base.Method:
@@ -61,10 +61,14 @@ def merge_exit(frozen: Any, adapter: Any, number: int) -> Any:
     return frozen
 
 
+def is_met(method: base.Method) -> bool:
+    """Whether a method is this one, whose exits have a tree each."""
+    return method.DEFAULTS is DEFAULTS
+
+
 def exits_of(adapter: Any) -> int:
-    """The number of early exits of an adapter of MET's; 0 of any other."""
-    places = base.AFTER_NORM.keys() & adapter.keys() if {"down", "up"} <= adapter.keys() else ()
-    return next((len(adapter[place]["scale"]) - 1 for place in places), 0)
+    """The number of early exits of an adapter of MET's."""
+    return next(len(adapter[place]["scale"]) - 1 for place in base.AFTER_NORM if place in adapter)
 
 
 def trees(frozen: Any, trained: Any) -> list[dict]:

@@ -36,7 +36,7 @@ def method(entries: int = 1) -> base.Method:
         if training is None:
             first = lambda site: jnp.broadcast_to(jnp.arange(entries), _shape(site, entries))
             return _adapter(frozen, {site.path: first(site) for site in layers})
-        return _chosen(frozen, training.once(sensitivity.gradient, frozen))
+        return _chosen(frozen, training.once(sensitivity.gradient))
 
     @jax.jit
     def _chosen(frozen, grads):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rlrr_jax import models
 from rlrr_jax.data.resize import enlarge, normalize
+from rlrr_jax.methods import Training
 
 TEMPERATURE = 0.07  # of the authors of the loss
 
@@ -32,15 +33,12 @@ def contrastive(features: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.
     return (each * counted).sum() / jnp.maximum(counted.sum(), 1)
 
 
-def gradient(training: Any, frozen: Any) -> Any:
-    """The gradient of the contrastive loss, summed over batches: a tree like `frozen`, a zero head.
+def gradient(training: Training) -> Any:
+    """The gradient of the contrastive loss, summed over batches: a tree like the frozen one.
 
     The two views of an image are the image and its mirror image.
-
-    Args:
-      training: a `methods.Training`.
-      frozen: the pretrained weights.
     """
+    frozen = training.frozen
     size, crop_from = training.pixels
     add = program(training.model, size, crop_from, training.precision)
     total = jax.tree.map(jnp.zeros_like, frozen)

@@ -75,9 +75,8 @@ def test_an_exit_trains_its_own_first_blocks(frozen):
         assert not np.delete(moved, number, 0).any() and np.abs(grads["up"]).max() > 0
 
 
-@pytest.mark.parametrize(("method", "number"), [("met", 3), ("lora", 0)])
-def test_exits_of_loss_and_method_are_as_many(frozen, method, number):
-    net = MODEL, methods.get(method), frozen
-    options = losses.check("met", {"at": AT})
-    with pytest.raises(UserError, match=f"at has 2 exits, and the method's option exits is {number}"):
-        losses.check_contract("met", options, net, (48, 48))
+def test_exits_of_loss_and_method_are_as_many(frozen):
+    net = MODEL, methods.get("met"), frozen
+    options = losses.check("exits", {"at": AT})
+    with pytest.raises(UserError, match="at has 2 exits, and option exits of method met is 3: give as"):
+        losses.check_contract("exits", options, net, (48, 48))

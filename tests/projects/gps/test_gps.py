@@ -48,9 +48,9 @@ def test_the_gradient_is_the_sum_over_batches():
     pad = lambda x: np.concatenate([x, np.zeros((2, *x.shape[1:]), x.dtype)])
     rows = [slice(i, i + 4) for i in (0, 4, 8)]
     batches = [(pad(images)[r], pad(labels)[r], mask[r]) for r in rows]
-    training = methods.Training(MODEL, (16, None), "highest", lambda: iter(batches))
-    ours = training.once(sensitivity.gradient, frozen)
-    assert training.once(sensitivity.gradient, frozen) is ours
+    training = methods.Training(MODEL, frozen, (16, None), "highest", lambda: iter(batches))
+    ours = training.once(sensitivity.gradient)
+    assert training.once(sensitivity.gradient) is ours
 
     def loss(params, images, labels):
         views = np.concatenate([images, images[:, :, ::-1]]) / np.float32(127.5) - 1
@@ -92,7 +92,7 @@ def test_gps_takes_the_entries_with_the_largest_gradients():
     method = methods.get("gps", entries=2)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), frozen)
-    training = methods.Training(None, (), "", None)
+    training = methods.Training(None, None, (), "", None)
     training.once = lambda *_: grads
     adapter = method.init(jax.random.key(0), frozen, training=training)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), method.init(jax.random.key(0), frozen))

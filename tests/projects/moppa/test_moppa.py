@@ -88,5 +88,8 @@ def test_other_networks_and_formats_refuse_it(tuned_runs, tmp_path):
             methods.check("moppa", methods.get("moppa"), shapes)
     adapter = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
     other = adapter._replace(card={**adapter.card, "method": "moppa", "method_kwargs": {}})
-    with pytest.raises(UserError, match="moppa folds into no weight, so timm has no place for it"):
+    with pytest.raises(
+        UserError,
+        match="the blocks of this model are moppa, for which timm has no place: use adapter or hub",
+    ):
         export.export(other, "timm", tmp_path / "x.safetensors")
