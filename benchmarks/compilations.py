@@ -20,6 +20,7 @@ import numpy as np
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import evaluate, heads, job, models, run_images
+from rlrr_jax import run as run_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import one_sentence
 
@@ -62,7 +63,8 @@ def count(args, method):
     heads.share(runs)
     for run in runs:
         begun = time.perf_counter()
-        one_step(run, lambda run, model: weights(model, run.image_size), known)
+        load_weights = functools.partial(weights, size=run.image_size)
+        one_step(run, load_weights, known)
         print(f"{run.task} {method}: {time.perf_counter() - begun:.1f} s", flush=True)
     jax.monitoring.unregister_event_duration_listener(listen)
     return {
@@ -84,7 +86,7 @@ def one_step(run, load_weights, known):
         images = rng.integers(0, 256, (number, side, side, 3), np.uint8)
         return images, rng.integers(0, task.classes, number).astype(np.int32)
 
-    built = job.build([run], load_weights, load_data, known)
+    built = job.build([run_lib.of(run)], load_weights, load_data, known)
     state, metrics = built.start()
     train = built.compile(state, metrics)
     state, metrics = train(built.data, state, metrics, 0, 0, 1)

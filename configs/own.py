@@ -3,7 +3,7 @@
     /data/birds/train/<class>/*, val/, test/      splits as they are
     /data/birds/<class>/*                         a fifth of each class is tested on
     /data/birds.csv                               columns path,label[,split]; or lines "path label"
-    hf:/data/birds                                a dataset of Hugging Face on this disk
+    hf:/data/birds, hf:user/birds                 a dataset of Hugging Face, on this disk or the Hub
     tfds:food101                                  a prepared tfds dataset, its own splits
 
 The rest is as in `vtab.py`. A run is tested once, after the last epoch (protocol "fast"). Photographs

@@ -28,11 +28,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import rlrr_jax
-from rlrr_jax import files, lookup, losses, methods, models, run_images, run_model, sides
+from rlrr_jax import files, hub, lookup, losses, methods, models, run_images, run_model, sides
 from rlrr_jax.data import crops, resize, store
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
-from rlrr_jax.weights import download, names, preprocessing, reader, vit_layouts
+from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
 
 FORMAT = 1  # of the card
 _KEYS = ("method", "method_kwargs", "formula", "backbone", "backbone_sha256", "model", "gelu")
@@ -150,7 +150,8 @@ def _tree(flat):
 def portable(adapter: Adapter) -> Adapter:
     """An adapter whose card names no folder, user or secret of this machine: what is exported."""
     config = copy.deepcopy(adapter.card["config"])
-    if path := config.get("own", {}).get("path"):
+    path = config.get("own", {}).get("path")
+    if path and not hub.is_name(path.removeprefix(hub.PREFIX)):
         prefix = re.match(r"(hf|tfds):|", path)[0]  # type: ignore[index]
         config["own"]["path"] = prefix + _last_part(path.removeprefix(prefix))
     for group, key in (("data", "dir"), ("data", "cache_dir"), ("pretrained", "cache_dir")):
@@ -169,7 +170,7 @@ def _portable_name(name: str) -> str:
         secret = re.search(r"(?i)sign|token|key|cred|password|secret", parts.query)
         host = parts.netloc.rpartition("@")[2]
         file = parts._replace(netloc=host, query="" if secret else parts.query).geturl()
-    elif file != "bundled" and file not in names.ALIASES and not file.startswith(names.HUB):
+    elif file != "bundled" and file not in names.ALIASES and not file.startswith(hub.PREFIX):
         public = file.startswith(names.FOLDERS) and not files.local(file).exists()
         file = file if public else _last_part(file)
     return f"{file}:{subtree}" if subtree else file
@@ -192,7 +193,7 @@ def find(path: Any) -> Any:
     A repository `hf:user/name` is returned as it is. Raises UserError, naming the choices, if there are
     several or none.
     """
-    if str(path).startswith(names.HUB):
+    if str(path).startswith(hub.PREFIX):
         return path
     path = files.local(path)
     if path.is_file():
@@ -216,8 +217,8 @@ def read(path: Any) -> Adapter:
     Raises UserError if it is missing, damaged, none of ours, of another version of its method, or if a
     name or shape is not what its method trains on its model.
     """
-    if str(path).startswith(names.HUB):
-        path = download.hub_file(str(path).removeprefix(names.HUB), "adapter.safetensors")
+    if str(path).startswith(hub.PREFIX):
+        path = hub.file(str(path).removeprefix(hub.PREFIX), "adapter.safetensors")
     path = files.local(path)
     if not path.is_file():
         raise UserError(f"there is no adapter {path}: give an adapter.safetensors of a finished run")
@@ -335,8 +336,8 @@ def _check_run(card):
     if not card["classes"] or not all(isinstance(name, str) for name in card["classes"]):
         raise ValueError("its classes are no names")
     size, model = run_images.size_of(run), _model(card)
-    longest = max(sides.pair(size)) // model.patch_size
-    if _plain_size(size) != card["image_size"] or not 0 < longest < 1000:
+    longest = 1000 * getattr(model, "patch_size", 16)
+    if _plain_size(size) != card["image_size"] or not 0 < max(sides.pair(size)) < longest:
         raise ValueError(f"its images have {sides.text(size)} pixels")
     models.check_size(model, size)
     if (run.crop and run.crop_from < run.image_size) or run.eval_batch_size < 1:
@@ -459,12 +460,12 @@ def _named_by_card(card: dict, cache_dir: str | None, fetch: bool) -> tuple[str,
     name, wanted = card["config"]["pretrained"]["name"], str(card["backbone_sha256"])
     where = names.address(names.split_subtree(name)[0])
     remote = "://" in where and not where.startswith("https://")
-    with contextlib.suppress(download.NotFetched):  # where the run had it: nothing is written there
+    with contextlib.suppress(hub.NotFetched):  # where the run had it: nothing is written there
         if cache_dir is None and (theirs := card["config"]["pretrained"].get("cache_dir")):
             return names.fetch(name, str(theirs), wanted, fetch=False)
     try:
         return names.fetch(name, cache_dir, wanted, fetch and not remote)
-    except download.NotFetched as e:
+    except hub.NotFetched as e:
         way = "copy it to this machine" if remote else "add --fetch to download it from there"
         raise UserError(
             f"the adapter's card names {where} (SHA-256 {wanted[:12]}...), which is not on this "

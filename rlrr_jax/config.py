@@ -56,9 +56,8 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
 
     Raises UserError for any unknown name or impossible value.
     """
-    lookup.allow(
-        config.loss, config.gradients, config.model.block, *_names(config.task), *_names(config.method)
-    )
+    typed = config.loss, config.gradients, config.model.block, config.model.variant, config.own.path
+    lookup.allow(*typed, *_names(config.task), *_names(config.method))
     checks.check(config)
     if config.own.path == "":
         raise UserError(NAMELESS)
@@ -282,7 +281,7 @@ def _resolve_one(
     _check_family(run)
     _check_depth(run)
     # Others than the JAX weights say their GELU when they are there: `follow`.
-    if models.family(run.model.variant) != "resnet" and preprocessing.of_jax(run.pretrained.name):
+    if "gelu" in models.attributes(run.model.variant) and preprocessing.of_jax(run.pretrained.name):
         checks.fill(run.model, "gelu", preprocessing.JAX.gelu)
     checks.fill(run, "image_size", models.default_size(run.model.variant))
     checks.heads(run.model.variant, run.model.num_heads)
@@ -299,7 +298,8 @@ def _resolve_one(
     checks.fill(run.model, "unroll", models.default_unroll(run.model.variant))
     models.check_size(build_model(run), size_of(run))
     check_contracts(run)
-    if code := lookup.code((run.method, run.loss, run.task, run.gradients, run.model.block)):
+    chosen = run.method, run.loss, run.task, run.gradients, run.model.block, run.model.variant
+    if code := lookup.code(chosen):
         run.code = code
     return run
 

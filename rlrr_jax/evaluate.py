@@ -151,7 +151,7 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
     with tqdm(total=total, unit="img", desc=title, leave=False, delay=2, disable=not shown) as bar:
         for which, part in mesh_lib.turns(trainable, mesh, together):
             params, done = job.merge(job.frozen, part), looking(check, bar)
-            size = job.runs[0].eval_batch_size
+            size = job.runs[0].limits.eval_batch_size
             images, labels = job.held_out
             found = evaluate(step, params, images, labels, size, mesh, done)
             for i, accuracy, loss in zip(which, found["accuracy"], found["loss"]):

@@ -78,11 +78,13 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
             f"{' or '.join(TRAINED)}"
         )
     family = models.family(adapter.card["model"])
-    ending, layout = FORMATS[to], LAYOUTS[family].get(to)
+    layouts = LAYOUTS.get(family, {})
+    ending, layout = FORMATS[to], layouts.get(to)
     plain = not [key for key in vit.PARTS if adapter.run.model.get(key) is not None]
-    if to not in ("timm", *TRAINED) and (layout is None or not plain):
+    if to not in TRAINED and (layout is None or (not plain and to != "timm")):
         which = adapter.card["model"] + " with what it has besides" * (not plain)
-        raise UserError(f"{which} is not exported to {to}: use timm, {', '.join(TRAINED)}")
+        others = [name for name in ("timm", *TRAINED) if name in layouts or name in TRAINED]
+        raise UserError(f"{which} is not exported to {to}: use {', '.join(others)}")
     name, out = out, files.local(out).absolute()
     if to in FOLDERS:
         check_folder(out, FOLDERS[to])

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import fnmatch
+import hashlib
 import json
 import os
 import pathlib
@@ -217,3 +218,9 @@ def lock(folder: Any, name: str = ".lock", wait: bool = False) -> Iterator[bool]
                 )
             _told.add(str(folder))
         yield held
+
+
+def sha256(path: Any) -> str:
+    """Hex SHA-256 of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,28 +14,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import (
-    evaluate,
-    heads,
-    lookup,
-    losses,
-    methods,
-    mixing,
-    optim,
-    prefix,
-    run_images,
-    run_model,
-    sides,
-    step,
-)
+from rlrr_jax import evaluate, heads, methods, prefix, sides, step
 from rlrr_jax import feed as feed_lib
-from rlrr_jax.data import crops, resize
+from rlrr_jax import run as run_lib
+from rlrr_jax.data import resize
 from rlrr_jax.recipe import Hyper, Recipe
+from rlrr_jax.run import Run
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
 
 MOST_ENLARGED = 2**30  # bytes of a training set whose images are enlarged before training
-_MADE: dict = {}  # see `_same`
 
 
 class Job(NamedTuple):
@@ -44,7 +32,7 @@ class Job(NamedTuple):
     Where the trials do not fill the mesh, the last one is trained several times; T counts these, too.
 
     Attributes:
-      runs: fully specified configurations that differ in seed, lr, weight_decay and drop_path.
+      runs: the trials, which differ in their seed and in what `Hyper` has.
       recipe: what is fixed while the step is traced.
       mesh: devices with axes ("trial", "data").
       frozen: the backbone's weights.
@@ -52,21 +40,19 @@ class Job(NamedTuple):
         shapes.
       feed: where the training images come from.
       held_out: images and labels of the evaluation, on the host.
-      lrs: learning rates of each trial and step.
       hyper: the `Hyper` of the trials [T].
       init_keys: keys of the trials [T] for the first values.
       merge: function `(frozen, trained [T, ...]) -> params [T, ...]`, jitted.
       begun: when this was begun, by `time.perf_counter`.
     """
 
-    runs: list
+    runs: list[Run]
     recipe: Recipe
     mesh: Mesh
     frozen: Any
     data: dict
     feed: feed_lib.Feed
     held_out: tuple
-    lrs: list
     hyper: Hyper
     init_keys: Any
     merge: Callable
@@ -75,7 +61,7 @@ class Job(NamedTuple):
     @property
     def classes(self) -> int:
         """Number of classes of the task; the head may have more, see `heads`."""
-        return run_images.task_of(self.runs[0]).classes
+        return self.runs[0].task.classes
 
     @property
     def epochs(self) -> int:
@@ -98,7 +84,7 @@ class Job(NamedTuple):
         pixels = recipe.image_size, recipe.crop_from
         training = methods.Training(recipe.model, frozen, pixels, recipe.precision, self._batches)
         init: Any = recipe.method.init
-        adapters = [distributed.fetch(init(_keys(r)[0], frozen, training=training)) for r in self.runs]
+        adapters = [distributed.fetch(init(r.keys[0], frozen, training=training)) for r in self.runs]
         adapters += adapters[-1:] * (len(self.init_keys) - len(self.runs))
         for name in {"trainable", "average"} & state.keys():
             state[name] = {**state[name], "adapter": mesh_lib.put_trials(self.mesh, adapters)}
@@ -106,14 +92,13 @@ class Job(NamedTuple):
 
     def _batches(self) -> Iterator[tuple]:
         """The training images on the mesh, see `methods.Training`, with a progress bar."""
-        run, number = self.runs[0], len(self.feed.labels)
+        number, size = len(self.feed.labels), self.recipe.batch_size
         order = np.asarray(jax.random.permutation(self.feed.order_key, number))  # else by class
         images, labels = Shuffled(self.feed.images, order), self.feed.labels[order]
         shown = distributed.is_process_zero()
-        title = f"{run.task} {run.method}: training images"
-        total = -(-number // run.batch_size)
-        every = evaluate.batches(images, labels, run.batch_size, self.mesh)
-        yield from tqdm(every, title, total, delay=2, disable=not shown, unit="batch")
+        title = f"{self.runs[0].label}: training images"
+        every = evaluate.batches(images, labels, size, self.mesh)
+        yield from tqdm(every, title, -(-number // size), delay=2, disable=not shown, unit="batch")
 
     def shapes(self) -> tuple[Any, Any]:
         """Shapes and shardings of what `start` returns."""
@@ -177,40 +162,38 @@ class Shuffled:
         return out
 
 
-def build(runs: list, load_weights: Callable, load_data: Callable, known: dict | None = None) -> Job:
+def build(
+    runs: list[Run], load_weights: Callable, load_data: Callable, known: dict | None = None
+) -> Job:
     """Reads weights and data and puts everything on the devices.
 
     Args:
-      runs: configurations of the trials, see `Job`.
-      load_weights: function `(run, model) -> frozen`.
+      runs: the trials, see `Job`.
+      load_weights: function `model -> frozen`.
       load_data: function `(split, crop=None) -> images, labels`, see `store.load_split` and
         `load_crops`.
       known: what `prefix.applied` keeps from one group to the next.
     """
     begun = time.perf_counter()
-    run = runs[0]
-    part, other = run_images.splits(run)
-    images, labels = load_data(part, crop=(run.crop, run.seed) if crops.by_host(run.crop) else None)
-    held_out = load_data(other)
-    recipe = _recipe(runs, len(labels))
-    frozen = load_weights(run, recipe.model)
+    run, recipe = runs[0], run_lib.together(runs)
+    images, labels = load_data(run.splits[0], crop=run.crops)
+    held_out = load_data(run.splits[1])
+    assert len(labels) == recipe.num_images
+    frozen = load_weights(recipe.model)
     if "block" in recipe.method.DEFAULTS and distributed.is_process_zero():
         print(
-            f"{run.task} {run.method}: folds into no weight, a tuned model computes "
+            f"{run.label}: folds into no weight, a tuned model computes "
             f"{overhead(recipe, frozen):.1%} more for each image",
             flush=True,
         )
-    mesh = mesh_lib.make_mesh(jax.devices()[: run.num_devices], len(runs), run.batch_size)
+    mesh = mesh_lib.make_mesh(jax.devices()[: run.limits.devices], len(runs), recipe.batch_size)
     known, both = {} if known is None else known, (images, held_out[0])
     recipe, frozen, both = prefix.applied(recipe, frozen, both, mesh, run, known)
     images, held_out = both[0], (both[1], held_out[1])
-    lrs = [_learning_rates(r, recipe.steps) for r in runs]
-    keys = [_keys(r) for r in runs]
-    budget = _budget(run)
-    feed = _feed(runs, images, labels, keys[0][2], budget)
-    hyper = [_hyper(r, lr, key) for r, lr, key in zip(runs, lrs, keys)]
-    spare = -len(runs) % mesh.shape["trial"]
-    keys, hyper = keys + keys[-1:] * spare, hyper + hyper[-1:] * spare
+    gigabytes = run.limits.image_gb
+    budget = memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
+    feed = _feed(runs, images, labels, budget)
+    trials = [*runs, *runs[-1:] * (-len(runs) % mesh.shape["trial"])]
     data = feed.shapes(mesh) if feed.renewed else _whole(recipe, mesh, feed, budget)
     return Job(
         runs=runs,
@@ -220,9 +203,8 @@ def build(runs: list, load_weights: Callable, load_data: Callable, known: dict |
         data=data,
         feed=feed,
         held_out=held_out,
-        lrs=lrs,
-        hyper=mesh_lib.put_trials(mesh, hyper),
-        init_keys=mesh_lib.put_trials(mesh, [key[0] for key in keys]),
+        hyper=mesh_lib.put_trials(mesh, [trial.hyper() for trial in trials]),
+        init_keys=mesh_lib.put_trials(mesh, [trial.keys[0] for trial in trials]),
         merge=step.map_merge(recipe.method, mesh),
         begun=begun,
     )
@@ -244,28 +226,17 @@ def overhead(recipe: Recipe, frozen: Any) -> float:
     return flops(tuned) / flops(frozen) - 1
 
 
-def _keys(run: Any) -> jax.Array:
-    """Keys of a run's first values, of its noise, and of the order of its images."""
-    return jax.random.split(jax.random.key(run.seed), 3)
-
-
-def _budget(run: Any) -> float:
-    """Bytes of a device that training images may take."""
-    gigabytes = run.data.device_gb
-    return memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
-
-
-def _feed(runs: list, images: Any, labels: Any, order_key: jax.Array, budget: float) -> feed_lib.Feed:
+def _feed(runs: list[Run], images: Any, labels: Any, budget: float) -> feed_lib.Feed:
     """Where training images come from; memory.TooLarge if the trials need them in several orders."""
-    run = runs[0]
-    steps = distributed.broadcast(feed_lib.steps_at_once(images, run.batch_size, budget) or 0)
+    run, size = runs[0], runs[0].recipe.batch_size
+    steps = distributed.broadcast(feed_lib.steps_at_once(images, size, budget) or 0)
     if steps and len({r.seed for r in runs}) > 1:
         raise memory.TooLarge(1, "one after another, since streamed images come in the order of a seed")
-    feed = feed_lib.Feed(images, labels, run.batch_size, steps or None, order_key)
+    feed = feed_lib.Feed(images, labels, size, steps or None, run.keys[2])
     if steps and distributed.is_process_zero():
-        size = math.prod(images.shape) * images.dtype.itemsize / 1e9
+        takes = math.prod(images.shape) * images.dtype.itemsize / 1e9
         print(
-            f"{run.task}: {len(labels):,} training images take {size:.3g} GB, more than the "
+            f"{run.task.name}: {len(labels):,} training images take {takes:.3g} GB, more than the "
             f"{budget / 1e9:.3g} GB for them on a device: {feed.slots:,} are there at once",
             flush=True,
         )
@@ -284,53 +255,9 @@ def _whole(recipe: Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) -> di
     return data
 
 
-def _recipe(runs: list, num_images: int) -> Recipe:
-    run, model = runs[0], run_model.build_model(runs[0])
-    options, fixed = run.method_kwargs.to_dict(), losses.fixed(run.loss_kwargs)
-    method, loss = methods.find(run.method), losses.find(run.loss)
-    method = _same(method, options, lambda: methods.get(run.method, **options))
-    gradients = run.get("gradients") and lookup.find("gradients", run.gradients)
-    optimizer = run.optimizer, run.momentum_dtype, run.grad_clip
-    return Recipe(
-        model=model.clone(num_classes=run.get("head_classes") or model.num_classes),
-        method=method,
-        batch_size=run.batch_size,
-        num_images=num_images,
-        image_size=run_images.size_of(run),
-        drop_path=_noisy(runs, method),
-        precision=run.precision,
-        optimizer=optim.Optimizer(*optimizer, gradients, run.average),
-        loss=_same(loss, fixed, lambda: losses.get(run.loss, fixed, run_model.check_contracts(run))),
-        mixing=mixing.Mixing(run.mixup, run.cutmix, run.label_smoothing),
-        crop_from=run.crop_from if run.crop == crops.SQUARE else None,
-    )
-
-
-def _noisy(runs: list, method: methods.Method) -> bool:
-    """Whether drop path is in the program: at a rate of 0, too, where the method's own is another.
-
-    So tasks that differ in it share a program. A rate of 0 changes nothing.
-    """
-    rates = [r.drop_path for r in runs]
-    if method.untouched is None:  # else blocks before which nothing is trained are computed once
-        rates.append(method.DEFAULTS["drop_path"])
-    return any(rate > 0 for rate in rates)
-
-
-def _same(function: Any, options: dict, make: Callable[[], Any]) -> Any:
-    """What `make` gives for a function and its options, the same object each time.
-
-    Programs are kept by what they are of, and closures and partials are equal to themselves alone.
-    """
-    key = function, repr(sorted(options.items()))
-    if key not in _MADE:
-        _MADE[key] = make()
-    return _MADE[key]
-
-
 def forget() -> None:
     """Forgets all compiled programs: where code was edited and loaded again in a running Python."""
-    _MADE.clear()
+    run_lib.forget()
     kept = _compiled, step.map_start, step.map_merge, evaluate.map_eval_step
     for cached in kept:
         cached.cache_clear()
@@ -346,30 +273,6 @@ def _compiled(recipe: Recipe, mesh: Mesh, shapes: tuple, tree: Any) -> Any:
     arguments = jax.tree.unflatten(tree, shapes)
     lowered: Any = step.map_train_steps(recipe, mesh)
     return lowered.lower(*arguments).compile()
-
-
-def _learning_rates(run: Any, steps: int) -> list[float]:
-    return optim.learning_rates(
-        run.schedule,
-        run.lr,
-        run.epochs,
-        steps,
-        run.total_steps,
-        run.warmup_steps if run.schedule == "bigvision" else run.warmup_epochs,
-        run.restarts,
-    )
-
-
-def _hyper(run: Any, lrs: list[float], keys: jax.Array) -> Hyper:
-    return Hyper(
-        lr=jnp.array(lrs),
-        weight_decay=jnp.array(run.weight_decay),
-        drop_path=jnp.array(run.drop_path),
-        flip=jnp.array(run.flip),
-        noise_key=keys[1],
-        order_key=keys[2],
-        loss={k: jnp.array(v) for k, v in run.loss_kwargs.items() if isinstance(v, float)},
-    )
 
 
 def check_memory(job: Job, needs: Any, limit: int) -> None:
@@ -391,7 +294,7 @@ def check_memory(job: Job, needs: Any, limit: int) -> None:
     if whole <= limit:
         return
     fits = min(max(0, int((limit - shared) / ((whole - shared) / here))), here - 1)
-    if not fits and job.runs[0].model.remat is None:
+    if not fits and job.runs[0].limits.recompute is None:
         raise memory.TooLarge(0)
     if here > 1:
         raise memory.TooLarge(groups * max(1, fits))

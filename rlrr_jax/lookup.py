@@ -25,6 +25,7 @@ _METHODS = (
 #   loss       one like `losses.cross_entropy`, or a `losses.Loss`
 #   gradients  a function `key -> optax transformation`
 #   block      a class like `models.vit.Block`
+#   model      a class of flax modules, see `models.build`
 #   task       a `data.task.Task`; tasks: names of several
 #   table      a function `rows -> Markdown or ""` of a report
 #   weights    a function `frozen -> warning or ""`, for every file of weights that is read
@@ -107,6 +108,14 @@ def _digest(name: str) -> str:
     return hashlib.sha256(data).hexdigest()[:8]
 
 
+def is_allowed(name: str) -> bool:
+    """Whether a user typed a name, see `allow`."""
+    return name in _ALLOWED
+
+
 def allow(*typed: Any) -> None:
-    """Lets `find` import the paths among these names, which a user typed; no card or list ever does."""
+    """Lets `find` import the paths among these names, and images be fetched from their address.
+
+    A user typed them; no card or list ever does.
+    """
     _ALLOWED.update(name for name in typed if is_path(name))

@@ -118,7 +118,7 @@ def find(name: str) -> Loss:
 def get(name: str, fixed: dict[str, Any], values: tuple[str, ...] = ("acc",)) -> Loss:
     """The `Loss` of a name with its fixed options, and the names of what it returns."""
     loss = find(name)
-    bind = lambda f: f and functools.partial(f, **fixed)
+    bind = lambda f: functools.partial(f, **fixed) if f and fixed else f
     return Loss(bind(loss.function), bind(loss.init), values)
 
 

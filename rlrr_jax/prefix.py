@@ -20,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import evaluate, methods, models
+from rlrr_jax import evaluate, losses, methods, models
 from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.models import vit
 from rlrr_jax.recipe import Recipe
+from rlrr_jax.run import Run
 from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.sides import pair
@@ -47,15 +48,17 @@ class Head(nn.Module):
         return nn.Dense(self.num_classes, dtype=features.dtype, name="head")(features)
 
 
-def blocks(recipe: Recipe, run: Any) -> int:
+def blocks(recipe: Recipe, run: Run) -> int:
     """How many of the first blocks a run leaves alone, or `HEAD`; 0 if nothing can be computed once.
 
     Args:
       recipe: the `Recipe` of a group of trials.
-      run: the configuration of the first.
+      run: the first.
     """
     noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
-    noisy = noisy or run.loss != "cross_entropy"  # others may look at pixels, or at all blocks
+    noisy = (
+        noisy or losses.of(recipe).function is not losses.cross_entropy
+    )  # others may look at pixels, or at all blocks
     if recipe.method.untouched is None or noisy or methods.asks_training(recipe.method):
         return 0
     depth = getattr(recipe.model, "depth", 0)
@@ -159,7 +162,7 @@ def rest(recipe: Recipe, frozen: Any, number: int) -> tuple[Any, Any]:
     return recipe._replace(model=model, image_size=None), tree
 
 
-def _keys(recipe: Recipe, frozen: Any, data: tuple, number: int, run: Any) -> list[tuple]:
+def _keys(recipe: Recipe, frozen: Any, data: tuple, number: int, run: Run) -> list[tuple]:
     """What tells the outputs for training and held-out images from all others."""
     model = recipe.model.clone(num_classes=1)
     weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
@@ -170,7 +173,7 @@ def _keys(recipe: Recipe, frozen: Any, data: tuple, number: int, run: Any) -> li
     ]
 
 
-def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Any, known: dict) -> tuple:
+def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Run, known: dict) -> tuple:
     """A group of trials with what nothing changes computed once; as it was if there is none of it.
 
     Args:
@@ -178,7 +181,7 @@ def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Any, know
       frozen: the backbone's tree.
       data: images of the training set, and the held-out images.
       mesh: the devices.
-      run: the configuration of the first trial.
+      run: the first trial.
       known: outputs that were computed before, which this keeps; by images, weights and program.
 
     Returns:
@@ -187,22 +190,21 @@ def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Any, know
     number = blocks(recipe, run)
     if not number:
         return recipe, frozen, data
-    label = f"{run.task} {run.method}"
     where = "the head" if number == HEAD else f"block {number + 1}"
     wanted, kept = _bytes(recipe, number, data, run.flip), _keys(recipe, frozen, data, number, run)
     in_memory = wanted <= MOST_BYTES or all(key in known for key in kept)
     if not distributed.broadcast(in_memory) and wanted > (free := _free()):
         _print(
-            f"{label}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
+            f"{run.label}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
             f"the {free / 1e9:.1f} GB for it, and is computed each time"
         )
         return recipe, frozen, data
-    _print(f"{label}: what reaches {where} is computed once; images/s is of the rest")
+    _print(f"{run.label}: what reaches {where} is computed once; images/s is of the rest")
     out = []
     for images, what, key in zip(data, ("training", "held-out"), kept):
         flip = run.flip and what == "training"
         if key not in known:
-            title = f"{run.task}: {what} images up to {where}, once"
+            title = f"{run.task.name}: {what} images up to {where}, once"
             arguments = number, images, mesh, flip, title
             # The images are kept, too, so that no others get their id.
             known[key] = outputs(recipe, frozen, *arguments), images, frozen

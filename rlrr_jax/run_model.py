@@ -21,22 +21,23 @@ def architecture(run: ConfigDict) -> dict[str, Any]:
     keys = ("num_heads", "norm_eps", *vit.PARTS, *vit.CHOSEN)
     said = {key: run.model.get(key) for key in keys}
     said["block"] = said["block"] or methods.get(run.method).DEFAULTS.get("block")
-    if models.family(run.model.variant) == "resnet":  # which does not fold them
+    if "mean" in models.attributes(run.model.variant):  # which does not fold them
         said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
     return {key: value for key, value in said.items() if value is not None}
 
 
 def build_model(run: ConfigDict) -> Any:
     """The flax model of a run."""
+    known = models.attributes(run.model.variant)
+    how = dict(drop_path_mode=run.drop_path_mode, remat=bool(run.model.remat))
     return models.build(
         run.model.variant,
         task_of(run).classes,
         **architecture(run),
+        **{key: value for key, value in how.items() if key in known},
         gelu=run.model.gelu,  # None until `follow`, where only shapes matter
         attention=None if run.model.attention == "xla" else run.model.attention,  # "xla" is anyone's
-        drop_path_mode=run.drop_path_mode,
         unroll=run.model.unroll,
-        remat=bool(run.model.remat),
         dtype=jax.numpy.dtype(run.dtype),
     )
 
@@ -116,11 +117,11 @@ def follow(run: ConfigDict, path: str) -> list[str]:
             f"(config.model.norm_eps)"
         )
     jax_of_others = not ours and preprocessing.of_jax(path)  # BiT's: the card is that of ViTs
-    eps = None if jax_of_others else card.norm_eps
+    eps = None if jax_of_others or not hasattr(plain, "norm_eps") else card.norm_eps
     for node, key, value, default in (
         *([(model, "gelu", card.gelu, "exact")] if hasattr(plain, "gelu") else []),
         (model, "num_heads", ours and card.num_heads, ours),
-        (model, "norm_eps", eps, plain.norm_eps),
+        (model, "norm_eps", eps, getattr(plain, "norm_eps", None)),
         (given, "mean", card.mean, None),
         (given, "std", card.std, None),
         (given, "resize", card.resize, None),

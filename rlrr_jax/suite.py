@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, heads, job, lookup, report, run_images, run_model, train
+from rlrr_jax import run as run_lib
 from rlrr_jax.data import crops, sources, store
 from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
@@ -438,8 +439,9 @@ def _attempt(
     What lies on the devices goes when this returns.
     """
     try:
-        group = [work.run for work in works]
-        built = job.build(group, load.load_weights, _data_of(works, load), load.known)
+        runs = [run_lib.of(work.run) for work in works]
+        load_weights = functools.partial(load.load_weights, works[0].run)
+        built = job.build(runs, load_weights, _data_of(works, load), load.known)
         outputs = _outputs(works, folder, load, forecast)
         train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
         return []

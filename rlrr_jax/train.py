@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import evaluate, run_images, step
+from rlrr_jax import evaluate, step
 from rlrr_jax.errors import UserError
 from rlrr_jax.job import Job
 from rlrr_jax.results import logs, rows
@@ -73,7 +73,7 @@ def train(
     before = write_configs(job, outputs)
     with checkpoint.open_manager(outputs.checkpoints) as manager:
         pack = functools.partial(mesh_lib.without_spares, mesh=job.mesh, number=len(job.runs))
-        keeper = checkpoint.Keeper(manager, job.runs[0].checkpoint_seconds, pack)
+        keeper = checkpoint.Keeper(manager, job.runs[0].limits.checkpoint_seconds, pack)
         progress = start_or_resume(job, outputs, keeper, clock)
         if progress.epoch or progress.step:
             print_resumed(outputs, progress, before, job.mesh.size)
@@ -86,7 +86,7 @@ def train(
         with (
             progress_bar(job, progress, outputs.title) as bar,
             stop.training(),
-            logs.open_logs(job.runs[0].log, job, outputs, progress.epoch) as log,
+            logs.open_logs(job.runs[0].limits.log, job, outputs, progress.epoch) as log,
             job.parts(progress.epoch, progress.step) as parts,
         ):
             for epoch, until, data in parts:
@@ -157,7 +157,7 @@ def train_part(
 def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int, trained: Any) -> None:
     """UserError if no trial has a finite loss and gradient any more; the last checkpoint stays.
 
-    Of the protocol "tune" any may diverge: it is not chosen, and no reason to end a search.
+    Of trials that are chosen from any may diverge: it is not chosen, and no reason to end a search.
 
     Args:
       job: the `Job`.
@@ -168,7 +168,7 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
       trained: the trained trees [T, ...] after the chunk.
     """
     finite = np.isfinite(losses[:, start:stop])
-    if finite.all(1).any() or job.runs[0].protocol == "tune":
+    if finite.all(1).any() or job.runs[0].held_out == "val":
         return
     step, run = start + int(np.argmin(finite[0])), job.runs[0]
     first = f"is not finite at step {step + 1} of epoch {epoch + 1}"
@@ -178,13 +178,13 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
         bad = [name(path) for path, x in leaves if not np.isfinite(x[0]).all()]
         where = f" (of {', '.join(bad[:3])})" if bad and stop == 1 else ""
         raise UserError(
-            f"the loss of {run.task} {run.method}, or its gradient{where}, {first}, where no learning "
+            f"the loss of {run.label}, or its gradient{where}, {first}, where no learning "
             f"rate matters: look for square roots, logarithms and divisions of 0 in the method and the "
             f"loss, and for pixels that are not finite"
         )
     raise UserError(
-        f"the loss of {run.task} {run.method}, or its gradient, {first}, learning rate "
-        f"{job.lrs[0][epoch * job.recipe.steps + step]:g}: lower config.lr and choose another "
+        f"the loss of {run.label}, or its gradient, {first}, learning rate "
+        f"{run.lrs[epoch * job.recipe.steps + step]:g}: lower config.lr and choose another "
         f"--workdir; the checkpoint before that is kept"
     )
 
@@ -192,12 +192,11 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
 def evaluate_epoch(job: Job, progress: Progress, saver: checkpoint.Saver) -> list[dict]:
     """Held-out accuracy and loss of each trial after an epoch; empty where the protocol has none."""
     run, epoch = job.runs[0], progress.epoch
-    if not run_images.evaluates(run, epoch):
+    if not run.evaluated[epoch]:
         return [{}] * len(job.runs)
-    split = "val" if run.protocol == "tune" else "test"
     title = f"evaluating epoch {epoch + 1}"
     found = evaluate.trials(job, step.tuned(progress.state), title, saver.stop_if_asked)
-    return [{f"{split}_{name}": rows.number(x) for name, x in each.items()} for each in found]
+    return [{f"{run.held_out}_{name}": rows.number(x) for name, x in each.items()} for each in found]
 
 
 def finish_epoch(job: Job, outputs: Outputs, progress: Progress, held_out: list[dict]) -> None:
@@ -205,7 +204,7 @@ def finish_epoch(job: Job, outputs: Outputs, progress: Progress, held_out: list[
     epoch, steps = progress.epoch, job.steps(progress.epoch)
     metrics, seconds = distributed.fetch(progress.metrics), progress.clock.elapsed()
     for i, history in enumerate(progress.histories):
-        lr = job.lrs[i][epoch * job.recipe.steps + steps - 1]
+        lr = job.runs[i].lrs[epoch * job.recipe.steps + steps - 1]
         means = rows.means(job.recipe, metrics, i, steps)
         history.append({"epoch": epoch, "lr": lr, **means, **held_out[i], "seconds": seconds})
     write_metrics(outputs, progress.histories)

@@ -5,7 +5,9 @@ import contextlib
 import hashlib
 import http.server
 import json
+import re
 import threading
+import urllib.parse
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -46,7 +48,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path.startswith("/api/models/"):
             name = self.path.removeprefix("/api/models/")
             return self.answer({"id": name, "private": self.server.private.get(name, False)})
-        data = self.server.files.get(self.path)
+        if match := re.match(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/", self.path):
+            prefix = f"/datasets/{match[1]}/resolve/{'c' * 40}/"
+            files = {k.removeprefix(prefix): x for k, x in self.server.files.items() if prefix in k}
+            if not files:
+                return self.answer({"error": "not found"}, 404)
+            if match[2] == "tree":
+                sizes = [
+                    {"type": "file", "path": k, "size": len(x), "oid": "0" * 40}
+                    for k, x in files.items()
+                ]
+                return self.answer(sizes)
+            return self.answer(
+                {"id": match[1], "sha": "c" * 40, "siblings": [{"rfilename": k} for k in files]}
+            )
+        data = self.server.files.get(urllib.parse.unquote(self.path))
         if data is None:
             return self.answer({"error": "not found"}, 404)
         self.send_response(200)

@@ -67,6 +67,67 @@ def test_a_fork_is_files_beside_the_run(tmp_path):
         assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_a_network_of_a_fork(tmp_path):
+    """Trained, predicted, refused where no user named it; its head is not that of the file."""
+    import numpy as np
+    from PIL import Image
+
+    (tmp_path / "small.py").write_text(block("docs/extending.md", "class Net("))
+    rng, arrays = np.random.default_rng(0), {}
+    for name, shape in (("Conv_0", (4, 4, 3, 32)), ("Conv_1", (4, 4, 32, 64))):
+        arrays[f"{name}/kernel"] = rng.normal(0, np.prod(shape[:3]) ** -0.5, shape).astype(np.float32)
+        arrays[f"{name}/bias"] = np.zeros(shape[-1], np.float32)
+    for i, width in enumerate((32, 64)):
+        for key in ("scale", "bias"):
+            arrays[f"LayerNorm_{i}/{key}"] = np.full(width, key == "scale", np.float32)
+    np.savez(tmp_path / "small.npz", **arrays)
+    train = ["rlrr_jax.main", "--config=configs/vtab.py:digits,method=full+linear", "--workdir=w"]
+    train += [
+        "--config.model.variant=small:Net",
+        "--config.image_size=32",
+        "--config.epochs=5",
+        "--config.lr=0.003",
+    ]
+    done = run(tmp_path, *train, "--config.pretrained.name=small.npz")
+    assert done.returncode == 0, done.stderr
+    rows = [
+        json.loads((tmp_path / f"w/digits/{m}/seed0/result.json").read_text())
+        for m in ("full", "linear")
+    ]
+    assert [row["model"] for row in rows] == ["small:Net"] * 2 and rows[0]["train_loss"] < 1.5
+    assert rows[0]["test_acc_final"] > 0.96 > 0.94 > rows[1]["test_acc_final"] > 0.85
+    assert rows[0]["trainable_params"] == 16 * (3 * 32 + 32 * 64) + 3 * (32 + 64) and rows[0][
+        "head_params"
+    ] == 10 * (2 * 2 * 64 + 1)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    adapter = "w/digits/full/seed0"
+    done = run(tmp_path, "rlrr_jax.predict", "--adapter", adapter, "a.png")
+    assert "the model small:Net is somebody's code: read it, and add --import small:Net" in done.stderr
+    done = run(tmp_path, "rlrr_jax.predict", "--adapter", adapter, "a.png", "--import", "small:Net")
+    assert done.returncode == 0 and done.stdout.count("%") == 3, done.stderr
+    done = run(tmp_path, "rlrr_jax.report", "w")  # which imports nothing
+    assert done.returncode == 0 and "small.npz (" in done.stdout
+    out = ("rlrr_jax.export", adapter, "--to", "timm", "x.safetensors", "--import", "small:Net")
+    assert "small:Net is not exported to timm: use adapter, hub" in run(tmp_path, *out).stderr
+    text = (tmp_path / "small.py").read_text()
+    for wrong, message in (
+        (
+            text.replace('self.sow("pre_logits", "features", x)', ""),
+            "and sow what that gets: self.sow(",
+        ),
+        (text.replace(', name="head"', ""), 'of a Dense with the name "head"'),
+        (text.replace("dtype: Any = jnp.float32", "kind: Any = jnp.float32"), "num_classes and dtype"),
+    ):
+        (tmp_path / "small.py").write_text(wrong)
+        done = run(tmp_path, *train, "--config.pretrained.name=small.npz")
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and message in line, line
+    (tmp_path / "small.py").write_text(text)
+    np.savez(tmp_path / "other.npz", **arrays, extra=np.zeros(3, np.float32))
+    done = run(tmp_path, *train, "--config.pretrained.name=other.npz", "--workdir=x")
+    assert "other.npz does not fit the model (check config.model): unknown: extra" in done.stderr
+
+
 WRONG = """
 def number(key): return 1
 value = 3

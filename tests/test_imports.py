@@ -14,6 +14,7 @@ ALLOWED = {
     "sides.py": set(),
     "screen.py": set(),
     "files.py": {"errors"},
+    "hub.py": {"errors", "files"},
     "models": {"errors", "lookup", "sides"},
     "methods": {"errors", "lookup"},
     "lookup.py": {"errors"},
@@ -23,12 +24,16 @@ ALLOWED = {
     "batch.py": {"data", "mixing", "recipe"},
     "optim.py": {"errors", "methods"},
     "runtime": {"errors"},
-    "data": {"errors", "files", "lookup", "sides"},
-    "weights": {"errors", "files", "models", "sides"},
+    "data": {"errors", "files", "hub", "lookup", "sides"},
+    "weights": {"errors", "files", "hub", "models", "sides"},
     "checks.py": {"data", "errors", "losses", "lookup", "models", "optim", "weights"},
     "run_images.py": {"checks", "data", "errors", "sides"},
     "run_model.py": {
         *("checks", "errors", "losses", "methods", "models", "run_images", "sides", "weights"),
+    },
+    "run.py": {
+        *("data", "lookup", "losses", "methods", "mixing", "optim", "recipe"),
+        *("run_images", "run_model"),
     },
     "step.py": {
         *("batch", "losses", "methods"),
@@ -36,7 +41,9 @@ ALLOWED = {
     },
     "evaluate.py": {"data", "losses", "recipe", "runtime"},
     "feed.py": {"data", "evaluate"},
-    "prefix.py": {"data", "evaluate", "methods", "models", "recipe", "runtime", "sides"},
+    "prefix.py": {
+        *("data", "evaluate", "losses", "methods", "models", "recipe", "run", "runtime", "sides"),
+    },
 }
 EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models
 

@@ -20,6 +20,7 @@ from squeeze import squeeze
 from rlrr_jax import config as config_lib
 from rlrr_jax import evaluate, files, models, suite, train
 from rlrr_jax import job as job_lib
+from rlrr_jax import run as run_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.runs import identity
@@ -229,7 +230,7 @@ def test_trials_that_do_not_fit_are_trained_in_groups(group, tmp_path, monkeypat
 )
 def test_how_many_fit(trials, devices, limit, remat, fits):
     """15 bytes are shared, each trial on a device takes 10."""
-    run = SimpleNamespace(model=SimpleNamespace(remat=remat))
+    run = SimpleNamespace(limits=run_lib.Limits(recompute=remat))
     job = SimpleNamespace(
         mesh=SimpleNamespace(shape={"trial": devices}),
         runs=[run] * trials,

@@ -3,7 +3,7 @@
 birds/train/<class>/*, birds/val/<class>/*, birds/test/<class>/*      splits as they are
 birds/<class>/*                                                       split here, see `assign`
 birds.csv or .tsv with the header path,label[,split]; or lines "path label"
-hf:/data/birds                                                        a dataset on this disk
+hf:/data/birds, hf:user/birds, hf:user/birds@revision                 a dataset of Hugging Face
 tfds:food101                                                          its own train and test split
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from rlrr_jax import files
+from rlrr_jax import files, hub, lookup
 from rlrr_jax.data import huggingface, sources, tasks
 from rlrr_jax.data.examples import (
     ENDINGS,
@@ -46,7 +46,7 @@ PARTS = ("train", "val", "train+val")  # to train on, to choose on, and to train
 STEPS = 3500  # that a run of the default length has: 110 epochs of 1,000 images in batches of 32
 LONGEST, SHORTEST = 110, 5  # epochs
 LOOKED_AT = 500  # records of each part of a dataset of tfds
-TFDS, HF = "tfds:", "hf:"
+TFDS, HF = "tfds:", hub.PREFIX
 
 
 class Options(NamedTuple):
@@ -91,6 +91,9 @@ def read(location: str, options: Options) -> Images:
     """
     path = files.local(location.removeprefix(HF))
     notes: list[str] = []
+    if location.startswith(HF) and hub.is_name(location.removeprefix(HF)) and not path.exists():
+        path = _from_hub(location)
+        notes.append(f"note: {location} is that of commit {path.name[:12]}")
     if location.startswith(HF) and path.is_dir():
         images, examples = huggingface.read(path)
     elif path.is_dir():
@@ -113,6 +116,14 @@ def read(location: str, options: Options) -> Images:
     _check_splits(path, splits)
     notes += _alike(classes) + of_pixels(images, examples) + more + _oddities(images, classes, splits)
     return Images(images, classes, splits, notes)
+
+
+def _from_hub(location):
+    """The folder of a dataset of the Hub; it is downloaded if a user typed its name, no card did."""
+    try:
+        return hub.dataset(location.removeprefix(HF), fetch=lookup.is_allowed(location))
+    except hub.NotFetched as e:
+        raise UserError(f"{e}: add --import {location} to download them") from e
 
 
 def _deeper(path, name):
@@ -589,13 +600,16 @@ def absolute(location: str) -> str:
     """A location that is the same from every folder."""
     if location.startswith(TFDS):
         return location
+    inner = location.removeprefix(HF)
+    if location.startswith(HF) and hub.is_name(inner) and not files.local(inner).exists():
+        return location  # of the Hub
     prefix = HF if location.startswith(HF) else ""
     return f"{prefix}{files.local(location.removeprefix(HF)).absolute()}"
 
 
 def name(location: str) -> str:
     """A name for results from a location: `"/data/birds/"` -> `"birds"`, `"."` -> the folder's."""
-    path = pathlib.PurePath(absolute(location).rpartition(":")[2])
+    path = pathlib.PurePath(absolute(location).rpartition(":")[2].partition("@")[0])
     path = pathlib.Path(os.path.realpath(path)) if path.name == ".." else path
     stem = path.stem if path.suffix in (".csv", ".tsv", ".txt") else path.name
     plain = re.sub(r"[^\w.-]+", "_", stem).lstrip(".")[:80] or "own"

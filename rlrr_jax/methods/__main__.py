@@ -15,6 +15,7 @@ def main() -> None:
     help = "such as B/16, swin_b, bundled"
     parser.add_argument("--model", "--variant", dest="variant", default="B/16", help=help)
     args = parser.parse_args()
+    lookup.allow(args.variant)
     model = models.build(args.variant, 2)
     frozen = models.shapes(model, models.default_size(args.variant))
     for name in lookup.names("method"):

@@ -1,13 +1,13 @@
 """Models: plain, without any knowledge of how they are fine-tuned.
 
 A family is a module with `parse_variant`, a flax model and `check_size`; the functions here are all
-that the rest of the library calls.
+that the rest of the library calls. A variant may be a path to a network of one's own, see `build`.
 """
 
 import dataclasses
-from types import ModuleType
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from rlrr_jax import lookup
@@ -18,15 +18,18 @@ from rlrr_jax.sides import Size, pair
 # The bundled model, see tools/make_bundled.py.
 BUNDLED = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
 FAMILIES = {"vit": vit, "swin": swin, "resnet": resnet}  # a variant is of the first that knows it
+OTHER = "other"  # the family of a network that is a subclass of none of them
 
 
 def family(variant: str) -> str:
-    """Name of the family of a variant: a key of `FAMILIES`.
+    """Name of the family of a variant: a key of `FAMILIES`, or `OTHER`.
 
     Raises UserError for an unknown variant, with the nearest one.
     """
     if variant == "bundled":
         return "vit"
+    if lookup.is_path(variant):
+        return _family_of(_network(variant))
     for name, module in FAMILIES.items():
         if module.parse_variant(variant):
             return name
@@ -35,7 +38,31 @@ def family(variant: str) -> str:
 
 def family_of(model: Any) -> str:
     """Name of the family of a model."""
-    return type(model).__module__.rpartition(".")[2]
+    return _family_of(type(model))
+
+
+def _family_of(network: type) -> str:
+    return next((name for name, m in FAMILIES.items() if issubclass(network, m.Model)), OTHER)
+
+
+def _network(variant: str) -> type:
+    """The class of a variant's model; UserError for a path to something else."""
+    if not lookup.is_path(variant):
+        return FAMILIES[family(variant)].Model
+    found = lookup.find("model", variant)
+    known = getattr(found, "__annotations__", {})
+    if not (isinstance(found, type) and issubclass(found, nn.Module)) or not (
+        _family_of(found) != OTHER or {"num_classes", "dtype"} <= known.keys()
+    ):
+        raise UserError(
+            f"the model {variant} must be a flax module with the attributes num_classes and dtype"
+        )
+    return found
+
+
+def attributes(variant: str) -> set[str]:
+    """Names of what can be set of a variant's model."""
+    return {field.name for field in dataclasses.fields(_network(variant))} - {"parent", "name"}
 
 
 def sizes(variant: str) -> dict[str, Any]:
@@ -43,21 +70,31 @@ def sizes(variant: str) -> dict[str, Any]:
 
     Raises UserError for an unknown variant, with the nearest one.
     """
-    return dict(BUNDLED) if variant == "bundled" else _module(variant).parse_variant(variant)
+    if variant == "bundled":
+        return dict(BUNDLED)
+    if lookup.is_path(variant):
+        fields = {field.name: field.default for field in dataclasses.fields(_network(variant))}
+        leave = ("parent", "name", "num_classes")
+        return {k: x for k, x in fields.items() if x is not dataclasses.MISSING and k not in leave}
+    return FAMILIES[family(variant)].parse_variant(variant)
 
 
 def build(variant: str, num_classes: int, **options: Any) -> Any:
     """The flax model of a variant.
 
+    A network of one's own is a flax module with the attributes `num_classes` and `dtype`, called with
+    images in [-1, 1], a drop rate and its keys or None. It sows what its head gets as "pre_logits",
+    "features", and the head is a Dense of name "head". Methods find its layers by `kernel` and `scale`.
+
     Args:
-      variant: size and patch, such as "B/16", "swin_b", or "bundled".
+      variant: size and patch, such as "B/16", "swin_b", or "bundled", or a path `module:class`.
       num_classes: number of classes of the head.
       **options: other values of the model's attributes; None leaves them as they are.
 
     Raises UserError for an option that models of this family do not have.
     """
-    model = _module(variant).Model
-    known = {field.name for field in dataclasses.fields(model)}
+    model: Any = _network(variant)
+    known = attributes(variant)
     given = {key: value for key, value in options.items() if value is not None}
     if isinstance(given.get("block"), str) and "block" in known:
         block = lookup.find("block", name := given["block"])
@@ -70,20 +107,31 @@ def build(variant: str, num_classes: int, **options: Any) -> Any:
     return model(**{**sizes(variant), **given}, num_classes=num_classes)
 
 
-def _module(variant: str) -> ModuleType:
-    return FAMILIES[family(variant)]
-
-
 def check_size(model: Any, image_size: Size) -> None:
-    """Raises UserError, with the nearest size, for images that a model cannot take."""
-    FAMILIES[family_of(model)].check_size(model, image_size)
+    """Raises UserError, with the nearest size, for images that a model cannot take.
+
+    Of a network of one's own, whose errors are its own, checks what `build` asks for.
+    """
+    if (name := family_of(model)) != OTHER:
+        return FAMILIES[name].check_size(model, image_size)
+    tree, image = shapes(model, image_size), jax.ShapeDtypeStruct((1, *pair(image_size), 3), "float32")
+    call = lambda tree, x: model.apply({"params": tree}, x, 0.0, None, mutable=["pre_logits"])
+    logits, kept = jax.eval_shape(call, tree, image)
+    sown = "features" in kept.get("pre_logits", {})
+    head = tree.get("head", {}).keys() == {"kernel", "bias"}
+    if not (sown and head) or logits.shape != (1, model.num_classes):
+        raise UserError(
+            f"the model {type(model).__name__} must return logits [B, num_classes] of a Dense with the "
+            f'name "head", and sow what that gets: self.sow("pre_logits", "features", x)'
+        )
 
 
 def default_size(variant: str) -> int:
     """Side in pixels of the images that a variant is trained on where nothing says otherwise."""
     if variant == "bundled":
         return 32
-    return getattr(_module(variant), "default_size", lambda variant: 224)(variant)
+    module = FAMILIES.get(family(variant))
+    return getattr(module, "default_size", lambda variant: 224)(variant)
 
 
 def shapes(model: Any, image_size: Size) -> Any:
@@ -100,7 +148,7 @@ def shapes(model: Any, image_size: Size) -> Any:
 def default_unroll(variant: str) -> int | None:
     """Blocks in each step of the scan over depth: on CPUs all, faster and with less memory."""
     size = sizes(variant)
-    if family(variant) == "resnet":
+    if "unroll" not in attributes(variant):
         return None  # nothing is scanned
     every = size["depth"] if "depth" in size else max(size["depths"])
     return every if jax.default_backend() == "cpu" else 1

@@ -99,7 +99,8 @@ def _wandb(job, outputs, epoch):
             return lambda row: None, lambda: None
         return lambda row: started.log(_numbers(row), step=row["epoch"]), started.finish
 
-    return [one(*each) for each in zip(job.runs, outputs.folders, outputs.labels)]
+    configs = [run.config for run in job.runs]
+    return [one(*each) for each in zip(configs, outputs.folders, outputs.labels)]
 
 
 def _numbers(row):

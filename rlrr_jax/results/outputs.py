@@ -37,7 +37,7 @@ def write_configs(job: Any, outputs: Outputs) -> dict | None:
     machine = memory.machine(job.mesh.size)
     for run, folder in zip(job.runs, outputs.folders):
         if distributed.is_process_zero():
-            values = {**run.to_dict(), **outputs.provenance, "machine": machine}
+            values = {**run.config.to_dict(), **outputs.provenance, "machine": machine}
             files.write_json(folder / "config.json", values)
     return before
 
@@ -82,12 +82,12 @@ def write_results(job: Any, outputs: Outputs, progress: Any) -> None:
             history, mine = progress.histories[i], jax.tree.map(lambda x, i=i: x[i], trained)
             mine = heads.cut(mine, job.classes)
             accuracy = {k: history[-1].get(k) for k in ("train_acc", "val_acc", "test_acc")}
-            card = adapters.card(run, outputs.provenance, outputs.classes, accuracy)
+            card = adapters.card(run.config, outputs.provenance, outputs.classes, accuracy)
             if all(np.isfinite(x).all() for x in jax.tree.leaves(mine)):
                 adapters.write(folder / "adapter.safetensors", adapters.Adapter(mine, card))
             else:
                 print(f"warning: {outputs.labels[i]} diverged: it leaves no adapter", flush=True)
-            row = rows.result(job, run, mine, history, outputs.provenance, progress.clock)
+            row = rows.result(job, run.config, mine, history, outputs.provenance, progress.clock)
             files.write_json(folder / "result.json", row)
         for label, folder, history in zip(outputs.labels, outputs.folders, progress.histories):
             plots.save(folder / "curves.png", plots.curves, {label: history})

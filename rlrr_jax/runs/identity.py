@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rlrr_jax import losses, methods, models
+from rlrr_jax import lookup, losses, methods, models
 from rlrr_jax.checks import GRID
 from rlrr_jax.data import crops
 from rlrr_jax.data.task import Task
@@ -81,7 +81,9 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
             node = node.get(parent) or {}
         node.pop(last, None)
     model, given, data = (plain.get(key) or {} for key in ("model", "pretrained", "data"))
-    heads = models.sizes(model["variant"]).get("num_heads") if model.get("variant") else None
+    variant = model.get("variant")
+    code_of = variant is None or lookup.is_path(variant)  # which a row must not import
+    heads = None if code_of else models.sizes(str(variant)).get("num_heads")
     new: tuple = (
         (given, "mean", preprocessing.HALF),
         (given, "std", preprocessing.HALF),

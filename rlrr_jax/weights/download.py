@@ -1,13 +1,11 @@
-"""Files from https:// and gs:// addresses and from Hugging Face, cached on disk.
+"""Files from https:// and gs:// addresses, cached on disk.
 
 An address may come from somebody else, in the card of an adapter: it decides neither where a file lies
 here nor that it is fetched.
 """
 
 import base64
-import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -23,20 +21,11 @@ from etils import epath
 
 from rlrr_jax import files
 from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.hub import NotFetched
 
 ATTEMPTS = 5
 PUBLIC_GS = "https://storage.googleapis.com/"
 _BLOCK = 1 << 20
-
-
-def sha256(path: Any) -> str:
-    """Hex SHA-256 of a local file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-class NotFetched(UserError):
-    """A file is not on this machine, and may not be downloaded without its user's word."""
 
 
 def place(url: str, folder: Any = None) -> pathlib.Path:
@@ -76,134 +65,14 @@ def cached(url: str, folder: Any = None, wanted: str | None = None, fetch: bool 
             if not path.exists():
                 _fetch(url, path, wanted)
             if not record.exists():  # it is new, or somebody put it there by hand
-                record.write_text(sha256(path) + "\n")
-    found = sha256(path)
+                record.write_text(files.sha256(path) + "\n")
+    found = files.sha256(path)
     if found != record.read_text().strip():
         raise UserError(
             f"{path} has changed since it was downloaded (SHA-256 {found[:12]}... instead of "
             f"{record.read_text()[:12]}...): delete it and its .sha256 to download it again"
         )
     return path, found
-
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", re.ASCII)
-
-
-def _hub(name: str, folder: Any) -> tuple[Any, dict[str, Any]]:
-    """Hugging Face's library, and what a repository `user/name[@revision]` is to its functions.
-
-    Raises UserError without the library, or for a name that could be a path.
-    """
-    if not _HUB_NAME.fullmatch(name) or ".." in name:
-        raise UserError(f"hf:{name} is no repository: write hf:user/name or hf:user/name@revision")
-    try:
-        import huggingface_hub
-    except ImportError as e:
-        raise UserError(f"hf:{name} needs huggingface_hub: pip install huggingface_hub") from e
-    repository, _, revision = name.partition("@")
-    where = {"repo_id": repository, "revision": revision or None}
-    return huggingface_hub, {**where, "cache_dir": folder and files.local(folder) / "hub"}
-
-
-def hub_file(name: str, file: str, folder: Any = None) -> pathlib.Path:
-    """Local path of one file of a repository `user/name[@revision]` on Hugging Face.
-
-    Raises UserError if it cannot be had.
-    """
-    library, where = _hub(name, folder)
-    try:
-        return pathlib.Path(library.hf_hub_download(filename=file, **where))
-    except Exception as e:  # of the network, the name, the disk
-        raise UserError(
-            f"cannot get {file} of hf:{name} ({first_line(e)}): check the name and the network, or "
-            f"download it by hand and give its path"
-        ) from e
-
-
-def from_hub(
-    name: str, folder: Any = None, wanted: str | None = None, fetch: bool = True
-) -> pathlib.Path:
-    """Local path of a model's `model.safetensors` (or the index of its shards) on Hugging Face.
-
-    Its `config.json` and `preprocessor_config.json` lie beside it. Its own library downloads it, with
-    its environment variables (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) and, unless `folder` says
-    otherwise, its cache.
-
-    Args:
-      name: repository `user/name[@revision]`.
-      folder: folder of caches; None is the library's own.
-      wanted: hex SHA-256 that the file must have; one that the Hub says to be another is not fetched.
-      fetch: whether it may be downloaded if it is not there.
-
-    Raises:
-      NotFetched: if it is not there and must not be downloaded.
-      UserError: if it cannot be had, or is another file.
-    """
-    library, where = _hub(name, folder)
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def get(file, offline=False):
-        """Its path, None if the model has no such file (or, `offline`, if none can be had)."""
-        try:
-            return pathlib.Path(library.hf_hub_download(filename=file, **where))
-        except LocalEntryNotFoundError:  # a kind of the next, of the network
-            if offline:
-                return None
-            raise
-        except EntryNotFoundError:
-            return None
-
-    try:
-        kept = lambda file: library.try_to_load_from_cache(filename=file, **where)
-        there = isinstance(kept("model.safetensors"), str)
-        if not fetch:  # a path of the cache, and nothing of the network
-            for file in ("model.safetensors", "model.safetensors.index.json"):
-                if isinstance(path := kept(file), str):
-                    return pathlib.Path(path)
-            raise NotFetched(f"hf:{name} is not on this machine")
-        for file in ("config.json", "preprocessor_config.json"):
-            get(file, offline=there)  # without the network, if need be
-        if wanted and not there:
-            with contextlib.suppress(EntryNotFoundError):  # in shards, whose digest is compared later
-                _check_offer(library, where, wanted)
-        if whole := get("model.safetensors"):
-            return _whole(whole)
-        if index := get("model.safetensors.index.json"):
-            for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-                if pathlib.PurePath(shard).name != shard:
-                    raise ValueError(f"its index names {shard!r}, which is no file beside it")
-                get(shard)
-            return index
-        raise FileNotFoundError("it has no model.safetensors")
-    except UserError:
-        raise
-    except Exception as e:  # of the network, the name, the disk
-        raise UserError(
-            f"cannot get model.safetensors of hf:{name} ({first_line(e)}): check the name and the "
-            f"network, or download it by hand and give its path"
-        ) from e
-
-
-def _check_offer(library: Any, where: dict, wanted: str) -> None:
-    """UserError if the Hub says that a model's file has another SHA-256; of small ones it says none."""
-    url = library.hf_hub_url(where["repo_id"], "model.safetensors", revision=where["revision"])
-    offered = str(library.get_hf_file_metadata(url).etag)
-    if re.fullmatch(r"[0-9a-f]{64}", offered) and offered != wanted:
-        raise UserError(
-            f"hf:{where['repo_id']} has another file now (SHA-256 {offered[:12]}... instead of "
-            f"{wanted[:12]}...): it was not downloaded"
-        )
-
-
-def _whole(path: pathlib.Path) -> pathlib.Path:
-    """A file of the Hub's cache; UserError unless it has the SHA-256 that its publisher gave it."""
-    given = path.resolve().name  # the Hub names large files so
-    if re.fullmatch(r"[0-9a-f]{64}", given) and (found := sha256(path)) != given:
-        raise UserError(
-            f"{path} is damaged (SHA-256 {found[:12]}..., on the Hub {given[:12]}...): delete "
-            f"{path.resolve()} to download it again"
-        )
-    return path
 
 
 def _fetch(url, path, known):

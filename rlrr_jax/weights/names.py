@@ -8,7 +8,7 @@ import urllib.parse
 import zipfile
 from typing import Any
 
-from rlrr_jax import files
+from rlrr_jax import files, hub
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import download
 from rlrr_jax.weights.preprocessing import INDEX
@@ -16,7 +16,6 @@ from rlrr_jax.weights.preprocessing import INDEX
 ADDRESS = "https://storage.googleapis.com/vit_models/"
 FOLDERS = ("imagenet21k/", "imagenet21k+imagenet2012/", "augreg/", "sam/", "gsam/")
 ENDINGS = (".npz", ".safetensors")
-HUB = "hf:"  # of Hugging Face, such as hf:timm/vit_base_patch16_224.augreg_in21k
 BUNDLED = pathlib.Path(__file__).parents[1] / "bundled" / "vit.npz"
 
 
@@ -83,7 +82,7 @@ def address(name: Any) -> str:
     if name == "bundled":
         return str(BUNDLED)
     name = ALIASES.get(name, name)
-    if name.startswith(HUB):
+    if name.startswith(hub.PREFIX):
         return name
     if "://" in name:
         if not urllib.parse.urlsplit(name).path.endswith(ENDINGS):
@@ -104,7 +103,7 @@ def canonical(name: Any) -> str:
     """One spelling for all names of the same weights; of a local file, without its folder."""
     file, subtree = split_subtree(name)
     where = address(file)
-    if "://" not in where and not where.startswith(HUB):
+    if "://" not in where and not where.startswith(hub.PREFIX):
         where = pathlib.Path(where).name
     return f"{where}:{subtree}" if subtree else where
 
@@ -121,7 +120,7 @@ def fetch(
       fetch: whether it may be downloaded if it is not on this machine.
 
     Raises:
-      download.NotFetched: if it is not on this machine and must not be downloaded.
+      hub.NotFetched: if it is not on this machine and must not be downloaded.
       UserError: if it is not there, or is no file that is read here.
     """
     file, subtree = split_subtree(name)
@@ -129,8 +128,8 @@ def fetch(
     if "://" in where:
         path, digest = download.cached(where, cache_dir, wanted, fetch)
     else:
-        if where.startswith(HUB):
-            path = download.from_hub(where.removeprefix(HUB), cache_dir, wanted, fetch)
+        if where.startswith(hub.PREFIX):
+            path = hub.weights(where.removeprefix(hub.PREFIX), cache_dir, wanted, fetch)
         else:
             path = _local(where)
         digest = _sha256(path)
@@ -140,8 +139,8 @@ def fetch(
 def _sha256(path):
     """Hex SHA-256 of a file; of an index of shards that of their names and digests."""
     if not str(path).endswith(INDEX):
-        return download.sha256(path)
-    text = "".join(f"{shard.name} {download.sha256(shard)}\n" for shard in shards(path))
+        return files.sha256(path)
+    text = "".join(f"{shard.name} {files.sha256(shard)}\n" for shard in shards(path))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -226,6 +225,6 @@ def local_path(name: Any, cache_dir: str | None) -> str:
     """Where a file is, with its `:subtree`; one that is local is not read for its SHA-256."""
     file, _ = split_subtree(name)
     where = address(file)
-    if "://" in where or where.startswith(HUB):
+    if "://" in where or where.startswith(hub.PREFIX):
         return fetch(name, cache_dir)[0]
     return str(name).replace(file, str(_local(where)), 1)

@@ -20,6 +20,7 @@ from rlrr_jax.models import vit
 from rlrr_jax.sides import Size, pair
 from rlrr_jax.weights import (
     names,
+    plain_layouts,
     preprocessing,
     resnet_layouts,
     state_dicts,
@@ -35,6 +36,7 @@ LAYOUTS = {
     "vit": vit_layouts,
     "swin": swin_layouts,
     "resnet": resnet_layouts,
+    models.OTHER: plain_layouts,
 }  # of each family of models
 
 
@@ -91,7 +93,8 @@ def load(
     how = _filled(how or How(), model, path, str(name_or_path))
     shapes = models.shapes(model, image_size)
     layouts, pixels = LAYOUTS[models.family_of(model)], (tuple(how.mean), tuple(how.std))
-    if not layouts.STEM and pixels != (tuple(model.mean), tuple(model.std)):
+    mine = (getattr(model, "mean", preprocessing.HALF), getattr(model, "std", preprocessing.HALF))
+    if not layouts.STEM and pixels != tuple(map(tuple, mine)):
         raise UserError(
             f"{path} was trained on pixels that this model does not take: build the model with "
             f"mean={pixels[0]}, std={pixels[1]}"
@@ -170,6 +173,8 @@ def _read(path, subtree, model, limit):
     """The arrays of a file by our names, and the names of those that lie elsewhere in it."""
     family = models.family_of(model)
     if not path.endswith((".safetensors", preprocessing.INDEX)):
+        if family == models.OTHER:
+            return plain_layouts.read(_read_npz(path, limit)), []
         if family == "resnet":
             return resnet_layouts.from_jax(_read_npz(path, limit), path)
         if family != "vit":
@@ -179,6 +184,8 @@ def _read(path, subtree, model, limit):
     flat = {}
     for shard in names.shards(pathlib.Path(path)) if index else [pathlib.Path(path)]:
         flat |= _read_safetensors(shard, limit)
+    if family == models.OTHER:
+        return plain_layouts.read(flat), []
     state_dicts.refuse(flat, path)
     if family != "vit":
         if family == "swin":

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import vtab_data
+from hub import serve
 from PIL import Image
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, run_images, suite
+from rlrr_jax import files, lookup, run_images, suite
 from rlrr_jax.configs import own as own_config
 from rlrr_jax.data import own, sources, store
 from rlrr_jax.errors import UserError
@@ -545,7 +546,53 @@ def test_names_and_folders():
     assert re.fullmatch(r"[\w.-]+", own.name("/data/my birds, 2"))
     here = pathlib.Path.cwd()
     assert own.name(".") == here.name and own.name("..") == here.parent.name
-    assert own.absolute("hf:x/birds") == f"hf:{here}/x/birds" and own.absolute("tfds:a") == "tfds:a"
+    assert own.absolute("hf:x/y/birds") == f"hf:{here}/x/y/birds" and own.absolute("tfds:a") == "tfds:a"
+
+
+def test_a_dataset_of_the_hub(folder, tmp_path, monkeypatch):
+    """The images of a repository, once somebody typed its name; a card's is not fetched."""
+    from huggingface_hub import constants
+
+    target = write_parquet(folder, tmp_path / "parquet" / "birds")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serve() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        place = f"/datasets/me/birds/resolve/{'c' * 40}/"
+        for path in target.rglob("*.*"):
+            hub.files[place + path.relative_to(target).as_posix()] = path.read_bytes()
+        hub.files[place + "birds.py"] = b"raise SystemExit"
+        assert (
+            own.absolute("hf:me/birds@main") == "hf:me/birds@main"
+            and own.name("hf:me/birds@main") == "birds"
+        )
+        with pytest.raises(
+            UserError, match="hf:me/birds are not on this machine: add --import hf:me/birds"
+        ):
+            task_of("hf:me/birds")
+        assert not hub.asked
+        lookup.allow("hf:me/birds")
+        task = task_of("hf:me/birds")
+        assert f"note: hf:me/birds is that of commit {'c' * 12}" in task.notes
+        assert not [path for path in hub.asked if path.endswith(".py")]
+        with pytest.raises(
+            UserError, match="cannot get the dataset hf:me/none .* no folder here has that name"
+        ):
+            lookup.allow("hf:me/none")
+            task_of("hf:me/none")
+    for split, (images, labels) in arrays(task_of(folder), tmp_path / "a").items():
+        found = arrays(task, tmp_path / "b")[split]
+        np.testing.assert_array_equal(images, found[0])
+        np.testing.assert_array_equal(labels, found[1])
+    monkeypatch.setattr(lookup, "_ALLOWED", set())
+    assert task_of("hf:me/birds").listing == task.listing  # as it lies in the library's cache
+    (tmp_path / "me" / "birds").mkdir(parents=True)
+    assert own.absolute("hf:me/birds") == f"hf:{tmp_path}/me/birds"  # a folder comes first
 
 
 def test_other_images_in_the_same_workdir_are_refused(folder, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from hub import serve
 
+from rlrr_jax import hub as hub_lib
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 from rlrr_jax.weights import download, names, preprocessing, reader
@@ -174,7 +175,7 @@ def test_what_is_not_the_wanted_file_never_gets_its_name(server, tmp_path):
 
 
 def test_nothing_is_fetched_without_leave(server, tmp_path):
-    with pytest.raises(download.NotFetched, match="is not on this machine"):
+    with pytest.raises(hub_lib.NotFetched, match="is not on this machine"):
         download.cached(server.url, tmp_path, fetch=False)
     assert server.number == 0 and not list(tmp_path.iterdir())
     download.cached(server.url, tmp_path)
@@ -256,7 +257,7 @@ def test_a_repository_is_no_path(name, tmp_path):
     with pytest.raises(
         UserError, match="is no repository: write hf:user/name or hf:user/name@revision"
     ):
-        download.from_hub(name, tmp_path)
+        hub_lib.weights(name, tmp_path)
 
 
 def test_a_revision_is_fetched_and_damage_is_seen(hub, tmp_path):
@@ -266,7 +267,7 @@ def test_a_revision_is_fetched_and_damage_is_seen(hub, tmp_path):
     assert digest == hashlib.sha256(body).hexdigest()
     assert names.canonical("hf:timm/vit@v1.0") == "hf:timm/vit@v1.0"
     assert names.fetch("hf:timm/vit@v1.0", tmp_path, fetch=False)[0] == path
-    with pytest.raises(download.NotFetched):
+    with pytest.raises(hub_lib.NotFetched):
         names.fetch("hf:timm/vit", tmp_path, fetch=False)
     with pytest.raises(UserError, match="has another file now .* it was not downloaded"):
         names.fetch("hf:timm/vit@v1.0", tmp_path / "new", wanted="0" * 64)

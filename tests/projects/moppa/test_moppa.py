@@ -87,7 +87,8 @@ def test_other_networks_and_formats_refuse_it(tuned_runs, tmp_path):
         with pytest.raises(UserError, match=message):
             methods.check("moppa", methods.get("moppa"), shapes)
     adapter = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
-    other = adapter._replace(card={**adapter.card, "method": "moppa", "method_kwargs": {}})
+    config = {**adapter.card["config"], "method": "moppa", "method_kwargs": {}}
+    other = adapter._replace(card={**adapter.card, "config": config})
     with pytest.raises(
         UserError,
         match="the blocks of this model are moppa, for which timm has no place: use adapter or hub",
