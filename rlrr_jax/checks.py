@@ -8,9 +8,9 @@ import optax
 from ml_collections import ConfigDict
 
 from rlrr_jax import lookup, losses, models, optim
-from rlrr_jax.data import crops, sources, store
+from rlrr_jax.data import crops, decoding, sources
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.weights import names, preprocessing, reader
+from rlrr_jax.weights import names, positions, preprocessing
 
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
@@ -21,9 +21,9 @@ CHOICES = {
     "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
     "data.source": sources.KINDS,
-    "data.variant": store.VARIANTS,
+    "data.variant": decoding.VARIANTS,
     "drop_path_mode": ("element", "sample"),
-    "pretrained.resize": reader.RESIZES,
+    "pretrained.resize": positions.RESIZES,
     "model.gelu": ("tanh", "exact", "quick"),
     "model.pool": ("token", "avg", "map", "both"),
     "model.attention": ("xla", "cudnn"),

@@ -19,13 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, files, models, run_model, sides
+from rlrr_jax import adapters, cards, files, models, run_model, sides
 from rlrr_jax.data import crops
 from rlrr_jax.data.examples import some
-from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
+from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
 from rlrr_jax.models import vit
 from rlrr_jax.results import model_card, tables
-from rlrr_jax.weights import reader, resnet_layouts, swin_layouts, vit_layouts
+from rlrr_jax.weights import (
+    reader,
+    resnet_layouts,
+    swin_layouts,
+    vit_writers,
+)
 
 FORMATS = {  # endings of files; the last two are folders
     "big_vision": ".npz",
@@ -39,17 +44,16 @@ TRAINED = ("adapter", "hub")  # formats of the trained values alone, of every mo
 # What the others are made by, for each family of models.
 LAYOUTS = {
     "vit": {
-        "big_vision": vit_layouts.to_big_vision,
-        "vit_jax": vit_layouts.to_vit_jax,
-        "timm": vit_layouts.to_timm,
-        "transformers": vit_layouts.to_transformers,
+        "big_vision": vit_writers.to_big_vision,
+        "vit_jax": vit_writers.to_vit_jax,
+        "timm": vit_writers.to_timm,
+        "transformers": vit_writers.to_transformers,
     },
     "swin": {"timm": swin_layouts.to_timm},
     "resnet": {"timm": resnet_layouts.to_timm},
 }
-HUB_FILE = "adapter.safetensors"  # in a folder for the Hub
 FOLDERS = {  # formats that are folders, and their files, the weights first
-    "hub": (HUB_FILE, model_card.NAME),
+    "hub": (model_card.FILE, model_card.NAME),
     "transformers": ("model.safetensors", "config.json", "preprocessor_config.json"),
 }
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
@@ -94,7 +98,7 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
     if to not in FOLDERS:
         files.writable(out)
     backbone = adapters.backbone(adapter, **where)
-    adapter = adapters.portable(adapter)
+    adapter = cards.portable(adapter)
     tuned = adapters.load(adapter, backbone)
     if getattr(tuned.model, "projection", 0) and to not in TRAINED:
         tuned = _one_head(tuned)
@@ -182,7 +186,7 @@ _HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 def transformers_files(adapter: Any) -> dict[str, dict]:
     """The JSON files that transformers wants beside a ViT's weights, by name."""
-    model, card = adapters.model(adapter), adapter.card
+    model, card = cards.model(adapter), adapter.card
     names, size = card["classes"], card["image_size"]  # a side, or [height, width]
     height, width = sides.pair(size)
     config = {
@@ -222,57 +226,9 @@ def transformers_files(adapter: Any) -> dict[str, dict]:
     return {"config.json": config, "preprocessor_config.json": pixels}
 
 
-def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
-    """Uploads a folder made by `export` to the Hugging Face Hub; returns its address and who sees it.
-
-    Its own library does it, with its environment variables (HF_TOKEN, HF_ENDPOINT). A card that
-    somebody edited, in the folder or on the Hub, is kept.
-
-    Args:
-      folder: the folder.
-      repository: its name, user/name.
-      card: the adapter's card.
-      public: whether everybody may see it.
-
-    Raises UserError if the library is not installed, if the repository is public and that was not
-    asked for, or if the upload fails.
-    """
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as e:
-        raise UserError("--push needs huggingface_hub: pip install huggingface_hub") from e
-    readme = files.local(folder) / model_card.NAME
-    if not model_card.is_edited(readme):
-        files.write(readme, model_card.text(card, f"hf:{repository}"))
-    try:
-        api = huggingface_hub.HfApi()
-        url = api.create_repo(repository, private=not public, exist_ok=True)
-        if not public and api.repo_info(repository).private is False:
-            raise UserError(f"hf:{repository} is public: add --public, or name another")
-        uploaded = [HUB_FILE, model_card.NAME]
-        try:
-            theirs = api.hf_hub_download(repository, model_card.NAME)
-            if model_card.is_edited(pathlib.Path(theirs)):
-                uploaded = [HUB_FILE]
-                print(f"note: the card of hf:{repository} was edited, and is kept", flush=True)
-        except EntryNotFoundError:
-            pass
-        api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=uploaded)
-    except UserError:
-        raise
-    except Exception as e:  # of the network, the name, the token
-        raise UserError(
-            f"cannot upload to hf:{repository} ({first_line(e)}): check the name, the network and "
-            f"HF_TOKEN; the folder {folder} is complete"
-        ) from e
-    seen = "private" if api.repo_info(repository).private else "public"
-    return f"{url} ({seen})"
-
-
 def card(adapter: Any) -> dict:
     """What goes into the header of a timm file: the adapter's card, its pixels and its heads."""
-    model = adapters.model(adapter)
+    model = cards.model(adapter)
     said = {"norm_eps": model.norm_eps}
     if models.family_of(model) == "vit":
         said["num_heads"] = model.num_heads
@@ -293,7 +249,7 @@ def write(path: Any, flat: dict, card: dict) -> None:
 
 def read(path: Any, tuned: Any) -> dict:
     """The tree in a file, head included."""
-    size, how = adapters.image_size(tuned.card), None
+    size, how = cards.image_size(tuned.card), None
     if patch := getattr(tuned.model, "patch_size", None):
         height, width = sides.pair(size)
         how = reader.How(grid=(height // patch, width // patch))
@@ -302,7 +258,7 @@ def read(path: Any, tuned: Any) -> dict:
 
 def compare(one: Any, other: Any, number: int = 8) -> float:
     """The largest difference of the float32 logits of two `Tuned` models, on noise of several sizes."""
-    height, width = sides.pair(adapters.image_size(one.card))
+    height, width = sides.pair(cards.image_size(one.card))
     keys = jax.random.split(jax.random.key(0))
     fine = jax.random.uniform(keys[0], (number, height, width, 3), minval=-1.0)
     coarse = jax.random.uniform(keys[1], (number, 4, 4, 3), minval=-1.0)
@@ -341,14 +297,14 @@ def advice(to: str, adapter: Any, out: Any) -> str:
         act += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps:g})" if eps != 1e-6 else ""
         return (
             f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.{kind}("
-            f"img_size={adapters.image_size(card)}, patch_size={sizes['patch_size']}, "
+            f"img_size={cards.image_size(card)}, patch_size={sizes['patch_size']}, "
             f"num_classes={classes}, embed_dim={sizes['width']}, depth={sizes['depth']}, "
             f"num_heads={sizes['num_heads']}, mlp_ratio={ratio:g}{act}); "
             f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
         )
     if to in ("adapter", "hub"):
         local = to == "hub" and not str(out).startswith("hf:")
-        file = files.local(out) / HUB_FILE if local else out
+        file = files.local(out) / model_card.FILE if local else out
         return f"python -m rlrr_jax.predict --adapter {file} IMAGES..."
     if to == "transformers":
         return f'transformers: AutoModelForImageClassification.from_pretrained("{out}")'
@@ -415,8 +371,8 @@ def main() -> None:
     if drops_values(args.to, adapter):
         print(f"note: what config.loss={adapter.run.loss} trained beside the head is left out")
     if args.push:
-        card = adapters.portable(adapter).card
-        url = push(files.local(args.out), args.push, card, args.public)
+        card = cards.portable(adapter).card
+        url = model_card.push(files.local(args.out), args.push, card, args.public)
         print(f"uploaded to {url}")
     print(advice(args.to, adapter, f"hf:{args.push}" if args.push else args.out))
 

@@ -21,8 +21,8 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from rlrr_jax import adapters, evaluate, files
-from rlrr_jax.data import examples, store
+from rlrr_jax import adapters, cards, evaluate, files
+from rlrr_jax.data import decoding, examples
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
 FORMATS = ("table", "csv", "jsonl")
@@ -66,10 +66,10 @@ def read(path: Any, pixels: Any) -> np.ndarray:
     """An image file as the model takes it, [size, size, 3] uint8; ValueError if it is none.
 
     Args:
-      pixels: a `store.Pixels`; it is turned upright, and laid on white, whatever that says.
+      pixels: a `decoding.Pixels`; it is turned upright, and laid on white, whatever that says.
     """
     try:
-        return store.decode(path.read_bytes(), pixels._replace(upright=True, white=True))
+        return decoding.decode(path.read_bytes(), pixels._replace(upright=True, white=True))
     except MemoryError:
         raise
     except UnidentifiedImageError as e:
@@ -101,7 +101,7 @@ def predict(
       `(path, probabilities [classes] float32 or None, why it could not be read or None)`, in order.
     """
     run = tuned.card["config"]
-    pixels = store.pixels_for(adapters.image_size(tuned.card), run["crop"], run["crop_from"])
+    pixels = decoding.pixels_for(cards.image_size(tuned.card), run["crop"], run["crop_from"])
     one = functools.partial(_one, pixels=pixels)
     softmax = jax.jit(lambda x: jax.nn.softmax(x, -1))
     size = min(batch_size, len(paths))

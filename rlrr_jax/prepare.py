@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from rlrr_jax.data import sources, store, tasks, vtab_check
+from rlrr_jax.data import cache, sources, tasks, vtab_check
 from rlrr_jax.data.examples import some
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 from rlrr_jax.results import tables
@@ -81,13 +81,13 @@ def summary(names: list[str], problems: dict, manual: Any) -> str:
 
 def prune(cache_dir: str | None = None) -> str:
     """Removes decoded images that no task uses; what was removed and what is left, in words."""
-    removed = store.prune(cache_dir)
+    removed = cache.prune(cache_dir)
     lines = [f"removed {folder.name}, {size / 1e9:.2f} GB: {why}" for folder, size, why in removed]
-    left = store.entries(cache_dir)
+    left = cache.entries(cache_dir)
     total = sum(size for _, size, _ in left) / 1e9
-    if foreign := store.foreign(cache_dir):
+    if foreign := cache.foreign(cache_dir):
         lines.append(f"note: not made by rlrr_jax, and left alone: {some(foreign)}")
-    return "\n".join([*lines, f"{store.images_folder(cache_dir)}: {len(left)} left, {total:.2f} GB"])
+    return "\n".join([*lines, f"{cache.images_folder(cache_dir)}: {len(left)} left, {total:.2f} GB"])
 
 
 def _is_there(name, data_dir, kind):

@@ -5,7 +5,7 @@ import functools
 from ml_collections import ConfigDict
 
 from rlrr_jax import checks
-from rlrr_jax.data import own, sources, store, tasks
+from rlrr_jax.data import decoding, own, sources, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError
 from rlrr_jax.sides import Size
@@ -72,11 +72,11 @@ def evaluates(run: ConfigDict, epoch: int) -> bool:
     return (epoch + 1) % run.eval_every == 0
 
 
-def pixels(run: ConfigDict) -> store.Pixels:
+def pixels(run: ConfigDict) -> decoding.Pixels:
     """What is made of a run's images."""
     options = dict(variant=run.data.variant, upright=run.data.upright)
     options["white"] = run.own.path is not None
-    return store.pixels_for(size_of(run), run.crop, run.crop_from, **options)
+    return decoding.pixels_for(size_of(run), run.crop, run.crop_from, **options)
 
 
 def size_of(run: ConfigDict) -> Size:

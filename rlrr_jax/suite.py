@@ -1,10 +1,9 @@
-"""Many runs: tasks x methods x settings x seeds. What trains together, what failed, what goes on."""
+"""Many runs: tasks x methods x settings x seeds. What is checked first, what failed, what goes on."""
 
 import contextlib
 import errno
 import functools
 import glob
-import hashlib
 import itertools
 import os
 import re
@@ -12,7 +11,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,38 +19,18 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, heads, job, lookup, report, run_images, run_model, train
-from rlrr_jax import run as run_lib
-from rlrr_jax.data import crops, sources, store
+from rlrr_jax import files, heads, lookup, report, run_images, run_model
+from rlrr_jax.data import cache, crops, store
 from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.results import logs
-from rlrr_jax.results import rows as rows_lib
-from rlrr_jax.results.outputs import Outputs
-from rlrr_jax.runs import identity, search, workdir
+from rlrr_jax.runs import group, identity, search, workdir
 from rlrr_jax.runs.forecast import Forecast
 from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime import distributed, memory
-from rlrr_jax.runtime.memory import TooLarge
-from rlrr_jax.runtime.stop import Stop, Stopped
+from rlrr_jax.runtime.stop import Stop
 from rlrr_jax.weights import names
-
-
-class Loaders(NamedTuple):
-    """Where runs get their weights and images from.
-
-    Attributes:
-      weights: name -> path and SHA-256.
-      load_weights: function `(run, model) -> frozen`.
-      load_data: function, see `_load_data`.
-      known: outputs of first blocks, see `prefix.applied`.
-    """
-
-    weights: dict[str, tuple[str, str]]
-    load_weights: Callable
-    load_data: Callable
-    known: dict
 
 
 def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list[dict], dict[str, str]]:
@@ -105,10 +84,10 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
     forecast = Forecast(works)
     rows = []
     for _, several in itertools.groupby(works, lambda work: identity.together(work.run)):
-        group = list(several)
-        with survive(*group), workdir.locked(group):
-            train_all = functools.partial(finish, load=load, forecast=forecast, stop=stop)
-            settings = itertools.groupby(group, lambda work: work.run.trial)  # each chooses for itself
+        alike = list(several)
+        with survive(*alike), workdir.locked(alike):
+            train_all = functools.partial(group.finish, load=load, forecast=forecast, stop=stop)
+            settings = itertools.groupby(alike, lambda work: work.run.trial)  # each chooses for itself
             rows += train_all([w for _, part in settings for w in search.choose(list(part), train_all)])
     if not rows:
         raise UserError(f"every run failed; {explain(problems)[0]}")
@@ -224,9 +203,9 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
                 entries += [entry(run_images.task_of(r), part, *where) for part in sorted(stored)]
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):
-        there = store.described(runs[0].data.cache_dir)
+        there = cache.described(runs[0].data.cache_dir)
         print(f"decoded images to write: {wanted / 1e9:.2f} GB{there}", flush=True)
-        store.check_space(wanted, runs[0].data.cache_dir)
+        cache.check_space(wanted, runs[0].data.cache_dir)
     return works
 
 
@@ -280,7 +259,7 @@ def _describe(task: Task, folder: Any) -> None:
             files.write(path, task.listing)
 
 
-def _open_weights(works: list[Work]) -> Loaders:
+def _open_weights(works: list[Work]) -> group.Loaders:
     """Fetches all weights, fills in what they say of themselves, and checks that they fit."""
     places = {(w.run.pretrained.name, w.run.pretrained.cache_dir) for w in works}
     weights = {name: names.fetch(name, cache_dir) for name, cache_dir in places}
@@ -299,7 +278,7 @@ def _open_weights(works: list[Work]) -> Loaders:
         workdir.check_folder(work, weights[work.run.pretrained.name][1])
     load_weights = weights_reader(weights)
     load_weights(works[0].run, run_model.build_model(works[0].run))  # a misfit is no task's fault
-    return Loaders(weights, load_weights, functools.lru_cache(8)(_load_data), {})
+    return group.Loaders(weights, load_weights, functools.lru_cache(8)(_load_data), {})
 
 
 def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
@@ -369,140 +348,3 @@ def _survive(problems: dict[str, str], *works: Work, alone: bool) -> Iterator[No
             if why not in problems.values():  # once for all seeds
                 print(f"{work.label}: failed: {why}", flush=True)
             problems[work.label] = why
-
-
-# What trains together -------------------------------------------------------------------------
-
-
-def finish(works: list[Work], load: Loaders, forecast: Forecast, stop: Stop) -> list[dict]:
-    """The rows of runs that may be trained together; those that have not been are trained."""
-    for work in works:
-        workdir.check_folder(work, load.weights[work.run.pretrained.name][1])
-    for group in waiting(works):
-        train_group(group, load, forecast, stop)
-    for work in works:
-        if work.label in forecast.before and work.folder.parent.name != "search":
-            print(f"{forecast.title(work)}: finished before", flush=True)
-        forecast.finished(work)
-    read = lambda: [rows_lib.read(work.folder / "result.json") for work in works]
-    return distributed.broadcast(read() if distributed.is_process_zero() else None)
-
-
-def waiting(works: list[Work]) -> list[list[Work]]:
-    """The groups to train: as an earlier start made them, those begun alone, then the rest at once."""
-    order = distributed.broadcast(_waiting(works) if distributed.is_process_zero() else None)
-    return [[works[i] for i in group] for group in order]
-
-
-def _waiting(works: list[Work]) -> list[list[int]]:
-    groups, names = [], {work.folder.name: i for i, work in enumerate(works)}
-    for path in files.below(works[0].folder.parent, "together-*", "runs.json"):
-        begun = files.read_json(path)["runs"]
-        if set(begun) <= names.keys():
-            group = [names.pop(name) for name in begun]
-            if all(works[i].finished for i in group):
-                path.parent.rmtree()
-            else:
-                groups.append(group)
-        elif set(begun) & names.keys():
-            print(f"note: {path.parent} was begun with other runs, too: these start again", flush=True)
-    rest = []
-    for i in names.values():
-        if not works[i].finished:
-            alone = (works[i].folder / "checkpoints").exists()
-            groups += [[i]] if alone else []
-            rest += [] if alone else [i]
-    return groups + ([rest] if rest else [])
-
-
-def train_group(works: list[Work], load: Loaders, forecast: Forecast, stop: Stop) -> None:
-    """Trains runs together, in smaller groups if they do not fit into memory.
-
-    What belongs to them all lies in a folder beside theirs until the last has its result: so a killed
-    group goes on as the same group, and ends with the same bits.
-    """
-    if distributed.any_of(stop()):  # asked while the group before ended
-        raise Stopped
-    folder = _group_folder(works)
-    parts = _attempt(works, folder, load, forecast, stop)
-    if len(works) > 1 and parts != [works]:  # the same group again goes on from its checkpoint
-        _remove(folder)
-    for part in parts:
-        train_group(part, load, forecast, stop)
-
-
-def _attempt(
-    works: list[Work], folder: Any, load: Loaders, forecast: Forecast, stop: Stop
-) -> list[list[Work]]:
-    """Trains runs together; the groups to train instead if they do not fit into memory.
-
-    What lies on the devices goes when this returns.
-    """
-    try:
-        runs = [run_lib.of(work.run) for work in works]
-        load_weights = functools.partial(load.load_weights, works[0].run)
-        built = job.build(runs, load_weights, _data_of(works, load), load.known)
-        outputs = _outputs(works, folder, load, forecast)
-        train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
-        return []
-    except TooLarge as e:
-        return _smaller(works, e, forecast.title(*works))
-
-
-def _group_folder(works: list[Work]) -> Any:
-    """The folder of the checkpoints of runs: of one run its own."""
-    if len(works) == 1:
-        return works[0].folder
-    names = [work.folder.name for work in works]
-    digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
-    folder = works[0].folder.parent / f"together-{digest}"
-    if distributed.is_process_zero():
-        folder.mkdir(exist_ok=True)
-        files.write_json(folder / "runs.json", {"runs": names})
-    distributed.wait("group")
-    return folder
-
-
-def _source(works: list[Work]) -> sources.Found:
-    """Where the images of a group are read: finished runs no longer know it."""
-    found = next(work.found for work in works if not work.finished)
-    assert found
-    return found
-
-
-def _data_of(works: list[Work], load: Loaders) -> Callable:
-    """A function `(split, crop=None) -> images, labels` for the runs of a group."""
-    run, found = works[0].run, _source(works)
-    pixels, cache = run_images.pixels(run), run.data.cache_dir
-    task = run_images.task_of(run)
-    return lambda split, crop=None: load.load_data(task, split, pixels, found, cache, crop)
-
-
-def _outputs(works: list[Work], folder: Any, load: Loaders, forecast: Forecast) -> Outputs:
-    run = works[0].run
-    return Outputs(
-        folders=[work.folder for work in works],
-        labels=[work.label for work in works],
-        title=forecast.title(*works),
-        checkpoints=folder / "checkpoints",
-        provenance=workdir.provenance(works[0], load.weights[run.pretrained.name][1]),
-        classes=sources.class_names(run_images.task_of(run), _source(works)),
-    )
-
-
-def _smaller(works: list[Work], error: TooLarge, title: str) -> list[list[Work]]:
-    """Groups of as many as fit into memory; the same group with `model.remat` if not even one does."""
-    if fits := error.fits:
-        print(f"{title}: {error.why}", flush=True)
-        return [works[i : i + fits] for i in range(0, len(works), fits)]
-    print(f"{title}: not enough memory, so activations are computed twice (model.remat)", flush=True)
-    for work in works:
-        work.run.model.remat = True
-    return [works]
-
-
-def _remove(folder: Any) -> None:
-    """Deletes a folder that no process needs any more."""
-    distributed.wait("removed")
-    if distributed.is_process_zero():
-        folder.rmtree()

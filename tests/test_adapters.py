@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from rlrr_jax import adapters, files, models
-from rlrr_jax.data import store
+from rlrr_jax import adapters, combine, files, models
+from rlrr_jax.data import cache, store
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 from rlrr_jax.weights import names
@@ -221,7 +221,7 @@ def dense(adapter, name="query"):
 def test_combined_kernels_are_the_papers(way, two):
     """Supplement H, written out for each Dense; norms move by the weighted change."""
     weights = [0.7, 0.4]
-    both = adapters.combine(two, weights, way, head=1)
+    both = combine.combine(two, weights, way, head=1)
     backbone = adapters.backbone(two[0])
     params = adapters.merged(both, backbone.frozen)
     for name in base.DENSE:
@@ -256,11 +256,11 @@ def test_combined_kernels_are_the_papers(way, two):
 
 def test_combining_one_is_itself_and_no_weight_is_the_backbone(two):
     for way in ("scales", "products"):
-        one = adapters.combine(two[:1], [1.0], way)
+        one = combine.combine(two[:1], [1.0], way)
         flat = flatten_dict(adapters.load(one).params, sep="/")
         for key, value in flatten_dict(adapters.load(two[0]).params, sep="/").items():
             np.testing.assert_allclose(flat[key], value, rtol=1e-5, atol=1e-6)
-        none = adapters.combine(two, [0.0, 0.0], way)
+        none = combine.combine(two, [0.0, 0.0], way)
         frozen = flatten_dict(adapters.backbone(two[0]).frozen, sep="/")
         for key, value in flatten_dict(adapters.load(none).params, sep="/").items():
             if not key.startswith("head/"):
@@ -268,11 +268,11 @@ def test_combining_one_is_itself_and_no_weight_is_the_backbone(two):
 
 
 def test_combined_adapters_are_written_and_combined_again(two, tmp_path):
-    both = adapters.combine(two, way="products")
+    both = combine.combine(two, way="products")
     adapters.write(tmp_path / "both.safetensors", both)
     again = adapters.read(tmp_path / "both.safetensors")
     assert again.card["method_kwargs"] == {"rank": 2} and again.card["combined"]["way"] == "products"
-    four = adapters.combine([again, again], [0.5, 0.5], "products")
+    four = combine.combine([again, again], [0.5, 0.5], "products")
     assert four.card["method_kwargs"] == {"rank": 4}
     a, b = (adapters.load(x).params for x in (again, four))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
@@ -292,8 +292,8 @@ def test_what_does_not_combine_is_said(two, paths):
         (([two[0], elsewhere],), "another mean"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
-            adapters.combine(*args)
-    assert adapters.combine(two).card["combined"]["way"] == "scales"  # which do fit together
+            combine.combine(*args)
+    assert combine.combine(two).card["combined"]["way"] == "scales"  # which do fit together
 
 
 @pytest.mark.parametrize(
@@ -308,11 +308,11 @@ def test_other_arrays_than_images_are_refused(images, tuned_runs):
 def test_nothing_and_numbers_that_are_none_are_not_combined(tuned_runs):
     one = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
     with pytest.raises(UserError, match="at least one adapter is combined"):
-        adapters.combine([])
+        combine.combine([])
     with pytest.raises(UserError, match="with finite weights, not "):
-        adapters.combine([one], weights=[float("nan")])
+        combine.combine([one], weights=[float("nan")])
     with pytest.raises(UserError, match="there is no adapter 5 of 1 to take the head of"):
-        adapters.combine([one], head=5)
+        combine.combine([one], head=5)
 
 
 # Somebody else's card -------------------------------------------------------------------------
@@ -362,16 +362,16 @@ def test_a_card_fetches_nothing(name, paths, tmp_path, monkeypatch):
 
 
 def test_a_card_opens_no_folder_for_decoded_images(tmp_path):
-    assert not store.is_ours(str(tmp_path)) and not store.is_ours(None)
+    assert not cache.is_ours(str(tmp_path)) and not cache.is_ours(None)
     (tmp_path / "images").mkdir()
-    assert not store.is_ours(str(tmp_path))
-    (tmp_path / "images" / "CACHEDIR.TAG").write_text(store._TAG_TEXT)
-    assert store.is_ours(str(tmp_path))
+    assert not cache.is_ours(str(tmp_path))
+    (tmp_path / "images" / "CACHEDIR.TAG").write_text(cache.TAG_TEXT)
+    assert cache.is_ours(str(tmp_path))
 
 
 def test_huge_arrays_of_a_strange_adapter_are_not_read(paths, tmp_path):
     good = adapters.read(paths["digits rlrr"])
-    big = {**adapters._flat(good.trainable), "x": np.zeros((1 << 12, 1 << 12), np.float32)}
+    big = {**adapters.flattened(good.trainable), "x": np.zeros((1 << 12, 1 << 12), np.float32)}
     meta = {"rlrr_jax": json.dumps(good.card)}
     safetensors.numpy.save_file(
         {k: np.asarray(v) for k, v in big.items()}, tmp_path / "a.safetensors", meta

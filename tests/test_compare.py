@@ -10,9 +10,9 @@ from rows import row as make
 from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, methods, report, suite
+from rlrr_jax import files, methods, report, suite, train
 from rlrr_jax.configs import ablations, compare, transfer
-from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.data import decoding, sources, store, tasks
 from rlrr_jax.results import tables
 from rlrr_jax.runs.forecast import cost
 from rlrr_jax.runs.workdir import method_folder
@@ -174,14 +174,14 @@ def test_crops_reach_the_step(tmp_path, monkeypatch):
         seen.append(np.asarray(data["images"]))
         progress.clock.add(len(seen[-1]), 1.0)
 
-    monkeypatch.setattr(suite.train, "train_part", look)
+    monkeypatch.setattr(train, "train_part", look)
     config = changed(transfer.get_config("digits"), total_steps=4)
     run(config, tmp_path)
-    found, pixels = sources.find("digits"), store.Pixels(32, shorter=36)
+    found, pixels = sources.find("digits"), decoding.Pixels(32, shorter=36)
     crops, labels = store.load_crops("digits", "train800val200", pixels, ("resmall", 0), found)
     assert len(seen) == 2 and len(labels) == 1000
     for epoch in (0, 1):
         np.testing.assert_array_equal(seen[epoch], crops.take(epoch, range(1000)))
     images, _ = store.load_split("digits", "test", pixels, found=found)
     ((original, _),) = sources.open_split("digits", "test", found).read(0, 1)
-    np.testing.assert_array_equal(images[0], store.decode(original, pixels))
+    np.testing.assert_array_equal(images[0], decoding.decode(original, pixels))

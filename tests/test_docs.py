@@ -265,7 +265,7 @@ def test_two_processes_as_the_page_starts_them(tmp_path):
 
 def test_every_python_block_is_one_of_these():
     known = ("def method(targets", "reader.load(", "torch.load(", "def smooth(", "TASK = Task(")
-    known += ("adapters.load(",)
+    known += ("adapters.load(", "class Net(nn.Module)")
     for page, text in blocks("python"):
         assert any(word in text for word in known), f"{page.name}: {text}"
 

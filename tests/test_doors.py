@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlrr_jax import adapters, files, methods, models
+from rlrr_jax import cards, files, methods, models
 from rlrr_jax.data import huggingface, sources
 from rlrr_jax.data.task import Found
 from rlrr_jax.errors import UserError
@@ -74,8 +74,8 @@ def test_names_of_weights_that_have_gone_are_portable():
         ("model_dir", "model_dir"),
         ("x/y.npz", "y.npz"),
     ):
-        assert adapters._portable_name(name) == portable
-        assert adapters._portable_name(portable) == portable
+        assert cards._portable_name(name) == portable
+        assert cards._portable_name(portable) == portable
 
 
 def test_folders_that_must_not_be_read_are_passed_over(tmp_path, monkeypatch):

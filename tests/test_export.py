@@ -17,7 +17,7 @@ from flags import xla_flags
 from hub import serve
 from PIL import Image
 
-from rlrr_jax import adapters, export
+from rlrr_jax import adapters, cards, export
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import model_card
@@ -97,7 +97,7 @@ def test_a_folder_called_like_a_public_one_is_a_folder(run, tmp_path, monkeypatc
 
 
 def test_a_file_that_would_differ_is_not_kept(run, tmp_path, monkeypatch):
-    worse = lambda tree: export.vit_layouts.to_big_vision(jax.tree.map(lambda x: x + 1e-3, tree))
+    worse = lambda tree: export.vit_writers.to_big_vision(jax.tree.map(lambda x: x + 1e-3, tree))
     monkeypatch.setitem(export.LAYOUTS["vit"], "big_vision", worse)
     (tmp_path / "x.npz").write_bytes(b"older")
     with pytest.raises(UserError, match="would differ by .* it was not kept"):
@@ -132,7 +132,7 @@ def test_an_exported_adapter_names_no_folder_of_this_machine(run, tmp_path):
         "imagenet21k/ViT-B_16": "imagenet21k/ViT-B_16",
         "bundled": "bundled",
     }.items():
-        assert adapters._portable_name(name) == portable
+        assert cards._portable_name(name) == portable
 
 
 def test_what_to_export_is_found_or_asked_for(tuned_runs, run, tmp_path, monkeypatch):

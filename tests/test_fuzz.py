@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rlrr_jax import adapters, methods
+from rlrr_jax import adapters, cards, methods
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
-from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.data import decoding, sources, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 from rlrr_jax.runs import identity
-from rlrr_jax.weights import reader, vit_layouts
+from rlrr_jax.weights import reader, vit_writers
 
 TINY = vit.ViT(width=4, depth=2, mlp_dim=8, num_heads=2, patch_size=2, num_classes=3)
 seeds = st.integers(0, 2**32 - 1)
@@ -138,7 +138,7 @@ def test_weight_files_with_other_arrays(weights, seed, kind, where):
 def test_damaged_safetensors(tmp_path_factory, seed):
     """Of timm, and adapters of ours: the head of such a file is JSON that may say anything."""
     folder = tmp_path_factory.getbasetemp()
-    weights = {k: np.ascontiguousarray(v) for k, v in vit_layouts.to_timm(tiny_tree()).items()}
+    weights = {k: np.ascontiguousarray(v) for k, v in vit_writers.to_timm(tiny_tree()).items()}
     data = mutate(safetensors.numpy.save(weights), random.Random(seed))
     (folder / "augreg.safetensors").write_bytes(data)
     read(folder / "augreg.safetensors")
@@ -160,7 +160,7 @@ def tiny_adapter():
     """Bytes of an adapter of the bundled model that trains the head only."""
     (run,) = config_lib.resolve(vtab.get_config("digits,method=linear"))
     head = {"kernel": np.zeros((96, 10), np.float32), "bias": np.zeros(10, np.float32)}
-    card = adapters.card(run, {"backbone_sha256": "0", "dataset": "digits"}, "0123456789", {})
+    card = cards.card(run, {"backbone_sha256": "0", "dataset": "digits"}, "0123456789", {})
     flat = {f"head/{k}": v for k, v in head.items()}
     return safetensors.numpy.save(flat, {"rlrr_jax": json.dumps(card)})
 
@@ -194,8 +194,8 @@ WHERE = sources.Split(1, ("digits",), lambda a, b: [], {}, lambda i: "image 0 of
 def decode(data):
     """Either an image of the size asked for, or a sentence."""
     try:
-        with store.readable(WHERE, 0):
-            image = store.decode(data, 16)
+        with decoding.readable(WHERE, 0):
+            image = decoding.decode(data, 16)
     except UserError as e:
         said(e)
         return False

@@ -21,7 +21,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlrr_jax import adapters
+from rlrr_jax import adapters, cards
 from rlrr_jax.data import own, sources, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import model_card
@@ -181,13 +181,13 @@ def place(tmp_path_factory):
 def of_cards(rng, root, good):
     card = strange(good.card, rng)
     path = root / "a.safetensors"
-    flat = {k: np.asarray(v) for k, v in adapters._flat(good.trainable).items()}
+    flat = {k: np.asarray(v) for k, v in adapters.flattened(good.trainable).items()}
     path.write_bytes(safetensors.numpy.save(flat, {"rlrr_jax": json.dumps(card)}))
     with audited(root):
         adapter = adapters.read(path)
         with contextlib.suppress(UserError):
             adapters.backbone(adapter, cache_dir=str(root / "cache"))
-        assert "\0" not in model_card.text(adapters.portable(adapter).card)
+        assert "\0" not in model_card.text(cards.portable(adapter).card)
 
 
 def of_addresses(rng, root, good):
@@ -199,7 +199,7 @@ def of_addresses(rng, root, good):
         file, _ = names.split_subtree(url)
         names.address(file)
         names.canonical(url)
-        adapters._portable_name(url)
+        cards._portable_name(url)
     with audited(root):
         names.fetch(url, str(root / "cache"), fetch=False)
 

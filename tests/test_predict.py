@@ -14,7 +14,7 @@ from flags import xla_flags
 from PIL import Image
 
 from rlrr_jax import adapters, export, files, predict
-from rlrr_jax.data import store
+from rlrr_jax.data import decoding, store
 from rlrr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def test_sixteen_bits_are_read_and_pixels_without_a_range_refused(run, tmp_path,
     Image.fromarray(ramp).save(tmp_path / "16.png")
     assert Image.open(tmp_path / "16.png").mode == "I;16"
     np.testing.assert_array_equal(
-        predict.read(tmp_path / "16.png", store.Pixels(32))[..., 0], np.round(ramp / 257)
+        predict.read(tmp_path / "16.png", decoding.Pixels(32))[..., 0], np.round(ramp / 257)
     )
     Image.fromarray(np.float32(ramp) / 65535).save(tmp_path / "f.tiff")
     *_, err, error = command(monkeypatch, capsys, tmp_path, "--adapter", run / "adapter.safetensors")
@@ -179,7 +179,7 @@ def test_photos_are_turned_upright(run, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(image).save(tmp_path / "x.png", exif=exif)
-    read = predict.read(tmp_path / "x.png", store.Pixels(32))
+    read = predict.read(tmp_path / "x.png", decoding.Pixels(32))
     np.testing.assert_array_equal(read, np.rot90(image, -1))
 
 

@@ -59,9 +59,11 @@ def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsy
     for a, b in zip(rows, others):
         assert a["test_acc_final"] == b["test_acc_final"] and a["identity"] == b["identity"]
         assert a["trainable_params"] == b["trainable_params"]
-    assert adapters._flat(tree).keys() == adapters._flat(other).keys()
-    for name, x in adapters._flat(tree).items():
-        np.testing.assert_allclose(x, adapters._flat(other)[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    assert adapters.flattened(tree).keys() == adapters.flattened(other).keys()
+    for name, x in adapters.flattened(tree).items():
+        np.testing.assert_allclose(
+            x, adapters.flattened(other)[name], rtol=1e-3, atol=1e-5, err_msg=name
+        )
 
 
 def passed(monkeypatch):

@@ -12,10 +12,10 @@ from PIL import Image
 
 from rlrr_jax import adapters, export, models, predict, sides, suite
 from rlrr_jax.configs import vtab
-from rlrr_jax.data import resize, store
+from rlrr_jax.data import decoding, resize
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
-from rlrr_jax.weights import preprocessing, reader
+from rlrr_jax.weights import positions, preprocessing, reader
 
 HALF = reader.How(mean=preprocessing.HALF, std=preprocessing.HALF, resize="bicubic")
 
@@ -28,7 +28,7 @@ def test_a_size_is_a_side_or_a_pair():
 def test_decoding_and_enlarging_are_pillows():
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     wanted = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(store.decode(image, (32, 48)), wanted)
+    np.testing.assert_array_equal(decoding.decode(image, (32, 48)), wanted)
     ours = resize.normalize(jnp.asarray(image)[None], (32, 48))
     np.testing.assert_allclose(ours[0], wanted / np.float32(127.5) - 1, atol=1e-6)
     with pytest.raises(ValueError, match="cannot be enlarged to 32x16"):
@@ -43,7 +43,7 @@ def test_a_vit_on_a_wide_grid_is_timms(tmp_path):
     model = vit.ViT(24, 3, 48, 3, 4, num_classes=5, gelu="exact")
     tree = reader.load(path, model=model, image_size=(8, 20), how=HALF, head=True)
     grid = weights["pos_embed"][:, 1:].reshape(3, 3, 24)
-    position = reader.resize_position(grid, (2, 5), "bicubic").reshape(1, 10, 24)
+    position = positions.resize_position(grid, (2, 5), "bicubic").reshape(1, 10, 24)
     weights["pos_embed"] = np.concatenate([weights["pos_embed"][:, :1], position], 1)
     images = np.random.default_rng(1).uniform(-1, 1, (2, 8, 20, 3)).astype(np.float32)
     with jax.default_matmul_precision("highest"):

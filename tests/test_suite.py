@@ -22,7 +22,7 @@ from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
-from rlrr_jax.runs import search
+from rlrr_jax.runs import group, search
 from rlrr_jax.runs.forecast import Forecast, cost, duration
 from rlrr_jax.runs.workdir import Work
 from rlrr_jax.weights import reader
@@ -278,16 +278,16 @@ def test_what_did_not_fit_goes_from_the_devices(tmp_path, monkeypatch):
 
     monkeypatch.setattr(job_lib, "build", build)
     monkeypatch.setattr(train_lib, "train", train)
-    monkeypatch.setattr(suite, "_outputs", lambda *_: None)
-    monkeypatch.setattr(suite, "_data_of", lambda *_: None)
-    monkeypatch.setattr(suite, "_group_folder", lambda works: works[0].folder)
-    monkeypatch.setattr(suite, "_remove", lambda folder: None)
+    monkeypatch.setattr(group, "_outputs", lambda *_: None)
+    monkeypatch.setattr(group, "_data_of", lambda *_: None)
+    monkeypatch.setattr(group, "_group_folder", lambda works: works[0].folder)
+    monkeypatch.setattr(group, "_remove", lambda folder: None)
     (run,) = config_lib.resolve(config("digits,method=linear"))
     works = [Work(run, tmp_path / f"seed{i}", None, f"digits linear seed {i}") for i in range(3)]
     forecast = SimpleNamespace(title=lambda *works: "x", on_epoch=print)
-    load = suite.Loaders({}, None, None, {})
+    load = group.Loaders({}, lambda run, model: None, None, {})
     gc.disable()
-    suite.train_group(works, load, forecast, suite.Stop())
+    group.train_group(works, load, forecast, suite.Stop())
     gc.enable()
     assert alive == [[], [False], [False, False], [False, False, False]]
 

@@ -118,7 +118,7 @@ class Crops:
       read: `i -> image [h, w, 3] uint8`.
       number: number of images.
       kind: "resmall" or "inception".
-      pixels: `store.Pixels` with the size of the crops and, for "resmall", the shorter side.
+      pixels: `decoding.Pixels` with the size of the crops and, for "resmall", the shorter side.
       seed: seed of the run.
     """
 

@@ -1,40 +1,32 @@
 """Splits as arrays: decoded and resized once with Pillow, then memory-mapped from a cache folder."""
 
-import contextlib
 import functools
 import hashlib
 import io
 import json
 import math
 import os
-import pathlib
 import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
-from etils import epath
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from rlrr_jax import files
-from rlrr_jax.data import crops, sources, tasks
+from rlrr_jax.data import cache, crops, sources, tasks
+from rlrr_jax.data.decoding import Pixels, decode, pixels_of, readable, rgb
 from rlrr_jax.data.examples import Unusable
 from rlrr_jax.data.task import Found, Split, Task
 from rlrr_jax.errors import UserError
 from rlrr_jax.sides import Size, pair, text
 
 _BLOCK = 256  # images that are decoded, written and checked together
-_FORMAT = 2  # of an entry
-_NOT_THERE = " is not there"
-# Decoded again by another major version only: others have given the same pixels.
-_PILLOW = int(PIL.__version__.partition(".")[0])
-VARIANTS = ("original", "jpeg75")
 
 
 class Images:
@@ -76,113 +68,6 @@ class Entry(NamedTuple):
         return self.split.number * math.prod(pair(self.side)) * 3
 
 
-class Pixels(NamedTuple):
-    """What is made of an image.
-
-    Attributes:
-      size: size of the images that the model takes, see `sides`.
-      variant: "jpeg75" saves and loads each image as JPEG of quality 75, 4:2:0, before anything else.
-      shorter: big_vision's evaluation instead of the whole image: the middle of the image with its
-        shorter side resized to so many pixels (`crops.central`).
-      upright: whether the image is turned as its EXIF says, as viewers show it.
-      white: whether a transparent image is laid on white, as viewers show it; else alpha is dropped, as
-        in VTAB's numbers.
-    """
-
-    size: Size
-    variant: str = "original"
-    shorter: int | None = None
-    upright: bool = False
-    white: bool = False
-
-
-def pixels_for(size: Size, crop: str | None, crop_from: int | None, **options: Any) -> Pixels:
-    """What is stored of the images of a run, which are cut from it by `crop`, see `crops`.
-
-    Args:
-      size: size of the images that the model takes, see `sides`.
-      crop: a name of `crops.KINDS`, or None.
-      crop_from: shorter side, or side of the whole square, that crops are cut from.
-      **options: other values of `Pixels`.
-    """
-    if crops.by_host(crop):
-        return Pixels(size, shorter=crop_from, **options)
-    return Pixels((crop_from if crop else None) or size, **options)
-
-
-def _pixels(pixels):
-    return pixels if isinstance(pixels, Pixels) else Pixels(pixels)
-
-
-def decode(image: Any, pixels: Any, scale: int = 1) -> np.ndarray:
-    """An RGB image [height, width, 3] uint8 from encoded bytes or an array.
-
-    The authors' preprocessing: Pillow's bicubic resize (antialiased), the aspect ratio ignored.
-
-    Args:
-      image: encoded bytes, or an array [H, W] or [H, W, 3] of uint8.
-      pixels: a `Pixels`, or just the size.
-      scale: factor of the pixel values (dsprites is stored as 0 and 1).
-    """
-    pixels = _pixels(pixels)
-    image = rgb(image, pixels, scale)
-    if pixels.shorter:
-        return crops.central(np.asarray(image), pixels.size, pixels.shorter)
-    size = pair(pixels.size)[::-1]  # Pillow's width comes first
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return np.asarray(image)
-
-
-def rgb(image: Any, pixels: Pixels, scale: int = 1) -> Image.Image:
-    """An RGB Pillow image of its own size; arguments are those of `decode`."""
-    image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
-    if pixels.upright:
-        image = _upright(image)
-    if image.mode == "I" and image.format == "PPM":  # a PGM of 16 bits, which Pillow brings to 65535
-        image = Image.fromarray(np.uint16(np.clip(np.asarray(image), 0, 65535)))
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.uint8(np.round(np.asarray(image) / 257)))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        image = _on_white(image) if pixels.white else image
-    if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way
-        image = image.convert("RGBA")
-    image = image.convert("RGB")
-    if scale != 1:
-        image = Image.fromarray(np.asarray(image) * np.uint8(scale))
-    if pixels.variant == "jpeg75":
-        image = Image.open(io.BytesIO(sources.jpeg75(image))).convert("RGB")
-    return image
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """An image as its EXIF's orientation says; the rest of EXIF, which may be wrong, is not read."""
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image if turn is None else image.transpose(turn)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """An image with transparency as viewers show it; one that is opaque everywhere keeps its pixels."""
-    image = image.convert("RGBA")
-    if image.getextrema()[3][0] == 255:
-        return image
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image)
-
-
 def load_split(
     task: str | Task, split: str, pixels: Any, found: Found | None = None, cache_dir: str | None = None
 ) -> tuple:
@@ -202,7 +87,7 @@ def load_split(
     Raises:
       UserError: if an image is damaged, a label is impossible or the disk is too small.
     """
-    task, pixels = tasks.get(task), _pixels(pixels)
+    task, pixels = tasks.get(task), pixels_of(pixels)
     found = found or sources.find(task)
     if found.kind == "bundled":
         source = sources.open_split(task, split, found)
@@ -214,7 +99,7 @@ def load_split(
     entry = locate(task, split, pixels, found, cache_dir)
     if not intact(entry):  # one that is whole may lie on a read-only disk
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
-        (entry.folder.parent / _TAG).write_text(_TAG_TEXT)
+        (entry.folder.parent / cache.TAG).write_text(cache.TAG_TEXT)
         with files.lock(entry.folder.parent, f".{entry.folder.name}.lock", wait=True) as held:
             if not intact(entry):  # nobody made it while we waited
                 try:
@@ -315,7 +200,7 @@ def locate(
         **source.key,
         **dict(side=side, native=native, scale=task.scale if found.kind == "tfds" else 1),
         **dict(variant="stored" if found.kind == "folder" else pixels.variant),
-        **dict(format=_FORMAT, pillow=_PILLOW, split=split),
+        **dict(format=cache.FORMAT, pillow=cache.PILLOW, split=split),
         **dict(tasks=list(source.tasks), labels=[_named(n, task).rule for n in source.tasks]),
         **(dict(shorter=pixels.shorter) if pixels.shorter else {}),
         **(dict(upright=True) if pixels.upright else {}),
@@ -324,7 +209,7 @@ def locate(
     key = json.loads(json.dumps(key))
     mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     stem = found.dataset.replace("/", "-").replace(":", "-")
-    folder = images_folder(cache_dir) / f"{stem}-{split}-{text(side)}px-{key['variant']}-{mark}"
+    folder = cache.images_folder(cache_dir) / f"{stem}-{split}-{text(side)}px-{key['variant']}-{mark}"
     return Entry(folder, source, side, key)
 
 
@@ -337,153 +222,10 @@ def _side(source):
     return width if width == height else None
 
 
-def images_folder(cache_dir: str | None = None) -> pathlib.Path:
-    """Where decoded images lie."""
-    if "://" in str(cache_dir):
-        raise UserError(
-            f"config.data.cache_dir={cache_dir} is no local folder: images are mapped from it"
-        )
-    return files.cache(cache_dir) / "images"
-
-
-_TAG = "CACHEDIR.TAG"  # marks folders of caches (bford.info/cachedir), ours among them
-_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Decoded images of rlrr_jax.\n"
-
-
-def is_ours(cache_dir: str | None) -> bool:
-    """Whether images were decoded into a cache before."""
-    if cache_dir is None or "://" in str(cache_dir):
-        return False
-    root = images_folder(cache_dir)
-    tagged = (root / _TAG).is_file() and (root / _TAG).read_text(errors="replace") == _TAG_TEXT
-    return tagged or (root.is_dir() and any(map(_made, root.iterdir())))
-
-
-def described(cache_dir: str | None = None) -> str:
-    """What lies in the cache already, in words that follow a sentence; empty if nothing does."""
-    there = entries(cache_dir)
-    if not there:
-        return ""
-    unused = [size for _, size, why in there if why and not why.endswith(_NOT_THERE)]
-    text = f"; {images_folder(cache_dir)} holds {sum(e[1] for e in there) / 1e9:.2f} GB"
-    if unused:
-        text += f", {sum(unused) / 1e9:.2f} GB of no use any more (python -m rlrr_jax.prepare --prune)"
-    return text
-
-
-def entries(cache_dir: str | None = None, thorough: bool = False) -> list:
-    """What lies in the cache: `[(folder, bytes, why no task uses it or None), ...]`.
-
-    Folders that are not as `build` makes them are somebody's own, and not among them.
-
-    Args:
-      thorough: whether to see if the dataset is still the one that was decoded.
-    """
-    root, out = images_folder(cache_dir), []
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        try:
-            if not _made(folder):
-                continue
-            size = sum(path.stat().st_size for path in folder.iterdir())
-        except FileNotFoundError:  # another process has just finished or removed it
-            continue
-        out.append((folder, size, _unused(folder, thorough)))
-    return out
-
-
-_ENTRY = re.compile(r".+-(original|jpeg75|stored)-[0-9a-f]{10}")
-_PART = re.compile(rf"\.{_ENTRY.pattern}\.[0-9a-f]{{8}}\.part")
-_FILE = re.compile(r"images\.npy|labels-.+\.npy|entry\.json|\.[0-9a-f]{12}\.part(\.json)?")
-
-
-def _made(folder: pathlib.Path) -> bool:
-    """Whether a folder has the name and the files of an entry (or of one in the making) alone."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    whole = _ENTRY.fullmatch(folder.name) and (folder / "entry.json").is_file()
-    if not whole and not _PART.fullmatch(folder.name):
-        return False
-    return all(_FILE.fullmatch(p.name) and p.is_file() and not p.is_symlink() for p in folder.iterdir())
-
-
-def foreign(cache_dir: str | None = None) -> list:
-    """Names in the folder of decoded images that `prune` leaves alone, since we did not make them."""
-    root = images_folder(cache_dir)
-    mine = {_TAG, *(folder.name for folder, *_ in entries(cache_dir))}
-    there = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
-    return [name for name in there if name not in mine and not re.fullmatch(r"\..*\.lock", name)]
-
-
-def _unused(folder, thorough):
-    if folder.name.endswith(".part"):
-        return "its decoding was interrupted, or goes on in another process"
-    try:
-        key = json.loads((folder / "entry.json").read_text())["key"]
-        if key["format"] != _FORMAT:
-            return "made by an older version of rlrr_jax"
-        if key["pillow"] != _PILLOW:
-            return f"decoded by Pillow {key['pillow']}, this is {_PILLOW}"
-        if "own" in key:  # a user's images, of which any list may come again
-            return None if os.path.exists(key["own"]) else f"its images {key['own']}{_NOT_THERE}"
-        if key["labels"] != [tasks.get(name).rule for name in key["tasks"]]:
-            return "its labels are of an older version"
-        if "path" not in key and "folder" not in key:  # of a data source that a fork added
-            return None
-        kind = "tfds" if "path" in key else "folder"
-        path = epath.Path(key["path"] if kind == "tfds" else key["folder"])
-        if not path.exists():
-            return f"its dataset {path}{_NOT_THERE}"
-        if thorough:
-            found = sources.Found(kind, path, key.get("dataset", ""))
-            now = json.loads(json.dumps(sources.open_split(key["tasks"][0], key["split"], found).key))
-            if any(key.get(name) != value for name, value in now.items()):
-                return f"its dataset {path} has changed"
-    except UserError as e:
-        return f"its dataset cannot be read: {e}"
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return "made by an older version of rlrr_jax, or damaged"
-    return None
-
-
-def prune(cache_dir: str | None = None) -> list:
-    """Removes what no task uses, and returns it as `entries` does.
-
-    What is being decoded stays, and so does what belongs to a dataset that is not there.
-    """
-    removed, root = [], images_folder(cache_dir)
-    for folder, size, why in entries(cache_dir, thorough=True):
-        if why is None or why.endswith(_NOT_THERE):  # a disk may come back
-            continue
-        name = folder.name.strip(".").removesuffix(".part").partition(".part")[0]
-        name = re.sub(r"\.[0-9a-f]{8}$", "", name) if folder.name.endswith(".part") else name
-        try:
-            with files.lock(root, f".{name}.lock") as held:  # which whoever decodes it holds
-                if not held and folder.name.endswith(".part"):
-                    continue
-                shutil.rmtree(folder)
-        except UserError:
-            continue
-        removed.append((folder, size, why))
-    return removed
-
-
 def missing_bytes(entries: list) -> int:
     """Bytes that entries will take that are not in the cache, each counted once."""
     new = {e.folder: e.bytes for e in entries if not (e.folder / "entry.json").exists()}
     return sum(new.values())
-
-
-def check_space(wanted: int, cache_dir: str | None = None) -> None:
-    """UserError if so many bytes do not fit into the cache folder's disk."""
-    folder = root = images_folder(cache_dir)
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise UserError(
-            f"the decoded images take {wanted / 1e9:.1f} GB and {root} has "
-            f"{free / 1e9:.1f} GB free: make space, or point config.data.cache_dir at a larger disk"
-        )
 
 
 def intact(entry: Any) -> bool:
@@ -510,7 +252,7 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
     Args:
       alone: whether no other process can be doing the same, so that what a killed one left can go.
     """
-    check_space(entry.bytes, entry.folder.parents[1])
+    cache.check_space(entry.bytes, entry.folder.parents[1])
     part = entry.folder.with_name(f".{entry.folder.name}.{secrets.token_hex(4)}.part")
     mine = re.compile(re.escape(f".{entry.folder.name}.") + r"[0-9a-f]{8}\.part")
     for old in entry.folder.parent.iterdir() if alone else ():
@@ -607,21 +349,6 @@ def _decode(entry, task, item):
         how = (key.get(name, default) for name, default in _HOW.items())
         pixels = Pixels(entry.side, key["variant"], *how)
         return decode(image, pixels, key["scale"])
-
-
-@contextlib.contextmanager
-def readable(split: Split, i: int) -> Iterator[None]:
-    """Explains whatever Pillow raises for the image `i` of a `sources.Split`."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as e:  # its decoders raise anything
-        why = "it is no image" if isinstance(e, PIL.UnidentifiedImageError) else e
-        own = "own" in split.key
-        fault = "cannot be used" if own else "is damaged"
-        way = "remove or replace it" if own else "prepare it again"
-        raise UserError(f"{split.where(i)} {fault} ({why}): {way}") from e
 
 
 def _check_labels(task, split, labels):

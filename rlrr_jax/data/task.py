@@ -131,6 +131,19 @@ def splits(train: str, val: str, test: str) -> dict[str, str]:
     return {"train800": train, "val200": val, "train800val200": f"{train}+{val}", "test": test}
 
 
+STEPS = 3500  # that a run of the default length has: 110 epochs of 1,000 images in batches of 32
+LONGEST, SHORTEST = 110, 5  # epochs
+
+
+def epochs_for(number: int) -> int:
+    """Epochs of about `STEPS` steps with batches of 32, from `SHORTEST` to `LONGEST`.
+
+    Args:
+      number: number of training images.
+    """
+    return min(LONGEST, max(SHORTEST, round(32 * STEPS / number)))
+
+
 def stamp(path: Any) -> list:
     """Size and time of a file: another file has another stamp."""
     if "://" in str(path):

@@ -40,3 +40,31 @@ def keep(key: jax.Array, rate: Any, shape: tuple) -> jax.Array:
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     least = jnp.round(rate * 65536).astype(jnp.uint32)
     return jnp.concatenate([half >= least for half in halves], -1)[..., : shape[-1]]
+
+
+def drop_path_masks(
+    keys: jax.Array, rates: jax.Array, shape: tuple, mode: str, first: int = 0
+) -> jax.Array:
+    """Which values of the residual branches are kept, [L, 2, B, T, D] or [L, 2, B, 1, 1], bool.
+
+    Args:
+      keys: one PRNG key per example, [B]; so the noise does not depend on how a batch is split.
+      rates: probability of a drop in each of the L blocks, may be traced.
+      shape: (T, D) of a branch.
+      mode: "element" drops single values (the RLRR authors' code), "sample" the whole branch of an
+        example (stochastic depth, Huang et al., 2016).
+      first: number of the first of these blocks in the network.
+    """
+    shape = shape if mode == "element" else (1, 1)
+
+    def kept(block, rate, branch, key):
+        return keep(jax.random.fold_in(key, 1 + 2 * block + branch), rate, shape)
+
+    for axes in ((None, None, None, 0), (None, None, 0, None), (0, 0, None, None)):
+        kept = jax.vmap(kept, axes)
+    return kept(first + jnp.arange(len(rates)), rates, jnp.arange(2), keys)
+
+
+def drop_path(x: jax.Array, rate: Any, keep: jax.Array) -> jax.Array:
+    """Drops parts of a residual branch `x` [B, T, D] and rescales the rest by `1 / (1 - rate)`."""
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)

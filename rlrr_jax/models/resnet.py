@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.models.vit import drop_path, drop_path_masks
+from rlrr_jax.models.noise import drop_path, drop_path_masks
 from rlrr_jax.sides import Size, pair
 
 DEPTHS = {

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import matmul, noise
+from rlrr_jax.models import matmul
 from rlrr_jax.models.matmul import Dense, DenseGeneral
+from rlrr_jax.models.noise import drop_path, drop_path_masks
 from rlrr_jax.sides import Size, pair
 
 # Dosovitskiy et al. (2021), table 1; Ti and S as in DeiT and AugReg.
@@ -53,34 +54,6 @@ def check_size(model: "ViT", image_size: Size) -> None:
                 f"image size {side} is not divisible by the patch size {patch}: set "
                 f"config.{key} to {max(round(side / patch), 1) * patch}"
             )
-
-
-def drop_path_masks(
-    keys: jax.Array, rates: jax.Array, shape: tuple, mode: str, first: int = 0
-) -> jax.Array:
-    """Which values of the residual branches are kept, [L, 2, B, T, D] or [L, 2, B, 1, 1], bool.
-
-    Args:
-      keys: one PRNG key per example, [B]; so the noise does not depend on how a batch is split.
-      rates: probability of a drop in each of the L blocks, may be traced.
-      shape: (T, D) of a branch.
-      mode: "element" drops single values (the RLRR authors' code), "sample" the whole branch of an
-        example (stochastic depth, Huang et al., 2016).
-      first: number of the first of these blocks in the network.
-    """
-    shape = shape if mode == "element" else (1, 1)
-
-    def keep(block, rate, branch, key):
-        return noise.keep(jax.random.fold_in(key, 1 + 2 * block + branch), rate, shape)
-
-    for axes in ((None, None, None, 0), (None, None, 0, None), (0, 0, None, None)):
-        keep = jax.vmap(keep, axes)
-    return keep(first + jnp.arange(len(rates)), rates, jnp.arange(2), keys)
-
-
-def drop_path(x: jax.Array, rate: Any, keep: jax.Array) -> jax.Array:
-    """Drops parts of a residual branch `x` [B, T, D] and rescales the rest by `1 / (1 - rate)`."""
-    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), 0)
 
 
 def activation(gelu: str) -> Callable:

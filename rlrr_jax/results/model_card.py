@@ -1,14 +1,17 @@
-"""The model card of an adapter: a README.md whose YAML head the Hugging Face Hub reads."""
+"""The model card of an adapter, a README.md whose head the Hugging Face Hub reads; its upload."""
 
 import hashlib
 import json
 import pathlib
 import re
 import string
+from typing import Any
 
-from rlrr_jax import sides
+from rlrr_jax import files, sides
+from rlrr_jax.errors import UserError, first_line
 
 NAME = "README.md"
+FILE = "adapter.safetensors"
 CARD = string.Template("""\
 ---
 $head
@@ -103,3 +106,51 @@ def _head(card):
         name = f"{card['task']} {card['method']}"
         lines["model-index"] = [{"name": name, "results": [result]}]
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items())
+
+
+def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
+    """Uploads a folder made by `export` to the Hugging Face Hub; returns its address and who sees it.
+
+    Its own library does it, with its environment variables (HF_TOKEN, HF_ENDPOINT). A card that
+    somebody edited, in the folder or on the Hub, is kept.
+
+    Args:
+      folder: the folder.
+      repository: its name, user/name.
+      card: the adapter's card.
+      public: whether everybody may see it.
+
+    Raises UserError if the library is not installed, if the repository is public and that was not
+    asked for, or if the upload fails.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as e:
+        raise UserError("--push needs huggingface_hub: pip install huggingface_hub") from e
+    readme = files.local(folder) / NAME
+    if not is_edited(readme):
+        files.write(readme, text(card, f"hf:{repository}"))
+    try:
+        api = huggingface_hub.HfApi()
+        url = api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and api.repo_info(repository).private is False:
+            raise UserError(f"hf:{repository} is public: add --public, or name another")
+        uploaded = [FILE, NAME]
+        try:
+            theirs = api.hf_hub_download(repository, NAME)
+            if is_edited(pathlib.Path(theirs)):
+                uploaded = [FILE]
+                print(f"note: the card of hf:{repository} was edited, and is kept", flush=True)
+        except EntryNotFoundError:
+            pass
+        api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=uploaded)
+    except UserError:
+        raise
+    except Exception as e:  # of the network, the name, the token
+        raise UserError(
+            f"cannot upload to hf:{repository} ({first_line(e)}): check the name, the network and "
+            f"HF_TOKEN; the folder {folder} is complete"
+        ) from e
+    seen = "private" if api.repo_info(repository).private else "public"
+    return f"{url} ({seen})"

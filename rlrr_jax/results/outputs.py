@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlrr_jax import adapters, files, heads, step
+from rlrr_jax import adapters, cards, files, heads, step
 from rlrr_jax.results import plots, rows
 from rlrr_jax.runtime import distributed, memory
 
@@ -82,7 +82,7 @@ def write_results(job: Any, outputs: Outputs, progress: Any) -> None:
             history, mine = progress.histories[i], jax.tree.map(lambda x, i=i: x[i], trained)
             mine = heads.cut(mine, job.classes)
             accuracy = {k: history[-1].get(k) for k in ("train_acc", "val_acc", "test_acc")}
-            card = adapters.card(run.config, outputs.provenance, outputs.classes, accuracy)
+            card = cards.card(run.config, outputs.provenance, outputs.classes, accuracy)
             if all(np.isfinite(x).all() for x in jax.tree.leaves(mine)):
                 adapters.write(folder / "adapter.safetensors", adapters.Adapter(mine, card))
             else:

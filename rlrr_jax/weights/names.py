@@ -11,7 +11,7 @@ from typing import Any
 from rlrr_jax import files, hub
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import download
-from rlrr_jax.weights.preprocessing import INDEX
+from rlrr_jax.weights.state_dicts import INDEX
 
 ADDRESS = "https://storage.googleapis.com/vit_models/"
 FOLDERS = ("imagenet21k/", "imagenet21k+imagenet2012/", "augreg/", "sam/", "gsam/")

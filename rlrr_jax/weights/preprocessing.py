@@ -12,12 +12,11 @@ import safetensors
 from rlrr_jax import models
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
-from rlrr_jax.weights import architectures
+from rlrr_jax.weights import architectures, positions, state_dicts
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-INDEX = ".safetensors.index.json"  # of a file in several shards
 # What file names of timm and of the original code say, where nothing else does.
 _BY_NAME = (
     (r"vit_large_patch14_clip_\d+\.laion2b", (HALF, HALF)),
@@ -123,7 +122,7 @@ def read(
         return JAX._replace(num_heads=heads, resize="bilinear" if flexible else JAX.resize)
     card, notes, beside = _header(path), [], []
     if not card:
-        own = path.name.removesuffix(INDEX).removesuffix(".safetensors") + ".json"
+        own = path.name.removesuffix(state_dicts.INDEX).removesuffix(".safetensors") + ".json"
         beside = [path.with_name(own), path.with_name("config.json")]
         beside = [config for config in dict.fromkeys(beside) if config.exists()]
     if ignore:
@@ -145,7 +144,7 @@ def read(
             f"{'' if beside else 'put its config.json beside it, or '}set config.pretrained.mean and "
             f"config.pretrained.std (0.5 each for [-1, 1]) and config.model.gelu (exact, tanh or quick)"
         )
-    return card._replace(resize=card.resize or _resize_by_arrays(path), notes=tuple(notes))
+    return card._replace(resize=card.resize or positions.rule(path), notes=tuple(notes))
 
 
 def _ignoring(beside: list) -> str:
@@ -392,20 +391,3 @@ def _card(gelu, pixels, path, source):
     except (ValueError, AttributeError) as e:
         raise UserError(f"what {source} says of {path} is damaged ({e}): replace or remove it") from e
     return Card(gelu, tuple(mean), tuple(std), f"{source} says so")
-
-
-def _resize_by_arrays(path):
-    """How a position embedding is resized by the code that a file's names belong to, see `reader`."""
-    try:
-        if path.name.endswith(INDEX):
-            names = json.loads(path.read_text())["weight_map"]
-        else:
-            with safetensors.safe_open(path, "numpy") as file:
-                names = list(file.keys())
-    except Exception:  # whoever reads its arrays says what is wrong
-        return "bicubic"
-    stems = "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight"
-    registers = any(name.endswith("embeddings.register_tokens") for name in names)
-    return (
-        "bicubic_plain" if any(name.endswith(stems) for name in names) and not registers else "bicubic"
-    )

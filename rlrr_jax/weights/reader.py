@@ -1,7 +1,5 @@
 """Weight files read into a model's tree: `.npz` and `.safetensors`."""
 
-import functools
-import math
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -21,17 +19,15 @@ from rlrr_jax.sides import Size, pair
 from rlrr_jax.weights import (
     names,
     plain_layouts,
+    positions,
     preprocessing,
     resnet_layouts,
     state_dicts,
     swin_layouts,
     vit_layouts,
+    vit_transformers,
 )
 
-# How a position embedding is brought to another grid: "linear" is SciPy's zoom, as in the public JAX
-# code; "bicubic" is PyTorch's with antialiasing, as in timm; "bicubic_plain" is PyTorch's without, as
-# in transformers; "bilinear" is JAX's with antialiasing, as in the code of FlexiViT.
-RESIZES = ("linear", "bilinear", "bicubic", "bicubic_plain")
 LAYOUTS = {
     "vit": vit_layouts,
     "swin": swin_layouts,
@@ -47,7 +43,7 @@ class How(NamedTuple):
       grid: (rows, columns) of the file's position embedding, where it is not square.
       mean, std: mean and standard deviation of each colour, for pixels in [0, 1]. They are folded
         into the patch embedding, so that every model takes images in [-1, 1].
-      resize: one of `RESIZES`.
+      resize: one of `positions.RESIZES`.
       patch: whether a patch embedding of another size is resized to the model's.
       whole: number of blocks of a network of which the model has the first; None: it has all.
     """
@@ -108,9 +104,9 @@ def load(
         if how.whole:
             flat = vit_layouts.first_blocks(flat, model.depth)
         if how.patch:
-            _resize_patch(flat, model.patch_size, how, path, note)
+            positions.fit_patch(flat, model.patch_size, how, path, note)
         grid = tuple(side // model.patch_size for side in pair(image_size))
-        _place_position(flat, grid, how, path, note)
+        positions.place(flat, grid, how, path, note)
     ours = lambda key: head or not key.startswith("head/")
     flat = {k: v for k, v in flat.items() if ours(k) or k not in shapes}
     wanted = {k: v.shape for k, v in shapes.items() if ours(k)}
@@ -172,7 +168,7 @@ def _filled(how, model, path, name):
 def _read(path, subtree, model, limit):
     """The arrays of a file by our names, and the names of those that lie elsewhere in it."""
     family = models.family_of(model)
-    if not path.endswith((".safetensors", preprocessing.INDEX)):
+    if not path.endswith((".safetensors", state_dicts.INDEX)):
         if family == models.OTHER:
             return plain_layouts.read(_read_npz(path, limit)), []
         if family == "resnet":
@@ -180,7 +176,7 @@ def _read(path, subtree, model, limit):
         if family != "vit":
             raise UserError(f"{path} is no file of a Swin: give a .safetensors file")
         return vit_layouts.from_jax(_read_npz(path, limit), subtree, path)
-    index = path.endswith(preprocessing.INDEX)
+    index = path.endswith(state_dicts.INDEX)
     flat = {}
     for shard in names.shards(pathlib.Path(path)) if index else [pathlib.Path(path)]:
         flat |= _read_safetensors(shard, limit)
@@ -192,10 +188,10 @@ def _read(path, subtree, model, limit):
             return swin_layouts.from_torch(flat, path)
         return resnet_layouts.from_torch(flat, model.bit, path)
     read = vit_layouts.from_timm
-    if vit_layouts.of_transformers(flat):
-        read = vit_layouts.from_transformers
-    elif vit_layouts.of_clip(flat):
-        read = vit_layouts.from_clip
+    if vit_transformers.of_transformers(flat):
+        read = vit_transformers.from_transformers
+    elif vit_transformers.of_clip(flat):
+        read = vit_transformers.from_clip
     return read(flat, model.num_heads, path)
 
 
@@ -274,79 +270,6 @@ def _float32(array):
     return array.astype(np.float32) if floating else array  # a step counter, say
 
 
-def _place_position(flat, target, how, path, note):
-    """Brings the position embedding to `target` (rows, columns); a class-token row goes into `cls`."""
-    position = flat.get("pos_embedding")
-    if position is None or position.ndim != 3:
-        return  # reported with the other missing and mis-shaped names
-    n, width = position.shape[1:]
-    tokens = [name for name in ("cls", "dist", "registers") if getattr(flat.get(name), "ndim", 0) == 3]
-    rows, grid = _rows_and_grid(n, [flat[name].shape[-2] for name in tokens], how.grid)
-    if grid is None:
-        what = "a square" if how.grid is None else f"{how.grid[0]} x {how.grid[1]}"
-        raise UserError(
-            f"the position embedding in {path} has {n} rows, which is not {what}: give its shape as "
-            f"config.pretrained.grid=(rows, columns)"
-        )
-    for name in tokens:
-        number = min(rows, flat[name].shape[-2])
-        if number and flat[name].shape[-1] == width:
-            flat[name] = flat[name] + position[:, :number]
-        position, rows = position[:, number:], rows - number
-    if tuple(grid) != tuple(target):
-        if note:
-            note(
-                f"note: the position embedding of {path} was resized from {grid[0]} x {grid[1]} to "
-                f"{target[0]} x {target[1]} (pretrained.resize={how.resize})"
-            )
-        position = resize_position(position.reshape(*grid, width), tuple(target), how.resize)
-    flat["pos_embedding"] = np.ascontiguousarray(position.reshape(1, -1, width), np.float32)
-
-
-def _resize_patch(flat, patch, how, path, note):
-    """Brings the patch embedding to another patch size."""
-    kernel = flat.get("embedding/kernel")
-    if kernel is None or kernel.ndim != 4 or kernel.shape[0] == patch:
-        return
-    flat["embedding/kernel"] = resize_patch(kernel, patch, how.resize)
-    if note:
-        note(f"note: the patch embedding of {path} was resized from {len(kernel)} to {patch} pixels")
-
-
-def resize_patch(kernel: Any, patch: int, rule: str) -> np.ndarray:
-    """A patch embedding [p, p, 3, D] for patches of another size (FlexiViT; Beyer et al., CVPR 2023).
-
-    Resized patches give the outputs that the old ones gave: the kernel is multiplied by the
-    pseudo-inverse of the resizing, which is linear of the JAX code, bicubic of the others.
-    """
-    eye = np.eye(len(kernel), dtype=np.float32)
-    linear = rule in ("linear", "bilinear")
-    method = dict(method="linear", antialias=False) if linear else dict(method="cubic")
-    along = np.asarray(jax.image.resize(eye, (patch, len(kernel)), **method), np.float64)
-    inverse = np.linalg.pinv(along.T)  # [patch, p]
-    return np.einsum("ia,jb,abcd->ijcd", inverse, inverse, kernel, optimize=True).astype(np.float32)
-
-
-def _rows_and_grid(n, tokens, grid):
-    """How many rows of a position embedding are of tokens, and the grid of the others (None: unknown).
-
-    Without a grid that is given the rows of patches must be a square: 16 rows are 4 x 4, never a class
-    token's and 3 x 5.
-
-    Args:
-      n: number of its rows.
-      tokens: numbers of tokens of each kind; all of them have rows, or the first alone, or none.
-      grid: the file's, if it is given.
-    """
-    side = lambda x: math.isqrt(x) if x > 0 and math.isqrt(x) ** 2 == x else None
-    for rows in (0, *((sum(tokens), tokens[0]) if tokens else ())):
-        if grid is not None and n - rows == math.prod(grid):
-            return rows, grid
-        if grid is None and n > rows and side(n - rows):
-            return rows, (side(n - rows),) * 2
-    return 0, None
-
-
 def array_shapes(path: Any) -> dict[str, tuple]:
     """Names and shapes of a file's arrays; of an `.npz` only the names, with shapes ().
 
@@ -358,48 +281,13 @@ def array_shapes(path: Any) -> dict[str, tuple]:
             with zipfile.ZipFile(path) as archive:
                 return {name.removesuffix(".npy"): () for name in archive.namelist()}
         out = {}
-        index = str(path).endswith(preprocessing.INDEX)
+        index = str(path).endswith(state_dicts.INDEX)
         for shard in names.shards(path) if index else [path]:
             with safetensors.safe_open(shard, "numpy") as file:
                 out |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         return out
     except Exception:
         return {}
-
-
-def resize_position(position: Any, target: Any, rule: str) -> np.ndarray:
-    """A position embedding [h, w, D] on the grid `target` (rows, columns), by one of `RESIZES`."""
-    if rule == "linear":
-        zoom = (target[0] / position.shape[0], target[1] / position.shape[1], 1)
-        import scipy.ndimage  # slow to import
-
-        return scipy.ndimage.zoom(position, zoom, order=1)
-    if rule in ("bicubic", "bilinear"):
-        shape, method = (*target, position.shape[-1]), {"bicubic": "cubic", "bilinear": "linear"}[rule]
-        return np.asarray(jax.image.resize(position, shape, method, antialias=True))
-    rows, columns = (_bicubic(n, m) for n, m in zip(position.shape, target))
-    return np.einsum("ih,jw,hwd->ijd", rows, columns, position, optimize=True)
-
-
-@functools.cache
-def _bicubic(old, new):
-    """PyTorch's weights [new, old] of bicubic interpolation without antialiasing, a = -0.75.
-
-    The four nearest of the old values, those beyond an edge are the edge's.
-    """
-    place = (np.arange(new) + 0.5) * old / new - 0.5
-    first = np.floor(place).astype(int) - 1
-    weights = np.zeros((new, old))
-    for tap in range(4):
-        x = np.abs(place - (first + tap))
-        near = (1.25 * x - 2.25) * x * x + 1
-        far = -0.75 * (((x - 5) * x + 8) * x - 4)
-        np.add.at(
-            weights,
-            (np.arange(new), np.clip(first + tap, 0, old - 1)),
-            np.where(x <= 1, near, np.where(x < 2, far, 0)),
-        )
-    return weights
 
 
 def differences(found: dict, wanted: dict) -> list[str]:

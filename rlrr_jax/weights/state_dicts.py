@@ -6,6 +6,7 @@ from typing import Any
 
 from rlrr_jax.errors import UserError
 
+INDEX = ".safetensors.index.json"  # of a file in several shards
 # Names of layouts that are known and not read.
 _OTHER = (
     (r"conv_proj\.weight", "torchvision's names of a ViT"),

@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.weights import state_dicts
-from rlrr_jax.weights.vit_layouts import join_thirds, timm_layer, to_timm_layer
+from rlrr_jax.weights.vit_layouts import join_thirds, timm_layer
+from rlrr_jax.weights.vit_writers import to_timm_layer
 
 STEM = "patch_embed/proj"  # what takes the pixels
 _ATTENTION, _MLP = "WindowAttention_0", "MlpBlock_0"

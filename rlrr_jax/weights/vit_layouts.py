@@ -4,7 +4,7 @@ In between, an array has our name with numbered blocks: `Transformer/encoderbloc
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,20 @@ from flax.traverse_util import flatten_dict
 from rlrr_jax.errors import UserError
 from rlrr_jax.weights import state_dicts
 
-_ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
+ATTENTION, MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 PREFIXES = ("", "params/", "opt/target/")  # of the tree to read, if an `.npz` holds several
 _BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/")
 _MOST_BLOCKS = 1000  # a longer axis is no depth, and is reported as it is
 QKV = ("query", "key", "value")
 # Our name of what timm calls `blocks.<i>.<name>`; `qkv` is three of ours.
-_TIMM_BLOCK = {
+TIMM_BLOCK = {
     "norm1": "LayerNorm_0",
-    "attn.proj": f"{_ATTENTION}/out",
+    "attn.proj": f"{ATTENTION}/out",
     "norm2": "LayerNorm_1",
-    "mlp.fc1": f"{_MLP}/Dense_0",
-    "mlp.fc2": f"{_MLP}/Dense_1",
+    "mlp.fc1": f"{MLP}/Dense_0",
+    "mlp.fc2": f"{MLP}/Dense_1",
 }
-_TIMM = {"patch_embed.proj": "embedding", "norm": "Transformer/encoder_norm", "head": "head"}
+TIMM = {"patch_embed.proj": "embedding", "norm": "Transformer/encoder_norm", "head": "head"}
 STEM = "embedding"  # what takes the pixels
 _TIMM_STEM = "patch_embed.proj.weight"
 # Of other heads, of pre-training and of trainers: the class token's path does not use them.
@@ -35,30 +35,6 @@ _UNUSED = re.compile(
     r"|projector|projection|dino_head|ibot_head|optimizer|opt)\b.*|decoder_.*|(.*[./])?position_ids"
     r"|epoch|step|global_step|iteration"
 )
-# transformers' names in a block -> timm's.
-_HF_BLOCK = {
-    r"attention\.(?:attention\.)?(query|key|value)": "attn.{}",
-    r"attention\.([qkv])_proj": "attn.{}",
-    r"attention\.(?:output\.dense|o_proj)": "attn.proj",
-    r"layernorm_before|norm1": "norm1",
-    r"layernorm_after|norm2": "norm2",
-    r"intermediate\.dense|mlp\.fc1": "mlp.fc1",
-    r"output\.dense|mlp\.fc2": "mlp.fc2",
-}
-_HF_LEAF = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.mask_token": "mask_token",
-    "embeddings.distillation_token": "dist_token",
-    "embeddings.register_tokens": "reg_token",
-}
-_HF_STEMS = {
-    "layernorm": "norm",
-    "classifier": "head",
-    "cls_classifier": "head",
-    "distillation_classifier": "head_dist",
-}
-_HF_STEM = "embeddings.patch_embeddings.projection"
 # timm's names of what is in no block.
 _TIMM_LEAVES = {
     "cls_token": "cls",
@@ -68,18 +44,18 @@ _TIMM_LEAVES = {
     "pos_embed": "pos_embedding",
     "attn_pool.latent": "MAPHead_0/probe",
 }
-_TIMM |= {
+TIMM |= {
     "projection": "projection",  # transformers' visual_projection, see `_from_clip`
     "norm_pre": "pre_norm",
     "fc_norm": "fc_norm",
-    "attn_pool.proj": f"MAPHead_0/{_ATTENTION}/out",
+    "attn_pool.proj": f"MAPHead_0/{ATTENTION}/out",
     "attn_pool.norm": "MAPHead_0/LayerNorm_0",
-    "attn_pool.mlp.fc1": f"MAPHead_0/{_MLP}/Dense_0",
-    "attn_pool.mlp.fc2": f"MAPHead_0/{_MLP}/Dense_1",
+    "attn_pool.mlp.fc1": f"MAPHead_0/{MLP}/Dense_0",
+    "attn_pool.mlp.fc2": f"MAPHead_0/{MLP}/Dense_1",
 }
-_TIMM_BLOCK |= {
-    "attn.q_norm": f"{_ATTENTION}/query_norm",
-    "attn.k_norm": f"{_ATTENTION}/key_norm",
+TIMM_BLOCK |= {
+    "attn.q_norm": f"{ATTENTION}/query_norm",
+    "attn.k_norm": f"{ATTENTION}/key_norm",
 }
 _REFUSED = {
     r"rope\b.*|.*rope_embeddings.*|.*\.rotary.*": "rotary positions",
@@ -157,8 +133,8 @@ def from_jax(flat: dict, subtree: str, path: Any) -> tuple:
         if not key.startswith(prefix):
             continue
         key = key.removeprefix(prefix)
-        key = key.replace("MultiHeadDotProductAttention_1/", f"{_ATTENTION}/")
-        key = key.replace("/LayerNorm_2/", "/LayerNorm_1/").replace("/MlpBlock_3/", f"/{_MLP}/")
+        key = key.replace("MultiHeadDotProductAttention_1/", f"{ATTENTION}/")
+        key = key.replace("/LayerNorm_2/", "/LayerNorm_1/").replace("/MlpBlock_3/", f"/{MLP}/")
         key = re.sub(r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding", key)
         names[key] = value
     if "pos_embedding" not in names:
@@ -194,7 +170,7 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
             block = f"Transformer/encoderblock_{match[1]}"
             if layer := re.fullmatch(r"ls([12])\.gamma|gamma_([12])", match[2]):
-                name = f"{_ATTENTION}/out" if "1" in layer.groups() else f"{_MLP}/Dense_1"
+                name = f"{ATTENTION}/out" if "1" in layer.groups() else f"{MLP}/Dense_1"
                 gammas[f"{block}/{name}"] = value
             else:
                 out |= {f"{block}/{k}": v for k, v in _timm_block(match[2], value, num_heads)}
@@ -234,7 +210,7 @@ def _timm_outside(key, value, num_heads):
         yield _TIMM_LEAVES[key], value
         return
     stem, _, part = key.rpartition(".")
-    attention = f"MAPHead_0/{_ATTENTION}"
+    attention = f"MAPHead_0/{ATTENTION}"
     if stem in ("attn_pool.q", "attn_pool.kv"):
         names = QKV[:1] if stem.endswith(".q") else QKV[1:]
         for name, array in zip(names, np.split(value, len(names))):
@@ -244,7 +220,7 @@ def _timm_outside(key, value, num_heads):
             else:
                 yield f"{attention}/{name}/bias", heads
         return
-    for name, array in timm_layer(key, value, _TIMM):
+    for name, array in timm_layer(key, value, TIMM):
         if name == f"{attention}/out/kernel":
             array = array.reshape(num_heads, -1, array.shape[-1])
         yield name, array
@@ -293,84 +269,6 @@ def parts(shapes: dict[str, tuple]) -> dict[str, Any]:
     return out
 
 
-def of_transformers(names: Iterable[str]) -> bool:
-    """Whether these are names of transformers' ViT or Dinov2."""
-    return any(name.endswith(f"{_HF_STEM}.weight") for name in names)
-
-
-def from_transformers(flat: dict, num_heads: int, path: Any) -> tuple:
-    """The arrays of a ViT or Dinov2 of transformers (both its generations of names) as `from_timm`'s.
-
-    Raises UserError as `from_timm` does.
-    """
-    stems = [
-        key.removesuffix(f"{_HF_STEM}.weight") for key in flat if key.endswith(f"{_HF_STEM}.weight")
-    ]
-    if len(stems) > 1:
-        raise UserError(f"{path} holds several models ({', '.join(stems)}): keep one of them")
-    named = {}
-    for key, value in flat.items():
-        key = key.removeprefix(stems[0])
-        stem, _, part = key.rpartition(".")
-        known = {_HF_STEM: "patch_embed.proj", **_HF_STEMS}
-        block = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", stem)
-        if block and re.fullmatch(r"layer_scale[12]\.lambda1", f"{block[2]}.{part}"):
-            named[f"blocks.{block[1]}.ls{block[2][-1]}.gamma"] = value
-        elif block:
-            named[f"blocks.{block[1]}.{_hf_block(block[2])}.{part}"] = value
-        else:
-            named[_HF_LEAF.get(key, f"{known.get(stem, stem)}.{part}".lstrip("."))] = value
-    return from_timm(join_thirds(named, r"(blocks\.\d+\.attn)"), num_heads, path)
-
-
-# transformers' names of the vision models of CLIP and SigLIP -> timm's.
-_CLIP = (
-    (r"embeddings\.class_embedding", "cls_token"),
-    (r"embeddings\.patch_embedding\.(weight|bias)", r"patch_embed.proj.\1"),
-    (r"embeddings\.position_embedding\.weight", "pos_embed"),
-    (r"pre_layrnorm\.(weight|bias)", r"norm_pre.\1"),
-    (r"post_layernorm\.(weight|bias)", r"norm.\1"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.", r"blocks.\1.attn.query."),
-    (r"encoder\.layers\.(\d+)\.self_attn\.k_proj\.", r"blocks.\1.attn.key."),
-    (r"encoder\.layers\.(\d+)\.self_attn\.v_proj\.", r"blocks.\1.attn.value."),
-    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
-    (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"blocks.\1.norm\2."),
-    (r"encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
-    (r"head\.probe", "attn_pool.latent"),
-    (r"head\.attention\.out_proj\.", "attn_pool.proj."),
-    (r"head\.layernorm\.", "attn_pool.norm."),
-    (r"head\.mlp\.", "attn_pool.mlp."),
-)
-_CLIP_STEM = "embeddings.patch_embedding.weight"
-
-
-def of_clip(names: Iterable[str]) -> bool:
-    """Whether these are names of a vision model of CLIP or SigLIP in transformers."""
-    return any(name.endswith(_CLIP_STEM) for name in names)
-
-
-def from_clip(flat: dict, num_heads: int, path: Any) -> tuple:
-    """The arrays of CLIP's or SigLIP's vision model in transformers as `from_timm`'s."""
-    (stem,) = [key.removesuffix(_CLIP_STEM) for key in flat if key.endswith(_CLIP_STEM)]
-    named, outside = {}, []
-    for key, value in flat.items():
-        if key == "visual_projection.weight":
-            named["projection.weight"] = value
-        elif not key.startswith(stem):
-            outside.append(key)
-        elif match := re.fullmatch(r"head\.attention\.in_proj_(weight|bias)", key.removeprefix(stem)):
-            query, key_value = np.split(value, [len(value) // 3])
-            named |= {f"attn_pool.q.{match[1]}": query, f"attn_pool.kv.{match[1]}": key_value}
-        else:
-            name = key.removeprefix(stem)
-            for pattern, theirs in _CLIP:
-                name = re.sub(rf"^{pattern}", theirs, name)
-            lead = {"cls_token": (1, 1), "pos_embed": (1,)}.get(name, ())
-            named[name] = value.reshape(*lead, *value.shape)
-    found, more = from_timm(join_thirds(named, r"(blocks\.\d+\.attn)"), num_heads, path)
-    return found, [*outside, *more]
-
-
 def join_thirds(flat: dict, stem: str) -> dict:
     """Arrays with `<stem>.query`, `.key` and `.value` as one `<stem>.qkv`, as timm has it.
 
@@ -394,15 +292,6 @@ def join_thirds(flat: dict, stem: str) -> dict:
     return out
 
 
-def _hf_block(name):
-    """timm's name of a layer in a block; one that is not known keeps its own, and is reported."""
-    for pattern, theirs in _HF_BLOCK.items():
-        if match := re.fullmatch(pattern, name):
-            third = [name for name in QKV if match.groups() and name[0] == match[1][0]]
-            return theirs.format(*third)
-    return name
-
-
 def _timm_block(name, value, num_heads):
     """Our names in a block and their arrays, of one of timm's."""
     if (
@@ -413,12 +302,12 @@ def _timm_block(name, value, num_heads):
         heads = value.reshape(3, num_heads, -1, *value.shape[1:])  # [3, H, Dh, D] or [3, H, Dh]
         for part, array in zip(QKV, heads):
             if array.ndim == 3:
-                yield f"{_ATTENTION}/{part}/kernel", array.transpose(2, 0, 1)  # [D, H, Dh]
+                yield f"{ATTENTION}/{part}/kernel", array.transpose(2, 0, 1)  # [D, H, Dh]
             else:
-                yield f"{_ATTENTION}/{part}/bias", array
+                yield f"{ATTENTION}/{part}/bias", array
         return
-    for key, array in timm_layer(name, value, _TIMM_BLOCK):
-        if key == f"{_ATTENTION}/out/kernel" and len(array) % num_heads == 0:
+    for key, array in timm_layer(name, value, TIMM_BLOCK):
+        if key == f"{ATTENTION}/out/kernel" and len(array) % num_heads == 0:
             array = array.reshape(num_heads, -1, array.shape[-1])  # [H, Dh, D]
         yield key, array
 
@@ -438,131 +327,10 @@ def timm_layer(name: str, value: Any, known: dict) -> Iterator[tuple]:
 # To -------------------------------------------------------------------------------------------
 
 
-def to_big_vision(params: Any) -> dict:
-    """A tree as big_vision saves it, with numbered blocks: `params/Transformer/encoderblock_0/...`."""
-    return {f"params/{k}": np.asarray(v, np.float32) for k, v in numbered(params).items()}
-
-
-def to_vit_jax(params: Any) -> dict:
-    """A tree in the layout of 2020, `github.com/google-research/vision_transformer`.
-
-    Its position embedding has a row for the class token; ours is in `cls`, so that row is zero.
-    """
-    out = {}
-    for key, value in numbered(params).items():
-        key = key.replace(f"{_ATTENTION}/", "MultiHeadDotProductAttention_1/")
-        key = key.replace("/LayerNorm_1/", "/LayerNorm_2/").replace(f"/{_MLP}/", "/MlpBlock_3/")
-        if key == "pos_embedding":
-            key, value = "Transformer/posembed_input/pos_embedding", _with_class_row(value)
-        out[key] = np.asarray(value, np.float32)
-    return out
-
-
 def first_blocks(flat: dict, depth: int) -> dict:
     """Arrays by name, without those of blocks after the first so many."""
     beyond = lambda key: (found := _BLOCK.match(key)) and int(found[1]) >= depth
     return {key: value for key, value in flat.items() if not beyond(key)}
-
-
-def to_timm(params: Any) -> dict:
-    """A tree as the state dict of timm's `VisionTransformer`, query, key and value in one.
-
-    A bias of the patch embedding is in the position embedding where timm has none (before a norm).
-    """
-    flat = numbered(params)
-    out = _to_timm_tokens(flat)
-    for theirs, ours in _TIMM.items():
-        if f"{ours}/kernel" in flat or f"{ours}/scale" in flat:
-            out |= to_timm_layer(flat, ours, theirs)
-    if "pre_norm/scale" in flat:
-        out["pos_embed"] = _plus_bias(out["pos_embed"], out.pop("patch_embed.proj.bias"))
-    if "dist" in flat:  # two heads, whose mean ours is
-        first, second = np.split(out["head.weight"], 2, axis=1)
-        out |= {"head.weight": first, "head_dist.weight": second, "head_dist.bias": out["head.bias"]}
-    pool = f"MAPHead_0/{_ATTENTION}"
-    if f"{pool}/query/kernel" in flat:
-        out["attn_pool.latent"] = flat["MAPHead_0/probe"]
-        for part, theirs in (("kernel", "weight"), ("bias", "bias")):
-            out[f"attn_pool.q.{theirs}"] = _rows(flat, pool, part, QKV[:1])
-            out[f"attn_pool.kv.{theirs}"] = _rows(flat, pool, part, QKV[1:])
-    depth = len({key.split("/")[1] for key in flat if key.startswith("Transformer/encoderblock_")})
-    for i in range(depth):
-        block = f"Transformer/encoderblock_{i}"
-        for part, theirs in (("kernel", "weight"), ("bias", "bias")):
-            out[f"blocks.{i}.attn.qkv.{theirs}"] = _rows(flat, f"{block}/{_ATTENTION}", part, QKV)
-        for theirs, ours in _TIMM_BLOCK.items():
-            if f"{block}/{ours}/bias" in flat:
-                out |= to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
-    return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
-
-
-def _rows(flat, attention, part, names):
-    """Kernels [n D, D] or biases [n D] of some of query, key and value, as timm has them."""
-    heads = [np.asarray(flat[f"{attention}/{name}/{part}"]) for name in names]
-    return np.concatenate(
-        [x.reshape(len(x), -1).T if part == "kernel" else x.reshape(-1) for x in heads]
-    )
-
-
-def _to_timm_tokens(flat):
-    """Tokens and position embedding; with registers timm has no positions of tokens."""
-    names = {"cls": "cls_token", "dist": "dist_token", "registers": "reg_token"}
-    out = {theirs: flat[ours] for ours, theirs in names.items() if ours in flat}
-    position = np.asarray(flat["pos_embedding"])
-    rows = 0 if "registers" in flat else sum(x.shape[1] for x in out.values())
-    return {**out, "pos_embed": np.pad(position, ((0, 0), (rows, 0), (0, 0)))}
-
-
-def _plus_bias(position, bias):
-    """A position embedding with the patches' bias in the rows of patches: all but the class token's."""
-    out = np.array(position)
-    out[:, 1:] += bias
-    return out
-
-
-def to_timm_layer(flat: dict, ours: str, theirs: str) -> dict:
-    """Weight and bias of a Dense, LayerNorm or patch embedding."""
-    bias = np.asarray(flat.get(f"{ours}/bias", ()))
-    if f"{ours}/scale" in flat:
-        return {f"{theirs}.weight": np.asarray(flat[f"{ours}/scale"]), f"{theirs}.bias": bias}
-    kernel = np.asarray(flat[f"{ours}/kernel"])
-    if kernel.ndim == 3:  # [H, Dh, D]
-        kernel = kernel.reshape(-1, kernel.shape[-1])
-    axes = (3, 2, 0, 1) if kernel.ndim == 4 else None  # the patch embedding [p, p, 3, D]
-    return {f"{theirs}.weight": kernel.transpose(axes), f"{theirs}.bias": bias}
-
-
-def to_transformers(params: Any) -> dict:
-    """A tree as the state dict of transformers' `ViTForImageClassification`."""
-    stems = {"patch_embed.proj": f"vit.{_HF_STEM}", "norm": "vit.layernorm", "head": "classifier"}
-    block_stems = {
-        "norm1": "layernorm_before",
-        "attn.proj": "attention.output.dense",
-        "norm2": "layernorm_after",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }
-    out = {}
-    for key, value in to_timm(params).items():
-        stem, _, part = key.rpartition(".")
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-        if key in ("cls_token", "pos_embed"):
-            (name,) = (ours for ours, theirs in _HF_LEAF.items() if theirs == key)
-            out[f"vit.{name}"] = value
-        elif block is None:
-            out[f"{stems[stem]}.{part}"] = value
-        elif block[2] == "attn.qkv":
-            for name, rows in zip(QKV, np.split(value, 3)):
-                out[f"vit.encoder.layer.{block[1]}.attention.attention.{name}.{part}"] = rows
-        else:
-            out[f"vit.encoder.layer.{block[1]}.{block_stems[block[2]]}.{part}"] = value
-    return {key: np.ascontiguousarray(value) for key, value in out.items()}
-
-
-def _with_class_row(position):
-    """A position embedding [1, 1 + h*w, D] whose first row, the class token's, is zero."""
-    position = np.asarray(position)
-    return np.concatenate([np.zeros_like(position[:, :1]), position], axis=1)
 
 
 # Pixels ---------------------------------------------------------------------------------------

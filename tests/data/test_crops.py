@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from rlrr_jax.data import crops, store
+from rlrr_jax.data import crops, decoding
 
 
 def noise(height, width, seed=0):
@@ -76,7 +76,7 @@ def test_central_is_the_middle():
     image = noise(40, 60)
     middle = crops.window(image, 24, 32, (32 - 24) // 2, (48 - 24) // 2)
     np.testing.assert_array_equal(crops.central(image, 24, 32), middle)
-    np.testing.assert_array_equal(store.decode(image, store.Pixels(24, shorter=32)), middle)
+    np.testing.assert_array_equal(decoding.decode(image, decoding.Pixels(24, shorter=32)), middle)
 
 
 def test_inception_boxes_lie_in_the_image_and_have_the_asked_area_and_aspect():
@@ -99,7 +99,7 @@ def test_an_impossible_box_is_the_whole_image():
 
 @pytest.mark.parametrize("kind", crops.KINDS)
 def test_crops_go_by_seed_epoch_and_image(kind):
-    images, pixels = [noise(30, 40, i) for i in range(6)], store.Pixels(16, shorter=20)
+    images, pixels = [noise(30, 40, i) for i in range(6)], decoding.Pixels(16, shorter=20)
     make = lambda seed=0: crops.Crops(images.__getitem__, 6, kind, pixels, seed)
     first, again, other = (make().take(epoch, range(6)) for epoch in (0, 0, 1))
     assert first.shape == (6, 16, 16, 3) and first.dtype == np.uint8
@@ -120,7 +120,7 @@ def test_random_crop_reaches_every_place():
 
 def test_a_training_that_ends_cancels_its_own_crops_alone():
     """The next one that uses the same crops gets them, not black images."""
-    made = crops.Crops(lambda i: noise(30, 40, i), 4, "resmall", store.Pixels(16, shorter=20), 0)
+    made = crops.Crops(lambda i: noise(30, 40, i), 4, "resmall", decoding.Pixels(16, shorter=20), 0)
     cancelled = threading.Event()
     cancelled.set()
     assert not made.take(0, range(4), cancelled).any()

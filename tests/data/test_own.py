@@ -19,7 +19,7 @@ from PIL import Image
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, lookup, run_images, suite
 from rlrr_jax.configs import own as own_config
-from rlrr_jax.data import own, sources, store
+from rlrr_jax.data import cache, decoding, own, sources, store
 from rlrr_jax.errors import UserError
 
 CLASSES = [f"class {i}" for i in range(5)]
@@ -47,7 +47,7 @@ def task_of(location, **options):
 def arrays(task, tmp_path, data_dir=None):
     """Images and labels of each split."""
     found = sources.find(task, data_dir)
-    load = lambda split: store.load_split(task, split, store.Pixels(32), found, tmp_path)
+    load = lambda split: store.load_split(task, split, decoding.Pixels(32), found, tmp_path)
     return {s: tuple(np.asarray(x[:]) for x in load(s)) for s in ("train", "val", "train+val", "test")}
 
 
@@ -187,11 +187,11 @@ def test_pruning_keeps_what_belongs_to_images_that_are_there(folder, tmp_path):
     arrays(task_of(folder), tmp_path / "cache")
     other = flat(folder, tmp_path / "birds")
     arrays(task_of(other), tmp_path / "cache")
-    assert [why for _, _, why in store.entries(tmp_path / "cache")] == [None] * 8
+    assert [why for _, _, why in cache.entries(tmp_path / "cache")] == [None] * 8
     shutil.rmtree(other)
-    why = [why for _, _, why in store.entries(tmp_path / "cache")]
+    why = [why for _, _, why in cache.entries(tmp_path / "cache")]
     assert why.count(None) == 4 and why.count(f"its images {other} is not there") == 4
-    assert store.prune(tmp_path / "cache") == []  # it may be a disk that comes back
+    assert cache.prune(tmp_path / "cache") == []  # it may be a disk that comes back
 
 
 def test_shots_of_each_class_are_kept(folder, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from rlrr_jax.data import huggingface, own, sources, store
+from rlrr_jax.data import decoding, huggingface, own, sources
 from rlrr_jax.data.examples import Unusable
 from rlrr_jax.errors import UserError
 
@@ -141,11 +141,11 @@ def icon(mode):
 def test_transparent_pictures_lie_on_white_where_they_are_ones_own(mode, tmp_path):
     out = io.BytesIO()
     icon(mode).save(out, "PNG")
-    white = store.decode(out.getvalue(), store.Pixels(16, white=True))
+    white = decoding.decode(out.getvalue(), decoding.Pixels(16, white=True))
     expected = np.full((16, 16, 3), 255, np.uint8)
     expected[4:12, 4:12] = 0
     np.testing.assert_array_equal(white, expected)
-    assert not store.decode(out.getvalue(), store.Pixels(16)).any()  # VTAB's numbers drop alpha
+    assert not decoding.decode(out.getvalue(), decoding.Pixels(16)).any()  # VTAB's numbers drop alpha
     for name in "ab":
         (tmp_path / name).mkdir()
         for i in range(3):
@@ -177,7 +177,7 @@ def test_pgm_of_16_bits_is_png_of_16_bits(tmp_path):
     pgm = b"P5 8 8 65535\n" + values.astype(">u2").tobytes()
     out = io.BytesIO()
     Image.fromarray(values).save(out, "PNG")
-    np.testing.assert_array_equal(store.decode(pgm, 8), store.decode(out.getvalue(), 8))
+    np.testing.assert_array_equal(decoding.decode(pgm, 8), decoding.decode(out.getvalue(), 8))
 
 
 def test_texts_and_exif_of_a_picture_do_not_refuse_it():
@@ -185,11 +185,11 @@ def test_texts_and_exif_of_a_picture_do_not_refuse_it():
     info, out = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text("drawing", "x" * 3_000_000, zip=True)
     picture.save(out, "PNG", pnginfo=info)
-    np.testing.assert_array_equal(store.decode(out.getvalue(), (8, 12)), np.asarray(picture))
+    np.testing.assert_array_equal(decoding.decode(out.getvalue(), (8, 12)), np.asarray(picture))
     exif, out = Image.Exif(), io.BytesIO()
     exif[274] = 6
     picture.save(out, "PNG", exif=exif)
-    turned = store.decode(out.getvalue(), store.Pixels((12, 8), upright=True))
+    turned = decoding.decode(out.getvalue(), decoding.Pixels((12, 8), upright=True))
     np.testing.assert_array_equal(turned, np.rot90(np.asarray(picture), -1))
 
 

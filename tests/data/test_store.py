@@ -14,7 +14,7 @@ import pytest
 import vtab_data
 from PIL import Image
 
-from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.data import cache, decoding, sources, store, tasks
 from rlrr_jax.data import task as task_lib
 from rlrr_jax.errors import UserError
 
@@ -49,7 +49,7 @@ def bicubic(image, size):
 @pytest.mark.parametrize("shape", [(40, 70), (16, 16), (300, 200)])
 def test_resize_is_pillows_antialiased_bicubic_without_cropping(shape):
     image = noise(*shape, 3)
-    ours = store.decode(encoded(image, "PNG"), 32)
+    ours = decoding.decode(encoded(image, "PNG"), 32)
     pillow = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(ours, pillow)
     assert np.abs(ours.astype(int) - bicubic(image.astype(float), 32)).max() <= 1
@@ -57,7 +57,7 @@ def test_resize_is_pillows_antialiased_bicubic_without_cropping(shape):
 
 def test_right_size_is_left_alone():
     image = noise(32, 32, 3)
-    np.testing.assert_array_equal(store.decode(encoded(image, "PNG"), 32), image)
+    np.testing.assert_array_equal(decoding.decode(encoded(image, "PNG"), 32), image)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_right_size_is_left_alone():
 )
 def test_every_mode_becomes_rgb(kind, mode):
     data = encoded(noise(32, 32, 3), kind, mode)
-    out = store.decode(data, 32)
+    out = decoding.decode(data, 32)
     assert out.shape == (32, 32, 3)
     np.testing.assert_array_equal(out, Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def test_arrays_of_one_and_three_channels():
     grey = noise(32, 32)
-    np.testing.assert_array_equal(store.decode(grey, 32), np.repeat(grey[..., None], 3, -1))
-    np.testing.assert_array_equal(store.decode(noise(32, 32, 3), 32), noise(32, 32, 3))
+    np.testing.assert_array_equal(decoding.decode(grey, 32), np.repeat(grey[..., None], 3, -1))
+    np.testing.assert_array_equal(decoding.decode(noise(32, 32, 3), 32), noise(32, 32, 3))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
@@ -84,13 +84,13 @@ def test_jpeg75_is_pillows_default_save_and_load(mode):
     saved = Image.open(out)
     assert saved.layer[0][1:3] == (2, 2)  # 4:2:0
     resized = saved.resize((32, 32), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(store.decode(data, store.Pixels(32, "jpeg75")), resized)
-    assert not np.array_equal(store.decode(data, 32), resized)
+    np.testing.assert_array_equal(decoding.decode(data, decoding.Pixels(32, "jpeg75")), resized)
+    assert not np.array_equal(decoding.decode(data, 32), resized)
 
 
 def test_dsprites_values_are_scaled():
     data = encoded(noise(64, 64) // 128, "PNG", "L")
-    out = store.decode(data, 64, scale=255)
+    out = decoding.decode(data, 64, scale=255)
     assert set(np.unique(out)) == {0, 255}
     np.testing.assert_array_equal(out[..., 0] // 255, Image.open(io.BytesIO(data)))
 
@@ -111,7 +111,9 @@ def pets(monkeypatch, tmp_path):
 
     def load(split="test", size=32, variant="original"):
         found = sources.find("oxford_iiit_pet", tmp_path / "data")
-        return store.load_split("oxford_iiit_pet", split, store.Pixels(size, variant), found, tmp_path)
+        return store.load_split(
+            "oxford_iiit_pet", split, decoding.Pixels(size, variant), found, tmp_path
+        )
 
     return load
 
@@ -121,12 +123,12 @@ def raw(tmp_path, split="test"):
     return [image for image, _ in opened.read(0, opened.number)]
 
 
-@pytest.mark.parametrize("variant", store.VARIANTS)
+@pytest.mark.parametrize("variant", decoding.VARIANTS)
 def test_stored_pixels_are_those_of_the_host(variant, pets, tmp_path):
     images, labels = pets(variant=variant)
     assert images.shape == (300, 32, 32, 3) and len(images) == len(labels) == 300
     for image, stored in zip(raw(tmp_path), images[:]):
-        np.testing.assert_array_equal(stored, store.decode(image, store.Pixels(32, variant)))
+        np.testing.assert_array_equal(stored, decoding.decode(image, decoding.Pixels(32, variant)))
     np.testing.assert_array_equal(images[250:260], images[:][250:260])
 
 
@@ -145,7 +147,7 @@ def test_an_entry_is_made_once_for_all_that_shapes_it(pets, tmp_path, monkeypatc
     pets(variant="jpeg75")
     pets(split="train800")
     assert len(built) == 3 and len(entries(tmp_path)) == 4
-    monkeypatch.setattr(store, "_PILLOW", 99)
+    monkeypatch.setattr(cache, "PILLOW", 99)
     pets()
     assert len(built) == 4
     next((tmp_path / "data").rglob("*test.tfrecord-00001*")).open("ab").write(b"x")
@@ -202,17 +204,17 @@ store.load_split("pets", "test", 32, found=found, cache_dir={str(tmp_path)!r})
     process.wait()
     assert not list((tmp_path / "images").glob("*/entry.json"))
     images, _ = pets()
-    np.testing.assert_array_equal(images[299], store.decode(raw(tmp_path)[299], 32))
+    np.testing.assert_array_equal(images[299], decoding.decode(raw(tmp_path)[299], 32))
     assert not part()
 
 
 def test_a_full_disk_is_forecast(pets, tmp_path, monkeypatch):
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=900_000))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=900_000))
     with pytest.raises(UserError, match="take 0.0 GB and .* has 0.0 GB free: make space"):
         pets()
     assert not list((tmp_path / "images").glob("*/"))
     found = sources.find("pets", tmp_path / "data")
-    entry = store.locate("oxford_iiit_pet", "test", store.Pixels(32), found, tmp_path)
+    entry = store.locate("oxford_iiit_pet", "test", decoding.Pixels(32), found, tmp_path)
     assert entry.bytes == 300 * 32 * 32 * 3 == store.missing_bytes([entry, entry])
     monkeypatch.undo()
 
@@ -321,7 +323,7 @@ def hostile(kind):
 
 @pytest.mark.parametrize("kind", ["animated", "one pixel", "wide"])
 def test_odd_images_are_read(kind):
-    image = store.decode(hostile(kind), 32)
+    image = decoding.decode(hostile(kind), 32)
     assert image.shape == (32, 32, 3)
     assert np.abs(image.astype(int) - (255, 0, 0)).max() <= 2  # the first frame is red
 
@@ -332,9 +334,9 @@ def test_hostile_images_end_in_one_sentence(kind):
     begun = time.monotonic()
     with (
         pytest.raises(UserError, match="^image 0 of digits test is damaged .*: prepare it again$"),
-        store.readable(split, 0),
+        decoding.readable(split, 0),
     ):
-        store.decode(hostile(kind), 32)
+        decoding.decode(hostile(kind), 32)
     assert time.monotonic() - begun < 10
 
 
@@ -346,7 +348,7 @@ def test_what_no_task_uses_is_told_and_removed(pets, tmp_path, monkeypatch, caps
 
     pets()
     pets(size=16)
-    assert [why for *_, why in store.entries(tmp_path, thorough=True)] == [None, None]
+    assert [why for *_, why in cache.entries(tmp_path, thorough=True)] == [None, None]
     folder = tmp_path / "images"
     old = folder / "cifar100-test-32px-original-0123456789"
     old.mkdir()
@@ -370,7 +372,7 @@ def test_what_no_task_uses_is_told_and_removed(pets, tmp_path, monkeypatch, caps
     saved = json.loads((first / "entry.json").read_text())
     saved["key"]["labels"] = ["label, 0"]
     (first / "entry.json").write_text(json.dumps(saved))
-    said = {path.name: why for path, _, why in store.entries(tmp_path) if why}
+    said = {path.name: why for path, _, why in cache.entries(tmp_path) if why}
     assert said[part].startswith("its decoding was interrupted")
     assert said[first.name] == "its labels are of an older version"
     assert len(said) == 3
@@ -379,10 +381,10 @@ def test_what_no_task_uses_is_told_and_removed(pets, tmp_path, monkeypatch, caps
     assert text.count("removed ") == 3 and text.splitlines()[-1].startswith(f"{folder}: 1 left, 0.0")
     assert "note: not made by rlrr_jax, and left alone: cifar100" in text
     assert all(path.exists() for path in mine)
-    assert len(store.entries(tmp_path)) == 1
+    assert len(cache.entries(tmp_path)) == 1
     with (next((tmp_path / "data").rglob("*test.tfrecord-00001*"))).open("ab") as f:
         f.write(b"x")
-    (why,) = [why for *_, why in store.entries(tmp_path, thorough=True)]
+    (why,) = [why for *_, why in cache.entries(tmp_path, thorough=True)]
     assert why.startswith("its dataset ") and why.endswith(" has changed")
 
 
@@ -391,7 +393,7 @@ def test_a_new_python_or_minor_pillow_decodes_nothing_again(pets, tmp_path, monk
     pets()
     saved = json.loads(next((tmp_path / "images").glob("*/entry.json")).read_text())["key"]
     assert saved["labels"] == ["label, 1"] and saved["pillow"] == int(
-        store.PIL.__version__.split(".")[0]
+        cache.PIL.__version__.split(".")[0]
     )
     monkeypatch.setattr(store, "build", None)
     code = tasks.get("oxford_iiit_pet").label
@@ -412,7 +414,7 @@ def test_two_that_decode_at_once_without_locks_end_with_one_entry(pets, tmp_path
     """As on a file system without locks: the second finds the first one's folder in its way."""
     pets()
     found = sources.find("oxford_iiit_pet", tmp_path / "data")
-    entry = store.locate("oxford_iiit_pet", "test", store.Pixels(32), found, tmp_path)
+    entry = store.locate("oxford_iiit_pet", "test", decoding.Pixels(32), found, tmp_path)
     other = entry.folder.parent / f".{entry.folder.name}.0123abcd.part"
     other.mkdir()
     store.build(entry, tasks.get("pets"), "test", alone=False)
@@ -443,9 +445,9 @@ def rotated(image, orientation=6):
 
 def test_upright_is_an_option():
     image = noise(32, 32, 3)
-    lying = store.decode(rotated(image), 32)
+    lying = decoding.decode(rotated(image), 32)
     np.testing.assert_array_equal(lying, image)
-    upright = store.decode(rotated(image), store.Pixels(32, upright=True))
+    upright = decoding.decode(rotated(image), decoding.Pixels(32, upright=True))
     np.testing.assert_array_equal(upright, np.rot90(image, -1))
 
 
@@ -453,7 +455,7 @@ def test_a_palette_with_transparency_is_read_without_a_warning(recwarn):
     out = io.BytesIO()
     picture = Image.fromarray(noise(32, 32, 3)).convert("P")
     picture.save(out, "PNG", transparency=bytes(range(256)))
-    image = store.decode(out.getvalue(), 32)
+    image = decoding.decode(out.getvalue(), 32)
     np.testing.assert_array_equal(image, picture.convert("RGB"))
     assert not recwarn.list
 

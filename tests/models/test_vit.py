@@ -8,7 +8,7 @@ import reference
 from float64 import double, in_float64
 
 from rlrr_jax import models
-from rlrr_jax.models import vit
+from rlrr_jax.models import noise, vit
 
 SMALL = dict(width=32, depth=3, mlp_dim=64, num_heads=4, patch_size=8, num_classes=7)
 
@@ -144,10 +144,10 @@ def keys(number):
 @pytest.mark.parametrize("mode", ["element", "sample"])
 def test_drop_path_of_one_branch(mode):
     x, rates = jnp.ones((400, 4, 6)), jnp.array([0.0, 0.25])
-    masks = vit.drop_path_masks(keys(400), rates, x.shape[1:], mode)
+    masks = noise.drop_path_masks(keys(400), rates, x.shape[1:], mode)
     assert masks.shape == (2, 2, *(x.shape if mode == "element" else (400, 1, 1)))
     assert masks[0].all()
-    out = vit.drop_path(x, rates[1], masks[1, 0])
+    out = noise.drop_path(x, rates[1], masks[1, 0])
     kept = np.asarray(out) > 0
     np.testing.assert_allclose(np.asarray(out)[kept], 1 / 0.75, rtol=1e-6)
     per_example = kept.reshape(400, -1).mean(1)
@@ -183,7 +183,7 @@ def test_drop_path_noise_belongs_to_the_example_not_to_the_batch():
 
 
 def test_branches_and_blocks_draw_different_noise():
-    masks = np.asarray(vit.drop_path_masks(keys(50), jnp.full(3, 0.5), (4, 6), "element"))
+    masks = np.asarray(noise.drop_path_masks(keys(50), jnp.full(3, 0.5), (4, 6), "element"))
     draws = masks.reshape(6, -1)
     agreement = [(a == b).mean() for i, a in enumerate(draws) for b in draws[:i]]
     assert max(agreement) < 0.6

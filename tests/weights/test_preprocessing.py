@@ -15,7 +15,7 @@ from rlrr_jax import models, run_model, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
-from rlrr_jax.weights import names, preprocessing, reader, vit_layouts
+from rlrr_jax.weights import names, preprocessing, reader, vit_writers
 
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32]}
 
@@ -209,7 +209,7 @@ def test_harmless_arrays_are_passed_over_with_a_note(kind, tmp_path):
     weights, notes = small(), []
     if kind == "npz":
         path = write(tmp_path / "x.safetensors", weights)
-        flat = vit_layouts.to_big_vision(load(path, notes))
+        flat = vit_writers.to_big_vision(load(path, notes))
         more = {f"params/{name.replace('.', '/')}": np.ones(2, np.float32) for name in UNUSED}
         np.savez(tmp_path / "x.npz", **flat, **more, **{"opt/0/count": np.int32(7)})
         load(tmp_path / "x.npz", notes)

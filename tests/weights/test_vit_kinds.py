@@ -12,7 +12,7 @@ import safetensors.numpy
 from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
-from rlrr_jax.weights import preprocessing, reader, vit_layouts
+from rlrr_jax.weights import positions, preprocessing, reader, vit_layouts, vit_writers
 
 KINDS = {
     "registers": dict(registers=4),
@@ -64,7 +64,7 @@ def test_a_kind_is_seen_in_its_file_and_computed_as_timm_does(name, pictures, tm
     methods.check("rlrr", method, tree)
     adapter = jax.jit(method.init)(jax.random.key(0), tree)
     tuned = {**jax.jit(method.merge)(tree, adapter), "head": tree["head"]}
-    state = vit_layouts.to_timm(tuned)
+    state = vit_writers.to_timm(tuned)
     assert state.keys() == weights.keys()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in weights.items()}
     wanted = named_vits.timm(state, pictures, 3, gelu, pool)
@@ -146,7 +146,7 @@ def test_a_resized_patch_embedding_is_timms_where_it_is_installed(patch):
     theirs = timm.layers.resample_patch_embed(
         torch.from_numpy(kernel).permute(3, 2, 0, 1), [patch, patch], interpolation="bicubic"
     )
-    ours = reader.resize_patch(kernel, patch, "bicubic")
+    ours = positions.resize_patch(kernel, patch, "bicubic")
     np.testing.assert_allclose(ours, theirs.permute(2, 3, 1, 0), rtol=1e-3, atol=1e-4)
 
 
@@ -197,7 +197,7 @@ def test_logits_are_timms_where_it_is_installed(name, size, tmp_path):
     tree = reader.load(path, model=model, image_size=size, how=HALF, head=True)
     ours = logits(tree, images, model)
     assert np.linalg.norm(ours - wanted) < 1e-5 * np.linalg.norm(wanted)
-    state = {k: torch.from_numpy(np.array(v)) for k, v in vit_layouts.to_timm(tree).items()}
+    state = {k: torch.from_numpy(np.array(v)) for k, v in vit_writers.to_timm(tree).items()}
     folded = {k: torch.ones_like(v) for k, v in theirs.state_dict().items() if k.endswith("gamma")}
     theirs.load_state_dict({**folded, **state}, strict=True)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from rlrr_jax import models, run_model
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
-from rlrr_jax.weights import preprocessing, reader, vit_layouts
+from rlrr_jax.weights import positions, preprocessing, reader, vit_layouts, vit_writers
 
 # What torch gives for the ramp below, by number of values.
 PYTORCH = {
@@ -123,7 +123,7 @@ def test_each_world_resizes_the_position_embedding_by_its_own_rule(size, weights
     position = weights["pos_embed"][0, 1:].reshape(3, 3, 24)
     write(tmp_path / "augreg.safetensors", weights)
     write(tmp_path / "hugging.safetensors", of_transformers(weights))
-    np.savez(tmp_path / "jax.npz", **vit_layouts.to_big_vision(reader.load(
+    np.savez(tmp_path / "jax.npz", **vit_writers.to_big_vision(reader.load(
         str(tmp_path / "augreg.safetensors"), model=MODEL, image_size=12)))  # fmt: skip
     side, notes = size // 4, []
 
@@ -150,7 +150,7 @@ def test_plain_bicubic_is_pytorchs():
     """Values that torch 2.14.1 gives: F.interpolate(mode="bicubic", align_corners=False) of a ramp."""
     ramp = np.array([0.0, 1.0, 4.0, 9.0, 16.0]).reshape(5, 1, 1)
     for new, values in PYTORCH.items():
-        ours = reader.resize_position(ramp, (new, 1), "bicubic_plain")
+        ours = positions.resize_position(ramp, (new, 1), "bicubic_plain")
         np.testing.assert_allclose(ours[:, 0, 0], values, rtol=0, atol=2e-5)
 
 
@@ -163,7 +163,7 @@ def test_both_bicubics_are_pytorchs_where_it_is_installed(new):
         theirs = torch.nn.functional.interpolate(
             image, size=(new, new), mode="bicubic", align_corners=False, antialias=antialias
         )
-        ours = reader.resize_position(position, (new, new), rule)
+        ours = positions.resize_position(position, (new, new), rule)
         np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).numpy(), rtol=0, atol=5e-6)
 
 
@@ -450,12 +450,12 @@ def tree():
 
 
 def test_big_vision_names_load_into_a_plain_vit_with_these_names(tree, pixels):
-    named = vit_layouts.to_big_vision(tree)
+    named = vit_writers.to_big_vision(tree)
     close(named_vits.big_vision(named, 2 * pixels - 1, "exact"), logits(tree, 2 * pixels - 1))
 
 
 def test_timm_names_load_into_a_plain_vit_with_these_names(tree, pixels):
-    named = vit_layouts.to_timm(tree)
+    named = vit_writers.to_timm(tree)
     close(named_vits.timm(named, 2 * pixels - 1, 3), logits(tree, 2 * pixels - 1))
 
 
@@ -466,7 +466,7 @@ def test_timm_names_load_into_pytorch_modules(tree, pixels):
 
     model = torch_timm.ViT(24, 3, 48, 3, 4, 10, 5)
     model.load_state_dict(
-        {k: torch.from_numpy(v) for k, v in vit_layouts.to_timm(tree).items()}, strict=True
+        {k: torch.from_numpy(v) for k, v in vit_writers.to_timm(tree).items()}, strict=True
     )
     with torch.no_grad():
         theirs = model(torch.from_numpy(2 * pixels - 1).permute(0, 3, 1, 2)).numpy()
@@ -480,14 +480,14 @@ def test_timm_names_load_into_timm(tree, pixels):
     )
     model = timm.models.vision_transformer.VisionTransformer(**sizes).eval()  # as export advises
     model.load_state_dict(
-        {k: torch.from_numpy(v) for k, v in vit_layouts.to_timm(tree).items()}, strict=True
+        {k: torch.from_numpy(v) for k, v in vit_writers.to_timm(tree).items()}, strict=True
     )
     with torch.no_grad():
         theirs = model(torch.from_numpy(2 * pixels - 1).permute(0, 3, 1, 2)).numpy()
     close(logits(tree, 2 * pixels - 1), theirs)
 
 
-@pytest.mark.parametrize("layout", [vit_layouts.to_big_vision, vit_layouts.to_vit_jax])
+@pytest.mark.parametrize("layout", [vit_writers.to_big_vision, vit_writers.to_vit_jax])
 def test_npz_layouts_come_back_as_they_went(layout, tree, tmp_path):
     np.savez(tmp_path / "x.npz", **layout(tree))
     again = reader.load(str(tmp_path / "x.npz"), model=MODEL, image_size=12, head=True)
@@ -495,13 +495,13 @@ def test_npz_layouts_come_back_as_they_went(layout, tree, tmp_path):
 
 
 def test_the_timm_layout_comes_back_as_it_went(tree, tmp_path):
-    path = write(tmp_path / "augreg.safetensors", vit_layouts.to_timm(tree))
+    path = write(tmp_path / "augreg.safetensors", vit_writers.to_timm(tree))
     again = reader.load(path, model=MODEL, image_size=12, head=True)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
 def test_names_of_the_layout_of_2020(tree):
-    named = vit_layouts.to_vit_jax(tree)
+    named = vit_writers.to_vit_jax(tree)
     assert named["Transformer/posembed_input/pos_embedding"].shape == (1, 10, 24)
     assert not named["Transformer/posembed_input/pos_embedding"][0, 0].any()
     block = "Transformer/encoderblock_2"

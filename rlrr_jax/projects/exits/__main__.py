@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import adapters, files, models, run_images
+from rlrr_jax import adapters, cards, files, models, run_images
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.projects.exits import choose, leave, met, page
@@ -94,8 +94,8 @@ def chooser(path: pathlib.Path, adapter: Adapter) -> Adapter | None:
 
 def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None, **where: Any) -> page.Run:
     """What a run gives at its exits, and for each budget; `where` as in `adapters.backbone`."""
-    row, size = rows.read(path.parent / "result.json"), adapters.image_size(adapter.card)
-    model = adapters.model(adapter)
+    row, size = rows.read(path.parent / "result.json"), cards.image_size(adapter.card)
+    model = cards.model(adapter)
     plain = float(leave.flops(model, (), size)[-1])
     if chooser is None:
         return page.Run(row, plain, np.array([plain]), np.array([plain]), [row["test_acc_final"]], [])
@@ -103,7 +103,7 @@ def measure(path: pathlib.Path, adapter: Adapter, chooser: Adapter | None, **whe
     said, _ = probabilities(chooser, backbone, part)
     found, labels = probabilities(adapter, backbone, "test")
     at = leave.places(adapter)
-    costs = leave.flops(model, at, size, met.is_met(adapters.method(adapter)))
+    costs = leave.flops(model, at, size, met.is_met(cards.method(adapter)))
     thresholds = [choose.threshold_of(said, costs, budget) for budget in choose.budgets(costs)]
     points = [choose.point(found, labels, costs, threshold) for threshold in thresholds]
     alone = (found.argmax(-1) == labels[:, None]).mean(0).tolist()

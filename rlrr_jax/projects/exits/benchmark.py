@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from rlrr_jax import adapters, run_images
+from rlrr_jax import adapters, cards, run_images
 from rlrr_jax.data import store
 from rlrr_jax.projects.exits import leave
 
@@ -56,7 +56,7 @@ def main():
     plain = adapters.Tuned(exits.model, exits.trees[-1], exits.card)
     images = pictures(adapter.run, args.images // args.batch * args.batch)
     base = best(lambda: whole(plain, images, args.batch))
-    size = adapters.image_size(exits.card)
+    size = cards.image_size(exits.card)
     costs = leave.flops(exits.model, exits.at, size, exits.own)
     full = leave.flops(exits.model, (), size)[-1]
     print(f"{len(images)} images, batches of {args.batch}; the whole network takes {base:.2f} s")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlrr_jax import adapters, evaluate
+from rlrr_jax import adapters, cards, evaluate
 from rlrr_jax.data import crops, resize
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
@@ -66,7 +66,7 @@ def load(adapter: adapters.Adapter, backbone: adapters.Backbone) -> Exits:
         )
     tuned = adapters.load(adapter, backbone)
     trees = [tuned.params]
-    if met.is_met(adapters.method(adapter)):
+    if met.is_met(cards.method(adapter)):
         trees = jax.jit(met.trees)(backbone.frozen, adapter.trainable)
     return Exits(tuned.model, at, adapter.trainable["loss"], trees, adapter.card)
 
@@ -78,7 +78,7 @@ def stages(exits: Exits) -> list[Stage]:
     for number, end in enumerate((*exits.at, None)):
         tree, first = (exits.trees[number], 0) if exits.own else (exits.trees[0], begin)
         part, cut = vit.part(exits.model, tree, first, end)
-        pixels = None if first else (adapters.image_size(exits.card), crop_from)
+        pixels = None if first else (cards.image_size(exits.card), crop_from)
         program = _program(part, exits.model, number, pixels, run["precision"])
         out.append(Stage(program, {"tree": cut, "heads": exits.heads}, not first))
         begin = end
@@ -138,7 +138,7 @@ class Leaver:
 
     def __init__(self, exits: Exits, threshold: float, batch_size: int):
         self.parts, self.threshold, self.batch_size = stages(exits), threshold, batch_size
-        self.exits, self.size = exits, adapters.image_size(exits.card)
+        self.exits, self.size = exits, cards.image_size(exits.card)
         self.counts = np.zeros(len(self.parts), int)
 
     def __call__(self, images: Any) -> np.ndarray:

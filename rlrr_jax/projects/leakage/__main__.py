@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rlrr_jax import adapters, checks, files, methods, run_images
+from rlrr_jax import adapters, cards, checks, files, methods, run_images
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.data import crops
 from rlrr_jax.data.resize import normalize
@@ -184,7 +184,7 @@ def _case(path: Any, first: ConfigDict, precision: str, where: dict) -> Case:
             f"here: give runs with cross_entropy"
         )
     backbone = adapters.backbone(adapter, **where)
-    how = adapters.model(adapter), adapters.method(adapter), backbone.frozen
+    how = cards.model(adapter), cards.method(adapter), backbone.frozen
     client = Client(*how, adapter.trainable, precision)
     label = tables.label([rows.read(path.parent / "result.json")])
     if methods.asks_training(client.method):

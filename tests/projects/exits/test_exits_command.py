@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlrr_jax import adapters, export, suite
+from rlrr_jax import adapters, combine, export, suite
 from rlrr_jax import config as config_lib
 from rlrr_jax import predict as plain
 from rlrr_jax.configs import vtab
@@ -144,7 +144,7 @@ def test_adapters_with_and_without_exits_are_combined(runs):
     card = {**one.card, "config": {**one.card["config"], "loss": "cross_entropy", "loss_kwargs": {}}}
     other = adapters.Adapter({k: one.trainable[k] for k in ("adapter", "head")}, card)
     for number, wanted in ((0, one), (1, other)):
-        found = adapters.combine([one, other], head=number)
+        found = combine.combine([one, other], head=number)
         assert found.trainable.keys() == wanted.trainable.keys()
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from rlrr_jax import config as config_lib
 from rlrr_jax import suite
 from rlrr_jax.configs import fgvc as config_fgvc
-from rlrr_jax.data import sources, store, tasks
+from rlrr_jax.data import decoding, sources, store, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.projects.fgvc import data as fgvc
 
@@ -124,7 +124,7 @@ def test_official_folders(name, small, tmp_path):
     assert sources.class_names(task, found) == NAMES[name]
     seen = {}
     for split, number in (("train", 12), ("val", 6), ("train+val", 18), ("test", 6)):
-        images, labels = store.load_split(task, split, store.Pixels(24), found, tmp_path / "cache")
+        images, labels = store.load_split(task, split, decoding.Pixels(24), found, tmp_path / "cache")
         assert images.shape == (number, 24, 24, 3) and len(labels) == number
         means = np.asarray(images[:]).mean((1, 2, 3))
         np.testing.assert_array_equal(means // 60, labels)  # pictures are as bright as their class

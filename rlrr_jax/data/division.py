@@ -1,0 +1,111 @@
+"""How labelled images are divided into splits, and what is odd about them."""
+
+import collections
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from rlrr_jax.data.examples import Example, Files, copies, some
+
+PARTS = ("train", "val", "train+val")  # to train on, to choose on, and to train on before the test
+
+
+class Options(NamedTuple):
+    """How images without splits of their own are divided.
+
+    Attributes:
+      val: fraction of each class to choose on, where there is no split for it.
+      test: fraction of each class to test on, where there is no split for it.
+      shots: number of training images of each class that are kept; None keeps all.
+      seed: seed of the division and of the shots.
+    """
+
+    val: float = 0.1
+    test: float = 0.2
+    shots: int | None = None
+    seed: int = 0
+
+
+def assign(examples: list[Example], options: Options) -> tuple[dict[str, list[Example]], list[str]]:
+    """Divides images into "train", "val" and "test", and returns notes on what was done.
+
+    Given splits stay. Where there is no test split, `val` is tested on, if that is given, else a
+    fraction of each class; where nothing is left to choose on, a fraction of each class's training
+    images. Within a class, images are ordered by SHA-256 of seed, class and path, so the division
+    depends on nothing else: not on other classes, nor on the order of files.
+    """
+    given = {name: [e for e in examples if e.split == name] for name in ("val", "test")}
+    rest, notes = [e for e in examples if e.split in (None, "train")], []
+    if not given["test"] and given["val"]:
+        given["test"], given["val"] = given["val"], []
+        notes.append("note: there is no test split, so val is tested on")
+    if not given["test"]:
+        rest, given["test"] = _take(rest, options.test, options.seed)
+        part = f"{options.test:g} of each class, and at least one of two"
+        notes.append(f"note: {len(given['test'])} images are tested on: {part}")
+    if options.shots is not None:
+        rest = [e for group in _by_class(rest, options.seed) for e in group[: options.shots]]
+        notes.append(f"note: {len(rest)} training images are kept, {options.shots} of a class at most")
+    train, val = rest, given["val"]
+    if not val:
+        train, val = _take(rest, options.val, options.seed)
+        notes.append(f"note: {len(val)} training images are chosen on, {options.val:g} of each class")
+    order = lambda part: sorted(part, key=lambda e: (e.label, e.path))
+    return {"train": order(train), "val": order(val), "test": order(given["test"])}, notes
+
+
+def _by_class(examples: Iterable[Example], seed: int) -> list[list[Example]]:
+    """The examples of each class, in the order of the division."""
+    groups = collections.defaultdict(list)
+    for e in examples:
+        groups[e.label].append(e)
+    digest = lambda e: hashlib.sha256(f"{seed}\n{e.label}\n{e.path}".encode()).hexdigest()
+    return [sorted(groups[label], key=digest) for label in sorted(groups)]
+
+
+def _take(examples, fraction, seed):
+    """What is left, and a fraction of each class: one at least of two images, all but one at most."""
+    left, taken = [], []
+    for group in _by_class(examples, seed):
+        number = min(max(round(fraction * len(group)), int(fraction > 0)), len(group) - 1)
+        taken += group[:number]
+        left += group[number:]
+    return left, taken
+
+
+def oddities(images: Files, classes: tuple[str, ...], splits: dict[str, list[Example]]) -> list[str]:
+    """Notes on imbalance, on classes without images in a split, and on images that are there twice."""
+    train = splits["train"] + splits["val"]
+    counts = collections.Counter(e.label for e in train)
+    sizes = [counts[name] for name in classes]
+    notes = [
+        f"{len(train)} images to train on, {min(sizes)} to {max(sizes)} of each of {len(classes)} "
+        f"classes; {len(splits['test'])} to test on"
+    ]
+    if max(sizes) > 5 * max(min(sizes), 1):
+        rare = [f"{n} ({counts[n]})" for n in sorted(classes, key=lambda name: counts[name])]
+        notes.append(f"note: classes are unequal; the rarest: {some(rare)}")
+    if missing := [name for name in classes if not counts[name]]:
+        notes.append(f"note: no training image has the class {some(missing)}: it cannot be learnt")
+    if missing := sorted(set(classes) - {e.label for e in splits["test"]}):
+        notes.append(f"note: no test image has the class {some(missing)}: it is not tested")
+    return notes + _twice(images, splits)
+
+
+def _twice(images, splits):
+    """Warnings of images with the same bytes in two splits, or of two classes."""
+    placed = [(split, e) for split, part in splits.items() for e in part]
+    groups = [[placed[i] for i in same] for same in copies(images, [e for _, e in placed])]
+    notes = []
+    for split, others, what in (
+        ("test", {"train", "val"}, "test images"),
+        ("val", {"train"}, "images to choose on"),
+    ):
+        both = [g for g in groups if others & {name for name, _ in g}]
+        if same := [e.path for g in both for name, e in g if name == split]:
+            number = f"{len(same)} of {len(splits[split])} {what}"
+            notes.append(f"warning: {number} are in the training set, too: {some(same)}")
+    if torn := [g for g in groups if len({e.label for _, e in g}) > 1]:
+        shown = some([" and ".join(e.path for _, e in g) for g in torn])
+        notes.append(f"warning: {len(torn)} images are there under several classes: {shown}")
+    return notes
