@@ -23,6 +23,7 @@ FORMAT = 1  # of the card
 
 
 _KEYS = ("method", "method_kwargs", "formula", "backbone", "backbone_sha256", "model", "gelu")
+_KEYS += ("image_size", "task", "classes", "accuracy", "config")
 
 
 class Adapter(NamedTuple):
