@@ -81,7 +81,7 @@ def get_config(arg=None):
     config.model.projection = placeholder(int)  # width of CLIP's, which is left out otherwise
     config.model.depth = placeholder(int)  # of a ViT, its first so many blocks; None: all
     config.model.block = placeholder(str)  # of a ViT, another class of blocks; None: the method's own
-    config.model.attention = "xla"  # or "cudnn", on GPUs with bfloat16
+    config.model.attention = placeholder(str)  # "xla"; None: "cudnn" on GPUs with bfloat16, if it works
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)
     config.model.remat = placeholder(bool)  # compute twice to save memory; None: if it does not fit

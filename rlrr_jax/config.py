@@ -296,6 +296,7 @@ def _resolve_one(
     default = "element" if models.family(run.model.variant) == "vit" else "sample"  # as their authors
     checks.fill(run, "drop_path_mode", default)
     checks.fill(run.model, "unroll", models.default_unroll(run.model.variant))
+    checks.fill(run.model, "attention", models.default_attention(run.model.variant, run.dtype))
     models.check_size(build_model(run), size_of(run))
     check_contracts(run)
     chosen = run.method, run.loss, run.task, run.gradients, run.model.block, run.model.variant

@@ -31,6 +31,8 @@ def main():
     sys.path.insert(0, os.getcwd())
     commands = json.load(sys.stdin)
     modules = {name: importlib.import_module(name) for name, *_ in commands}
+    for name in ("suite", "report", "export", "html", "predict"):  # which commands import when they run
+        importlib.import_module(f"rlrr_jax.{name}")
     answers, running = {}, {}
     for i, (name, *arguments) in enumerate(commands):
         files = [tempfile.TemporaryFile() for _ in range(2)]

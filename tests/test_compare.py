@@ -94,6 +94,7 @@ def test_ablations_resolve_on_any_task(table, number):
         assert {r.task for r in runs} == {task}
 
 
+@pytest.mark.slow
 def test_figure2_goes_by_the_depth():
     for arg, depth in (("figure2", 6), ("figure2,cifar", 12)):
         runs = config_lib.resolve(ablations.get_config(arg))

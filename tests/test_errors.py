@@ -113,6 +113,7 @@ def test_a_broken_contract_is_one_sentence_before_any_work(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_a_good_fork_is_trained(tmp_path):
     done = run(tmp_path, init="jnp.ones(())")
     assert done.returncode == 0 and "| digits | fork " in squeeze(done.stdout), done.stderr

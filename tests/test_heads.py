@@ -112,6 +112,7 @@ def test_tasks_with_other_classes_share_their_programs(tmp_path, compiled):
         assert np.abs(adapter.trainable["head"]["bias"]).max() < 10
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_keeps_its_size(tmp_path):
     """Whether the other task is named again, or not: its checkpoint has that head."""
 
@@ -139,6 +140,7 @@ def test_images_are_enlarged_once_to_the_same_bits():
     np.testing.assert_array_equal(resize.enlarge(images, (20, 24)), images)
 
 
+@pytest.mark.slow
 def test_edited_code_counts_once_programs_are_forgotten(tmp_path, monkeypatch):
     """A replaced defence is another program; what a program calls counts after `forget`."""
     loss = lambda name: suite.run(

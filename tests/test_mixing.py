@@ -141,8 +141,8 @@ def train_in_numpy(how):
 @pytest.mark.parametrize(
     "how",
     [
-        Mixing(mixup=0.8),
-        Mixing(cutmix=1.0),
+        pytest.param(Mixing(mixup=0.8), marks=pytest.mark.slow),
+        pytest.param(Mixing(cutmix=1.0), marks=pytest.mark.slow),
         Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1),
         Mixing(smoothing=0.1),
         Mixing(),

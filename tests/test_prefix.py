@@ -73,6 +73,7 @@ def passed(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
     seen = passed(monkeypatch)
     grid = dict(lr=(0.001, 0.01, 0.1), weight_decay=(0.0, 0.1), drop_path=(0.0,))

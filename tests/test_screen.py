@@ -63,6 +63,7 @@ def test_a_run_goes_on_when_nobody_reads_it(tmp_path):
     assert "Broken" not in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_standard_error(tmp_path):
     done = shell(f"{RUN} --workdir w 2>&-", tmp_path)
     assert done.returncode == 0 and "| digits | linear |" in squeeze(done.stdout)

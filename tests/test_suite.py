@@ -230,6 +230,7 @@ def test_vtab_with_a_given_value_resumes(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")} == before
 
 
+@pytest.mark.slow
 def test_a_search_with_every_value_given_is_started_again(tmp_path, capsys):
     """ "Not chosen yet" was guessed from None, of which there is none here."""
     changes = dict(lr=0.03, weight_decay=0.0, drop_path=0.0, epochs=4, eval_every=1)

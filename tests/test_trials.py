@@ -185,6 +185,7 @@ def test_killed_between_two_results(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_added_seeds_leave_finished_ones_alone(tmp_path, capsys):
     (first,) = run(config("digits,method=linear", seeds=(0,)), tmp_path)
     other = tmp_path / "digits/linear/together-other"
@@ -398,6 +399,7 @@ def test_three_trials_on_four_devices_are_resumed_on_one(tmp_path, monkeypatch):
         assert a["trained_together"] == 3 and a["identity"] == b["identity"]
 
 
+@pytest.mark.slow
 def test_goes_on_elsewhere_with_a_note(tmp_path, monkeypatch, capsys):
     """Bits are promised for the same devices and cores alone."""
     settings = config("digits,method=linear", checkpoint_seconds=0.0, epochs=3)

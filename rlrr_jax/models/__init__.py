@@ -12,7 +12,7 @@ import jax
 
 from rlrr_jax import lookup
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.models import resnet, swin, vit
+from rlrr_jax.models import matmul, resnet, swin, vit
 from rlrr_jax.sides import Size, pair
 
 # The bundled model, see tools/make_bundled.py.
@@ -145,13 +145,27 @@ def shapes(model: Any, image_size: Size) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
+def default_attention(variant: str, dtype: str) -> str:
+    """How attention is computed: by cuDNN where this GPU does, with the right numbers; else by XLA."""
+    size = sizes(variant)
+    if family(variant) != "vit" or dtype != "bfloat16" or jax.default_backend() != "gpu":
+        return "xla"
+    width = size["width"] // size["num_heads"]
+    takes = width % 8 == 0 and width <= 128  # which cuDNN does
+    return "cudnn" if takes and matmul.fused_attention_works(width) else "xla"
+
+
 def default_unroll(variant: str) -> int | None:
-    """Blocks in each step of the scan over depth: on CPUs all, faster and with less memory."""
+    """Blocks in each step of the scan over depth: one on TPUs, which compile slowly, elsewhere all.
+
+    A scan writes what the gradient needs of each block into an array of all, and reads it from there:
+    23 of 55 GB that a step of B/16 moves on a GPU (benchmarks/bytes.py). On CPUs it takes more memory.
+    """
     size = sizes(variant)
     if "unroll" not in attributes(variant):
         return None  # nothing is scanned
     every = size["depth"] if "depth" in size else max(size["depths"])
-    return every if jax.default_backend() == "cpu" else 1
+    return 1 if jax.default_backend() == "tpu" else every
 
 
 def head_inputs(model: Any, params: Any, images: jax.Array) -> jax.Array:

@@ -13,7 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def attention(
@@ -36,6 +38,44 @@ def attention(
     return jnp.moveaxis(_product(weights, v), -3, -2).astype(query.dtype)
 
 
+def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, number: int) -> jax.Array:
+    """cuDNN's attention, [B, T, heads, Dh] of as many queries, keys and values; it keeps no logits.
+
+    Args:
+      query, key, value: [B, T, heads, Dh] in bfloat16, T even.
+      number: how many tokens are real; those behind are masked.
+    """
+    real = jnp.full(len(query), number, jnp.int32)
+    return jax.nn.dot_product_attention(
+        *(query, key, value),
+        query_seq_lengths=real,
+        key_value_seq_lengths=real,
+        implementation="cudnn",
+    )
+
+
+@functools.cache
+def fused_attention_works(width: int) -> bool:
+    """Whether this GPU computes `fused_attention` of a head's width, and its gradient, as XLA does."""
+    rng = np.random.default_rng(0)
+    qkv = [jnp.asarray(rng.normal(size=(2, 6, 2, width)), jnp.bfloat16) for _ in range(3)]
+
+    def values(function: Any) -> Any:
+        total = lambda *qkv: (function(*qkv)[:, :5].astype(jnp.float32) ** 2).sum()
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*qkv)
+
+    def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attention(query, key[:, :5], value[:, :5])
+
+    try:
+        ours = values(functools.partial(fused_attention, number=5))
+        plain_values = [np.asarray(x, np.float32) for x in jax.tree.leaves(values(plain))]
+        pairs = zip(jax.tree.leaves(ours), plain_values)
+        return all(np.allclose(np.asarray(a, np.float32), b, 0.05, 0.05) for a, b in pairs)
+    except Exception:  # no cuDNN, an old GPU, an old driver: each has its own error
+        return False
+
+
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> Any:
     """`jax.lax.dot_general` as a Dense layer calls it: the last axes of `x`, the first of a kernel.
 
@@ -55,8 +95,62 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precisi
     return y.reshape(*before, *outputs).astype(x.dtype)
 
 
-Dense = functools.partial(nn.Dense, dot_general=dot_general)
+class Dense(nn.Dense):
+    """flax's, with `dot_general` and an activation, in whose gradient what the matmul gives is kept."""
+
+    activation: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The outputs [..., features] of inputs [..., D]."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = (
+            self.param("bias", self.bias_init, shape[1:], self.param_dtype) if self.use_bias else None
+        )
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        bias = bias if bias is None else bias.reshape(*(1,) * (y.ndim - 1), -1)
+        if self.activation is None:
+            return y if bias is None else y + bias
+        # Else the gradient would keep five arrays of this size instead of one.
+        return jax.checkpoint(lambda y, b: self.activation(y if b is None else y + b))(y, bias)
+
+
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
+
+
+class LayerNorm(nn.Module):
+    """flax's, in whose gradient its input and two numbers of each token are kept."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Inputs [..., D] with a mean of 0 and a variance of 1, scaled and shifted."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        scale, bias = (value.reshape(*(1,) * (x.ndim - 1), -1) for value in (scale, bias))
+        high = jnp.promote_types(self.dtype, jnp.float32)
+
+        def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = x.astype(high)
+            return x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
+
+        def normalised(x: jax.Array, mean: jax.Array, factor: jax.Array, *own: jax.Array) -> jax.Array:
+            return ((x - mean) * (factor * own[0]) + own[1]).astype(self.dtype)
+
+        mean, square = jax.checkpoint(moments)(x)
+        factor = lax.rsqrt(jnp.maximum(0.0, square - jnp.square(mean)) + self.epsilon)
+        return jax.checkpoint(normalised)(x, mean, factor, scale, bias)
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """The same, in memory as its axes say: on GPUs XLA would else put the images last, and copy."""
+    if jax.default_backend() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 # Products of matrices [..., m, k], in float32 or higher -----------------------------------------

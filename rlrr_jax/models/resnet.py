@@ -167,7 +167,7 @@ class Unit(nn.Module):
                 y = nn.relu(y) if i < len(sizes) else y
         if keep is not None:
             y = drop_path(
-                y, rate, keep.reshape(len(y), *(y.shape[1:] if keep.size > len(y) else (1,) * 3))
+                y, rate, keep.reshape(len(y), *(y.shape[1:3] if keep.shape[1] > 1 else (1, 1)), -1)
             )
         return shortcut + y if self.bit else nn.relu(shortcut + y)
 

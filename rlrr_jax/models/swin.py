@@ -165,7 +165,7 @@ class Block(nn.Module):
     def __call__(self, x, rate, keep):
         first, second = (None, None) if keep is None else keep
         b, tokens, width = x.shape
-        norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
+        norm = functools.partial(matmul.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x).reshape(b, self.grid, self.grid, width)
         mask = shift_mask(self.grid, self.window, self.shift) if self.shift else None
         y = windows(jnp.roll(y, (-self.shift,) * 2, (1, 2)), self.window)

@@ -103,9 +103,8 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x)
-        # Without `checkpoint` the gradient would keep five arrays of this size instead of one.
-        x = jax.checkpoint(activation(self.gelu))(x)
+        gelu = activation(self.gelu)
+        x = Dense(self.mlp_dim, dtype=self.dtype, activation=gelu, name="Dense_0")(x)
         return Dense(width, dtype=self.dtype, name="Dense_1")(x)
 
 
@@ -113,7 +112,7 @@ class MultiHeadDotProductAttention(nn.Module):
     """Self-attention, or from `x` to a `context`.
 
     Attributes:
-      implementation: "xla", or that of `jax.nn.dot_product_attention`, "cudnn".
+      implementation: "xla", or "cudnn" where as many tokens are asked as attended to.
       qk_norm: whether queries and keys pass a LayerNorm of this epsilon; None: no.
     """
 
@@ -127,6 +126,9 @@ class MultiHeadDotProductAttention(nn.Module):
         width = x.shape[-1]
         heads = (self.num_heads, width // self.num_heads)
         context = x if context is None else context
+        number, fused = x.shape[1], self.implementation == "cudnn" and x.shape == context.shape
+        if fused and number % 2:  # cuDNN takes even numbers in training: one more, which is masked
+            x, context = (jnp.pad(y, ((0, 0), (0, 1), (0, 0))) for y in (x, context))
         query, key, value = (
             DenseGeneral(heads, dtype=self.dtype, name=name)(y)  # [B, T, H, Dh]
             for name, y in (("query", x), ("key", context), ("value", context))
@@ -135,12 +137,13 @@ class MultiHeadDotProductAttention(nn.Module):
             norm = dict(epsilon=self.qk_norm, dtype=self.dtype)
             query = nn.LayerNorm(**norm, name="query_norm")(query)
             key = nn.LayerNorm(**norm, name="key_norm")(key)
-        if self.implementation == "xla":  # keep what the matmuls give, not the steps of the softmax
+        if fused:
+            x = matmul.fused_attention(query, key, value, number)
+        else:  # keep what the matmuls give, not the steps of the softmax
             keep = jax.checkpoint_policies.dots_saveable
             x = jax.checkpoint(matmul.attention, policy=keep)(query, key, value)
-        else:
-            x = jax.nn.dot_product_attention(query, key, value, implementation=self.implementation)
-        return DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(x)
+        x = DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(x)
+        return x[:, :number] if fused else x
 
 
 class Block(nn.Module):
@@ -167,7 +170,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, rate, keep):
         first, second = (None, None) if keep is None else keep[:, :, : self.tokens]  # or [2, B, 1, 1]
-        norm = functools.partial(nn.remat(nn.LayerNorm), epsilon=self.norm_eps, dtype=self.dtype)
+        norm = functools.partial(matmul.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
         y = self.before_attention(y)
         y = MultiHeadDotProductAttention(
@@ -367,6 +370,7 @@ class ViT(nn.Module):
             for name, n in self.tokens().items()
         ]
         x = jnp.concatenate([*(token.astype(self.dtype) for token in tokens), x], axis=1)
+        x = matmul.in_order(x)
         return self._norm("pre_norm")(x) if self.pre_norm else x
 
     def tokens(self) -> dict[str, int]:

@@ -20,8 +20,9 @@ from rlrr_jax.runtime import mesh as mesh_lib
 
 MODEL = vit.ViT(**SMALL)
 LABELS = jnp.array([0, 3, 6, 1, 2])
+SOME = ("rlrr", "linear", "full", "lora", "ssf", "fact", "glora", "last")  # the others with -m slow
 EVERY = [
-    pytest.param(name, {}, marks=pytest.mark.slow) if name == "oft" else (name, {})
+    (name, {}) if name in SOME else pytest.param(name, {}, marks=pytest.mark.slow)
     for name in methods.METHODS
 ]
 OPTIONS = [
@@ -51,7 +52,7 @@ OPTIONS = [
     ("oft", dict(block=4, targets="out+Dense_1")),
     ("pissa", dict(rank=3, targets="key+Dense_0")),
 ]
-QUICK = (0, 2, 5, 12, 20)  # of the options; the others with -m slow
+QUICK = (0, 5, 12)  # of the options; the others with -m slow
 OPTIONS = [
     case if i in QUICK else pytest.param(*case, marks=pytest.mark.slow)
     for i, case in enumerate(OPTIONS)

@@ -1,5 +1,7 @@
+import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +135,51 @@ def test_a_network_in_bfloat16_is_nearly_that_in_float32(variant, size, precisio
         sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(tree))
     )
     assert norm(jax.tree.map(jnp.subtract, grads, exact)) < 0.05 * norm(exact)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_is_flaxs(dtype):
+    """Its values to the last bit, its gradients as those of flax's."""
+    x = jnp.asarray(3 * draw(4, 5, 12) + 2, dtype)
+    norms = [kind(epsilon=1e-6, dtype=dtype) for kind in (nn.LayerNorm, matmul.LayerNorm)]
+    tree = {"scale": jnp.asarray(draw(12)), "bias": jnp.asarray(draw(12))}
+    assert jax.tree.map(jnp.shape, norms[0].init(jax.random.key(0), x)) == jax.tree.map(
+        jnp.shape, norms[1].init(jax.random.key(0), x)
+    )
+    cotangent = draw(4, 5, 12)
+
+    def values(norm):
+        def loss(tree, x):
+            y = norm.apply({"params": tree}, x)
+            assert y.dtype == dtype
+            return (y.astype(jnp.float32) * cotangent).sum(), y
+
+        grads, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(tree, x)
+        return y, grads
+
+    (theirs, wanted), (ours, found) = map(values, norms)
+    np.testing.assert_array_equal(ours, theirs)
+    tolerance = 2e-5 if dtype == jnp.float32 else 0.03
+    near = lambda a, b: np.testing.assert_allclose(
+        np.float32(a), np.float32(b), rtol=tolerance, atol=tolerance
+    )
+    jax.tree.map(near, found, wanted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_with_an_activation_is_flaxs(bias):
+    """The same values and gradients; what is kept for these is the input, and what the matmul gives."""
+    x, act = jnp.asarray(draw(6, 8)), functools.partial(nn.gelu, approximate=False)
+    plain, ours = nn.Dense(5, use_bias=bias), matmul.Dense(5, use_bias=bias, activation=act)
+    tree = plain.init(jax.random.key(0), x)
+    tree = jax.tree.map(lambda leaf: leaf + 0.3, tree)
+    functions = (lambda tree, x: act(plain.apply(tree, x)), ours.apply)
+    with jax.default_matmul_precision("highest"):
+        theirs, mine = (
+            jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) ** 2).sum(), (0, 1)))(tree, x)
+            for f in functions
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), mine, theirs)
+    _, back = jax.vjp(lambda tree: ours.apply(tree, x), tree)
+    kept = sorted(leaf.shape for leaf in jax.tree.leaves(back) if leaf.ndim == 2)
+    assert kept.count((6, 5)) == 1, kept

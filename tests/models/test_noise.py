@@ -17,6 +17,18 @@ def test_cipher_is_that_of_jax():
     np.testing.assert_array_equal(np.concatenate(ours), theirs)
 
 
+def test_masks_stay_what_they_are():
+    """Their bits as recorded before they were packed: a run of then goes on with the same noise."""
+    bits = lambda x: np.packbits(np.asarray(x)).tobytes().hex()
+    assert bits(noise.keep(jax.random.key(3), jnp.float32(0.3), (3, 10))) == "d6cdddbc"
+    keys, rates = jax.random.split(jax.random.key(5), 2), jnp.array([0.2, 0.6])
+    packed = noise.drop_path_masks(keys, rates, (3, 10), "element", 4)
+    assert packed.dtype == jnp.uint8 and packed.shape == (2, 2, 2, 3, 3)
+    recorded = "ff9f2cb6d7bdfbd5ff7fd3fdf36f7b1cc0a96ea63e9f261d033546082908"
+    assert bits(noise.unpacked(packed, 10)) == recorded
+    assert bits(noise.drop_path_masks(keys, rates, (3, 10), "sample", 4)) == "d4"
+
+
 @pytest.mark.parametrize("rate", [0.0, 1e-4, 0.1, 0.5, 0.999])
 def test_rate_of_drops(rate):
     number = 2_000_000

@@ -46,6 +46,40 @@ def test_gelus_differ():
     assert 1e-5 < float(jnp.abs(tanh - exact).max()) < 1e-2
 
 
+@pytest.mark.parametrize(("size", "pool"), [(48, "token"), (48, "avg"), (40, "token")])
+def test_fused_attention_is_attention(size, pool, monkeypatch):
+    """With 37, 36 and 26 tokens: the same function of JAX, as XLA computes it, in cuDNN's place.
+
+    Logits, the gradient of every parameter, and the last block of one query.
+    """
+    asked, function = [], jax.nn.dot_product_attention
+
+    def xla(query, key, value, implementation, **lengths):
+        asked.append(query.shape)
+        return function(query, key, value, implementation="xla", **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
+    kind = dict(pool=pool, class_token=pool == "token", unroll=3)
+    params = random_tree(vit.ViT(**SMALL, **kind), size)
+    cotangent = jax.random.normal(jax.random.key(4), (5, 7))
+
+    def values(attention):
+        model = vit.ViT(**SMALL, **kind, attention=attention)
+        loss = lambda params: (
+            model.apply({"params": params}, images(size=size), 0.3, keys(5)) * cotangent
+        ).sum()
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain = values("xla")
+    assert not asked
+    fused = values("cudnn")
+    tokens = (size // 8) ** 2 + (pool == "token")
+    assert {shape[1] for shape in asked} == {tokens + tokens % 2}
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
+    jax.tree.map(near, plain, fused)
+
+
 @pytest.mark.parametrize("unroll", [1, 3])
 @in_float64
 def test_remat_changes_no_gradient(unroll):
@@ -145,8 +179,9 @@ def keys(number):
 def test_drop_path_of_one_branch(mode):
     x, rates = jnp.ones((400, 4, 6)), jnp.array([0.0, 0.25])
     masks = noise.drop_path_masks(keys(400), rates, x.shape[1:], mode)
-    assert masks.shape == (2, 2, *(x.shape if mode == "element" else (400, 1, 1)))
-    assert masks[0].all()
+    assert masks.shape == (2, 2, 400, *((4, 2) if mode == "element" else (1, 1)))
+    whole = noise.unpacked(masks, 6) if mode == "element" else masks
+    assert whole[0].all()
     out = noise.drop_path(x, rates[1], masks[1, 0])
     kept = np.asarray(out) > 0
     np.testing.assert_allclose(np.asarray(out)[kept], 1 / 0.75, rtol=1e-6)
@@ -184,6 +219,6 @@ def test_drop_path_noise_belongs_to_the_example_not_to_the_batch():
 
 def test_branches_and_blocks_draw_different_noise():
     masks = np.asarray(noise.drop_path_masks(keys(50), jnp.full(3, 0.5), (4, 6), "element"))
-    draws = masks.reshape(6, -1)
+    draws = np.asarray(noise.unpacked(jnp.asarray(masks), 6)).reshape(6, -1)
     agreement = [(a == b).mean() for i, a in enumerate(draws) for b in draws[:i]]
     assert max(agreement) < 0.6

@@ -34,6 +34,7 @@ def events(folder):
     return out
 
 
+@pytest.mark.slow
 def test_event_files_have_the_rows_of_metrics(tmp_path):
     pytest.importorskip("tensorboardX")
     rows, problems = suite.run(config(log="tensorboard"), tmp_path)

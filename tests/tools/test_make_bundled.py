@@ -39,6 +39,7 @@ def test_labels_are_sixteen_sectors():
     assert len(counts) == 16 and counts.min() > 15  # sectors of two and three directions in forty
 
 
+@pytest.mark.slow
 @jax.numpy_rank_promotion("allow")  # the script is written like NumPy
 def test_scribbles_are_keyed_and_in_range():
     render = jax.jit(scribble.batch, static_argnums=1)

@@ -33,6 +33,7 @@ def shallow(model, tree, own, number):
     return alone, {**tree, **place, "head": head}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -39,6 +39,7 @@ def moved(defence, devices):
     return jax.tree.map(lambda a, b: np.asarray(a) - b, after["trainable"], before)
 
 
+@pytest.mark.slow
 def test_training_uses_what_a_defence_leaves():
     """Of two steps of SGD at most two percent of the values have moved, and all with noise."""
     plain, pruned = moved(None, 1), moved("prune99", 1)

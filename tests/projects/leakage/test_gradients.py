@@ -52,6 +52,7 @@ def test_the_gradient_is_that_of_the_merged_model(frozen):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), found, wanted)
 
 
+@pytest.mark.slow
 def test_label_and_features_are_exact(frozen):
     c, (images, labels) = client(frozen), pictures(6)
     params = methods.merge(c.method, frozen, c.trainable)
@@ -64,6 +65,7 @@ def test_label_and_features_are_exact(frozen):
         np.testing.assert_allclose(gradients.feature(shared), true, atol=2e-4 * np.abs(true).max())
 
 
+@pytest.mark.slow
 def test_a_zero_head_gives_no_other_gradient(frozen):
     c, (images, labels) = client(frozen, head=0.0), pictures(2)
     shared = gradients.gradient(c, images, labels)

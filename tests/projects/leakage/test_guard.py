@@ -75,7 +75,11 @@ def test_a_single_part_is_enough_for_a_warning():
 
 @pytest.mark.parametrize(
     "variant, size",
-    [("bundled", 32), pytest.param("swin_t_2", 64, marks=pytest.mark.slow), ("resnet18", 32)],
+    [
+        ("bundled", 32),
+        pytest.param("swin_t_2", 64, marks=pytest.mark.slow),
+        pytest.param("resnet18", 32, marks=pytest.mark.slow),
+    ],
 )
 def test_random_starts_pass(variant, size):
     assert guard.warning(start(models.build(variant, 3), size)) == ""

@@ -90,6 +90,7 @@ def test_paths_are_mixed_and_other_tokens_pass():
     np.testing.assert_allclose(out[1, 2:], sum(s * x for s, x in zip(shares, each)), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", [pytest.param(1, marks=pytest.mark.slow), 3])
 @in_float64
 def test_a_vit_mixes_before_attention(unroll):

@@ -196,6 +196,7 @@ IMAGES = jnp.asarray(RNG.uniform(-1, 1, (NUMBER, SIZE, SIZE, 3)), jnp.float32)
 LABELS = jnp.asarray(RNG.integers(0, 5, NUMBER), jnp.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rlrr", pytest.param("lora", marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_those_of_weights_of_each_image(name):
     method, frozen = methods.get(name), frozen_tree()
@@ -310,6 +311,7 @@ def train_two_epochs(loss, devices, hypers):
     return jax.tree.map(np.asarray, state), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [*(pytest.param(x, marks=pytest.mark.slow) for x in ("pace", "pace_lazy")), "pace_fast"],
@@ -427,7 +429,7 @@ TINY_SWIN = swin.Swin(8, (2, 2), (1, 2), 4, 4, num_classes=3)
 
 @pytest.mark.parametrize(
     ("model", "side"),
-    [(models.build("bundled", 5, pool="map"), 32), (TINY_SWIN, 32)],
+    [(models.build("bundled", 5, pool="map"), 32), pytest.param(TINY_SWIN, 32, marks=pytest.mark.slow)],
     ids=["map", "swin"],
 )
 def test_other_models_without_noise_are_merged(model, side):
