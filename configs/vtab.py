@@ -37,6 +37,7 @@ def get_config(arg=None):
     config.loss_kwargs, config.grid = loss_options({key: value for key, _, value in items}.get("loss"))
     config.epochs = placeholder(int)
     config.batch_size = 32
+    config.accumulate = 1  # parts, one after another, of a device's images: less memory, equal numbers
     config.total_steps = placeholder(int)  # instead of epochs
     config.optimizer = "adamw"  # or "momentum"
     config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"

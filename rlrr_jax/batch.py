@@ -27,7 +27,8 @@ def take(recipe: Recipe, data: Any, order: jax.Array, state: Any, hyper: Hyper, 
       now: epoch and step.
     """
     epoch, step = now
-    local = math.ceil(recipe.batch_size / jax.lax.axis_size("data"))
+    parts = jax.lax.axis_size("data") * recipe.accumulate
+    local = math.ceil(recipe.batch_size / parts) * recipe.accumulate
     slots = jax.lax.axis_index("data") * local + jnp.arange(local)  # in the global batch
     first, last = step * recipe.batch_size, recipe.num_images - 1
     mask = (slots < recipe.batch_size) & (first + slots <= last)

@@ -32,7 +32,7 @@ CHOICES = {
 }
 POSITIVE = (
     *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "image_width"),
-    "eval_every",
+    *("eval_every", "accumulate"),
     *("model.unroll", "model.depth"),
     *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
     *("data.device_gb", "warmup_epochs"),
@@ -41,7 +41,7 @@ POSITIVE = (
 
 GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs", "loss_kwargs")
 NEEDED = (
-    *("batch_size", "eval_batch_size", "eval_every", "checkpoint_seconds", "optimizer"),
+    *("batch_size", "eval_batch_size", "eval_every", "checkpoint_seconds", "optimizer", "accumulate"),
     *("mixup", "cutmix", "label_smoothing"),
 )
 

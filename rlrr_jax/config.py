@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rlrr_jax import checks, lookup, losses, methods, models
+from rlrr_jax import backend, checks, lookup, losses, methods, models
 from rlrr_jax.checks import GRID
 from rlrr_jax.data import own, tasks
 from rlrr_jax.errors import UserError, unknown
@@ -291,7 +290,7 @@ def _resolve_one(
         raise UserError(
             f"config.crop={run.crop} needs config.crop_from of at least the image size {run.image_size}"
         )
-    checks.fill(run, "dtype", "float32" if jax.default_backend() == "cpu" else "bfloat16")
+    checks.fill(run, "dtype", "float32" if backend.platform() == "cpu" else "bfloat16")
     checks.fill(run, "precision", "highest" if run.dtype == "float32" else "default")
     default = "element" if models.family(run.model.variant) == "vit" else "sample"  # as their authors
     checks.fill(run, "drop_path_mode", default)

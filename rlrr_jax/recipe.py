@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
       optimizer: how gradients become updates, see `optim.build`.
       loss: the `losses.Loss` with its fixed options; None is cross-entropy.
       mixing: how images and labels are mixed.
+      accumulate: in how many parts, one after another, a device computes the gradient of its images.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class Recipe(NamedTuple):
     loss: Any = None
     mixing: Mixing = Mixing()
     crop_from: int | None = None
+    accumulate: int = 1
 
     @property
     def steps(self) -> int:

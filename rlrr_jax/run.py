@@ -155,6 +155,7 @@ def _recipe(config: ConfigDict, num_images: int) -> Recipe:
         loss=_same(loss, fixed, lambda: losses.get(config.loss, fixed, values())),
         mixing=mixing.Mixing(config.mixup, config.cutmix, config.label_smoothing),
         crop_from=config.crop_from if config.crop == crops.SQUARE else None,
+        accumulate=config.get("accumulate") or 1,
     )
 
 

@@ -69,7 +69,7 @@ def loss_and_grad(
     """
     count = jax.lax.psum(batch.mask.sum(), "data")
 
-    def loss_fn(trainable: Tree) -> tuple[jax.Array, tuple]:
+    def loss_fn(trainable: Tree, batch: Batch) -> tuple[jax.Array, tuple]:
         key = None
         if recipe.method.drop is not None:
             key = jax.random.fold_in(hyper.noise_key, batch.step)
@@ -84,11 +84,37 @@ def loss_and_grad(
         total = (each * batch.mask).sum()
         return total / count, (sums, kept)
 
+    part = lambda batch: jax.value_and_grad(loss_fn, has_aux=True)(trainable, batch)
     with jax.default_matmul_precision(recipe.precision):
-        (loss, (sums, kept)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+        result: Any = accumulated(part, batch, recipe.accumulate)
+    (loss, (sums, kept)), grads = result
     # Sums over shards of the global mean: a shard without real images adds nothing.
     metrics, grads = jax.lax.psum(({"loss": loss, **sums}, grads), "data")
     return metrics, grads, kept
+
+
+def accumulated(part: Callable, batch: Batch, number: int) -> tuple:
+    """The sum of what a function of a batch returns over so many parts of it, one after another.
+
+    Args:
+      part: function `batch -> (loss, (sums, kept)), grads`; what is `kept` is put together again.
+      batch: the batch, of as many images as `number` divides.
+      number: number of parts.
+    """
+    if number == 1:
+        return part(batch)
+    cut = lambda x: x.reshape(number, -1, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, number)
+    parts = jax.tree.map(cut, batch)
+
+    def body(total: Tree, batch: Batch) -> tuple:
+        (loss, (sums, kept)), grads = part(batch)
+        return jax.tree.map(jnp.add, total, (loss, sums, grads)), kept
+
+    (loss, (sums, _)), grads = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, sums, grads))
+    result: Any = jax.lax.scan(body, zeros, parts)
+    (loss, sums, grads), kept = result
+    return (loss, (sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept))), grads
 
 
 def train_step(

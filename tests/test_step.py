@@ -21,7 +21,7 @@ from models.test_vit import SMALL, random_tree
 from rlrr_jax import batch as batch_lib
 from rlrr_jax import evaluate, methods, models, optim, step
 from rlrr_jax.models import vit
-from rlrr_jax.recipe import Hyper, Recipe
+from rlrr_jax.recipe import Batch, Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.weights import reader
 
@@ -114,11 +114,11 @@ def trainable():
 
 
 @functools.cache
-def mapped_gradient(devices, drop_path, x64):
+def mapped_gradient(devices, drop_path, x64, accumulate=1):
     del x64  # another program
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     mapped = jax.shard_map(
-        functools.partial(one_gradient, recipe(drop_path=drop_path)),
+        functools.partial(one_gradient, recipe(drop_path=drop_path, accumulate=accumulate)),
         mesh=mesh,
         in_specs=P(),
         out_specs=P(),
@@ -127,8 +127,8 @@ def mapped_gradient(devices, drop_path, x64):
     return jax.jit(mapped)
 
 
-def gradient_on(devices, trainable, number, flip, drop_path):
-    mapped = mapped_gradient(devices, drop_path, jax.config.jax_enable_x64)
+def gradient_on(devices, trainable, number, flip, drop_path, accumulate=1):
+    mapped = mapped_gradient(devices, drop_path, jax.config.jax_enable_x64, accumulate)
     return mapped(frozen_tree(), DATA, hyper(flip=flip), trainable, number)
 
 
@@ -151,6 +151,40 @@ def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b[shard], rtol=0, atol=1e-6), one, pmapped
         )
+
+
+@pytest.mark.parametrize(
+    ("devices", "parts", "number"),
+    [
+        (1, 2, 0),
+        pytest.param(1, 4, 3, marks=pytest.mark.slow),
+        pytest.param(2, 3, 3, marks=pytest.mark.slow),
+    ],
+)
+@in_float64
+def test_a_gradient_in_parts_is_that_of_the_whole(devices, parts, number, trainable):
+    """Of a batch that they divide, of the last one, of 4 images, and on two devices."""
+    kwargs, trainable = dict(flip=True, drop_path=True), double(trainable)
+    whole = gradient_on(1, trainable, number, **kwargs)
+    found = gradient_on(devices, trainable, number, **kwargs, accumulate=parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), whole, found)
+
+
+def test_what_is_remembered_comes_back_whole_from_parts():
+    """In the order of the images, with sums of all else."""
+    batch = Batch(*[None] * 4, keys=None, slots=jnp.arange(6), numbers=None, step=jnp.int32(7))
+
+    def part(batch):
+        assert batch.step.shape == () and batch.slots.shape in ((2,), (6,))
+        squares = (batch.slots**2).astype(jnp.float32)
+        sums = {"acc": squares.sum()}
+        return (squares.sum() + batch.step, (sums, {"remember": squares[:, None]})), {
+            "a": squares.sum()
+        }
+
+    (loss, (sums, kept)), grads = jax.jit(lambda b: step.accumulated(part, b, 3))(batch)
+    assert float(loss) == 55 + 3 * 7 and float(sums["acc"]) == float(grads["a"]) == 55
+    np.testing.assert_array_equal(kept["remember"][:, 0], np.arange(6) ** 2)
 
 
 @in_float64

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rlrr_jax import lookup
+from rlrr_jax import backend, lookup
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.models import matmul, resnet, swin, vit
 from rlrr_jax.sides import Size, pair
@@ -148,7 +148,7 @@ def shapes(model: Any, image_size: Size) -> Any:
 def default_attention(variant: str, dtype: str) -> str:
     """How attention is computed: by cuDNN where this GPU does, with the right numbers; else by XLA."""
     size = sizes(variant)
-    if family(variant) != "vit" or dtype != "bfloat16" or jax.default_backend() != "gpu":
+    if family(variant) != "vit" or dtype != "bfloat16" or backend.platform() != "gpu":
         return "xla"
     width = size["width"] // size["num_heads"]
     takes = width % 8 == 0 and width <= 128  # which cuDNN does
@@ -165,7 +165,7 @@ def default_unroll(variant: str) -> int | None:
     if "unroll" not in attributes(variant):
         return None  # nothing is scanned
     every = size["depth"] if "depth" in size else max(size["depths"])
-    return 1 if jax.default_backend() == "tpu" else every
+    return 1 if backend.platform() == "tpu" else every
 
 
 def head_inputs(model: Any, params: Any, images: jax.Array) -> jax.Array:

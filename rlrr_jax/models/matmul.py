@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from rlrr_jax import backend
+
 
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
@@ -95,28 +97,7 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precisi
     return y.reshape(*before, *outputs).astype(x.dtype)
 
 
-class Dense(nn.Dense):
-    """flax's, with `dot_general` and an activation, in whose gradient what the matmul gives is kept."""
-
-    activation: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The outputs [..., features] of inputs [..., D]."""
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        bias = (
-            self.param("bias", self.bias_init, shape[1:], self.param_dtype) if self.use_bias else None
-        )
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
-        bias = bias if bias is None else bias.reshape(*(1,) * (y.ndim - 1), -1)
-        if self.activation is None:
-            return y if bias is None else y + bias
-        # Else the gradient would keep five arrays of this size instead of one.
-        return jax.checkpoint(lambda y, b: self.activation(y if b is None else y + b))(y, bias)
-
-
+Dense = functools.partial(nn.Dense, dot_general=dot_general)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
 
 
@@ -148,9 +129,14 @@ class LayerNorm(nn.Module):
 
 def in_order(x: jax.Array) -> jax.Array:
     """The same, in memory as its axes say: on GPUs XLA would else put the images last, and copy."""
-    if jax.default_backend() != "gpu":
+    if backend.platform() != "gpu":
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What `jax.checkpoint` keeps of Dense layers: what matmuls give, and kernels in their dtype."""
+    return primitive.name in ("dot_general", "convert_element_type", "custom_vjp_call")
 
 
 # Products of matrices [..., m, k], in float32 or higher -----------------------------------------
@@ -160,7 +146,7 @@ def _narrow(x: jax.Array) -> bool:
     """Whether the matmul of an array is one of bfloat16 on a CPU."""
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     asked = precision == "bfloat16" and x.dtype == jnp.float32
-    return jax.default_backend() == "cpu" and (asked or x.dtype == jnp.bfloat16)
+    return backend.platform() == "cpu" and (asked or x.dtype == jnp.bfloat16)
 
 
 def _product(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:

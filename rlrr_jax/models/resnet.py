@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax import backend
 from rlrr_jax.errors import UserError
 from rlrr_jax.models.noise import drop_path, drop_path_masks
 from rlrr_jax.sides import Size, pair
@@ -97,7 +98,7 @@ class Conv(nn.Module):
         start = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
         kernel = self.param("kernel", start, shape)
         kernel = standardised(kernel) if self.standardise else kernel
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = backend.platform() == "cpu"
         return (by_matmul if on_cpu else by_xla)(
             x.astype(self.dtype), kernel.astype(self.dtype), self.stride
         )

@@ -103,8 +103,12 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        gelu = activation(self.gelu)
-        x = Dense(self.mlp_dim, dtype=self.dtype, activation=gelu, name="Dense_0")(x)
+
+        def hidden(mlp, x):
+            return activation(self.gelu)(Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x))
+
+        # Else the gradient would keep five arrays of this size instead of one.
+        x = nn.remat(hidden, policy=matmul.kept)(self, x)
         return Dense(width, dtype=self.dtype, name="Dense_1")(x)
 
 

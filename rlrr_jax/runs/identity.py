@@ -23,6 +23,7 @@ PLACES = (
     "checkpoint_seconds",
     "log",
     "eval_batch_size",
+    "accumulate",
     "model.unroll",
     "model.remat",
     "trial",
