@@ -8,7 +8,7 @@ import reference
 from float64 import double, in_float64
 
 from rlrr_jax import models
-from rlrr_jax.models import noise, vit
+from rlrr_jax.models import matmul, noise, vit
 
 SMALL = dict(width=32, depth=3, mlp_dim=64, num_heads=4, patch_size=8, num_classes=7)
 
@@ -78,6 +78,21 @@ def test_fused_attention_is_attention(size, pool, monkeypatch):
     assert {shape[1] for shape in asked} == {tokens + tokens % 2}
     near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
     jax.tree.map(near, plain, fused)
+
+
+def test_trials_have_lengths_of_their_own(monkeypatch):
+    """JAX's rule for `vmap` over cuDNN's attention reshapes them with queries, keys and values."""
+
+    def look(query, key, value, query_seq_lengths, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn" and query.shape == (3, 6, 2, 8)
+        for lengths in (query_seq_lengths, key_value_seq_lengths):
+            assert isinstance(lengths, jax.core.Tracer) and lengths.shape == (3,)
+        return query + query_seq_lengths[:, None, None, None]
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", look)
+    qkv = [jnp.zeros((4, 3, 6, 2, 8))] * 3
+    out = jax.vmap(lambda *qkv: matmul.fused_attention(*qkv, number=5))(*qkv)
+    assert out.shape == (4, 3, 6, 2, 8) and (out == 5).all()
 
 
 @pytest.mark.parametrize("unroll", [1, 3])
