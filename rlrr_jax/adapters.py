@@ -197,7 +197,7 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--cache_dir", help="of downloaded weights; default ~/.cache/rlrr_jax")
     text = "downloads the backbone that the adapter names, if it is not on this machine"
     parser.add_argument("--fetch", action="store_true", help=text)
-    text = "code that an adapter needs, such as mygain:method; read it before"
+    text = "code that an adapter needs, such as mygain:method; read it before. Or images, hf:user/name"
     parser.add_argument("--import", metavar="PATH", action=_Allow, help=text)
 
 

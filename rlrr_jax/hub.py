@@ -7,6 +7,7 @@ import contextlib
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from rlrr_jax import files
@@ -38,19 +39,33 @@ def _library(name: str, folder: Any) -> tuple[Any, dict[str, Any]]:
     return huggingface_hub, {**where, "cache_dir": folder and files.local(folder) / "hub"}
 
 
+@contextlib.contextmanager
+def asking(what: str, way: str) -> Iterator[None]:
+    """Explains whatever its library raises, of the network, a name, a token, the disk.
+
+    Args:
+      what: what cannot be done, such as "get x of hf:user/name".
+      way: what to do about it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"cannot {what} ({first_line(e)}): {way}") from e
+
+
+BY_HAND = "check the name and the network, or download it by hand and give its path"
+
+
 def file(name: str, path: str, folder: Any = None) -> pathlib.Path:
     """Local path of one file of a repository `user/name[@revision]` on Hugging Face.
 
     Raises UserError if it cannot be had.
     """
     library, where = _library(name, folder)
-    try:
+    with asking(f"get {path} of hf:{name}", BY_HAND):
         return pathlib.Path(library.hf_hub_download(filename=path, **where))
-    except Exception as e:  # of the network, the name, the disk
-        raise UserError(
-            f"cannot get {path} of hf:{name} ({first_line(e)}): check the name and the network, or "
-            f"download it by hand and give its path"
-        ) from e
 
 
 def weights(
@@ -84,7 +99,7 @@ def weights(
         except EntryNotFoundError:
             return None
 
-    try:
+    with asking(f"get model.safetensors of hf:{name}", BY_HAND):
         kept = lambda file: library.try_to_load_from_cache(filename=file, **where)
         there = isinstance(kept("model.safetensors"), str)
         if not fetch:  # a path of the cache, and nothing of the network
@@ -106,13 +121,6 @@ def weights(
                 get(shard)
             return index
         raise FileNotFoundError("it has no model.safetensors")
-    except UserError:
-        raise
-    except Exception as e:  # of the network, the name, the disk
-        raise UserError(
-            f"cannot get model.safetensors of hf:{name} ({first_line(e)}): check the name and the "
-            f"network, or download it by hand and give its path"
-        ) from e
 
 
 def _check_offer(library: Any, where: dict, wanted: str) -> None:
@@ -154,15 +162,10 @@ def dataset(name: str, fetch: bool) -> pathlib.Path:
       UserError: if it cannot be had.
     """
     library, where = _library(name, None)
+    what = dict(repo_type="dataset", ignore_patterns=["*.py"], local_files_only=not fetch)
+    way = "check the name and the network; no folder here has that name"
     try:
-        folder = library.snapshot_download(
-            **where, repo_type="dataset", ignore_patterns=["*.py"], local_files_only=not fetch
-        )
-        return pathlib.Path(folder)
-    except Exception as e:  # of the network, the name, the disk
-        if not fetch:
-            raise NotFetched(f"the images hf:{name} are not on this machine") from e
-        raise UserError(
-            f"cannot get the dataset hf:{name} ({first_line(e)}): check the name and the network; no "
-            f"folder here has that name"
-        ) from e
+        with asking(f"get the dataset hf:{name}", way):
+            return pathlib.Path(library.snapshot_download(**where, **what))
+    except UserError as e:
+        raise e if fetch else NotFetched(f"the images hf:{name} are not on this machine") from e

@@ -18,6 +18,7 @@ from rlrr_jax import evaluate, heads, methods, prefix, sides, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import resize
+from rlrr_jax.errors import UserError
 from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.run import Run
 from rlrr_jax.runtime import distributed, memory
@@ -178,7 +179,11 @@ def build(
     run, recipe = runs[0], run_lib.together(runs)
     images, labels = load_data(run.splits[0], crop=run.crops)
     held_out = load_data(run.splits[1])
-    assert len(labels) == recipe.num_images
+    if len(labels) != recipe.num_images:
+        raise UserError(
+            f"{run.task.name} has {len(labels)} images in {run.splits[0]}, and its task says "
+            f"{recipe.num_images}: correct its sizes"
+        )
     frozen = load_weights(recipe.model)
     if "block" in recipe.method.DEFAULTS and distributed.is_process_zero():
         print(

@@ -1,6 +1,6 @@
 """What is minimised. To add a loss, write a function like `cross_entropy`; its name is a path.
 
-A loss is called once for each trial and step, with this device's share of the batch:
+A loss is called for each trial and step, with this device's share of the batch, or a part of it:
 
     loss(net, batch, **options) -> losses, values
 

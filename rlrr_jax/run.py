@@ -1,4 +1,4 @@
-"""One run as values: below `suite`, nobody reads a key of its configuration."""
+"""One run as values: what is built, trained and evaluated reads no key of its configuration."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ def _recipe(config: ConfigDict, num_images: int) -> Recipe:
         loss=_same(loss, fixed, lambda: losses.get(config.loss, fixed, values())),
         mixing=mixing.Mixing(config.mixup, config.cutmix, config.label_smoothing),
         crop_from=config.crop_from if config.crop == crops.SQUARE else None,
-        accumulate=config.get("accumulate") or 1,
+        accumulate=config.accumulate,
     )
 
 

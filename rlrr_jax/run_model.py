@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from rlrr_jax import checks, losses, methods, models, sides
 from rlrr_jax.errors import UserError
-from rlrr_jax.models import vit
+from rlrr_jax.models import matmul, vit
 from rlrr_jax.run_images import size_of, task_of
 from rlrr_jax.sides import Size
 from rlrr_jax.weights import preprocessing, reader, vit_layouts
@@ -133,6 +133,10 @@ def follow(run: ConfigDict, path: str) -> list[str]:
         if value is not None and mine != value:
             notes.append(f"note: {name} has {value} ({card.source}), config.{where}{key} is {mine}")
     checks.heads(model.variant, model.num_heads)
+    width = models.sizes(model.variant)["width"] // model.num_heads if ours else 0
+    if model.attention == "cudnn" and not matmul.takes_heads_of(width):
+        notes.append(f"note: cuDNN's attention takes no heads of {width} values: XLA's is taken")
+        model.attention = "xla"
     return notes + _follow_parts(run, card, path)
 
 

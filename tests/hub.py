@@ -9,6 +9,8 @@ import re
 import threading
 import urllib.parse
 
+import pytest
+
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Files by their path, `/<repository>/resolve/main/<name>`; `asked` has every path in order."""
@@ -86,6 +88,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+@contextlib.contextmanager
+def in_place(monkeypatch):
+    """The server in the place of huggingface.co, for the library in this process."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with serve() as server:
+        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        yield server
 
 
 @contextlib.contextmanager

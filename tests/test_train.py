@@ -21,6 +21,7 @@ from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import evaluate, files, job, methods, run_model, suite
+from rlrr_jax import run as run_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
 from rlrr_jax.data.resize import normalize
@@ -221,6 +222,15 @@ def test_several_seeds_are_several_rows(tmp_path):
     rows = run(small_config("digits,method=linear", seeds=(0, 3), epochs=1), tmp_path)
     assert [row["seed"] for row in rows] == [0, 3]
     assert rows[0]["train_loss"] != rows[1]["train_loss"]
+
+
+def test_a_source_with_other_numbers_than_its_task_is_named():
+    (config,) = config_lib.resolve(small_config())
+    few = lambda split, crop=None: (np.zeros((3, 32, 32, 3), np.uint8), np.zeros(3, np.int32))
+    with pytest.raises(
+        UserError, match=r"has 3 images in \w+, and its task says \d+: correct its sizes"
+    ):
+        job.build([run_lib.of(config)], None, few)
 
 
 def test_same_seed_gives_the_same_bits(tmp_path):

@@ -151,8 +151,7 @@ def default_attention(variant: str, dtype: str) -> str:
     if family(variant) != "vit" or dtype != "bfloat16" or backend.platform() != "gpu":
         return "xla"
     width = size["width"] // size["num_heads"]
-    takes = width % 8 == 0 and width <= 128  # which cuDNN does
-    return "cudnn" if takes and matmul.fused_attention_works(width) else "xla"
+    return "cudnn" if matmul.takes_heads_of(width) and matmul.fused_attention_works(width) else "xla"
 
 
 def default_unroll(variant: str) -> int | None:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from rlrr_jax import backend
+from rlrr_jax.errors import first_line
 
 
 def attention(
@@ -57,6 +58,11 @@ def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, number: 
     )
 
 
+def takes_heads_of(width: int) -> bool:
+    """Whether cuDNN's attention is for heads of a width, on every GPU that has it."""
+    return width % 8 == 0 and width <= 128
+
+
 @functools.cache
 def fused_attention_works(width: int) -> bool:
     """Whether this GPU computes `fused_attention` of a head's width, and its gradient, as XLA does."""
@@ -74,9 +80,13 @@ def fused_attention_works(width: int) -> bool:
         ours = values(functools.partial(fused_attention, number=5))
         plain_values = [np.asarray(x, np.float32) for x in jax.tree.leaves(values(plain))]
         pairs = zip(jax.tree.leaves(ours), plain_values)
-        return all(np.allclose(np.asarray(a, np.float32), b, 0.05, 0.05) for a, b in pairs)
-    except Exception:  # no cuDNN, an old GPU, an old driver: each has its own error
-        return False
+        if all(np.allclose(np.asarray(a, np.float32), b, 0.05, 0.05) for a, b in pairs):
+            return True
+        why = "its numbers are not XLA's"
+    except Exception as e:  # no cuDNN, an old GPU, an old driver: each has its own error
+        why = first_line(e)
+    print(f"note: cuDNN's attention does not work here ({why}): XLA's is taken", flush=True)
+    return False
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> Any:

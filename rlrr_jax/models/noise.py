@@ -40,7 +40,7 @@ def unpacked(bits: jax.Array, number: int) -> jax.Array:
 
 
 def packed(key: jax.Array, rate: Any, shape: tuple) -> jax.Array:
-    """The bools of `keep`, as bits of bytes [..., ceil(n / 4)]: an eighth of their memory.
+    """The bools of `keep`, as bits of bytes [..., ceil(n / 4)]: a quarter of their memory.
 
     Each block of the cipher makes four values, the bits of a byte; value i of n is bit i // (n / 4) of
     byte i % (n / 4). `rate` may be traced; it has as many axes as keys [K...], for [K..., *shape].

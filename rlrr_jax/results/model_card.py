@@ -7,8 +7,8 @@ import re
 import string
 from typing import Any
 
-from rlrr_jax import files, sides
-from rlrr_jax.errors import UserError, first_line
+from rlrr_jax import files, hub, sides
+from rlrr_jax.errors import UserError
 
 NAME = "README.md"
 FILE = "adapter.safetensors"
@@ -131,7 +131,8 @@ def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
     readme = files.local(folder) / NAME
     if not is_edited(readme):
         files.write(readme, text(card, f"hf:{repository}"))
-    try:
+    way = f"check the name, the network and HF_TOKEN; the folder {folder} is complete"
+    with hub.asking(f"upload to hf:{repository}", way):
         api = huggingface_hub.HfApi()
         url = api.create_repo(repository, private=not public, exist_ok=True)
         if not public and api.repo_info(repository).private is False:
@@ -145,12 +146,5 @@ def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
         except EntryNotFoundError:
             pass
         api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=uploaded)
-    except UserError:
-        raise
-    except Exception as e:  # of the network, the name, the token
-        raise UserError(
-            f"cannot upload to hf:{repository} ({first_line(e)}): check the name, the network and "
-            f"HF_TOKEN; the folder {folder} is complete"
-        ) from e
     seen = "private" if api.repo_info(repository).private else "public"
     return f"{url} ({seen})"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import vtab_data
-from hub import serve
+from hub import in_place
 from PIL import Image
 
 from rlrr_jax import config as config_lib
@@ -556,13 +556,7 @@ def test_a_dataset_of_the_hub(folder, tmp_path, monkeypatch):
     target = write_parquet(folder, tmp_path / "parquet" / "birds")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with serve() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+    with in_place(monkeypatch) as hub:
         place = f"/datasets/me/birds/resolve/{'c' * 40}/"
         for path in target.rglob("*.*"):
             hub.files[place + path.relative_to(target).as_posix()] = path.read_bytes()

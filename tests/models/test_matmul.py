@@ -174,4 +174,14 @@ def test_an_mlp_keeps_what_its_matmul_gives(dtype):
     _, back = jax.vjp(mlp.apply, tree, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(back)]
     hidden = [shape for shape in shapes if shape[-1:] == (32,) and math.prod(shape) == 6 * 3 * 32]
-    assert len(hidden) <= 2, shapes  # and what the second matmul multiplies
+    assert len(hidden) == 2, shapes  # and what the second matmul multiplies
+
+
+def test_an_attention_that_does_not_work_is_said_and_not_taken(capsys):
+    """A machine without cuDNN stands for a GPU whose cuDNN is missing or too old."""
+    matmul.fused_attention_works.cache_clear()
+    assert matmul.fused_attention_works(16) is False and matmul.fused_attention_works(16) is False
+    said = capsys.readouterr().out
+    assert said.startswith("note: cuDNN's attention does not work here (") and said.count("note") == 1
+    assert said.endswith("): XLA's is taken\n")
+    assert [matmul.takes_heads_of(width) for width in (4, 64, 128, 136)] == [False, True, True, False]

@@ -11,7 +11,7 @@ import named_vits
 import numpy as np
 import pytest
 import safetensors.numpy
-from hub import serve
+from hub import in_place
 
 from rlrr_jax import hub as hub_lib
 from rlrr_jax.errors import UserError
@@ -214,14 +214,7 @@ def test_redirects_stay_on_https(server):
 
 @pytest.fixture
 def hub(monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    with serve() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+    with in_place(monkeypatch) as server:
         yield server
 
 

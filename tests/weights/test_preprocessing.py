@@ -92,6 +92,20 @@ def said_by(config):
     return "config.json says so" if config else "its name says so"
 
 
+@pytest.mark.parametrize(("heads", "taken"), [(3, "cudnn"), (48, "xla")])
+def test_heads_that_cudnn_does_not_take_are_xlas(heads, taken, tiny):
+    """Of 64 and of 4 values; a run of a GPU, which this machine has not."""
+    config = vtab.get_config("digits,method=linear")
+    config.model.variant, config.pretrained.name, config.image_size = "Ti/16", str(tiny), 32
+    config.pretrained.mean = config.pretrained.std = preprocessing.HALF
+    config.model.gelu, config.model.num_heads = "exact", heads
+    (run,) = config_lib.resolve(config)
+    run.model.attention = "cudnn"
+    notes = [note for note in run_model.follow(run, str(tiny)) if "cuDNN" in note]
+    said = ["note: cuDNN's attention takes no heads of 4 values: XLA's is taken"]
+    assert run.model.attention == taken and notes == said * (taken == "xla")
+
+
 def test_heads_that_do_not_divide_the_width_are_one_sentence(tiny):
     with pytest.raises(UserError, match="num_heads=7 does not divide the model's width 192"):
         follow(tiny, "Ti/16", num_heads=7)
