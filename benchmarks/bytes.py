@@ -9,7 +9,6 @@ So it is a bound from above on the memory's work, and the milliseconds beside it
 bandwidth. `--top 10` prints the largest operations, `--dump DIR` writes the programs.
 """
 
-import argparse
 import collections
 import os
 import pathlib
@@ -28,6 +27,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlrr_jax import backend, methods, models, step
+from rlrr_jax.errors import Parser, UserError, first_line, one_sentence, unknown
 from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.results import tables
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -44,7 +44,7 @@ FORMS = {  # arguments of the model
 
 def main():
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", default="h100", help="h100, or a topology of TPUs such as v5e:2x2")
     parser.add_argument("--variants", default="B/16")
     parser.add_argument("--forms", default="scanned,unrolled,cudnn", help=", ".join(FORMS))
@@ -53,11 +53,15 @@ def main():
     parser.add_argument("--top", type=int, default=0)
     parser.add_argument("--dump")
     args = parser.parse_args()
+    device, forms = args.device.partition(":")[0], args.forms.split(",")
+    for what, name, known in (("device", device, SPEED), *(("form", form, FORMS) for form in forms)):
+        if name not in known:
+            raise unknown(what, name, known)
     kind, devices = topology(args.device)
-    bandwidth, peak = SPEED[args.device.partition(":")[0]]
+    bandwidth, peak = SPEED[device]
     lines = []
     for variant in args.variants.split(","):
-        for form in args.forms.split(","):
+        for form in forms:
             with backend.compiling_for(kind):
                 compiled, seconds = program(variant, form, args, devices)
             text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -80,9 +84,21 @@ def main():
 
 
 def topology(name):
-    """Platform and devices, none of which are there."""
-    if name != "h100":
-        return "tpu", topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    """Platform and devices, none of which are there; UserError without the wheels that know them."""
+    extra = "cuda13" if name == "h100" else "tpu"
+    try:
+        return ("gpu", h100()) if name == "h100" else ("tpu", tpus(name))
+    except (NotImplementedError, RuntimeError, ImportError) as e:
+        raise UserError(f"{name} is unknown here ({first_line(e)}): pip install 'jax[{extra}]'") from e
+
+
+def tpus(name):
+    """The chips of a topology."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def h100():
+    """One H100, as `h100.txt` describes it."""
     import jax._src.cudnn.fused_attention_stablehlo as cudnn
     from jax._src import xla_bridge
 
@@ -93,7 +109,7 @@ def topology(name):
     cudnn.is_cuda_compute_capability_equal = lambda wanted: wanted == "9.0"
     config = (pathlib.Path(__file__).parent / "h100.txt").read_text()
     found = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    return "gpu", found.devices
+    return found.devices
 
 
 def program(variant, form, args, devices):
@@ -255,4 +271,4 @@ def moved(text):
 
 
 if __name__ == "__main__":
-    main()
+    one_sentence(main)

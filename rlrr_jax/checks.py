@@ -139,7 +139,7 @@ def _check_machine(config):
     if config.model.attention == "cudnn" and (
         jax.default_backend() != "gpu" or config.dtype == "float32"
     ):
-        raise UserError("config.model.attention=cudnn needs a GPU and bfloat16: leave it at xla")
+        raise UserError("config.model.attention=cudnn needs a GPU and bfloat16: leave it out")
     if jax.process_count() > 1 and config.num_devices not in (None, jax.device_count()):
         raise UserError("config.num_devices is for one process: leave it out, or start fewer")
     if (config.num_devices or 1) > jax.device_count():

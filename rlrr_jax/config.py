@@ -392,8 +392,9 @@ def _default_weights(variant: str) -> str:
         return "bundled"
     name = names.default_name(variant)
     if name is None:
+        hub = "" if lookup.is_path(variant) else ", or to hf:timm/<name>"
         raise UserError(
             f"no public weights are known for {variant}: set config.pretrained.name to a .npz or "
-            f".safetensors file, or to hf:timm/<name>"
+            f".safetensors file{hub}"
         )
     return name

@@ -81,7 +81,7 @@ def test_a_network_of_a_fork(tmp_path):
         for key in ("scale", "bias"):
             arrays[f"LayerNorm_{i}/{key}"] = np.full(width, key == "scale", np.float32)
     np.savez(tmp_path / "small.npz", **arrays)
-    train = ["rlrr_jax.main", "--config=configs/vtab.py:digits,method=full+linear", "--workdir=w"]
+    train = ["rlrr_jax.main", "--config=configs/vtab.py:digits,method=full+linear+rlrr", "--workdir=w"]
     train += [
         "--config.model.variant=small:Net",
         "--config.image_size=32",
@@ -92,10 +92,11 @@ def test_a_network_of_a_fork(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [
         json.loads((tmp_path / f"w/digits/{m}/seed0/result.json").read_text())
-        for m in ("full", "linear")
+        for m in ("full", "linear", "rlrr")
     ]
-    assert [row["model"] for row in rows] == ["small:Net"] * 2 and rows[0]["train_loss"] < 1.5
+    assert [row["model"] for row in rows] == ["small:Net"] * 3 and rows[0]["train_loss"] < 1.5
     assert rows[0]["test_acc_final"] > 0.96 > 0.94 > rows[1]["test_acc_final"] > 0.85
+    assert rows[2]["test_acc_final"] > 0.93 and rows[2]["train_loss"] < rows[1]["train_loss"]
     assert rows[0]["trainable_params"] == 16 * (3 * 32 + 32 * 64) + 3 * (32 + 64) and rows[0][
         "head_params"
     ] == 10 * (2 * 2 * 64 + 1)

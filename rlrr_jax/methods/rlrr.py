@@ -38,7 +38,7 @@ PLACES = {  # role of a layer -> where it is
     **dict.fromkeys(("query", "key", "value", "qkv", "out"), "mha"),
     **dict.fromkeys(("mlp_in", "mlp_out"), "ffn"),
     **{"norm": "norm", "embedding": "patch", "merge": "patch", "conv": "conv"},
-    **{"pool": "pool", "pool_norm": "pool"},
+    **{"pool": "pool", "pool_norm": "pool", "dense": "dense"},
 }
 
 
@@ -82,7 +82,8 @@ def method(
       residual: False multiplies the kernel by the product instead of adding that.
       shift: whether biases of Dense layers are shifted.
       where: places, of "mha", "ffn", "norm", "patch" (embedding of a ViT, merging of a Swin),
-        "conv" (every convolution of a ResNet) and "pool" (a ViT's MAP head), joined by "+".
+        "conv" (every convolution of a ResNet), "pool" (a ViT's MAP head) and "dense" (a Dense of
+        another name, in no block), joined by "+".
       layers: only the first so many blocks have adapters; None: all.
       rank_dropout: probability that a rank of a layer is left out of a training step (MLAE).
 
@@ -143,6 +144,10 @@ def _init(key, frozen, v):
 
 def _affine(key, node, v):
     """Scale and shift of a LayerNorm or of the patch embedding."""
+    if "bias" not in node:
+        raise UserError(
+            "it shifts norms, and one of this model has no bias: leave norms out of its where"
+        )
     shape = node["bias"].shape
     if v.init == "identity":
         return {"scale": jnp.ones(shape), "shift": jnp.zeros(shape)}
@@ -152,7 +157,7 @@ def _affine(key, node, v):
 
 def _dense(key, node, v):
     """The adapter node beside a Dense of every block."""
-    outputs = node["bias"].shape  # [L, ...]
+    outputs = _outputs(node)  # [L, ...]
     inputs = node["kernel"].shape[: node["kernel"].ndim - len(outputs) + 1]  # [L, ...]
     fan_in = math.prod(inputs[1:])
     shapes = {
@@ -185,7 +190,13 @@ def _dense(key, node, v):
         return uniform(key, shape, bounds[name]) * (damp if first else 1)
 
     tree = {name: start(name) for name in SIDES[v.sides]}
-    return {**tree, "shift": jnp.zeros(outputs)} if v.shift else tree
+    return {**tree, "shift": jnp.zeros(outputs)} if v.shift and "bias" in node else tree
+
+
+def _outputs(node):
+    """The shape of the outputs of a Dense of every block: [L, ...]; one without a bias has one axis."""
+    kernel = node["kernel"]
+    return node["bias"].shape if "bias" in node else (len(kernel), kernel.shape[-1])
 
 
 def _single(key, node, v):
@@ -194,7 +205,7 @@ def _single(key, node, v):
 
 
 def _conv(key, node, v):
-    """The adapter node beside a convolution; it has no shift, see `_convolved`."""
+    """The adapter node beside a convolution, with a shift if that has a bias, see `_convolved`."""
     size, _, inputs, outputs = node["kernel"].shape
     matrix = {
         "kernel": jnp.zeros((1, inputs * size, outputs * size)),
@@ -202,7 +213,8 @@ def _conv(key, node, v):
     }
     tree, rank = _dense(key, matrix, v), (v.rank,) if v.rank > 1 else ()
     shapes = {"scale_in": (inputs, size, *rank), "scale_out": (*rank, outputs, size)}
-    return {name: tree[name].reshape(shapes[name]) for name in SIDES[v.sides]}
+    tree = {name: tree[name].reshape(shapes[name]) for name in SIDES[v.sides]}
+    return {**tree, "shift": jnp.zeros(outputs)} if v.shift and "bias" in node else tree
 
 
 def _first(frozen, layers):
@@ -232,31 +244,34 @@ def _merge(frozen, adapter, v, stacked=False):
     if not adapter.keys() & {"scale_in", "scale_out"}:
         inner = lambda k, x: _merge(x, adapter[k], v, stacked or k == STACK)
         return {k: inner(k, x) if k in adapter else x for k, x in frozen.items()}
-    if "bias" not in frozen:
-        return {"kernel": _convolved(frozen["kernel"], adapter, v)}
+    if not stacked and frozen["kernel"].ndim == 4:
+        return {"kernel": _convolved(frozen["kernel"], adapter, v), **_moved(frozen, adapter)}
     if not stacked:
         nodes = jax.tree.map(lambda x: x[None], (frozen, adapter))
         return jax.tree.map(lambda x: x[0], _merge(*nodes, v, True))
-    kernel, bias = frozen["kernel"], frozen["bias"]
-    depth, fan_in = len(kernel), kernel.size // bias.size
+    kernel, outputs = frozen["kernel"], _outputs(frozen)
+    depth, fan_in = len(kernel), kernel.size // math.prod(outputs)
     equation, shape = ("li,lo->lio", (depth, -1)) if v.rank == 1 else ("lir,lro->lio", None)
     left = adapter.get("scale_in", jnp.ones((depth, fan_in)))
-    right = adapter.get("scale_out", jnp.ones(bias.shape))
+    right = adapter.get("scale_out", jnp.ones(outputs))
     left = left.reshape(shape or (depth, -1, v.rank))
     right = right.reshape(shape or (depth, v.rank, -1))
     # An einsum, because its gradients are matrix-vector products, see `affine`.
     product = jnp.einsum(equation, left, right, precision="highest").reshape(kernel.shape)
     change = kernel * product if v.with_weight else product
-    return {
-        "kernel": kernel + change if v.residual else change,
-        "bias": bias + adapter["shift"] if v.shift else bias,
-    }
+    return {"kernel": kernel + change if v.residual else change, **_moved(frozen, adapter)}
+
+
+def _moved(frozen, adapter):
+    """The bias of a layer, if it has one, with the shift, if that is trained."""
+    return {"bias": frozen["bias"] + adapter.get("shift", 0)} if "bias" in frozen else {}
 
 
 def _convolved(kernel, adapter, v):
     """A kernel [k, k, in, out] seen as a matrix of (in, column) by (out, row), rescaled.
 
-    Dong et al. (2024), supplement G; authors' models/RLRR_ResNet.py. Convolutions have no bias there.
+    Dong et al. (2024), supplement G; authors' models/RLRR_ResNet.py. Convolutions have no bias there,
+    and no shift.
     """
     size, _, inputs, outputs = kernel.shape
     left = adapter.get("scale_in", jnp.ones((inputs, size))).reshape(inputs, size, v.rank)

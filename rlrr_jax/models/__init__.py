@@ -50,10 +50,8 @@ def _network(variant: str) -> type:
     if not lookup.is_path(variant):
         return FAMILIES[family(variant)].Model
     found = lookup.find("model", variant)
-    known = getattr(found, "__annotations__", {})
-    if not (isinstance(found, type) and issubclass(found, nn.Module)) or not (
-        _family_of(found) != OTHER or {"num_classes", "dtype"} <= known.keys()
-    ):
+    network = isinstance(found, type) and issubclass(found, nn.Module)
+    if not network or not {"num_classes", "dtype"} <= {x.name for x in dataclasses.fields(found)}:
         raise UserError(
             f"the model {variant} must be a flax module with the attributes num_classes and dtype"
         )

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from models.test_vit import SMALL, images, random_tree
 
 from rlrr_jax import methods, models
+from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
 
 MODEL = vit.ViT(**SMALL)
@@ -113,3 +114,36 @@ def test_shapes_have_the_kernels_axes(frozen):
     assert shapes["query"] == {"scale_in": (3, 32), "scale_out": (3, 4, 8), "shift": (3, 4, 8)}
     assert shapes["out"] == {"scale_in": (3, 4, 8), "scale_out": (3, 32), "shift": (3, 32)}
     assert tree.keys() == {"embedding", "Transformer"}
+
+
+def test_layers_of_any_network():
+    """A convolution with a bias, a Dense without, as networks of a fork have them: the formula by hand."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    frozen = {
+        "first": {"kernel": draw(2, 2, 3, 4), "bias": draw(4)},
+        "second": {"kernel": draw(4, 5)},
+        "head": {"kernel": draw(5, 2), "bias": draw(2)},
+    }
+    method = methods.get("rlrr", where="norm+conv+dense")
+    methods.check("rlrr", method, frozen)
+    adapter = method.init(jax.random.key(0), frozen)
+    adapter["first"]["shift"] += 0.5
+    merged = method.merge(frozen, adapter)
+    left, right = (np.asarray(adapter["first"][name]) for name in ("scale_in", "scale_out"))
+    for i, column, o, row in ((0, 0, 0, 0), (2, 1, 3, 0), (1, 0, 2, 1)):
+        weight = frozen["first"]["kernel"][row, column, i, o]
+        wanted = weight + weight * left[i, column] * right[o, row]
+        assert merged["first"]["kernel"][row, column, i, o] == pytest.approx(wanted, rel=1e-5)
+    np.testing.assert_allclose(merged["first"]["bias"], frozen["first"]["bias"] + 0.5)
+    scales = np.outer(adapter["second"]["scale_in"], adapter["second"]["scale_out"])
+    weight = frozen["second"]["kernel"]
+    np.testing.assert_allclose(merged["second"]["kernel"], weight + weight * scales, rtol=1e-5)
+    assert merged["second"].keys() == {"kernel"} == frozen["second"].keys()
+    assert methods.get("rlrr").init(jax.random.key(0), frozen).keys() == {"first"}
+    norm = {**frozen, "norm": {"scale": draw(5)}}
+    with pytest.raises(
+        UserError, match="does not fit this model: .* has no bias: leave norms out of its"
+    ):
+        methods.check("rlrr", method, norm)
+    methods.check("rlrr", methods.get("rlrr", where="conv+dense"), norm)
