@@ -141,7 +141,7 @@ def _recipe(config: ConfigDict, num_images: int) -> Recipe:
     method, loss = methods.find(config.method), losses.find(config.loss)
     method = _same(method, options, lambda: methods.get(config.method, **options))
     values = lambda: run_model.check_contracts(config)
-    gradients = config.get("gradients") and lookup.find("gradients", config.gradients)
+    gradients = config.gradients and lookup.find("gradients", config.gradients)
     optimizer = config.optimizer, config.momentum_dtype, config.grad_clip
     return Recipe(
         model=model.clone(num_classes=config.get("head_classes") or model.num_classes),
