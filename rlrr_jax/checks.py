@@ -7,7 +7,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from rlrr_jax import lookup, losses, models, optim
+from rlrr_jax import backend, lookup, losses, models, optim
 from rlrr_jax.data import crops, decoding, sources
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.weights import names, positions, preprocessing
@@ -136,16 +136,14 @@ def _check_machine(config):
         raise UserError(
             f"JAX finds no device of JAX_PLATFORMS={wanted}: unset it, or install cuda13 or tpu"
         ) from e
-    if config.model.attention == "cudnn" and (
-        jax.default_backend() != "gpu" or config.dtype == "float32"
-    ):
+    if config.model.attention == "cudnn" and (backend.platform() != "gpu" or config.dtype == "float32"):
         raise UserError("config.model.attention=cudnn needs a GPU and bfloat16: leave it out")
     if jax.process_count() > 1 and config.num_devices not in (None, jax.device_count()):
         raise UserError("config.num_devices is for one process: leave it out, or start fewer")
-    if (config.num_devices or 1) > jax.device_count():
+    if (config.num_devices or 1) > backend.number():
         raise UserError(
-            f"config.num_devices={config.num_devices}, but this machine has {jax.device_count()} "
-            f"{jax.default_backend()} device(s)"
+            f"config.num_devices={config.num_devices}, but this machine has {backend.number()} "
+            f"{backend.platform()} device(s)"
         )
 
 

@@ -1,5 +1,6 @@
 """Four CPU devices for every test, and runs that several files look at."""
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -14,9 +15,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pictures
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+pictures.skip()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,10 +33,19 @@ def compiled(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="module", autouse=True)
 def dropped():
-    """Programs go when their file ends: a worker that kept all would need more memory than a laptop has."""
+    """Programs go when their file ends."""
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def returned():
+    """Memory of programs that went is given back: the allocator keeps gigabytes of it."""
+    yield
+    memory = pathlib.Path("/proc/self/statm")  # of Linux
+    if memory.exists() and int(memory.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2**30:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 hypothesis.settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)

@@ -7,6 +7,7 @@ Reads `[[module, argument, ...], ...]` as JSON from standard input, writes `[{"c
 import importlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,8 @@ from flags import xla_flags
 
 def ask(commands, cwd):
     """The answers to commands, two at a time."""
-    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
+    found = {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    environment = {**os.environ, **found}
     done = subprocess.run(
         [sys.executable, __file__],
         **dict(input=json.dumps(commands), env=environment, cwd=cwd, capture_output=True, text=True),

@@ -23,7 +23,7 @@ from flags import xla_flags
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = (sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr")
 COMMAND += ("--config.epochs=4", "--config.protocol=official", "--config.drop_path=0.2")
-COMMAND += ("--config.checkpoint_seconds=0",)
+COMMAND += ("--config.checkpoint_seconds=0", "--config.model.depth=2")
 TIMES = ("wall_seconds", "images_per_second", "seconds")
 
 

@@ -52,7 +52,8 @@ def test_compare_gives_every_method_the_same_number_of_candidates():
 @pytest.mark.slow
 def test_compare_prints_one_table_and_one_picture(tmp_path):
     config = compare.get_config("digits,method=linear+bitfit")
-    rows = run(changed(config, epochs=1, seeds=(0, 1)), tmp_path)
+    with pictures.drawn():
+        rows = run(changed(config, epochs=1, seeds=(0, 1)), tmp_path)
     assert len(rows) == 4
     text = report.show(rows)
     lines = [squeeze(line) for line in text.splitlines() if line.startswith("| digits")]

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import forked
+import pytest
 from flags import xla_flags
 from squeeze import squeeze
 
@@ -67,6 +69,7 @@ def test_a_fork_is_files_beside_the_run(tmp_path):
         assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_network_of_a_fork(tmp_path):
     """Trained, predicted, refused where no user named it; its head is not that of the file."""
     import numpy as np
@@ -139,7 +142,7 @@ def method(): return None
 
 def test_what_a_path_names_must_be_of_its_kind(tmp_path):
     (tmp_path / "wrong.py").write_text(WRONG)
-    for flag, message in (
+    cases = (
         ("method=wrong:method", "method 'wrong:method' must return a methods.Method, not NoneType"),
         ("method=wrong:value", "the method wrong:value is int: name a function or a class"),
         ("loss=wrong:value", "the loss wrong:value is int: name a function or a class"),
@@ -150,13 +153,16 @@ def test_what_a_path_names_must_be_of_its_kind(tmp_path):
         ("method=:method", "the method ':method' is no path: write module:object"),
         ("method=wrong:", "the method 'wrong:' is no path: write module:object"),
         ("method=../wrong:method", "the method '../wrong:method' is no path: write module:object"),
-    ):
+    )
+    commands = []
+    for flag, _ in cases:
         given = flag.startswith("--")
         argument = "digits" if given else f"{flag}" if flag == "wrong:value" else f"digits,{flag}"
-        words = ["rlrr_jax.main", f"--config=configs/vtab.py:{argument}", *([flag] if given else [])]
-        done = run(tmp_path, *words)
-        lines = done.stderr.splitlines()
-        assert done.returncode == 1 and len(lines) == 1 and message in lines[0], (flag, done.stderr)
+        flags = [flag] if given else []
+        commands.append(["rlrr_jax.main", f"--config=configs/vtab.py:{argument}", *flags])
+    for (flag, message), done in zip(cases, forked.ask(commands, tmp_path)):
+        lines = done["err"].splitlines()
+        assert done["code"] == 1 and len(lines) == 1 and message in lines[0], (flag, done)
     assert not (tmp_path / "runs").exists()
 
 

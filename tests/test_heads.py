@@ -99,7 +99,9 @@ def compiled():
 def test_tasks_with_other_classes_share_their_programs(tmp_path, compiled):
     """The second of the bundled tasks compiles no step, and has the adapter and row of its own task."""
     job.forget()  # other tests may have compiled them
-    suite.run(config("hearts,digits,method=rlrr", epochs=1, drop_path=0.0), tmp_path)
+    both = config("hearts,digits,method=rlrr", epochs=1, drop_path=0.0)
+    both.model.depth = 2
+    suite.run(both, tmp_path)
     steps = [name for name in compiled if "train_steps" in name]
     evaluations = [name for name in compiled if "eval_step" in name]
     assert len(steps) == len(evaluations) == 1

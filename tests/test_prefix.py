@@ -12,7 +12,7 @@ from rlrr_jax.configs import vtab
 
 def config(arg, **changes):
     config = vtab.get_config(arg)
-    config.epochs, config.batch_size = 2, 64
+    config.epochs, config.batch_size, config.model.depth = 2, 64, 3
     config.update(changes)
     return config
 

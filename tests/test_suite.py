@@ -192,6 +192,7 @@ def test_nothing_to_run_is_one_sentence(tmp_path):
 
 def config(arg, **changes):
     config = vtab.get_config(arg)
+    config.model.depth = 2
     with config.unlocked():
         config.update({"epochs": 1, "num_devices": 1, **changes})
     return config

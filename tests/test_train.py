@@ -81,8 +81,9 @@ KEYS = {
 }
 
 
-def small_config(arg="digits,method=rlrr", **changes):
+def small_config(arg="digits,method=rlrr", depth=2, **changes):
     config = vtab.get_config(arg)
+    config.model.depth = depth  # fewer blocks compile faster
     with config.unlocked():
         config.update({"epochs": 2, "num_devices": 1, **changes})
     return config
@@ -98,7 +99,8 @@ def run(config, workdir):
 def start(workdir, *args):
     command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=4", "--config.protocol=official", "--config.checkpoint_seconds=0"]
-    command += ["--config.drop_path=0.1", "--config.flip", f"--workdir={workdir}", *args]
+    command += ["--config.drop_path=0.1", "--config.flip", "--config.model.depth=2"]
+    command += [f"--workdir={workdir}", *args]
     environment = {**os.environ, "XLA_FLAGS": xla_flags()}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -155,7 +157,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    rows = run(small_config(protocol="official"), workdir)
+    rows = run(small_config(protocol="official", depth=None), workdir)
     return workdir, rows
 
 
@@ -182,7 +184,7 @@ def test_saved_adapter_merges_into_the_reported_accuracy(finished):
     path = workdir / "digits/rlrr/seed0/adapter.safetensors"
     tree = unflatten_dict(safetensors.numpy.load_file(path), sep="/")
     trained = {"head": tree.pop("head"), "adapter": tree}
-    model = run_model.build_model(config_lib.resolve(small_config())[0])
+    model = run_model.build_model(config_lib.resolve(small_config(depth=None))[0])
     frozen = reader.load("bundled", model=model, image_size=32)
     params = methods.merge(methods.get("rlrr"), frozen, trained)
     images, labels = store.load_split("digits", "test", 32)
@@ -202,7 +204,7 @@ def test_checkpoint_holds_no_frozen_weight(finished):
 
 def test_other_configuration_in_the_same_workdir_is_refused(finished):
     with pytest.raises(UserError, match=r"holds a run with epochs=2 \(now 3\): choose another"):
-        run(small_config(protocol="official", epochs=3), finished[0])
+        run(small_config(protocol="official", depth=None, epochs=3), finished[0])
 
 
 @pytest.mark.slow
@@ -281,7 +283,7 @@ def test_four_devices_give_the_losses_of_one(tmp_path):
 def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
     jobs, build = [], job.build
     monkeypatch.setattr(job, "build", lambda *a: jobs.append(build(*a)) or jobs[-1])
-    run(small_config(epochs=1), tmp_path)
+    run(small_config(epochs=1, depth=None), tmp_path)
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.device_get(jobs[0].frozen),

@@ -149,7 +149,9 @@ def default_attention(variant: str, dtype: str) -> str:
     if family(variant) != "vit" or dtype != "bfloat16" or backend.platform() != "gpu":
         return "xla"
     width = size["width"] // size["num_heads"]
-    return "cudnn" if matmul.takes_heads_of(width) and matmul.fused_attention_works(width) else "xla"
+    if not matmul.takes_heads_of(width):
+        return "xla"
+    return "cudnn" if backend.absent() or matmul.fused_attention_works(width) else "xla"
 
 
 def default_unroll(variant: str) -> int | None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from rlrr_jax import backend
+
 
 class TooLarge(Exception):
     """The trials do not fit into the memory of the devices together.
@@ -21,6 +23,9 @@ class TooLarge(Exception):
 
 def limit() -> int:
     """Bytes that a program may use on a device: what an accelerator reports, 0.7 of a CPU's memory."""
+    absent = backend.absent()
+    if absent and absent.memory:
+        return absent.memory
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -15,6 +15,7 @@ from rlrr_jax.errors import UserError
 
 def config(**changes):
     config = vtab.get_config("digits,method=linear")
+    config.model.depth = 2
     with config.unlocked():
         config.update({"num_devices": 1, "epochs": 3, "seeds": (0, 1), **changes})
     return config

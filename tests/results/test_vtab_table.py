@@ -199,8 +199,9 @@ def test_bundled_and_tuned_rows_are_no_part_of_it():
 
 
 def test_the_picture_shows_the_numbers():
-    one = pictures.look(vtab_table.picture(vtab_table.lines(rows())), colours=5)
-    other = pictures.look(vtab_table.picture(vtab_table.lines(rows(test_acc_final=0.9))))
+    with pictures.drawn():
+        one = pictures.look(vtab_table.picture(vtab_table.lines(rows())), colours=5)
+        other = pictures.look(vtab_table.picture(vtab_table.lines(rows(test_acc_final=0.9))))
     assert one.shape == other.shape and (one != other).any()
 
 

@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def config(**changes):
     config = vtab.get_config("digits,method=rlrr")
+    config.model.depth = 2
     with config.unlocked():
         config.update({"num_devices": 1, "epochs": 2, **changes})
     return config

@@ -1,13 +1,9 @@
 """Figures of an analysis, as PNG bytes."""
 
-import functools
-
 import numpy as np
 
 from rlrr_jax.results import plots
 from rlrr_jax.results.plots import COLOURS, MARKS
-
-_png = functools.partial(plots.png, dpi=150)
 
 
 def _by_block(numbers, kernel, key):
@@ -67,7 +63,7 @@ def change(found: dict) -> bytes:
             axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
         axis.set_xlabel("block", fontsize=9)
     figure.colorbar(image, ax=axes, label="|W' - W| / |W|  [%]", shrink=0.9)
-    return _png(figure)
+    return plots.png(figure, dpi=150)
 
 
 def rank(found: dict) -> bytes:
@@ -86,7 +82,7 @@ def rank(found: dict) -> bytes:
         0, 2 * max(len(row["values"]) for x in found.values() for row in x["kernels"])
     )
     _legend(figure, axes)
-    return _png(figure)
+    return plots.png(figure, dpi=150)
 
 
 def turn(found: dict) -> bytes:
@@ -102,7 +98,7 @@ def turn(found: dict) -> bytes:
     figure, axes = _panels("mean principal angle [degrees]", draw, found)
     axes.flat[0].set_ylim(bottom=0)
     _legend(figure, axes)
-    return _png(figure)
+    return plots.png(figure, dpi=150)
 
 
 def spectra(found: dict) -> bytes:
@@ -134,7 +130,7 @@ def spectra(found: dict) -> bytes:
         axes[row, 0].set_ylabel(text, fontsize=9)
     figure.supxlabel(f"singular value's number (block {middle})", fontsize=10)
     _legend(figure, axes)
-    return _png(figure)
+    return plots.png(figure, dpi=150)
 
 
 def scales(found: dict) -> bytes | None:
@@ -170,7 +166,7 @@ def scales(found: dict) -> bytes | None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    return _png(figure)
+    return plots.png(figure, dpi=150)
 
 
 def _kind(row):

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import pictures
 import pytest
 from PIL import Image
 from squeeze import squeeze
@@ -87,7 +88,8 @@ def analysis(tuned_runs, tmp_path_factory):
     """What the command writes for the runs on digits, and what it says."""
     out = tmp_path_factory.mktemp("analysis")
     argv, sys.argv = sys.argv, ["analyze", str(tuned_runs / "digits"), "--out", str(out)]
-    analyze.main()
+    with pictures.drawn():
+        analyze.main()
     sys.argv = argv
     return out, json.loads((out / "analysis.json").read_text())
 
@@ -113,9 +115,9 @@ def test_the_page_and_its_figures_are_whole(analysis):
     folder, _ = analysis
     text = (folder / "analysis.md").read_text()
     assert "| digits rlrr | 36 of 36 |" in squeeze(text) and "spans of the 8 leading singular" in text
-    pictures = re.findall(r"\((\w+\.png)\)", text)
-    assert pictures == ["change.png", "rank.png", "turn.png", "spectra.png", "scales.png"]
-    for name in pictures:
+    names = re.findall(r"\((\w+\.png)\)", text)
+    assert names == ["change.png", "rank.png", "turn.png", "spectra.png", "scales.png"]
+    for name in names:
         pixels = np.asarray(Image.open(folder / name).convert("L"))
         assert min(pixels.shape) > 300 and pixels.std() > 10, name
 

@@ -5,6 +5,7 @@ import json
 import sys
 
 import numpy as np
+import pictures
 import pytest
 from PIL import Image
 
@@ -41,7 +42,8 @@ def runs(tmp_path_factory):
 
 def test_the_page_has_curves_knees_and_what_is_beside_them(runs, tmp_path, capsys):
     twice = [runs / "exits", runs / "exits/hearts", runs / "shallow"]
-    command.main([*map(str, twice), f"--out={tmp_path}"])
+    with pictures.drawn():
+        command.main([*map(str, twice), f"--out={tmp_path}"])
     shown = capsys.readouterr().out
     text = (tmp_path / "exits.md").read_text()
     assert text in shown and "## rlrr loss=exits at=2+4" in text and "| rlrr depth=3 |" in text

@@ -72,7 +72,10 @@ def test_a_zero_head_gives_no_other_gradient(frozen):
     assert not gradients.flat(shared["adapter"]).any() and gradients.flat(shared["head"]).any()
 
 
-@pytest.mark.parametrize("name, kwargs", [("rlrr", {}), ("linear", {}), ("bitfit", {})])
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [pytest.param("rlrr", {}, marks=pytest.mark.slow), ("linear", {}), ("bitfit", {})],
+)
 def test_a_single_image_is_found_by_its_gradient(frozen, name, kwargs):
     c, (images, labels) = client(frozen, name, **kwargs), pictures(12)
     probes = [gradients.gradient(c, images[i][None], labels[i][None]) for i in (4, 7)]

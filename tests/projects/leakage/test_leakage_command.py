@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pictures
 import pytest
 from PIL import Image
 
@@ -13,7 +14,8 @@ def test_runs_are_attacked_and_the_page_says_how(tuned_runs, tmp_path, capsys):
     runs = [str(tuned_runs / "digits" / method / "seed0") for method in ("rlrr",)]
     out = tmp_path / "out"
     flags = ["--candidates=30", "--probes=3", "--batches=1,2", "--invert=2", "--steps=4"]
-    command.main([*runs, *flags, f"--out={out}"])
+    with pictures.drawn():
+        command.main([*runs, *flags, f"--out={out}"])
     found = json.loads((out / "leakage.json").read_text())
     rows = found["reidentification"]
     assert len(rows) == 2 * 2 * (1 + 4)  # states, sizes of batches, four defences and none

@@ -227,7 +227,7 @@ def test_loss_and_gradient_are_those_of_weights_of_each_image(name):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * float(jnp.abs(y).max()) + 1e-6)
 
 
-SHORT = ("rlrr", "ssf", "glora")  # the others with -m slow
+SHORT = ("rlrr",)  # the others with -m slow
 
 
 @pytest.mark.parametrize(
