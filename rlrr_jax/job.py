@@ -114,7 +114,8 @@ class Job(NamedTuple):
         scalars = lambda *values: tuple(mesh_lib.put(self.mesh, P(), jnp.int32(i)) for i in values)
         arguments = self.frozen, self.data, state, metrics, self.hyper, scalars(0, 0, 0)
         shapes, tree = jax.tree.flatten(jax.tree.map(_shape, arguments))
-        compiled = _compiled(self.recipe, self.mesh, tuple(shapes), tree)
+        with fitting(self):
+            compiled = _compiled(self.recipe, self.mesh, tuple(shapes), tree)
         check_memory(self, compiled.memory_analysis(), memory.limit())
 
         def train_steps(data: Any, state: Any, metrics: Any, *chunk: int) -> tuple[Any, Any]:
@@ -197,7 +198,7 @@ def build(
     images, held_out = both[0], (both[1], held_out[1])
     gigabytes = run.limits.image_gb
     budget = memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
-    feed = _feed(runs, images, labels, budget)
+    feed = feed_of(runs, images, labels, budget)
     trials = [*runs, *runs[-1:] * (-len(runs) % mesh.shape["trial"])]
     data = feed.shapes(mesh) if feed.renewed else _whole(recipe, mesh, feed, budget)
     return Job(
@@ -231,7 +232,7 @@ def overhead(recipe: Recipe, frozen: Any) -> float:
     return flops(tuned) / flops(frozen) - 1
 
 
-def _feed(runs: list[Run], images: Any, labels: Any, budget: float) -> feed_lib.Feed:
+def feed_of(runs: list[Run], images: Any, labels: Any, budget: float) -> feed_lib.Feed:
     """Where training images come from; memory.TooLarge if the trials need them in several orders."""
     run, size = runs[0], runs[0].recipe.batch_size
     steps = distributed.broadcast(feed_lib.steps_at_once(images, size, budget) or 0)
@@ -278,6 +279,18 @@ def _compiled(recipe: Recipe, mesh: Mesh, shapes: tuple, tree: Any) -> Any:
     arguments = jax.tree.unflatten(tree, shapes)
     lowered: Any = step.map_train_steps(recipe, mesh)
     return lowered.lower(*arguments).compile()
+
+
+@contextlib.contextmanager
+def fitting(job: Job) -> Iterator[None]:
+    """Raises memory.TooLarge where a compiler refuses a program that does not fit, as those of TPUs do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        here = -(-len(job.runs) // job.mesh.shape["trial"])
+        if "RESOURCE_EXHAUSTED" not in str(e) or (here == 1 and job.runs[0].limits.recompute is not None):
+            raise
+        raise memory.TooLarge(job.mesh.shape["trial"] * (here // 2)) from e
 
 
 def check_memory(job: Job, needs: Any, limit: int) -> None:

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from rlrr_jax.errors import UserError, leave, one_sentence, unknown
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/vtab.py", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the results; default runs/<hash of the configuration>"
 )
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     from rlrr_jax.runtime.stop import Stop, Stopped
 
     _quiet_orbax(logging)
-    config = _CONFIG.value
+    config = CONFIG.value
     if config is None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
     distributed.start(_DISTRIBUTED.value, _TIMEOUT.value)
@@ -163,7 +163,7 @@ def run() -> None:
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         one_sentence(lambda: print(HELP, end=""))
         return
-    one_sentence(lambda: app.run(main, flags_parser=_parse_flags), INTERRUPTED)
+    one_sentence(lambda: app.run(main, flags_parser=parse_flags), INTERRUPTED)
 
 
 def find_config(text: str) -> str:
@@ -181,7 +181,7 @@ def find_config(text: str) -> str:
     return f"{ours / pathlib.PurePath(path).name}{colon}{argument}"
 
 
-def _parse_flags(argv):
+def parse_flags(argv):
     """absl's parser, with the errors of configuration files and keys as UserErrors."""
     argv = list(argv)
     _check_flags(argv[1:])
@@ -199,10 +199,10 @@ def _parse_flags(argv):
     unset = [text for text in argv if re.fullmatch(r"--?config\.[\w.]+=None", text)]
     try:
         rest = flags.FLAGS([text for text in argv if text not in unset])
-        for text in unset if _CONFIG.value is not None else ():
+        for text in unset if CONFIG.value is not None else ():
             flag = text.removesuffix("None").lstrip("-")
             if [t for t in argv if t.lstrip("-").startswith(flag)][-1] == text:  # the last one wins
-                _unset(_CONFIG.value, flag.removesuffix("=").partition(".")[2])
+                _unset(CONFIG.value, flag.removesuffix("=").partition(".")[2])
         return rest
     except (AttributeError, KeyError) as e:  # ml_collections: an unknown key and the nearest
         if "ml_collections" not in traceback.extract_tb(e.__traceback__)[-1].filename:

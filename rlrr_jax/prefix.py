@@ -80,7 +80,7 @@ def outputs(
       flip: whether images are flipped, too.
       title: text before the progress bar.
     """
-    run = _program(recipe.model, number, recipe.precision, (recipe.image_size, flip), mesh)
+    run = program(recipe, number, flip, mesh)
     out, done, frozen = None, 0, mesh_lib.put(mesh, P(), frozen)
     labels = np.zeros(len(images), np.int32)
     shown = distributed.is_process_zero()
@@ -122,6 +122,11 @@ def _free() -> int:
     """Bytes that outputs may take: a third of what is free where temporary files lie."""
     free = shutil.disk_usage(tempfile.gettempdir()).free // 3
     return distributed.broadcast(int(min(free, MOST_FILE)))
+
+
+def program(recipe: Recipe, number: int, flip: bool, mesh: Mesh) -> Callable:
+    """What `outputs` compiles: `(frozen, images [B, H, W, 3]) -> [B, F, ...]`."""
+    return _program(recipe.model, number, recipe.precision, (recipe.image_size, flip), mesh)
 
 
 @functools.lru_cache(8)

@@ -24,10 +24,10 @@ ALLOWED = {
     "mixing.py": set(),
     "batch.py": {"data", "mixing", "recipe"},
     "optim.py": {"errors", "methods"},
-    "runtime": {"errors"},
+    "runtime": {"backend", "errors"},
     "data": {"errors", "files", "hub", "lookup", "sides"},
     "weights": {"errors", "files", "hub", "models", "sides"},
-    "checks.py": {"data", "errors", "losses", "lookup", "models", "optim", "weights"},
+    "checks.py": {"backend", "data", "errors", "losses", "lookup", "models", "optim", "weights"},
     "run_images.py": {"checks", "data", "errors", "sides"},
     "run_model.py": {
         *("checks", "errors", "losses", "methods", "models", "run_images", "sides", "weights"),

@@ -1,4 +1,4 @@
-"""FLOPs of matmuls and convolutions in a traced program, with its loops: `cost_analysis` counts one body."""
+"""FLOPs of matmuls and convolutions in a traced program, with its loops (not by `cost_analysis`)."""
 
 import math
 from typing import Any

@@ -53,7 +53,7 @@ def moved(text: str, loop: bool = True) -> collections.Counter:
 
 
 def collectives(text: str, loop: bool = True) -> collections.Counter:
-    """`kind -> (number, bytes)` of the collectives of a program, see `moved`; bytes of their results."""
+    """`kind -> (number, bytes of results)` of the collectives of a program, see `moved`."""
     comps = computations(text)
     number: collections.Counter = collections.Counter()
     total: collections.Counter = collections.Counter()

@@ -108,7 +108,7 @@ def h100s(number: int) -> list[Any]:
     import jax._src.cudnn.fused_attention_stablehlo as cudnn
     from jax._src import xla_bridge
 
-    xla_bridge.discover_pjrt_plugins()
+    jax.devices("cpu")  # which looks for plugins, once
     known = xla_bridge.canonicalize_platform  # which knows no platform without a device
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name in ("cuda", "gpu") else known(name)
     cudnn.check_compute_capability = lambda wanted: float(wanted) <= 9.0

@@ -1,0 +1,180 @@
+"""The programs of a group of runs, compiled, and what can be read from them."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlrr_jax import evaluate, job, step
+from rlrr_jax.plan import flops, program
+from rlrr_jax.plan.topology import Chip
+from rlrr_jax.runtime import memory
+from rlrr_jax.runtime import mesh as mesh_lib
+
+Arguments = dict[str, Any]  # what they are called in the table -> shapes on the mesh
+
+
+class Measured(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      name: "train", "evaluate" or "merge".
+      of: what it was first compiled for, such as "cifar rlrr".
+      seconds: that tracing and compiling took here.
+      arguments: bytes on a device of each of its arguments.
+      temporary: bytes of what lies there beside them while it runs.
+      code: bytes of the program itself.
+      collectives: kind -> number and bytes of a turn.
+      flops: of a device and turn: a step, a batch, or all.
+      moved: bytes that a device's memory moves in a turn, an upper bound; 0 where it is not known.
+      compiled: JAX's own object, which has its text.
+      turn: seconds of a turn by the roofline; None of devices of which nothing is known.
+    """
+
+    name: str
+    of: str
+    seconds: float
+    arguments: dict[str, int]
+    temporary: int
+    code: int
+    collectives: dict[str, tuple[int, int]]
+    flops: float
+    moved: int
+    compiled: Any
+    turn: float | None
+
+
+class Cache:
+    """Programs that were measured, by what they are compiled from."""
+
+    def __init__(self, chip: Chip | None, say: Callable[[str], None]) -> None:
+        self.chip, self.say, self.known = chip, say, {}
+
+    def train(self, built: job.Job) -> Measured:
+        """The steps; memory.TooLarge if they do not fit."""
+        state, metrics = built.shapes()
+        whole = NamedSharding(built.mesh, P())
+        chunk = (jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),) * 3
+        function = step.map_train_steps(built.recipe, built.mesh)
+        arguments = {"weights": built.frozen, "images": built.data, "state": state, "metrics": metrics}
+        arguments |= {"hyper": built.hyper, "chunk": chunk}
+        with job.fitting(built):
+            found = self._measured("train", function, arguments, built, loop=True)
+        if self.chip:
+            job.check_memory(built, found.compiled.memory_analysis(), memory.limit())
+        return found
+
+    def merge(self, built: job.Job) -> Measured:
+        """Weights and trained values to tuned weights."""
+        arguments = {"weights": built.frozen, "state": _part(built)}
+        return self._measured("merge", built.merge, arguments, built)
+
+    def evaluate(self, built: job.Job) -> Measured:
+        """A batch of held-out images."""
+        recipe, mesh = built.recipe, built.mesh
+        how = recipe.image_size, recipe.precision, mesh, recipe.crop_from
+        params = mesh_lib.abstract(built.merge, mesh, built.frozen, _part(built))
+        size = min(built.runs[0].limits.eval_batch_size, len(built.held_out[1]))
+        slots = math.ceil(size / mesh.shape["data"]) * mesh.shape["data"]
+        spread = NamedSharding(mesh, P("data"))
+        batch = [
+            jax.ShapeDtypeStruct((slots, *shape), kind, sharding=spread)
+            for shape, kind in (
+                (built.held_out[0].shape[1:], built.held_out[0].dtype),
+                ((), np.int32),
+                ((), np.float32),
+            )
+        ]
+        function = evaluate.map_eval_step(recipe.model, *how)
+        names = dict(zip(("images", "labels", "mask"), batch))
+        return self._measured("evaluate", function, {"weights": params, **names}, built)
+
+    def _measured(
+        self, name: str, function: Any, arguments: Arguments, built: job.Job, loop: bool = False
+    ) -> Measured:
+        shapes, tree = jax.tree.flatten(tuple(arguments.values()))
+        fixed = built.recipe.method if name == "merge" else built.recipe
+        key = name, fixed, built.mesh, tuple(shapes), tree
+        if key not in self.known:
+            self.say(f"compiling: {name}, {built.runs[0].label}, {words(built)}")
+            self.known[key] = self._compile(name, function, arguments, built, loop)
+        return self.known[key]
+
+    def _compile(
+        self, name: str, function: Any, arguments: Arguments, built: job.Job, loop: bool
+    ) -> Measured:
+        begun = time.perf_counter()
+        traced = function.trace(*arguments.values())
+        compiled = traced.lower().compile()
+        seconds, text = time.perf_counter() - begun, compiled.as_text()
+        analysis, each = compiled.memory_analysis(), flops.flops(traced.jaxpr.jaxpr)
+        each /= built.mesh.size if name == "merge" else 1  # it is traced for all devices
+        moved = sum(program.moved(text, loop).values())
+        sent = program.collectives(text, loop) if built.mesh.size > 1 else {}  # to itself
+        exact = built.recipe.precision == "highest"
+        return Measured(
+            name=name,
+            of=built.runs[0].label,
+            seconds=seconds,
+            arguments={key: _bytes(x) for key, x in arguments.items()},
+            temporary=analysis.temp_size_in_bytes,
+            code=analysis.generated_code_size_in_bytes,
+            collectives=sent,
+            flops=each,
+            moved=moved,
+            compiled=compiled,
+            turn=self.chip and _turn(self.chip, each, moved, sent, exact),
+        )
+
+
+def _turn(chip: Chip, flops: float, moved: float, sent: dict, exact: bool) -> float:
+    """Seconds by the roofline: the larger of computing and moving, and what goes over the links."""
+    computing = flops / (chip.float32 if exact else chip.bfloat16)
+    return max(computing, moved / chip.bandwidth) + 2 * sum(n for _, n in sent.values()) / chip.link
+
+
+def _part(built: job.Job) -> Any:
+    """The trained trees that are merged at once."""
+    state, _ = built.shapes()
+    number = evaluate.at_once(built, memory.limit()) * built.mesh.shape["trial"]
+    cut = lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype, sharding=x.sharding)
+    return jax.tree.map(cut, step.tuned(state))
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * _width(x.dtype) for x in jax.tree.leaves(tree)
+    )
+
+
+def _width(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def words(built: job.Job) -> str:
+    """`"3 trials on 16 devices (trial 2 x data 8)"`."""
+    trials, mesh = len(built.runs), built.mesh
+    many = f"{trials} trial{'s' * (trials > 1)} on {mesh.size} device{'s' * (mesh.size > 1)}"
+    return many + f" (trial {mesh.shape['trial']} x data {mesh.shape['data']})" * (mesh.size > 1)
+
+
+def seconds(built: job.Job, found: dict[str, Measured]) -> Iterator[tuple[str, float]]:
+    """What a group takes on its devices, by program; nothing where no turn is known."""
+    run = built.runs[0]
+    if any(each.turn is None for each in found.values()):
+        return
+    steps = sum(built.steps(epoch) for epoch in range(run.epochs))
+    yield "train", steps * (found["train"].turn or 0)
+    held_out = len(built.held_out[1])
+    batches = math.ceil(held_out / min(run.limits.eval_batch_size, held_out))
+    here = len(built.init_keys) // built.mesh.shape["trial"]
+    turns = sum(run.evaluated) * (here // evaluate.at_once(built, memory.limit()))
+    yield "evaluate", turns * batches * (found["evaluate"].turn or 0)
+    yield "merge", turns * (found["merge"].turn or 0)

@@ -1,0 +1,139 @@
+"""The tables of a plan."""
+
+import collections
+import pathlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from rlrr_jax import files
+from rlrr_jax import run as run_lib
+from rlrr_jax.plan import measure, outline
+from rlrr_jax.plan.topology import GIB, Topology
+from rlrr_jax.results import tables
+from rlrr_jax.runtime.memory import TooLarge
+
+
+class Group(NamedTuple):
+    """Runs that train together: how many, of what, their programs, seconds of each on all devices."""
+
+    runs: int
+    label: str
+    where: str
+    programs: dict[str, measure.Measured]
+    seconds: dict[str, float]
+    remat: bool
+
+
+def of(runs: list[ConfigDict], devices: list[Any], cache: measure.Cache) -> Group | list:
+    """A group, measured; or the groups to train instead where its trials do not fit into memory."""
+    built = outline.of([run_lib.of(run) for run in runs], devices)
+    try:
+        programs = {"train": cache.train(built)}
+    except TooLarge as e:
+        cache.say(f"{built.runs[0].label}: {e.why if e.fits else 'not enough memory: model.remat'}")
+        if e.fits:
+            return [runs[i : i + e.fits] for i in range(0, len(runs), e.fits)]
+        for run in runs:
+            run.model.remat = True
+        return [runs]
+    if any(built.runs[0].evaluated):
+        programs |= {"evaluate": cache.evaluate(built), "merge": cache.merge(built)}
+    seconds = dict(measure.seconds(built, programs))
+    remat, label = bool(runs[0].model.remat), built.runs[0].label
+    return Group(len(runs), label, measure.words(built), programs, seconds, remat)
+
+
+HEAD = ("program", "first for", "on", "compiled in", "weights", "images", "state", "temporaries")
+HEAD += ("collectives", "GFLOP", "GB moved", "bound")
+
+
+def text(devices: Topology, groups: list[Group]) -> str:
+    """The tables as Markdown."""
+    chip, lines, seen = devices.chip, [], set()
+    for group in groups:
+        for found in group.programs.values():
+            if id(found) not in seen:
+                seen.add(id(found))
+                lines.append(_line(found, group.where))
+    room = f"; {chip.memory / GIB:.4g} GiB of each can be used" if chip else ""
+    out = [
+        f"{devices.name}: {len(devices.devices)} devices{room}. GiB are of a device; collectives, "
+        f"GFLOP, GB and the bound of a step, a batch, or all weights.",
+        tables.markdown(list(HEAD), lines, left=3),
+    ]
+    if any(group.remat for group in groups):
+        out.append("Activations are computed twice (model.remat): else they do not fit.")
+    return "\n\n".join([*out, *_whole(devices, groups)])
+
+
+def _line(found: measure.Measured, where: str) -> list[str]:
+    gib = lambda number: f"{number / GIB:.2f}"
+    sent = [f"{n} {kind} {_size(size)}" for kind, (n, size) in found.collectives.items()]
+    return [
+        found.name,
+        found.of,
+        where,
+        f"{found.seconds:.0f} s",
+        gib(found.arguments["weights"]),
+        gib(found.arguments.get("images", 0)),
+        gib(found.arguments.get("state", 0)),
+        gib(found.temporary),
+        ", ".join(sent) or "none",
+        f"{found.flops / 1e9:.3g}" if found.flops < 1e11 else f"{found.flops / 1e9:,.0f}",
+        f"{found.moved / 1e9:.3g}",
+        f"{1e3 * found.turn:.3g} ms" if found.turn else "",
+    ]
+
+
+def _size(number: float) -> str:
+    """`"2.6 MiB"`, `"12 B"`."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _whole(devices: Topology, groups: list[Group]) -> list[str]:
+    """What all runs take, by method."""
+    total: collections.Counter = collections.Counter()
+    number: collections.Counter = collections.Counter()
+    for group in groups:
+        method = group.label.partition(" ")[2]
+        number[method] += group.runs
+        for name, seconds in group.seconds.items():
+            total[method, name] += seconds
+    if not total:
+        return ["How long this takes cannot be said: nothing is known of these devices' speed."]
+    lines, names = [], ("train", "evaluate", "merge")
+    for method, runs in number.items():
+        each = [total[method, name] / 3600 for name in names]
+        chips = sum(each) * len(devices.devices)
+        lines.append([method, str(runs), *(f"{x:.2f} h" for x in (*each, sum(each), chips))])
+    if len(lines) > 1:
+        hours = sum(total.values()) / 3600
+        rest = ["", "", "", f"{hours:.2f} h", f"{hours * len(devices.devices):.2f} h"]
+        lines.append(["all", str(sum(number.values())), *rest])
+    compiling = {id(f): f.seconds for group in groups for f in group.programs.values()}
+    head = ["method", "runs", "training", "evaluating", "merging", "in all", "hours of chips"]
+    said = "Hours are bounds by the roofline, without reading images, starting and saving."
+    once = f"Compiling took {sum(compiling.values()):.0f} s here, once for all runs."
+    return [tables.markdown(head, lines), f"{said} {once}"]
+
+
+def write(folder: pathlib.Path, page: str, devices: Topology, groups: list[Group]) -> None:
+    """Writes `plan.md` and `plan.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write(folder / "plan.md", page + "\n")
+    values = [
+        {
+            **group._asdict(),
+            "programs": {
+                name: {key: x for key, x in found._asdict().items() if key != "compiled"}
+                for name, found in group.programs.items()
+            },
+        }
+        for group in groups
+    ]
+    whole = {"topology": devices.name, "devices": len(devices.devices), "groups": values}
+    files.write_json(folder / "plan.json", whole)
