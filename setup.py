@@ -18,6 +18,7 @@ setup(
     packages=find_packages(include=["rlrr_jax", "rlrr_jax.*"]),
     package_data={
         "rlrr_jax.bundled": ["*.npz", "README.md"],
+        "rlrr_jax.plan": ["h100.txt"],
         "rlrr_jax.projects.fgvc": ["published.csv"],
         "rlrr_jax.results": ["page.html", "published.csv"],
     },

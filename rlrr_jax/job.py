@@ -283,14 +283,16 @@ def _compiled(recipe: Recipe, mesh: Mesh, shapes: tuple, tree: Any) -> Any:
 
 @contextlib.contextmanager
 def fitting(job: Job) -> Iterator[None]:
-    """Raises memory.TooLarge where a compiler refuses a program that does not fit, as those of TPUs do."""
+    """Raises memory.TooLarge where a compiler refuses what does not fit, as those of TPUs do."""
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        here = -(-len(job.runs) // job.mesh.shape["trial"])
-        if "RESOURCE_EXHAUSTED" not in str(e) or (here == 1 and job.runs[0].limits.recompute is not None):
+        groups = job.mesh.shape["trial"]
+        here = -(-len(job.runs) // groups)
+        nothing_left = here == 1 and job.runs[0].limits.recompute is not None
+        if nothing_left or "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        raise memory.TooLarge(job.mesh.shape["trial"] * (here // 2)) from e
+        raise memory.TooLarge(groups * (here // 2)) from e
 
 
 def check_memory(job: Job, needs: Any, limit: int) -> None:

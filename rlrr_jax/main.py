@@ -57,6 +57,7 @@ Fine-tunes a Vision Transformer on labelled images, and prints a table of result
   --distributed=auto|on|off several processes in one run; --distributed_timeout=SECONDS to wait for them
 
 The keys are in configs/vtab.py, methods and their options in: python -m rlrr_jax.methods
+What it will take, on devices that are not there: python -m rlrr_jax.plan
 """
 INTERRUPTED = "interrupted: what was saved and what is finished is kept, and the same command goes on"
 BUNDLED = """\

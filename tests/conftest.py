@@ -7,11 +7,10 @@ import pathlib
 import subprocess
 import sys
 
-from flags import GIVEN, xla_flags
+from flags import FASTER, GIVEN, xla_flags
 
 # Compiled with fewer optimisations and XLA's older way to fuse, which takes a third of the time;
 # processes are as a user has them.
-FASTER = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = xla_flags(4) + FASTER * (not GIVEN)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -6,6 +6,7 @@ Flags that the tests are started with hold for all of them, such as XLA_FLAGS=--
 import os
 
 GIVEN = os.environ.setdefault("RLRR_JAX_TEST_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+FASTER = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def xla_flags(devices=1):

@@ -232,6 +232,16 @@ def test_preparing(text, data, tmp_path):
         assert "error: preparing needs " in out and "pip install -e '.[prepare]'" in out
 
 
+@pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "plan"])
+def test_planning(text, tmp_path):
+    """For CPUs, which are known everywhere, and a small network."""
+    words = re.sub(r"--topology \S+", "--topology cpu:2", text)
+    out = run([*program(words), *SMALL, "--config.model.depth=1"], tmp_path)
+    assert "compiling: train, cifar rlrr, 3 trials on 2 devices" in out
+    assert out.count("compiling: train") == 1  # all tasks share it
+    assert "| train " in out and "| evaluate " in out and "| merge " in out
+
+
 @pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "report"])
 def test_commands_on_finished_runs(text, tuned_runs, tmp_path):
     *words, workdir = [word.replace(" precision=bfloat16", "") for word in program(text)]

@@ -114,7 +114,7 @@ WRONG = {
     "timeout": ([CONFIG, "--distributed_timeout=0"], "0 is not a positive integer"),
     "workdir is a file": ([CONFIG, "--workdir={folder}/shape.npz"], "cannot use"),
     "diverging": (
-        [f"{CONFIG}:digits,method=rlrr", "--config.lr=1e30"],
+        [f"{CONFIG}:digits,method=rlrr", "--config.lr=1e30", "--config.model.depth=1"],
         "is not finite at step 2 of epoch 1, learning rate 9.90393e+29: lower config.lr",
     ),
 }

@@ -61,6 +61,8 @@ def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsy
         assert a["trainable_params"] == b["trainable_params"]
     assert adapters.flattened(tree).keys() == adapters.flattened(other).keys()
     for name, x in adapters.flattened(tree).items():
+        if name.endswith("key/bias"):  # has no gradient but rounding, which Adam makes large
+            continue
         np.testing.assert_allclose(
             x, adapters.flattened(other)[name], rtol=1e-3, atol=1e-5, err_msg=name
         )

@@ -24,7 +24,7 @@ class Measured(NamedTuple):
     """A compiled program.
 
     Attributes:
-      name: "train", "evaluate" or "merge".
+      name: "train", "evaluate", "merge", or "first blocks", see `prefix`.
       of: what it was first compiled for, such as "cifar rlrr".
       seconds: that tracing and compiling took here.
       arguments: bytes on a device of each of its arguments.
@@ -70,10 +70,14 @@ class Cache:
             job.check_memory(built, found.compiled.memory_analysis(), memory.limit())
         return found
 
+    def first(self, built: job.Job, function: Any, arguments: Arguments) -> Measured:
+        """A batch that passes the first blocks, see `outline.first`."""
+        return self._measured("first blocks", function, arguments, built, of=function)
+
     def merge(self, built: job.Job) -> Measured:
         """Weights and trained values to tuned weights."""
         arguments = {"weights": built.frozen, "state": _part(built)}
-        return self._measured("merge", built.merge, arguments, built)
+        return self._measured("merge", built.merge, arguments, built, of=built.recipe.method)
 
     def evaluate(self, built: job.Job) -> Measured:
         """A batch of held-out images."""
@@ -96,11 +100,16 @@ class Cache:
         return self._measured("evaluate", function, {"weights": params, **names}, built)
 
     def _measured(
-        self, name: str, function: Any, arguments: Arguments, built: job.Job, loop: bool = False
+        self,
+        name: str,
+        function: Any,
+        arguments: Arguments,
+        built: job.Job,
+        loop: bool = False,
+        of: Any = None,
     ) -> Measured:
         shapes, tree = jax.tree.flatten(tuple(arguments.values()))
-        fixed = built.recipe.method if name == "merge" else built.recipe
-        key = name, fixed, built.mesh, tuple(shapes), tree
+        key = name, of or built.recipe, built.mesh, tuple(shapes), tree
         if key not in self.known:
             self.say(f"compiling: {name}, {built.runs[0].label}, {words(built)}")
             self.known[key] = self._compile(name, function, arguments, built, loop)
@@ -113,8 +122,9 @@ class Cache:
         traced = function.trace(*arguments.values())
         compiled = traced.lower().compile()
         seconds, text = time.perf_counter() - begun, compiled.as_text()
-        analysis, each = compiled.memory_analysis(), flops.flops(traced.jaxpr.jaxpr)
-        each /= built.mesh.size if name == "merge" else 1  # it is traced for all devices
+        needs, each = compiled.memory_analysis(), flops.flops(traced.jaxpr.jaxpr)
+        shared = name in ("merge", "first blocks")  # which are traced for all devices
+        each /= built.mesh.size if shared else 1
         moved = sum(program.moved(text, loop).values())
         sent = program.collectives(text, loop) if built.mesh.size > 1 else {}  # to itself
         exact = built.recipe.precision == "highest"
@@ -123,8 +133,8 @@ class Cache:
             of=built.runs[0].label,
             seconds=seconds,
             arguments={key: _bytes(x) for key, x in arguments.items()},
-            temporary=analysis.temp_size_in_bytes,
-            code=analysis.generated_code_size_in_bytes,
+            temporary=needs.temp_size_in_bytes,
+            code=needs.generated_code_size_in_bytes,
             collectives=sent,
             flops=each,
             moved=moved,
@@ -165,12 +175,20 @@ def words(built: job.Job) -> str:
     return many + f" (trial {mesh.shape['trial']} x data {mesh.shape['data']})" * (mesh.size > 1)
 
 
-def seconds(built: job.Job, found: dict[str, Measured]) -> Iterator[tuple[str, float]]:
-    """What a group takes on its devices, by program; nothing where no turn is known."""
+def seconds(built: job.Job, found: dict[str, Measured], batches: int) -> Iterator[tuple[str, float]]:
+    """What a group takes on its devices, by program; nothing where no turn is known.
+
+    Args:
+      built: the outline of the group.
+      found: its programs.
+      batches: in how many its images pass the first blocks.
+    """
     run = built.runs[0]
     if any(each.turn is None for each in found.values()):
         return
     steps = sum(built.steps(epoch) for epoch in range(run.epochs))
+    if "first blocks" in found:
+        yield "first blocks", batches * (found["first blocks"].turn or 0)
     yield "train", steps * (found["train"].turn or 0)
     held_out = len(built.held_out[1])
     batches = math.ceil(held_out / min(run.limits.eval_batch_size, held_out))

@@ -63,6 +63,27 @@ def of(runs: list[Run], devices: list[Any]) -> job.Job:
     )
 
 
+def first(runs: list[Run], devices: list[Any]) -> tuple[Any, dict[str, Any], int] | None:
+    """What computes the outputs of first blocks, once; None where nothing is computed once.
+
+    Returns the function, its arguments, and in how many batches it sees the images of these runs.
+    """
+    run, recipe = runs[0], run_lib.together(runs)
+    number = prefix.blocks(recipe, run)
+    if not number or recipe.image_size is None:
+        return None
+    mesh = mesh_lib.make_mesh(devices[: run.limits.devices], len(runs), recipe.batch_size)
+    side, whole = sides.pair(recipe.image_size), NamedSharding(mesh, P())
+    frozen = models.shapes(recipe.model, recipe.image_size)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), frozen)
+    slots = -(-prefix.BATCH // mesh.shape["data"]) * mesh.shape["data"]
+    spread = NamedSharding(mesh, P("data"))
+    images = jax.ShapeDtypeStruct((slots, *side, 3), jnp.uint8, sharding=spread)
+    batches = sum(-(-run.task.number(split) // prefix.BATCH) for split in run.splits)
+    function = prefix.program(recipe, number, run.flip, mesh)
+    return function, {"weights": frozen, "images": images}, batches
+
+
 def _rest(
     recipe: Recipe, frozen: Any, images: tuple, number: int, run: Run, mesh: Mesh
 ) -> tuple[Recipe, Any, Any, Any]:

@@ -11,6 +11,7 @@ from rlrr_jax import run as run_lib
 from rlrr_jax.plan import measure, outline
 from rlrr_jax.plan.topology import GIB, Topology
 from rlrr_jax.results import tables
+from rlrr_jax.runs.forecast import duration
 from rlrr_jax.runtime.memory import TooLarge
 
 
@@ -27,7 +28,8 @@ class Group(NamedTuple):
 
 def of(runs: list[ConfigDict], devices: list[Any], cache: measure.Cache) -> Group | list:
     """A group, measured; or the groups to train instead where its trials do not fit into memory."""
-    built = outline.of([run_lib.of(run) for run in runs], devices)
+    each = [run_lib.of(run) for run in runs]
+    built, first = outline.of(each, devices), outline.first(each, devices)
     try:
         programs = {"train": cache.train(built)}
     except TooLarge as e:
@@ -37,9 +39,11 @@ def of(runs: list[ConfigDict], devices: list[Any], cache: measure.Cache) -> Grou
         for run in runs:
             run.model.remat = True
         return [runs]
+    if first:
+        programs["first blocks"] = cache.first(built, *first[:2])
     if any(built.runs[0].evaluated):
         programs |= {"evaluate": cache.evaluate(built), "merge": cache.merge(built)}
-    seconds = dict(measure.seconds(built, programs))
+    seconds = dict(measure.seconds(built, programs, first[2] if first else 0))
     remat, label = bool(runs[0].model.remat), built.runs[0].label
     return Group(len(runs), label, measure.words(built), programs, seconds, remat)
 
@@ -105,18 +109,19 @@ def _whole(devices: Topology, groups: list[Group]) -> list[str]:
             total[method, name] += seconds
     if not total:
         return ["How long this takes cannot be said: nothing is known of these devices' speed."]
-    lines, names = [], ("train", "evaluate", "merge")
+    lines, names = [], ("first blocks", "train", "evaluate", "merge")
+    chips = lambda seconds: f"{seconds * len(devices.devices) / 3600:.3g} h"
     for method, runs in number.items():
-        each = [total[method, name] / 3600 for name in names]
-        chips = sum(each) * len(devices.devices)
-        lines.append([method, str(runs), *(f"{x:.2f} h" for x in (*each, sum(each), chips))])
+        each = [total[method, name] for name in names]
+        shown = [duration(x) if x else "" for x in each]
+        lines.append([method, str(runs), *shown, duration(sum(each)), chips(sum(each))])
     if len(lines) > 1:
-        hours = sum(total.values()) / 3600
-        rest = ["", "", "", f"{hours:.2f} h", f"{hours * len(devices.devices):.2f} h"]
+        whole = sum(total.values())
+        rest = [*[""] * len(names), duration(whole), chips(whole)]
         lines.append(["all", str(sum(number.values())), *rest])
     compiling = {id(f): f.seconds for group in groups for f in group.programs.values()}
-    head = ["method", "runs", "training", "evaluating", "merging", "in all", "hours of chips"]
-    said = "Hours are bounds by the roofline, without reading images, starting and saving."
+    head = ["method", "runs", "first blocks", "training", "evaluating", "merging", "in all", "of chips"]
+    said = "Times are bounds by the roofline, without reading images, starting and saving."
     once = f"Compiling took {sum(compiling.values()):.0f} s here, once for all runs."
     return [tables.markdown(head, lines), f"{said} {once}"]
 

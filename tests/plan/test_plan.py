@@ -129,7 +129,16 @@ def test_seconds_are_turns_of_the_roofline():
     # A step is 3 passes over 32 images without the gradient of frozen first layers, a batch 256 images.
     assert 2 < (train.flops / 32) / (evaluated.flops / 256) <= 3
     text = page.text(devices, [found])
-    assert "| rlrr" in text and "hours of chips" in text
+    assert "| rlrr" in text and "of chips" in text
+
+
+def test_first_blocks_that_are_computed_once_are_counted():
+    (found,), _ = planned("hearts,method=linear", 2**34, flip=True)
+    first, turns = found.programs["first blocks"], 16 + 32  # 1000 and 2000 images by 64
+    assert found.seconds["first blocks"] == pytest.approx(turns * first.turn)
+    (whole,), _ = planned("hearts,method=rlrr", 2**34)
+    forward = whole.programs["evaluate"].flops / 256
+    assert first.flops / 64 == pytest.approx(2 * forward, rel=0.05)  # as they are, and flipped
 
 
 def test_the_command(tmp_path):

@@ -25,7 +25,7 @@ EXITS = {"loss": "exits", "loss_kwargs.at": (2, 4)}
 
 def run(workdir, arg, **changes):
     config = vtab.get_config(f"hearts,{arg}")
-    config.update_from_flattened_dict({"epochs": 1, **HYPER, **changes})
+    config.update_from_flattened_dict({"total_steps": 12, **HYPER, **changes})
     rows, problems = suite.run(config, workdir)
     assert not problems
     return rows
