@@ -49,6 +49,11 @@ class Measured(NamedTuple):
     compiled: Any
     turn: float | None
 
+    @property
+    def needs(self) -> int:
+        """Bytes of a device while it runs: outputs lie in donated arguments."""
+        return self.compiled.memory_analysis().argument_size_in_bytes + self.temporary
+
 
 class Cache:
     """Programs that were measured, by what they are compiled from."""

@@ -1,6 +1,7 @@
 """The tables of a plan."""
 
 import collections
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -68,7 +69,22 @@ def text(devices: Topology, groups: list[Group]) -> str:
     ]
     if any(group.remat for group in groups):
         out.append("Activations are computed twice (model.remat): else they do not fit.")
-    return "\n\n".join([*out, *_whole(devices, groups)])
+    out += dict.fromkeys(_too_large(group, devices) for group in groups)
+    return "\n\n".join([*filter(None, out), *_whole(devices, groups)])
+
+
+def _too_large(group: Group, devices: Topology) -> str:
+    """Says that a step does not fit even so, and in how many parts it might."""
+    found, chip = group.programs["train"], devices.chip
+    if not chip or found.needs <= chip.memory:
+        return ""
+    room = chip.memory - (found.needs - found.temporary)
+    parts = 2 ** math.ceil(math.log2(found.temporary / room)) if room > 0 else 0
+    way = f"try --config.accumulate={parts}, or a smaller config.batch_size"
+    return (
+        f"A step of {found.of} does not fit: it takes {found.needs / GIB:.1f} GiB of "
+        f"{chip.memory / GIB:.1f}. {way if parts else 'Its weights and images alone are too large.'}"
+    )
 
 
 def _line(found: measure.Measured, where: str) -> list[str]:

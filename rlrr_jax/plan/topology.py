@@ -92,8 +92,8 @@ def find(name: str) -> Topology:
         devices = h100s(int(shape)) if kind == "h100" else tpus(name)
     except (NotImplementedError, RuntimeError, ImportError, ValueError) as e:
         raise UserError(
-            f"{name} cannot be compiled for here ({first_line(e)}): pip install 'jax[{extra}]', and "
-            f"look at the shape"
+            f"{name} cannot be compiled for here ({first_line(e)}): pip install 'jax[{extra}]', or "
+            f"correct the shape"
         ) from e
     return Topology(name, CHIPS[kind], devices)
 

@@ -31,7 +31,7 @@ EXTRA = {
     **{name: {"loss": name} for name in ("pace", "pace_lazy", "pace_fast")},
     "mixing": {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
     "average": {"average": 0.99},
-    "sgd": {"optimizer": "sgd"},
+    "momentum": {"optimizer": "momentum"},
     "accumulated": {"accumulate": 2},
     "remat": {"model.remat": True},
     "unrolled": {"model.unroll": 2},

@@ -115,7 +115,11 @@ def test_what_does_not_fit_is_divided_and_then_computed_twice(capsys):
     assert parts[0].programs["train"] is parts[1].programs["train"]  # compiled once
     (last, *_), devices = planned(arg, 0.1 * bytes_, **{**changes, "seeds": (0,)})
     assert last.remat and "not enough memory: model.remat" in capsys.readouterr().out
-    assert "Activations are computed twice (model.remat)" in page.text(devices, [last])
+    text = page.text(devices, [last])
+    assert "Activations are computed twice (model.remat)" in text
+    assert "A step of digits rlrr does not fit: it takes 0.0 GiB of 0.0. " in text
+    (fits, *_), devices = planned(arg, bytes_, **{**changes, "seeds": (0,)})
+    assert "does not fit" not in page.text(devices, [fits])
 
 
 def test_seconds_are_turns_of_the_roofline():
