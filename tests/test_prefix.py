@@ -2,12 +2,16 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from named import register
 
-from rlrr_jax import adapters, losses, prefix, suite
+from rlrr_jax import adapters, losses, methods, models, prefix, suite
 from rlrr_jax.configs import vtab
+from rlrr_jax.data.resize import normalize
+from rlrr_jax.recipe import Recipe
+from rlrr_jax.runtime import mesh as mesh_lib
 
 
 def config(arg, **changes):
@@ -66,6 +70,20 @@ def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsy
         np.testing.assert_allclose(
             x, adapters.flattened(other)[name], rtol=1e-3, atol=1e-5, err_msg=name
         )
+
+
+def test_the_second_view_is_flipped():
+    """Of images that are flipped, what the head gets of both, against the whole model."""
+    model = models.build("bundled", 4, depth=1)
+    frozen = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"]
+    recipe = Recipe(model, methods.get("linear"), 4, 6, 32)
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    mesh = mesh_lib.make_mesh(jax.devices(), 1, 4)
+    found = prefix.outputs(recipe, frozen, prefix.HEAD, images, mesh, True, "")
+    for view, shown in enumerate((images, images[:, :, ::-1])):
+        wanted = models.head_inputs(model, frozen, normalize(shown, 32))
+        np.testing.assert_allclose(found[:, view], wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(found[:, 0] - found[:, 1]).max() > 1e-2
 
 
 def passed(monkeypatch):
