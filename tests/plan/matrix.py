@@ -49,8 +49,9 @@ def cases():
     """(name, method, changes)."""
     for kind, changes in SMALL.items():
         for method in (*methods.METHODS, "gps", "met", "moppa"):
-            more = {"loss_kwargs.at": (1,)} if method == "met" else {}
-            yield f"{kind} {method}", method, {**changes, **more}
+            exits = method == "met"
+            more = {"loss_kwargs.at": (1,)} if exits else {}
+            yield f"{kind} {method}", method + ",exits=1" * exits, {**changes, **more}
     for name, changes in EXTRA.items():
         changes = {**SMALL["ViT-B/16"], **changes}
         yield f"ViT-B/16 rlrr, {name}", changes.pop("arg", "rlrr"), changes
