@@ -18,7 +18,7 @@ from rlrr_jax import evaluate, heads, methods, prefix, sides, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import resize
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import UserError, out_of_memory
 from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.run import Run
 from rlrr_jax.runtime import distributed, memory
@@ -287,11 +287,16 @@ def fitting(job: Job) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        groups = job.mesh.shape["trial"]
-        here = -(-len(job.runs) // groups)
-        nothing_left = here == 1 and job.runs[0].limits.recompute is not None
-        if nothing_left or "RESOURCE_EXHAUSTED" not in str(e):
+        if out_of_memory(e) is None:
             raise
+        groups, run = job.mesh.shape["trial"], job.runs[0]
+        here = -(-len(job.runs) // groups)
+        if here == 1 and run.limits.recompute is not None:
+            twice = ", though activations are computed twice" * run.limits.recompute
+            raise UserError(
+                f"a step of {run.label} does not fit into a device's memory{twice}: raise "
+                f"config.accumulate, lower config.batch_size, or take a smaller model"
+            ) from e
         raise memory.TooLarge(groups * (here // 2)) from e
 
 

@@ -250,6 +250,28 @@ def test_how_many_fit(trials, devices, limit, remat, fits):
         assert e.value.fits == fits
 
 
+REFUSED = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm"
+
+
+@pytest.mark.parametrize(
+    "trials, remat, fits", [(8, None, 4), (2, True, 0), (6, True, 2), (2, None, 0)]
+)
+def test_what_a_compiler_refuses_is_divided(trials, remat, fits):
+    """On two devices; a single trial computes twice, and then there is nothing left to do."""
+    run = SimpleNamespace(limits=run_lib.Limits(recompute=remat), label="digits rlrr")
+    job = SimpleNamespace(mesh=SimpleNamespace(shape={"trial": 2}), runs=[run] * trials)
+    kind = UserError if trials == 2 and remat else TooLarge
+    with pytest.raises(kind) as e:
+        with job_lib.fitting(job):
+            raise jax.errors.JaxRuntimeError(REFUSED)
+    if kind is TooLarge:
+        assert e.value.fits == fits
+    else:
+        assert "though activations are computed twice: raise config.accumulate" in str(e.value)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), job_lib.fitting(job):
+        raise jax.errors.JaxRuntimeError("INTERNAL: another")
+
+
 @pytest.mark.slow
 def test_a_trial_that_does_not_fit_computes_twice(tmp_path, monkeypatch, capsys):
     settings = config("digits,method=rlrr", epochs=1)

@@ -32,7 +32,7 @@ class Measured(NamedTuple):
       code: bytes of the program itself.
       collectives: kind -> number and bytes of a turn.
       flops: of a device and turn: a step, a batch, or all.
-      moved: bytes that a device's memory moves in a turn, an upper bound; 0 where it is not known.
+      moved: bytes that a device's memory moves in a turn, an upper bound.
       compiled: JAX's own object, which has its text.
       turn: seconds of a turn by the roofline; None of devices of which nothing is known.
     """
@@ -59,7 +59,8 @@ class Cache:
     """Programs that were measured, by what they are compiled from."""
 
     def __init__(self, chip: Chip | None, say: Callable[[str], None]) -> None:
-        self.chip, self.say, self.known = chip, say, {}
+        self.chip, self.say = chip, say
+        self.known: dict[tuple, Measured] = {}
 
     def train(self, built: job.Job) -> Measured:
         """The steps; memory.TooLarge if they do not fit."""

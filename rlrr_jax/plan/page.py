@@ -3,54 +3,16 @@
 import collections
 import math
 import pathlib
-from typing import Any, NamedTuple
-
-from ml_collections import ConfigDict
 
 from rlrr_jax import files
-from rlrr_jax import run as run_lib
-from rlrr_jax.plan import measure, outline
+from rlrr_jax.plan import measure
+from rlrr_jax.plan.groups import Group
 from rlrr_jax.plan.topology import GIB, Topology
 from rlrr_jax.results import tables
 from rlrr_jax.runs.forecast import duration
-from rlrr_jax.runtime.memory import TooLarge
 
-
-class Group(NamedTuple):
-    """Runs that train together: how many, of what, their programs, seconds of each on all devices."""
-
-    runs: int
-    label: str
-    where: str
-    programs: dict[str, measure.Measured]
-    seconds: dict[str, float]
-    remat: bool
-
-
-def of(runs: list[ConfigDict], devices: list[Any], cache: measure.Cache) -> Group | list:
-    """A group, measured; or the groups to train instead where its trials do not fit into memory."""
-    each = [run_lib.of(run) for run in runs]
-    built, first = outline.of(each, devices), outline.first(each, devices)
-    try:
-        programs = {"train": cache.train(built)}
-    except TooLarge as e:
-        cache.say(f"{built.runs[0].label}: {e.why if e.fits else 'not enough memory: model.remat'}")
-        if e.fits:
-            return [runs[i : i + e.fits] for i in range(0, len(runs), e.fits)]
-        for run in runs:
-            run.model.remat = True
-        return [runs]
-    if first:
-        programs["first blocks"] = cache.first(built, *first[:2])
-    if any(built.runs[0].evaluated):
-        programs |= {"evaluate": cache.evaluate(built), "merge": cache.merge(built)}
-    seconds = dict(measure.seconds(built, programs, first[2] if first else 0))
-    remat, label = bool(runs[0].model.remat), built.runs[0].label
-    return Group(len(runs), label, measure.words(built), programs, seconds, remat)
-
-
-HEAD = ("program", "first for", "on", "compiled in", "weights", "images", "state", "temporaries")
-HEAD += ("collectives", "GFLOP", "GB moved", "bound")
+HEAD = ["program", "first for", "on", "compiled in", "weights", "images", "state", "temporaries"]
+HEAD += ["collectives", "GFLOP", "GB moved", "bound"]
 
 
 def text(devices: Topology, groups: list[Group]) -> str:
@@ -64,8 +26,9 @@ def text(devices: Topology, groups: list[Group]) -> str:
     room = f"; {chip.memory / GIB:.4g} GiB of each can be used" if chip else ""
     out = [
         f"{devices.name}: {len(devices.devices)} devices{room}. GiB are of a device; collectives, "
-        f"GFLOP, GB and the bound of a step, a batch, or all weights.",
-        tables.markdown(list(HEAD), lines, left=3),
+        f"GFLOP, GB and the bound of a step, a batch, or all weights. Neither weights nor images were "
+        f"read: networks are as configured, images as large as a network's.",
+        tables.markdown(HEAD, lines, left=3),
     ]
     if any(group.remat for group in groups):
         out.append("Activations are computed twice (model.remat): else they do not fit.")
@@ -116,8 +79,8 @@ def _size(number: float) -> str:
 
 def _whole(devices: Topology, groups: list[Group]) -> list[str]:
     """What all runs take, by method."""
-    total: collections.Counter = collections.Counter()
-    number: collections.Counter = collections.Counter()
+    total: dict[tuple[str, str], float] = collections.defaultdict(float)
+    number: dict[str, int] = collections.defaultdict(int)
     for group in groups:
         method = group.label.partition(" ")[2]
         number[method] += group.runs
@@ -126,7 +89,7 @@ def _whole(devices: Topology, groups: list[Group]) -> list[str]:
     if not total:
         return ["How long this takes cannot be said: nothing is known of these devices' speed."]
     lines, names = [], ("first blocks", "train", "evaluate", "merge")
-    chips = lambda seconds: f"{seconds * len(devices.devices) / 3600:.3g} h"
+    chips = lambda seconds: duration(seconds * len(devices.devices))
     for method, runs in number.items():
         each = [total[method, name] for name in names]
         shown = [duration(x) if x else "" for x in each]

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 SIZES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "u16": 2}
 SIZES |= {"s16": 2, "s8": 1, "u8": 1, "pred": 1, "f8e4m3fn": 1, "f8e5m2": 1}
-FREE = ("parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "iota")
-FREE += ("copy-done", "all-reduce-done", "opt-barrier", "partition-id", "slice-done", "async-done")
-FREE += ("all-gather-done", "collective-permute-done", "async-update")
+FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "after-all", "iota"}
+FREE |= {"copy-done", "all-reduce-done", "opt-barrier", "partition-id", "slice-done", "async-done"}
+FREE |= {"all-gather-done", "collective-permute-done", "async-update"}
 SLICES = ("dynamic-slice", "slice", "gather")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
@@ -40,7 +40,8 @@ def moved(text: str, loop: bool = True) -> collections.Counter:
       text: the optimised program.
       loop: whether it is one step that counts, the body of the largest loop, and not what is around it.
     """
-    comps, found = computations(text), collections.Counter()
+    comps = computations(text)
+    found: collections.Counter = collections.Counter()
     for op, times, shapes in operations(comps, loop):
         if op.kind in ("copy-start", "slice-start"):
             found[op.kind, op.shape[:60]] += times * fetched(op)
@@ -52,7 +53,7 @@ def moved(text: str, loop: bool = True) -> collections.Counter:
     return found
 
 
-def collectives(text: str, loop: bool = True) -> collections.Counter:
+def collectives(text: str, loop: bool = True) -> dict[str, tuple[int, int]]:
     """`kind -> (number, bytes of results)` of the collectives of a program, see `moved`."""
     comps = computations(text)
     number: collections.Counter = collections.Counter()
@@ -115,7 +116,8 @@ def fetched(op: Op) -> int:
 
 def computations(text: str) -> Computations:
     """Name -> operations of each computation; the entry is also called "ENTRY"."""
-    out, now = {}, None
+    out: Computations = {}
+    now: list[Op] = []
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             now = out.setdefault(head[2], [])
@@ -163,6 +165,6 @@ def trips(op: Op, comps: Computations) -> int:
     if count := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest):
         return int(count[1])
     condition = comps.get(_named("condition", op), [])
-    known = [re.match(r"(\d+)\)", x.rest) for x in condition if x.kind == "constant"]
-    known = [int(found[1]) for found in known if found]
+    constants = [re.match(r"(\d+)\)", x.rest) for x in condition if x.kind == "constant"]
+    known = [int(found[1]) for found in constants if found]
     return known[0] if len(known) == 1 and known[0] > 0 else 1

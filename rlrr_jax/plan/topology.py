@@ -1,6 +1,7 @@
 """Devices that are not there, for which programs are compiled all the same."""
 
 import contextlib
+import math
 import pathlib
 import re
 from collections.abc import Iterator
@@ -34,14 +35,13 @@ class Chip(NamedTuple):
 
 
 GIB = 2**30
-# https://docs.cloud.google.com/tpu/docs/v5e, v4, v5p and v6e: memory less what XLA keeps of it;
-# "highest" multiplies six times in bfloat16. NVIDIA's data sheet of the H100 SXM, without sparsity;
-# JAX takes three quarters of its memory.
+# https://docs.cloud.google.com/tpu/docs/v5e, v5p and v6e, links in one direction: memory less what
+# XLA keeps of it; "highest" multiplies six times in bfloat16. NVIDIA's data sheet of the H100 SXM,
+# without sparsity; JAX takes three quarters of its memory.
 CHIPS = {
-    "v4": Chip("tpu", 31.75 * GIB, 1.228e12, 275e12, 275e12 / 6, 3.0e11 / 2),
-    "v5e": Chip("tpu", 15.75 * GIB, 8.19e11, 197e12, 197e12 / 6, 2.0e11 / 2),
-    "v5p": Chip("tpu", 94.75 * GIB, 2.765e12, 459e12, 459e12 / 6, 6.0e11 / 2),
-    "v6e": Chip("tpu", 31.25 * GIB, 1.64e12, 918e12, 918e12 / 6, 4.48e11 / 2),
+    "v5e": Chip("tpu", 15.75 * GIB, 8.19e11, 197e12, 197e12 / 6, 2.0e11),
+    "v5p": Chip("tpu", 94.75 * GIB, 2.765e12, 459e12, 459e12 / 6, 6.0e11),
+    "v6e": Chip("tpu", 31.25 * GIB, 1.638e12, 918e12, 918e12 / 6, 4.0e11),
     "h100": Chip("gpu", 0.75 * 79.1 * GIB, 3.35e12, 989e12, 67e12, 4.5e11),
 }
 NAMED = "v5e:4x4, h100:1 or cpu:8"
@@ -82,7 +82,8 @@ def find(name: str) -> Topology:
     if kind not in (*CHIPS, "cpu"):
         raise unknown("topology", name, [f"{known}:{shape or 1}" for known in (*CHIPS, "cpu")])
     number = r"[1-9]\d*"
-    if not re.fullmatch(number if kind in ("h100", "cpu") else f"{number}(x{number})+", shape):
+    shapes = {"h100": "[1-8]", "cpu": number}  # the GPUs of a machine
+    if not re.fullmatch(shapes.get(kind, f"{number}(x{number})+"), shape):
         raise UserError(f"the topology {name} has no number or shape of devices: write {NAMED}")
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", int(shape))  # fails if there are devices already
@@ -90,17 +91,20 @@ def find(name: str) -> Topology:
     extra = "cuda13" if kind == "h100" else "tpu"
     try:
         devices = h100s(int(shape)) if kind == "h100" else tpus(name)
-    except (NotImplementedError, RuntimeError, ImportError, ValueError) as e:
-        raise UserError(
-            f"{name} cannot be compiled for here ({first_line(e)}): pip install 'jax[{extra}]', or "
-            f"correct the shape"
-        ) from e
+    except jax.errors.JaxRuntimeError as e:
+        raise UserError(f"there is no {name} ({first_line(e)}): write another shape") from e
+    except (NotImplementedError, RuntimeError, ImportError) as e:
+        raise UserError(f"{name} is unknown here ({first_line(e)}): pip install 'jax[{extra}]'") from e
     return Topology(name, CHIPS[kind], devices)
 
 
 def tpus(name: str) -> list[Any]:
     """The chips of a topology; one process at a time."""
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    sides = [int(side) for side in name.partition(":")[2].split("x")]
+    few = math.prod(sides) < 4  # of a host's four
+    host = {"chips_per_host_bounds": (*sides, 1)[:3]} if few else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **host)
+    return list(found.devices)
 
 
 def h100s(number: int) -> list[Any]:
@@ -109,8 +113,9 @@ def h100s(number: int) -> list[Any]:
     from jax._src import xla_bridge
 
     jax.devices("cpu")  # which looks for plugins, once
-    known = xla_bridge.canonicalize_platform  # which knows no platform without a device
-    xla_bridge.canonicalize_platform = lambda name: "cuda" if name in ("cuda", "gpu") else known(name)
+    bridge: Any = xla_bridge
+    known = bridge.canonicalize_platform  # which knows no platform without a device
+    bridge.canonicalize_platform = lambda name: "cuda" if name in ("cuda", "gpu") else known(name)
     cudnn.check_compute_capability = lambda wanted: float(wanted) <= 9.0
     cudnn.is_cuda_compute_capability_equal = lambda wanted: wanted == "9.0"
     config = (pathlib.Path(__file__).parent / "h100.txt").read_text()

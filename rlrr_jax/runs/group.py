@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from rlrr_jax import files, job, run_images, train
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import sources
@@ -106,7 +108,7 @@ def _attempt(
         train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
         return []
     except TooLarge as e:
-        return _smaller(works, e, forecast.title(*works))
+        return smaller(works, [work.run for work in works], e, forecast.title(*works))
 
 
 def _group_folder(works: list[Work]) -> Any:
@@ -150,14 +152,21 @@ def _outputs(works: list[Work], folder: Any, load: Loaders, forecast: Forecast) 
     )
 
 
-def _smaller(works: list[Work], error: TooLarge, title: str) -> list[list[Work]]:
-    """Groups of as many as fit into memory; the same group with `model.remat` if not even one does."""
+def smaller(works: list, runs: list[ConfigDict], error: TooLarge, title: str) -> list[list]:
+    """Groups of as many as fit into memory; the same group with `model.remat` if not even one does.
+
+    Args:
+      works: what is divided.
+      runs: their configurations, in which `model.remat` is set.
+      error: says how many fit.
+      title: text before what is printed.
+    """
     if fits := error.fits:
         print(f"{title}: {error.why}", flush=True)
         return [works[i : i + fits] for i in range(0, len(works), fits)]
     print(f"{title}: not enough memory, so activations are computed twice (model.remat)", flush=True)
-    for work in works:
-        work.run.model.remat = True
+    for run in runs:
+        run.model.remat = True
     return [works]
 
 

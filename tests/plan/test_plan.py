@@ -12,8 +12,7 @@ from rlrr_jax import backend, job, models, suite
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
-from rlrr_jax.plan import __main__ as command
-from rlrr_jax.plan import outline, page, topology
+from rlrr_jax.plan import groups, outline, page, topology
 from rlrr_jax.runs import group
 from rlrr_jax.runtime import memory
 
@@ -86,7 +85,7 @@ def test_groups_are_those_of_a_suite(arg, changes, tmp_path, monkeypatch):
     monkeypatch.setattr(group, "finish", finish)
     monkeypatch.setattr(suite.report, "collect", lambda folder: None)
     suite.run(config(arg, **changes), tmp_path)
-    ours = command.groups(config_lib.resolve(config(arg, **changes)))
+    ours = groups.together(config_lib.resolve(config(arg, **changes)))
     assert [[(run.protocol, run.seed, run.trial) for run in runs] for runs in ours] == seen
 
 
@@ -95,7 +94,7 @@ def planned(arg, limit, **changes):
     chip = topology.Chip("cpu", limit, 1e10, 1e11, 2e10, 1e9)
     devices = topology.Topology("cpu:1", chip, jax.devices()[:1])
     with backend.compiling_for("cpu", 1, int(limit)):
-        return command.plan(config(arg, **changes), devices), devices
+        return groups.measured(config(arg, **changes), devices, print), devices
 
 
 def test_what_does_not_fit_is_divided_and_then_computed_twice(capsys):
@@ -114,12 +113,17 @@ def test_what_does_not_fit_is_divided_and_then_computed_twice(capsys):
     assert parts[0].programs is not parts[1].programs
     assert parts[0].programs["train"] is parts[1].programs["train"]  # compiled once
     (last, *_), devices = planned(arg, 0.1 * bytes_, **{**changes, "seeds": (0,)})
-    assert last.remat and "not enough memory: model.remat" in capsys.readouterr().out
+    assert last.remat and "so activations are computed twice (model.remat)" in capsys.readouterr().out
     text = page.text(devices, [last])
     assert "Activations are computed twice (model.remat)" in text
     assert "A step of digits rlrr does not fit: it takes 0.0 GiB of 0.0. " in text
     (fits, *_), devices = planned(arg, bytes_, **{**changes, "seeds": (0,)})
     assert "does not fit" not in page.text(devices, [fits])
+
+
+def test_seeds_whose_images_are_streamed_are_planned_one_after_another():
+    found, _ = planned("digits,method=bitfit", 2**34, seeds=(0, 1), **{"data.device_gb": 1e-3})
+    assert [each.runs for each in found] == [1, 1]
 
 
 def test_seconds_are_turns_of_the_roofline():
@@ -171,6 +175,7 @@ def test_the_command(tmp_path):
         ("v5e", "the topology v5e has no number or shape of devices: write v5e:4x4, h100:1 or cpu:8"),
         ("h100:1x1", "the topology h100:1x1 has no number or shape"),
         ("cpu:0", "the topology cpu:0 has no number or shape"),
+        ("h100:9", "the topology h100:9 has no number or shape"),
     ],
 )
 def test_a_wrong_topology_is_one_sentence(name, message):
