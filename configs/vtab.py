@@ -38,6 +38,9 @@ def get_config(arg=None):
     config.epochs = placeholder(int)
     config.batch_size = 32
     config.accumulate = 1  # parts, one after another, of a device's images: less memory, equal numbers
+    # For large backbones: frozen weights of blocks in bfloat16, and a share of them on each device.
+    config.frozen_dtype = placeholder(str)
+    config.shard_weights = False
     config.total_steps = placeholder(int)  # instead of epochs
     config.optimizer = "adamw"  # or "momentum"
     config.momentum_dtype = "bfloat16"  # as big_vision keeps it; or "float32"

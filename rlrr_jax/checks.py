@@ -28,6 +28,7 @@ CHOICES = {
     "model.pool": ("token", "avg", "map", "both"),
     "model.attention": ("xla", "cudnn"),
     "dtype": ("float32", "bfloat16"),
+    "frozen_dtype": ("float32", "bfloat16"),
     "precision": ("highest", "high", "default", "tensorfloat32", "float32", "bfloat16"),
 }
 POSITIVE = (
@@ -42,7 +43,7 @@ POSITIVE = (
 GROUPS = ("model", "pretrained", "data", "own", "grid", "method_kwargs", "loss_kwargs")
 NEEDED = (
     *("batch_size", "eval_batch_size", "eval_every", "checkpoint_seconds", "optimizer", "accumulate"),
-    *("mixup", "cutmix", "label_smoothing"),
+    *("shard_weights", "mixup", "cutmix", "label_smoothing"),
 )
 
 

@@ -57,14 +57,16 @@ def map_eval_step(
         # One after another: a batch of one fills the device.
         return jax.lax.map(lambda params: one(params, *batch), params)
 
-    mapped = jax.shard_map(
-        trials,
-        mesh=mesh,
-        in_specs=(P("trial"), P("data"), P("data"), P("data")),
-        out_specs=P("trial"),
-        check_vma=False,
-    )
-    return jax.jit(mapped)
+    def mapped(params: Any, *batch: jax.Array) -> Any:
+        return jax.shard_map(
+            trials,
+            mesh=mesh,
+            in_specs=(mesh_lib.specs(params, mesh, "trial"), P("data"), P("data"), P("data")),
+            out_specs=P("trial"),
+            check_vma=False,
+        )(params, *batch)
+
+    return jax.jit(functools.wraps(eval_step)(mapped))
 
 
 def pad(array: np.ndarray, number: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import evaluate, heads, methods, prefix, sides, step
+from rlrr_jax import blockwise, evaluate, heads, methods, prefix, sides, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import resize
@@ -195,6 +195,7 @@ def build(
     mesh = mesh_lib.make_mesh(jax.devices()[: run.limits.devices], len(runs), recipe.batch_size)
     known, both = {} if known is None else known, (images, held_out[0])
     recipe, frozen, both = prefix.applied(recipe, frozen, both, mesh, run, known)
+    recipe, frozen = blockwise.applied(recipe, frozen, run.limits)
     images, held_out = both[0], (both[1], held_out[1])
     gigabytes = run.limits.image_gb
     budget = memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
@@ -205,7 +206,7 @@ def build(
         runs=runs,
         recipe=recipe,
         mesh=mesh,
-        frozen=mesh_lib.put(mesh, P(), frozen),
+        frozen=mesh_lib.put(mesh, None, frozen),
         data=data,
         feed=feed,
         held_out=held_out,

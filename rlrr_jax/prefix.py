@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import evaluate, losses, methods, models
+from rlrr_jax import blockwise, evaluate, losses, methods, models
 from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.models import vit
 from rlrr_jax.recipe import Recipe
@@ -59,6 +59,7 @@ def blocks(recipe: Recipe, run: Run) -> int:
     noisy = (
         noisy or losses.of(recipe).function is not losses.cross_entropy
     )  # others may look at pixels, or at all blocks
+    noisy = noisy or blockwise.asked(run.limits)  # of one block at a time
     if recipe.method.untouched is None or noisy or methods.asks_training(recipe.method):
         return 0
     depth = getattr(recipe.model, "depth", 0)

@@ -16,7 +16,9 @@ _MADE: dict = {}  # see `_same`
 
 
 class Limits(NamedTuple):
-    """Where a run stops, saves and shows; its numbers are the same with others.
+    """Where a run stops, saves and shows, and how its weights lie.
+
+    Numbers are the same with others, but for `frozen_dtype`.
 
     Attributes:
       devices: number of devices; None is all.
@@ -25,6 +27,8 @@ class Limits(NamedTuple):
       checkpoint_seconds: seconds between two checkpoints.
       log: "tensorboard", "wandb" or None.
       recompute: whether activations are computed twice; None is not decided.
+      shard_weights: whether each device has a share of the blocks' frozen weights, see `blockwise`.
+      frozen_dtype: in which they are kept; None is float32.
     """
 
     devices: int | None = None
@@ -33,6 +37,8 @@ class Limits(NamedTuple):
     checkpoint_seconds: float = 10.0
     log: str | None = None
     recompute: bool | None = None
+    shard_weights: bool = False
+    frozen_dtype: str | None = None
 
 
 class Run(NamedTuple):
@@ -131,6 +137,8 @@ def of(config: ConfigDict) -> Run:
             config.checkpoint_seconds,
             config.log,
             config.model.remat,
+            config.shard_weights,
+            config.frozen_dtype,
         ),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlrr_jax import checks, losses, methods, models, sides
+from rlrr_jax import blockwise, checks, losses, methods, models, sides
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import matmul, vit
 from rlrr_jax.run_images import size_of, task_of
@@ -70,6 +70,10 @@ def check_contracts(run: ConfigDict) -> tuple[str, ...]:
     names, size = (run.method, run.model.variant, run.loss), size_of(run)
     _check_contracts(names, methods.find(run.method), size, of)
     loss = losses.find(run.loss)
+    if blockwise.asked(run):
+        model = models.build(run.model.variant, 2, **json.loads(of)[1])
+        method = methods.get(run.method, **run.method_kwargs.to_dict())
+        blockwise.check(method, loss.function, models.shapes(model, size))
     ours = loss.function is losses.cross_entropy  # which does alike for any number of classes
     return _check_contracts(names, loss, size, of, 2 if ours else task_of(run).classes)
 

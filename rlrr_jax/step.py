@@ -19,7 +19,7 @@ from rlrr_jax import batch as batch_lib
 from rlrr_jax import losses, methods, optim
 from rlrr_jax.methods import Method
 from rlrr_jax.recipe import Batch, Hyper, Recipe
-from rlrr_jax.runtime.mesh import over_trials
+from rlrr_jax.runtime.mesh import over_trials, specs
 
 Tree = Any  # a pytree of arrays
 
@@ -197,14 +197,17 @@ def map_train_steps(recipe: Recipe, mesh: Mesh) -> Callable:
     """
     one = functools.wraps(train_steps)(functools.partial(train_steps, recipe))
     trials = over_trials(one, (None, None, 0, 0, 0, None))
-    mapped = jax.shard_map(
-        trials,
-        mesh=mesh,
-        in_specs=(P(), P(), P("trial"), P("trial"), P("trial"), P()),
-        out_specs=P("trial"),
-        check_vma=False,  # we write the collectives; else JAX adds its own and gradients double
-    )
-    return jax.jit(mapped, donate_argnums=(2, 3))
+
+    def mapped(frozen: Tree, *rest: Tree) -> tuple[Tree, Tree]:
+        return jax.shard_map(
+            trials,
+            mesh=mesh,
+            in_specs=(specs(frozen, mesh), P(), P("trial"), P("trial"), P("trial"), P()),
+            out_specs=P("trial"),
+            check_vma=False,  # we write the collectives; else JAX adds its own and gradients double
+        )(frozen, *rest)
+
+    return jax.jit(functools.wraps(train_steps)(mapped), donate_argnums=(2, 3))
 
 
 @functools.lru_cache(64)
@@ -221,4 +224,10 @@ def map_start(recipe: Recipe, mesh: Mesh) -> Callable:
 def map_merge(method: Method, mesh: Mesh) -> Callable:
     """`methods.merge` for trials, jitted: `(frozen, trainable [T, ...]) -> params [T, ...]`."""
     merge = jax.vmap(functools.partial(methods.merge, method), in_axes=(None, 0))
-    return jax.jit(merge, out_shardings=NamedSharding(mesh, P("trial")))
+
+    def placed(frozen: Tree, trainable: Tree) -> Tree:
+        params = merge(frozen, trainable)
+        lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(params, mesh, "trial"))
+        return jax.lax.with_sharding_constraint(params, lies)
+
+    return jax.jit(placed)

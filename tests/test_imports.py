@@ -31,7 +31,9 @@ ALLOWED = {
     "run_images.py": {"checks", "data", "errors", "sides"},
     "run_model.py": {
         *("checks", "errors", "losses", "methods", "models", "run_images", "sides", "weights"),
+        "blockwise",
     },
+    "blockwise.py": {"errors", "losses", "methods", "recipe", "runtime"},
     "run.py": {
         *("data", "lookup", "losses", "methods", "mixing", "optim", "recipe"),
         *("run_images", "run_model"),
@@ -44,6 +46,7 @@ ALLOWED = {
     "feed.py": {"data", "evaluate"},
     "prefix.py": {
         *("data", "evaluate", "losses", "methods", "models", "recipe", "run", "runtime", "sides"),
+        "blockwise",
     },
 }
 EXCEPTIONS = {"methods/__main__.py"}  # a command, which names models

@@ -138,7 +138,7 @@ class Cache:
             name=name,
             of=built.runs[0].label,
             seconds=seconds,
-            arguments={key: _bytes(x) for key, x in arguments.items()},
+            arguments={key: memory.size(x) for key, x in arguments.items()},
             temporary=needs.temp_size_in_bytes,
             code=needs.generated_code_size_in_bytes,
             collectives=sent,
@@ -161,17 +161,6 @@ def _part(built: job.Job) -> Any:
     number = evaluate.at_once(built, memory.limit()) * built.mesh.shape["trial"]
     cut = lambda x: jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype, sharding=x.sharding)
     return jax.tree.map(cut, step.tuned(state))
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of a tree on each device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * _width(x.dtype) for x in jax.tree.leaves(tree)
-    )
-
-
-def _width(dtype: Any) -> int:
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
 def words(built: job.Job) -> str:

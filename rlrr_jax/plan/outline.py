@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import feed, job, models, prefix, run_images, sides, step
+from rlrr_jax import blockwise, feed, job, models, prefix, run_images, sides, step
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import crops
 from rlrr_jax.recipe import Recipe
@@ -34,6 +34,7 @@ def of(runs: list[Run], devices: list[Any]) -> job.Job:
     )
     if number := prefix.blocks(recipe, run):
         recipe, frozen, images, held_out = _rest(recipe, frozen, (images, held_out), number, run, mesh)
+    recipe, frozen = blockwise.applied(recipe, frozen, run.limits)
     source: Any = images
     if run.crops:
         source = crops.Crops(None, len(images), run.crop, run_images.pixels(run.config), run.seed)
@@ -52,7 +53,7 @@ def of(runs: list[Run], devices: list[Any]) -> job.Job:
         runs=runs,
         recipe=recipe,
         mesh=mesh,
-        frozen=put(P(), frozen),
+        frozen=mesh_lib.shapes(frozen, mesh),
         data=fed.shapes(mesh),
         feed=fed,
         held_out=(held_out, np.zeros(len(held_out), np.int32)),

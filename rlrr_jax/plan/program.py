@@ -54,14 +54,20 @@ def moved(text: str, loop: bool = True) -> collections.Counter:
 
 
 def collectives(text: str, loop: bool = True) -> dict[str, tuple[int, int]]:
-    """`kind -> (number, bytes of results)` of the collectives of a program, see `moved`."""
-    comps = computations(text)
+    """`kind -> (number, bytes of results)` of the collectives of a program, see `moved`.
+
+    A TPU goes on with one while it computes: several fusions then have a part of the same channel.
+    """
+    comps, channels = computations(text), set()
     number: collections.Counter = collections.Counter()
     total: collections.Counter = collections.Counter()
     for op, times, _ in operations(comps, loop):
-        for each in comps.get(_named("calls", op), []) if op.kind == "async-start" else [op]:
+        inside = op.kind in ("async-start", "fusion")
+        for each in comps.get(_named("calls", op), []) if inside else [op]:
             kind = each.kind.removesuffix("-start")
-            if kind in COLLECTIVES:
+            channel = op.kind == "fusion" and re.search(r"channel_id=\d+", each.rest)
+            if kind in COLLECTIVES and not (channel and channel[0] in channels):
+                channels |= {channel[0]} if channel else set()
                 shape = each.shape
                 if each.kind.endswith("-start") and shape.startswith("("):
                     shape = shape[len(shape) // 2 :]  # operands, then results of the same number

@@ -1,9 +1,11 @@
 """How much fits on a device."""
 
+import math
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rlrr_jax import backend
 
@@ -33,8 +35,13 @@ def limit() -> int:
 
 
 def size(tree: Any) -> int:
-    """Bytes of all leaves of a tree."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of all leaves of a tree, of a device's share where it is divided."""
+    here = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
+    return sum(math.prod(here(x)) * _width(x.dtype) for x in jax.tree.leaves(tree))
+
+
+def _width(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
 def machine(devices: int) -> dict[str, Any]:

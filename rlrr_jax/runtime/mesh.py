@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+SHARDED = "sharded"  # key of what lies in shares over the axis "data", see `specs`
 TRIAL_COST = 8  # what each step of a trial costs a device besides its images, in images
 
 
@@ -39,11 +40,41 @@ def make_mesh(devices: Sequence[jax.Device], trials: int = 1, batch_size: int = 
     )
 
 
-def put(mesh: Mesh, spec: P, tree: Any) -> Any:
+def specs(tree: Any, mesh: Mesh, *before: str) -> Any:
+    """How each leaf lies on a mesh: what is under `SHARDED` in shares over "data", the rest whole.
+
+    A share is of the longest axis, but that of blocks, that the devices divide.
+
+    Args:
+      tree: of arrays or of shapes.
+      mesh: the devices.
+      *before: axes of the mesh for leading axes of every leaf.
+    """
+
+    def one(path: tuple, x: Any) -> P:
+        divided = lambda i: x.shape[i] and x.shape[i] % mesh.shape["data"] == 0
+        inside = any(getattr(key, "key", None) == SHARDED for key in path)
+        axes = [i for i in range(len(before) + 1, x.ndim) if inside and divided(i)]
+        if not axes:
+            return P(*before)
+        axis = max(axes, key=lambda i: x.shape[i])
+        return P(*before, *[None] * (axis - len(before)), "data")
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put(mesh: Mesh, spec: P | None, tree: Any) -> Any:
     """Puts a tree, the same in every process, on the mesh.
 
     Every argument gets its final sharding before the first call, or the second call compiles again.
+
+    Args:
+      mesh: the devices.
+      spec: how all of it lies; None is as `specs` says.
+      tree: the tree.
     """
+    if spec is None:
+        return jax.tree.map(lambda x, spec: put(mesh, spec, x), tree, specs(tree, mesh))
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -80,8 +111,13 @@ def over_trials(function: Callable, in_axes: Sequence[int | None]) -> Callable:
 
 def abstract(function: Callable, mesh: Mesh, *args: Any) -> Any:
     """Shapes of what a function mapped over trials would return, with their shardings."""
-    add = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("trial")))
-    return jax.tree.map(add, jax.eval_shape(function, *args))
+    return shapes(jax.eval_shape(function, *args), mesh, "trial")
+
+
+def shapes(tree: Any, mesh: Mesh, *before: str) -> Any:
+    """Shapes and shardings of a tree that lies as `specs` says."""
+    add = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(add, tree, specs(tree, mesh, *before))
 
 
 def without_spares(tree: Any, mesh: Mesh, number: int) -> Any:

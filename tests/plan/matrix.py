@@ -16,6 +16,7 @@ from rlrr_jax import methods
 from rlrr_jax import run as run_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError, first_line
+from rlrr_jax.models import vit
 from rlrr_jax.plan import measure, outline, topology
 from rlrr_jax.runtime.memory import TooLarge
 
@@ -33,6 +34,8 @@ EXTRA = {
     "average": {"average": 0.99},
     "momentum": {"optimizer": "momentum"},
     "accumulated": {"accumulate": 2},
+    "frozen in bfloat16": {"frozen_dtype": "bfloat16"},
+    "weights in shares": {"shard_weights": True},
     "remat": {"model.remat": True},
     "unrolled": {"model.unroll": 2},
     "streamed": {"data.device_gb": 0.01, "num_devices": 1},
@@ -43,6 +46,10 @@ EXTRA = {
     "non-square": {"image_width": 320},
 }
 WHOLE = {name: {"model.variant": name} for name in ("B/16", "L/16", "H/14", "swin_b", "resnet101")}
+SHARES = {"frozen_dtype": "bfloat16", "shard_weights": True}
+WHOLE["H/14 in shares"] = {"model.variant": "H/14", **SHARES}
+WHOLE["7B/16 in shares"] = {"model.variant": "7B/16", **SHARES}
+SEVEN = dict(width=4096, depth=40, mlp_dim=12288, num_heads=32)  # 6.7 billion values
 
 
 def cases():
@@ -83,7 +90,7 @@ def main():
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--only", default="")
     args = parser.parse_args()
-    wrong = 0
+    wrong, vit.VARIANTS["7B"] = 0, SEVEN
     with topology.compiling_for(args.topology) as devices:
         for name, method, changes in cases():
             if args.only not in name:

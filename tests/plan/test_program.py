@@ -86,6 +86,26 @@ def test_collectives_are_counted_with_their_loops():
     assert program.collectives(PROGRAM) == {}
 
 
+# A TPU's: three fusions that each go on with the same all-gather, of the third of which comes the result.
+ASYNC = PROGRAM.replace(
+    "  %kept = bf16",
+    "  %start = (f32[1,4]{1,0}, f32[4,4]{1,0}) fusion(%x), kind=kLoop, calls=%part\n"
+    "  %done = f32[4,4]{1,0} fusion(%start), kind=kLoop, calls=%part.1\n  %kept = bf16",
+) + "".join(
+    f"""
+%{name} (p: f32[1,4]) -> f32[4,4] {{
+  %p = f32[1,4]{{1,0}} parameter(0)
+  ROOT %all = f32[4,4]{{1,0}} all-gather(%p), channel_id=7, dimensions={{0}}
+}}
+"""
+    for name in ("part", "part.1")
+)
+
+
+def test_a_collective_in_several_fusions_is_one():
+    assert program.collectives(ASYNC) == {"all-gather": (1, 4 * 16)}
+
+
 def traced(function, *arguments):
     return flops.flops(jax.jit(function).trace(*arguments).jaxpr.jaxpr)
 
