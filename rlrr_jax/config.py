@@ -55,9 +55,34 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
 
     Raises UserError for any unknown name or impossible value.
     """
+    _allow(config)
+    checks.check(config)
+    task_names, chosen = _asked(config)
+    suite = len([name for name in task_names if name in tasks.VTAB]) > 1
+    seeds = config.seeds or ((0, 1, 2) if suite else (0,))
+    settings = _settings(config, _overrides(config, chosen), seeds, suite)
+    runs = [_resolve_one(task, *setting) for task in task_names for setting in settings]
+    _check_grid(config, runs)
+    order = list(dict.fromkeys(map(together, runs)))
+    return sorted(runs, key=lambda run: order.index(together(run)))
+
+
+def groups(config: ConfigDict) -> int:
+    """How many pairs of a task and a method with its options there are; asks for no device."""
+    _allow(config)
+    task_names, chosen = _asked(config)
+    each = {(name, str(change["own"])) for name, _, change in _overrides(config, chosen)}
+    return len(task_names) * len(each)
+
+
+def _allow(config: ConfigDict) -> None:
+    """Lets the files that a configuration names be imported."""
     typed = config.loss, config.gradients, config.model.block, config.model.variant, config.own.path
     lookup.allow(*typed, *_names(config.task), *_names(config.method))
-    checks.check(config)
+
+
+def _asked(config: ConfigDict) -> tuple[list[str], list[str]]:
+    """Names of tasks and of methods."""
     if config.own.path == "":
         raise UserError(NAMELESS)
     if config.own.path is None:
@@ -65,14 +90,7 @@ def resolve(config: ConfigDict) -> list[ConfigDict]:
     else:
         task_names = [config.task or own.name(config.own.path)]
     bundled = all(name in tasks.BUNDLED for name in task_names)
-    suite = len([name for name in task_names if name in tasks.VTAB]) > 1
-    chosen = _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
-    seeds = config.seeds or ((0, 1, 2) if suite else (0,))
-    settings = _settings(config, _overrides(config, chosen), seeds, suite)
-    runs = [_resolve_one(task, *setting) for task in task_names for setting in settings]
-    _check_grid(config, runs)
-    order = list(dict.fromkeys(map(together, runs)))
-    return sorted(runs, key=lambda run: order.index(together(run)))
+    return task_names, _names(config.method) or (["linear", "rlrr", "full"] if bundled else ["rlrr"])
 
 
 def _check_grid(config: ConfigDict, runs: list[ConfigDict]) -> None:
@@ -220,12 +238,17 @@ def trial_name(change: dict[str, Any]) -> str | None:
     return "-".join(f"{key.rpartition('.')[2]}{_plain(change[key])}" for key in order) or None
 
 
-def trials(run: ConfigDict) -> list[ConfigDict]:
-    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
+def searched(run: ConfigDict) -> dict[str, tuple]:
+    """The values that the protocol "vtab" tries of each key."""
     given = {key: tuple(run.grid[key]) for key in GRID}
     for key in checks.searched(run):
         given |= {f"loss_kwargs.{key}": tuple(run.grid[key])} if run.grid[key] else {}
-    out = []
+    return given
+
+
+def trials(run: ConfigDict) -> list[ConfigDict]:
+    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
+    given, out = searched(run), []
     for values in itertools.product(*given.values()):
         change = dict(zip(given, values))
         trial = ConfigDict(run.to_dict())

@@ -189,6 +189,10 @@ def _explained(path):
         ) from e
 
 
+class Held(UserError):
+    """A folder that another process holds."""
+
+
 @contextlib.contextmanager
 def lock(folder: Any, name: str = ".lock", wait: bool = False) -> Iterator[bool]:
     """Holds a local folder for one process; if another has it, waits or raises UserError.
@@ -203,7 +207,7 @@ def lock(folder: Any, name: str = ".lock", wait: bool = False) -> Iterator[bool]
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
-            raise UserError(
+            raise Held(
                 f"another process is training in {folder}: wait for it, or choose another --workdir"
             ) from e
         except OSError as e:

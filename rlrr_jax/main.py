@@ -36,6 +36,9 @@ _DISTRIBUTED = flags.DEFINE_enum(
     ["auto", "on", "off"],
     "several processes in one run: if something announces them, always, or never",
 )
+_PART = flags.DEFINE_string(
+    "part", "auto", "share of the runs for this process, such as 3/8; off trains each on all devices"
+)
 _TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 300, "seconds to wait for the other processes", lower_bound=1
 )
@@ -54,6 +57,8 @@ Fine-tunes a Vision Transformer on labelled images, and prints a table of result
   --config FILE[:ARGUMENT]  a configuration; those of configs/ are found from any folder
   --config.KEY=VALUE        another value of one of its keys, such as --config.lr=1e-3
   --workdir DIR             where results go, and where a run goes on; default runs/<hash>
+  --part=3/8                the third of eight shares of the runs; several processes deal them out
+                            themselves where there are as many tasks and methods; --part=off does not
   --distributed=auto|on|off several processes in one run; --distributed_timeout=SECONDS to wait for them
 
 The keys are in configs/vtab.py, methods and their options in: python -m rlrr_jax.methods
@@ -74,6 +79,7 @@ def main(argv: list[str]) -> None:
             f"{argv[1]!r} belongs to no flag: a task is written --config configs/vtab.py:cifar"
         )
     from rlrr_jax import report, suite  # not before: --help and wrong flags are answered at once
+    from rlrr_jax.runs import parts
     from rlrr_jax.runtime import distributed
     from rlrr_jax.runtime.stop import Stop, Stopped
 
@@ -81,7 +87,9 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     if config is None:
         raise UserError("no configuration was given: add --config configs/vtab.py")
-    distributed.start(_DISTRIBUTED.value, _TIMEOUT.value)
+    alone = _DISTRIBUTED.value == "off" and _PART.value == "auto"
+    part = None if alone else parts.chosen(_PART.value, config)
+    distributed.start("off" if part else _DISTRIBUTED.value, _TIMEOUT.value)
     _cache_programs()
     if jax_x64():
         raise UserError("JAX_ENABLE_X64 is set, and everything here is float32: unset it")
@@ -94,7 +102,7 @@ def main(argv: list[str]) -> None:
         with distributed.together(Stopped, STOPPED):
             for name in STOPPING:
                 signal.signal(name, stop.ask)
-            rows, problems = suite.run(config, _WORKDIR.value, stop)
+            rows, problems = suite.run(config, _WORKDIR.value, stop, part)
             for name in STOPPING:
                 signal.signal(name, signal.SIG_DFL)
     except Stopped:

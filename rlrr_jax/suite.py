@@ -25,15 +25,19 @@ from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.results import logs
-from rlrr_jax.runs import group, identity, search, workdir
+from rlrr_jax.results import rows as rows_lib
+from rlrr_jax.runs import group, identity, parts, search, workdir
 from rlrr_jax.runs.forecast import Forecast
+from rlrr_jax.runs.parts import Part
 from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime.stop import Stop
 from rlrr_jax.weights import names
 
 
-def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list[dict], dict[str, str]]:
+def run(
+    config: Any, folder: Any = None, stop: Stop | None = None, part: Part | None = None
+) -> tuple[list[dict], dict[str, str]]:
     """Trains and evaluates all runs of a configuration.
 
     Runs that are finished in the workdir are not repeated; an interrupted one goes on; where there
@@ -44,9 +48,11 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
       config: the configuration.
       folder: the workdir; None is `runs/<digest of the runs>`.
       stop: whether to stop.
+      part: which share of the runs this process trains, see `parts`; None is all.
 
     Returns:
-      The rows of `results.json` of this configuration, and what failed: a run's label -> why.
+      The rows of `results.json` of this configuration, of a part those of all that is finished, and
+      what failed: a run's label -> why.
 
     Raises:
       UserError: for anything the user can fix, before any work where that can be seen; of a single
@@ -68,38 +74,82 @@ def run(config: Any, folder: Any = None, stop: Stop | None = None) -> tuple[list
     _check_alike([identity.code(), codes], _OTHER_CODE)
     _check_shared(folder)
     problems: dict[str, str] = {}
-    survive = functools.partial(_survive, problems, alone=len({r.task for r in runs}) == 1)
-    works = _locate(runs, folder, survive)
+    alone = len({r.task for r in runs}) == 1
+    survive = functools.partial(_survive, problems, alone=alone, pass_over=part is not None)
+    heads.share(runs)
+    for r in runs if part else ():  # so that `report` knows of those that nobody begins
+        _folder(folder, r).mkdir(parents=True, exist_ok=True)
+    works = _locate(parts.share(runs, part) if part else runs, folder, survive)
     _check_alike([work.found and work.found.dataset for work in works], _OTHER_IMAGES)
-    if not works:
+    if not works and problems:
         raise UserError(f"no task can run; {explain(problems)[0]}")
-    heads.share([work.run for work in works])
-    workdir.keep_heads(works)
-    load = _open_weights(works)
     print(f"workdir: {folder}", flush=True)
-    if not all(work.finished for work in works):
-        _say_devices(runs[0].num_devices)
-    for line in dict.fromkeys(_augmentation(work.run) for work in works if not work.finished):
-        _print(line)
-    forecast = Forecast(works)
-    rows = []
-    for _, several in itertools.groupby(works, lambda work: identity.together(work.run)):
-        alike = list(several)
-        with survive(*alike), workdir.locked(alike):
-            train_all = functools.partial(group.finish, load=load, forecast=forecast, stop=stop)
-            settings = itertools.groupby(alike, lambda work: work.run.trial)  # each chooses for itself
-            rows += train_all([w for _, part in settings for w in search.choose(list(part), train_all)])
-    if not rows:
+    if part:
+        distributed.check_apart()
+        print(f"{part}: {len(works)} of {len(runs)} runs", flush=True)
+    rows = _finish(works, survive, stop, part) if works else []
+    if not rows and problems:
         raise UserError(f"every run failed; {explain(problems)[0]}")
-    if distributed.is_process_zero():
-        try:
-            report.collect(folder)
-        except OSError as e:
-            if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-            _print(f"note: {folder} cannot be written ({e.strerror}), and keeps the tables that it has")
+    if part:
+        rows = _finished(runs, folder)
+        print(f"{part}: {len(rows)} of {len(runs)} runs are finished", flush=True)
+    if rows and distributed.is_process_zero():
+        _report(folder)
     distributed.wait("reported")
     return rows, problems
+
+
+def _finish(works: list[Work], survive: Callable, stop: Stop, part: Part | None) -> list[dict]:
+    """Trains what is not finished; the rows of all. A part passes over what another process holds."""
+    workdir.keep_heads(works)
+    load = _open_weights(works)
+    if not all(work.finished for work in works):
+        _say_devices(works[0].run.num_devices)
+    for line in dict.fromkeys(_augmentation(work.run) for work in works if not work.finished):
+        _print(line)
+    forecast = Forecast(works, str(part or ""))
+    train_all = functools.partial(group.finish, load=load, forecast=forecast, stop=stop)
+    rows, later = [], []
+
+    def train(alike: list[Work]) -> None:
+        with survive(*alike), workdir.locked(alike):
+            settings = itertools.groupby(alike, lambda work: work.run.trial)  # each chooses for itself
+            rows.extend(train_all([w for _, s in settings for w in search.choose(list(s), train_all)]))
+
+    for _, several in itertools.groupby(works, lambda work: identity.together(work.run)):
+        alike = list(several)
+        try:
+            train(alike)
+        except files.Held:  # of a part alone
+            later.append(alike)
+    for alike in later:
+        try:
+            train(alike)
+        except files.Held as e:
+            print(f"{part}: {alike[0].label}: {e}", flush=True)
+    return rows
+
+
+def _finished(runs: list, folder: Any) -> list[dict]:
+    """The rows of all runs that are finished, by whichever part."""
+    paths = [_folder(folder, run) / "result.json" for run in runs]
+    return [rows_lib.read(path) for path in paths if path.exists()]
+
+
+def _folder(folder: Any, run: Any) -> Any:
+    """The folder of a run."""
+    return folder / workdir.task_folder(run) / workdir.method_folder(run) / workdir.run_folder(run)
+
+
+def _report(folder: Any) -> None:
+    """Writes the tables; parts that end at once, one after another."""
+    try:
+        with files.lock(folder, ".report.lock", wait=True):
+            report.collect(folder)
+    except OSError as e:
+        if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        _print(f"note: {folder} cannot be written ({e.strerror}), and keeps the tables that it has")
 
 
 def explain(problems: dict[str, str]) -> list[str]:
@@ -176,7 +226,7 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
     works, entries = [], []
     entry = functools.cache(store.locate)  # the runs of a task share it
     for r in runs:
-        own = folder / workdir.task_folder(r) / workdir.method_folder(r) / workdir.run_folder(r)
+        own = _folder(folder, r)
         own.mkdir(parents=True, exist_ok=True)
         label = f"{r.task} {workdir.method_folder(r)} seed {r.seed}" + f" {r.trial}" * bool(r.trial)
         work = Work(r, own, None, label)
@@ -327,14 +377,19 @@ def _print(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _survive(problems: dict[str, str], *works: Work, alone: bool) -> Iterator[None]:
-    """Notes what goes wrong with runs, in `error.txt` too, and goes on; raises it if `alone`."""
+def _survive(problems: dict[str, str], *works: Work, alone: bool, pass_over: bool) -> Iterator[None]:
+    """Notes what goes wrong with runs, in `error.txt` too, and goes on; raises it if `alone`.
+
+    With `pass_over` it raises `files.Held`, too: another process trains these.
+    """
     try:
         yield
         for work in works:
             if (path := work.folder / "error.txt").exists():
                 path.unlink()
     except Exception as e:
+        if pass_over and isinstance(e, files.Held):
+            raise
         if isinstance(e, Unusable):
             e = _listed(e, works[0].folder.parents[1])
         if alone or distributed.several():  # the others would wait for this process

@@ -158,11 +158,16 @@ def read(path: Any) -> dict:
 
 
 def unfinished(workdir: Any) -> list[str]:
-    """A line for each run that failed (and was not finished by another process)."""
-    errors = files.below(workdir, "*", "*", "seed*", "error.txt")
-    paths = [path for path in errors if not (path.parent / "result.json").exists()]
-    last = lambda path: path.read_text().strip().splitlines()[-1]
-    return [f"not finished: {' '.join(p.parts[-4:-1])}: {last(p)}" for p in paths]
+    """A line for each run that failed, or that no process has finished yet."""
+
+    def why(folder: Any) -> str:
+        if (folder / "error.txt").exists():
+            return (folder / "error.txt").read_text().strip().splitlines()[-1]
+        return "begun" if (folder / "config.json").exists() else "not begun"
+
+    found = files.below(workdir, "*", "*", "seed*")
+    left = [path for path in found if not (path / "result.json").exists()]
+    return [f"not finished: {' '.join(path.parts[-3:])}: {why(path)}" for path in left]
 
 
 def diverged(row: dict) -> bool:

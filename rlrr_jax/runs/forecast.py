@@ -43,9 +43,15 @@ def cost(run: Any, epochs: int | None = None) -> Cost:
 
 
 class Forecast:
-    """Prints what runs cost, and how long they take. Runs keep their number in the whole."""
+    """Prints what runs cost, and how long they take. Runs keep their number in the whole.
 
-    def __init__(self, works: list[Work]) -> None:
+    Args:
+      works: the runs.
+      name: what comes before each line: which part of more runs these are.
+    """
+
+    def __init__(self, works: list[Work], name: str = "") -> None:
+        self.name = f"{name}: " if name else ""
         self.left: dict[str, tuple[str, Cost]] = {}
         self.number: dict[str, int] = {}
         self.before: set[str] = set()
@@ -64,7 +70,8 @@ class Forecast:
         total = functools.reduce(Cost.plus, (c for _, c in self.left.values()), Cost())
         before = len(self.before)
         print(
-            f"{len(self.left)} run(s): {total.steps:,} steps on {total.images:,} training images, "
+            f"{self.name}{len(self.left)} run(s): {total.steps:,} steps on "
+            f"{total.images:,} training images, "
             f"{total.evaluations:,} evaluation(s) of {total.evaluated:,} images in all"
             + f"; {before} finished before"
             * bool(before),
@@ -102,7 +109,10 @@ class Forecast:
             if work.label in left:  # else it finished before, and is trained again with its group
                 left[work.label] -= cost(work.run, epochs).passes
         seconds = sum(left[k] / self.speed.get(m, now) for k, (m, _) in self.left.items())
-        print(f"\nabout {duration(seconds)} left, {method} trains {now:,.0f} images/s", flush=True)
+        print(
+            f"\n{self.name}about {duration(seconds)} left, {method} trains {now:,.0f} images/s",
+            flush=True,
+        )
 
     def finished(self, work: Work) -> None:
         """Takes a run off what is left."""

@@ -15,10 +15,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import hardware_utils  # what joining looks at; neither has a public name
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from rlrr_jax.errors import TRACEBACK, UserError, first_line
@@ -27,6 +29,55 @@ _FAILED, _STOPPED = "rlrr_jax/failed", "rlrr_jax/stopped"
 _INTERRUPTED = "interrupted: what was saved and what is finished is kept"
 WAITING_SECONDS = 5  # after which a process says that it waits for others
 STOPPED_TEXT = "stopped and saved: the same command goes on"
+
+
+class Announced(NamedTuple):
+    """What the surroundings say: how many processes, which this is, and which of its host's."""
+
+    number: int
+    mine: int
+    local: int | None = None
+
+
+def announced() -> Announced | None:
+    """The processes that were started with this one, as SLURM, a TPU pod or the like says."""
+    if _alone():
+        return None
+    number, mine = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        if number and mine:
+            local = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+            return Announced(int(number), int(mine), int(local) if local else None)
+        known = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+        cluster = next((kind for kind in known if kind.is_env_present()), None)
+        if cluster is None:
+            return None
+        at = cluster.get_process_count(), cluster.get_process_id(), cluster.get_local_process_id()
+        return Announced(*at)
+    except Exception:  # of a cluster's library: `start` says what is wrong
+        return None
+
+
+def stay_apart(announced: Announced) -> None:
+    """Shows this process its own devices alone, as joining the others would."""
+    if chips := hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+        # Of one host, whatever the slice has: libtpu would wait for the others.
+        bounds = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}.get(chips, f"{chips},1,1")
+        os.environ["TPU_PROCESS_BOUNDS"] = "1,1,1"
+        os.environ["TPU_CHIPS_PER_PROCESS_BOUNDS"] = bounds
+        os.environ["TPU_VISIBLE_CHIPS"] = ",".join(map(str, range(chips)))
+    elif announced.local is not None:
+        for platform in ("cuda", "rocm"):
+            jax.config.update(f"jax_{platform}_visible_devices", str(announced.local))
+
+
+def check_apart() -> None:
+    """UserError where a process that should be on its own sees the devices of others, too."""
+    if not several() and jax.process_count() > 1:
+        raise UserError(
+            f"this process sees all {jax.process_count()} hosts of the TPU, and should see its own: "
+            f"add --part=off, which trains each run on all of them"
+        )
 
 
 def start(mode: str = "auto", timeout: int = 300) -> None:
