@@ -171,7 +171,12 @@ def test_launch_commands_run_dry(text):
     while "=" in words[0] and not words[0].startswith("-"):
         key, _, value = words.pop(0).partition("=")
         environment[key] = value
-    words = ["bash", *words[1:]] if words[0] == "sbatch" else words
+    if words[0] == "sbatch":
+        script = words.index("launch/slurm.sbatch")
+        if found := re.search(r"--array=(\d+)-(\d+)", " ".join(words[:script])):
+            variables = ("ID", found[2]), ("MIN", found[1]), ("COUNT", found[2])
+            environment |= {f"SLURM_ARRAY_TASK_{key}": value for key, value in variables}
+        words = ["bash", *words[script:]]
     if words[0].endswith(".sh"):
         words.insert(1, "--dry-run")
     out = run(words, ROOT, **environment)
@@ -337,7 +342,8 @@ def check_programs(found):
             assert name == "pytest" or path.exists(), f"{page.name}: {text}"
             source = "" if name in ("pytest", "rlrr_jax.main") else path.read_text()
             for flag in re.findall(r"(--\w+)", text) if source else ():
-                assert f'"{flag}"' in source, f"{page.name}: {flag} of {name}"
+                known = f'"{flag}"', f'("{flag[2:]}"'  # argparse's, absl's
+                assert any(text in source for text in known), f"{page.name}: {flag} of {name}"
         else:
             script = next(word for word in words if word.startswith("launch/"))
             assert (ROOT / script).exists(), f"{page.name}: {text}"

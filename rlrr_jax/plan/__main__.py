@@ -20,6 +20,7 @@ from rlrr_jax import main as main_lib
 from rlrr_jax.errors import UserError, one_sentence
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "devices, such as v5e:4x4, h100:1 or cpu:8")
+_PARTS = flags.DEFINE_integer("parts", 1, "processes to which runs are dealt out", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "folder for plan.md and plan.json")
 HELP = """\
 Compiles what a configuration would run, for devices that are not there, and says what it needs.
@@ -28,6 +29,7 @@ Compiles what a configuration would run, for devices that are not there, and say
   python -m rlrr_jax.plan --config configs/vtab.py:cifar,method=full --topology h100:1 --out plan
 
   --topology KIND:SHAPE  v5e, v5p, v6e (pip install 'jax[tpu]'), h100:N (jax[cuda13]), cpu:N
+  --parts N              runs dealt out to N processes, each with its share of the devices
   --out DIR              where plan.md and plan.json go
 
 Weights and images are not read. Seconds are a bound, the roofline's: bytes moved at full bandwidth or
@@ -48,9 +50,10 @@ def main(argv: list[str]) -> None:
     out = _OUT.value and pathlib.Path(_OUT.value).expanduser()
     if out:
         out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
-    with topology.compiling_for(_TOPOLOGY.value) as devices:
-        done = groups.measured(config, devices, functools.partial(print, flush=True))
-    text = page.text(devices, done)
+    parts, name = _PARTS.value, _TOPOLOGY.value
+    with topology.compiling_for(topology.share(name, parts) if parts > 1 else name) as devices:
+        done = groups.measured(config, devices, functools.partial(print, flush=True), parts)
+    text = page.text(devices, done, parts)
     print(text)
     if out:
         page.write(out, text, devices, done)

@@ -13,13 +13,17 @@ from rlrr_jax import run as run_lib
 from rlrr_jax.checks import GRID
 from rlrr_jax.plan import measure, outline
 from rlrr_jax.plan.topology import Topology
-from rlrr_jax.runs import identity
+from rlrr_jax.runs import identity, parts
 from rlrr_jax.runs.group import smaller
+from rlrr_jax.runs.parts import Part
 from rlrr_jax.runtime.memory import TooLarge
 
 
 class Group(NamedTuple):
-    """Runs that train together: how many, of what, their programs, seconds of each on all devices."""
+    """Runs that train together: how many, of what, their programs, seconds of each on all devices.
+
+    `part` is the number of the part that trains them, see `runs.parts`; 1 where none are dealt out.
+    """
 
     runs: int
     label: str
@@ -27,27 +31,32 @@ class Group(NamedTuple):
     programs: dict[str, measure.Measured]
     seconds: dict[str, float]
     remat: bool
+    part: int
 
 
-def measured(config: ConfigDict, devices: Topology, say: Callable[[str], None]) -> list[Group]:
+def measured(
+    config: ConfigDict, devices: Topology, say: Callable[[str], None], number: int = 1
+) -> list[Group]:
     """The groups of a configuration; programs that are alike are compiled once.
 
     Args:
       config: the configuration.
       devices: what it is planned for, see `topology.compiling_for`.
       say: function of a line about what is being compiled.
+      number: of parts to which the runs are dealt out, each on these devices.
     """
     runs = config_lib.resolve(config)
     heads.share(runs)
     cache = measure.Cache(devices.chip, say)
-    done, todo = [], collections.deque(together(runs))
+    dealt = {i: parts.share(runs, Part(i, number)) for i in range(1, number + 1)}
+    done, todo = [], collections.deque((i, g) for i, share in dealt.items() for g in together(share))
     while todo:
-        group = todo.popleft()
+        part, group = todo.popleft()
         try:
-            done.append(_measured(group, devices.devices, cache))
+            done.append(_measured(group, devices.devices, cache)._replace(part=part))
         except TooLarge as e:
             title = f"{group[0].task} {group[0].method}"
-            todo.extendleft(reversed(smaller(group, group, e, title)))
+            todo.extendleft((part, few) for few in reversed(smaller(group, group, e, title)))
     return done
 
 
@@ -76,4 +85,4 @@ def _measured(runs: list[ConfigDict], devices: list[Any], cache: measure.Cache) 
         programs |= {"evaluate": cache.evaluate(built), "merge": cache.merge(built)}
     seconds = dict(measure.seconds(built, programs, first[2] if first else 0))
     remat, label = bool(runs[0].model.remat), built.runs[0].label
-    return Group(len(runs), label, measure.words(built), programs, seconds, remat)
+    return Group(len(runs), label, measure.words(built), programs, seconds, remat, 1)

@@ -15,25 +15,49 @@ HEAD = ["program", "first for", "on", "compiled in", "weights", "images", "state
 HEAD += ["collectives", "GFLOP", "GB moved", "bound"]
 
 
-def text(devices: Topology, groups: list[Group]) -> str:
-    """The tables as Markdown."""
+def text(devices: Topology, groups: list[Group], parts: int = 1) -> str:
+    """The tables as Markdown.
+
+    Args:
+      devices: those of each part.
+      groups: the groups of all parts.
+      parts: number of parts to which runs were dealt out.
+    """
     chip, lines, seen = devices.chip, [], set()
     for group in groups:
         for found in group.programs.values():
             if id(found) not in seen:
                 seen.add(id(found))
                 lines.append(_line(found, group.where))
+    each = f"each of {parts} parts on " if parts > 1 else ""
     room = f"; {chip.memory / GIB:.4g} GiB of each can be used" if chip else ""
     out = [
-        f"{devices.name}: {len(devices.devices)} devices{room}. GiB are of a device; collectives, "
-        f"GFLOP, GB and the bound of a step, a batch, or all weights. Neither weights nor images were "
-        f"read: networks are as configured, images as large as a network's.",
+        f"{each}{devices.name}: {len(devices.devices)} devices{room}. GiB are of a device; "
+        f"collectives, GFLOP, GB and the bound of a step, a batch, or all weights. Neither weights nor "
+        f"images were read: networks are as configured, images as large as a network's.",
         tables.markdown(HEAD, lines, left=3),
     ]
     if any(group.remat for group in groups):
         out.append("Activations are computed twice (model.remat): else they do not fit.")
     out += dict.fromkeys(_too_large(group, devices) for group in groups)
-    return "\n\n".join([*filter(None, out), *_whole(devices, groups)])
+    whole = _whole(devices, groups)
+    if parts > 1 and any(group.seconds for group in groups):
+        whole.append(_dealt(devices, groups, parts))
+    return "\n\n".join([*filter(None, out), *whole])
+
+
+def _dealt(devices: Topology, groups: list[Group], parts: int) -> str:
+    """How long the longest and the shortest part take, and what all chips cost until then."""
+    loads = [
+        sum(sum(group.seconds.values()) for group in groups if group.part == i + 1)
+        for i in range(parts)
+    ]
+    chips = parts * len(devices.devices)
+    return (
+        f"The times of {parts} parts, one after another, are added up above. The longest part takes "
+        f"{duration(max(loads))}, the shortest {duration(min(loads))}: {chips} chips until the longest "
+        f"ends are {duration(chips * max(loads))} of chips."
+    )
 
 
 def _too_large(group: Group, devices: Topology) -> str:

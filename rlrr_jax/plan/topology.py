@@ -98,6 +98,30 @@ def find(name: str) -> Topology:
     return Topology(name, CHIPS[kind], devices)
 
 
+def share(name: str, parts: int) -> str:
+    """The topology of each of so many processes that have the devices of another to themselves.
+
+    Raises UserError where these do not divide into processes of one host.
+    """
+    kind, _, shape = name.partition(":")
+    sides = [int(side) for side in re.findall(r"\d+", shape)]
+    if not sides:
+        return name  # which `find` refuses
+    number, rest = divmod(math.prod(sides), parts)
+    chip = CHIPS.get(kind)
+    if chip and chip.platform == "tpu":
+        flat = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4"}.get(number)  # of a host
+        own = flat and flat + "x1" * (len(sides) - 2)
+    else:
+        own = str(number) if number else None
+    if rest or own is None:
+        raise UserError(
+            f"{name} does not divide into {parts} parts of a host's 1, 2, 4 or 8 devices: write "
+            f"another --parts"
+        )
+    return f"{kind}:{own}"
+
+
 def tpus(name: str) -> list[Any]:
     """The chips of a topology; one process at a time."""
     sides = [int(side) for side in name.partition(":")[2].split("x")]

@@ -13,7 +13,8 @@ from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.plan import groups, outline, page, topology
-from rlrr_jax.runs import group
+from rlrr_jax.runs import group, parts
+from rlrr_jax.runs.forecast import duration
 from rlrr_jax.runtime import memory
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -105,13 +106,13 @@ def test_what_does_not_fit_is_divided_and_then_computed_twice(capsys):
     bytes_ = needs.argument_size_in_bytes + needs.temp_size_in_bytes
     assert whole.runs == 4 and not whole.remat and needs.temp_size_in_bytes == found.temporary
     capsys.readouterr()
-    parts, _ = planned(arg, 0.6 * bytes_, **changes)
-    assert [each.runs for each in parts] == [
+    few, _ = planned(arg, 0.6 * bytes_, **changes)
+    assert [each.runs for each in few] == [
         2,
         2,
     ] and "2 fit into memory at once" in capsys.readouterr().out
-    assert parts[0].programs is not parts[1].programs
-    assert parts[0].programs["train"] is parts[1].programs["train"]  # compiled once
+    assert few[0].programs is not few[1].programs
+    assert few[0].programs["train"] is few[1].programs["train"]  # compiled once
     (last, *_), devices = planned(arg, 0.1 * bytes_, **{**changes, "seeds": (0,)})
     assert last.remat and "so activations are computed twice (model.remat)" in capsys.readouterr().out
     text = page.text(devices, [last])
@@ -138,6 +139,45 @@ def test_seconds_are_turns_of_the_roofline():
     assert 2 < (train.flops / 32) / (evaluated.flops / 256) <= 3
     text = page.text(devices, [found])
     assert "| rlrr" in text and "of chips" in text
+
+
+def test_parts_are_those_of_a_run_and_the_longest_decides():
+    argument, number = "task=hearts+digits,method=linear+rlrr", 3
+    chip = topology.Chip("cpu", 2**34, 1e10, 1e11, 2e10, 1e9)
+    devices = topology.Topology("cpu:1", chip, jax.devices()[:1])
+    with backend.compiling_for("cpu", 1, 2**34):
+        found = groups.measured(config(argument), devices, print, number)
+    runs = config_lib.resolve(config(argument))
+    for i in range(1, number + 1):
+        share = [f"{run.task} {run.method}" for run in parts.share(runs, parts.Part(i, number))]
+        assert [group.label for group in found if group.part == i] == share and share
+    loads = [
+        sum(sum(group.seconds.values()) for group in found if group.part == i + 1)
+        for i in range(number)
+    ]
+    text = page.text(devices, found, number)
+    assert text.startswith("each of 3 parts on cpu:1: 1 devices; ")
+    assert (
+        f"The longest part takes {duration(max(loads))}, the shortest {duration(min(loads))}: 3 chips "
+        f"until the longest ends are {duration(3 * max(loads))} of chips."
+    ) in text
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "own"),
+    [
+        *(("v5e:4x4", 16, "v5e:1x1"), ("v5e:4x4", 4, "v5e:2x2"), ("v5p:2x2x4", 16, "v5p:1x1x1")),
+        *(("h100:8", 4, "h100:2"), ("cpu:8", 8, "cpu:1"), ("v5e", 2, "v5e"), ("v6e:8x8", 8, "v6e:2x4")),
+    ],
+)
+def test_the_devices_of_a_part(name, number, own):
+    assert topology.share(name, number) == own
+
+
+@pytest.mark.parametrize(("name", "number"), [("v5e:4x4", 3), ("v5e:4x4", 1), ("h100:2", 4)])
+def test_devices_that_do_not_divide(name, number):
+    with pytest.raises(UserError, match=f"{name} does not divide into {number} parts of a host's"):
+        topology.share(name, number)
 
 
 def test_first_blocks_that_are_computed_once_are_counted():
