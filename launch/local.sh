@@ -50,6 +50,7 @@ own() {
   esac
 }
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30} PYTHONUNBUFFERED=1  # lines of several processes, not bars
+prefix() { trap '' TERM INT HUP USR1; stdbuf -oL tr '\r' '\n' | sed -u "s|^|$1|"; }  # until the end
 pids=()
 stopped=''
 stop() { stopped=1; kill -TERM "${pids[@]}" 2>/dev/null || true; }  # they save and exit with 75, see README.md
@@ -59,7 +60,7 @@ for ((i = 0; i < parts; i++)); do
   own "$i"
   command=("${place[@]}" "$venv/bin/python" -m rlrr_jax.main "--part=$((i + 1))/$parts" "$@")
   if [ -n "$dry" ]; then run "${command[@]}"; continue; fi
-  "${command[@]}" > >(stdbuf -oL tr '\r' '\n' | sed -u "s|^|[$((i + 1))/$parts] |") 2>&1 &
+  "${command[@]}" > >(prefix "[$((i + 1))/$parts] ") 2>&1 &
   pids+=($!)
 done
 if [ -n "$stopped" ]; then stop; fi  # also what began when the signal came

@@ -20,6 +20,7 @@ from rlrr_jax import losses, methods
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import Method
 from rlrr_jax.methods.sites import replaced, stack, subtree
+from rlrr_jax.models.matmul import DENSE
 from rlrr_jax.recipe import Recipe
 from rlrr_jax.runtime.mesh import SHARDED
 
@@ -45,8 +46,7 @@ def applied(recipe: Recipe, frozen: Any, limits: Any) -> tuple[Recipe, Any]:
     method, block = _made(recipe.method, recipe.model.block, layout)
     narrow = lambda x: _as(x, jnp.dtype(limits.frozen_dtype or jnp.float32))
     blocks = {layout.key: jax.tree.map(narrow, subtree(frozen, path))}
-    # Else the gradient would keep every merged block.
-    recipe = recipe._replace(method=method, model=recipe.model.clone(block=block, remat=True))
+    recipe = recipe._replace(method=method, model=recipe.model.clone(block=block, remat=False))
     return recipe, replaced(frozen, path, blocks)
 
 
@@ -180,7 +180,9 @@ def _made(method: Method, block: type, layout: Layout) -> tuple[Method, type]:
 
     init: Callable = lambda key, frozen: method.init(key, plain(frozen))
     made = method._replace(init=init, merge=merge, untouched=None)
-    return made, nn.map_variables(block, "params", merged)
+    # Else the gradient would keep every merged block, or what a method makes of it.
+    keep = jax.checkpoint_policies.save_only_these_names(DENSE)
+    return made, nn.remat(nn.map_variables(block, "params", merged), policy=keep)
 
 
 def _gathered(x: jax.Array, shape: Any) -> jax.Array:
@@ -198,6 +200,8 @@ def _check_apart(method: Method, frozen: Any, layout: Layout) -> None:
         lambda x: jnp.asarray(x[jnp.array(which)], jnp.float32), subtree(frozen, layout.path)
     )
     tree = lambda *which: replaced(layout.zeros(), layout.path, pick(*which))
+    if layout.depth == 1:
+        return
     start = method.init(jax.random.key(0), tree(0, layout.depth - 1))
     noisy = lambda x: x + 0.01 * jax.random.normal(jax.random.key(1), x.shape)
     adapter = jax.tree.map(noisy, start)

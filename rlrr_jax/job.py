@@ -192,7 +192,7 @@ def build(
             f"{overhead(recipe, frozen):.1%} more for each image",
             flush=True,
         )
-    mesh = mesh_lib.make_mesh(jax.devices()[: run.limits.devices], len(runs), recipe.batch_size)
+    mesh = run_lib.mesh_of(runs, jax.devices())
     known, both = {} if known is None else known, (images, held_out[0])
     recipe, frozen, both = prefix.applied(recipe, frozen, both, mesh, run, known)
     recipe, frozen = blockwise.applied(recipe, frozen, run.limits)

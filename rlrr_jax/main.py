@@ -90,6 +90,15 @@ def main(argv: list[str]) -> None:
     alone = _DISTRIBUTED.value == "off" and _PART.value == "auto"
     part = None if alone else parts.chosen(_PART.value, config)
     distributed.start("off" if part else _DISTRIBUTED.value, _TIMEOUT.value)
+    if part:
+        distributed.check_apart(_TIMEOUT.value)
+    if part and _PART.value == "auto":
+        print(
+            f"{part}: the processes deal out the runs, in a workdir that all must share; --part=off "
+            f"trains each run on the devices of all",
+            file=sys.stderr,
+            flush=True,
+        )
     _cache_programs()
     if jax_x64():
         raise UserError("JAX_ENABLE_X64 is set, and everything here is float32: unset it")
@@ -112,8 +121,9 @@ def main(argv: list[str]) -> None:
     if problems:
         print("\nnot finished:", *suite.explain(problems), sep="\n", flush=True)
         names = ", ".join(dict.fromkeys(label.split()[0] for label in problems))
+        of = "" if part else f" of {len(rows) + len(problems)}"  # a part has the rows of others, too
         raise UserError(
-            f"{len(problems)} of {len(rows) + len(problems)} runs did not finish ({names}): fix what "
+            f"{len(problems)}{of} runs did not finish ({names}): fix what "
             f"is reported above, and start the same command again"
         )
 

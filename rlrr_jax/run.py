@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlrr_jax import lookup, losses, methods, mixing, optim, run_images, run_model
+from rlrr_jax import blockwise, lookup, losses, methods, mixing, optim, run_images, run_model
 from rlrr_jax.data import crops
 from rlrr_jax.data.task import Task
 from rlrr_jax.recipe import Hyper, Recipe
+from rlrr_jax.runtime import mesh as mesh_lib
 
 _MADE: dict = {}  # see `_same`
 
@@ -136,7 +138,7 @@ def of(config: ConfigDict) -> Run:
             config.eval_batch_size,
             config.checkpoint_seconds,
             config.log,
-            config.model.remat,
+            True if blockwise.asked(config) else config.model.remat,  # it computes them twice anyway
             config.shard_weights,
             config.frozen_dtype,
         ),
@@ -176,6 +178,13 @@ def _noisy(config: ConfigDict, method: methods.Method) -> bool:
         return True
     # Else blocks before which nothing is trained are computed once.
     return method.untouched is None and method.DEFAULTS["drop_path"] > 0
+
+
+def mesh_of(runs: list[Run], devices: Any) -> Mesh:
+    """The mesh on which runs train together: of weights in shares, all devices share one trial's."""
+    run = runs[0]
+    trials = 1 if run.limits.shard_weights else len(runs)
+    return mesh_lib.make_mesh(devices[: run.limits.devices], trials, run.recipe.batch_size)
 
 
 def together(runs: list[Run]) -> Recipe:

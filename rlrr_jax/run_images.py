@@ -65,9 +65,9 @@ def evaluates(run: ConfigDict, epoch: int) -> bool:
     """Whether a run is evaluated after an epoch, counted from 0: always after the last."""
     if epoch + 1 == run.epochs:
         return True
-    if (
-        run.get("searching") or run.protocol in ("fast", "vtab") or epoch == 0
-    ):  # the authors skip the first, too
+    if run.protocol in ("fast", "vtab") or epoch == 0:  # the authors skip the first, too
+        return False
+    if "searching" in run and run.searching:
         return False
     return (epoch + 1) % run.eval_every == 0
 

@@ -74,27 +74,26 @@ def run(
     _check_alike([identity.code(), codes], _OTHER_CODE)
     _check_shared(folder)
     problems: dict[str, str] = {}
-    alone = len({r.task for r in runs}) == 1
+    alone = part is None and len({r.task for r in runs}) == 1
     survive = functools.partial(_survive, problems, alone=alone, pass_over=part is not None)
     heads.share(runs)
-    for r in runs if part else ():  # so that `report` knows of those that nobody begins
-        _folder(folder, r).mkdir(parents=True, exist_ok=True)
+    if part:
+        workdir.write_list(folder, [_folder(folder, run) for run in runs])
     works = _locate(parts.share(runs, part) if part else runs, folder, survive)
     _check_alike([work.found and work.found.dataset for work in works], _OTHER_IMAGES)
-    if not works and problems:
+    if not works and problems and not part:
         raise UserError(f"no task can run; {explain(problems)[0]}")
     print(f"workdir: {folder}", flush=True)
     if part:
-        distributed.check_apart()
         print(f"{part}: {len(works)} of {len(runs)} runs", flush=True)
     rows = _finish(works, survive, stop, part) if works else []
-    if not rows and problems:
+    if not rows and problems and not part:
         raise UserError(f"every run failed; {explain(problems)[0]}")
     if part:
         rows = _finished(runs, folder)
         print(f"{part}: {len(rows)} of {len(runs)} runs are finished", flush=True)
     if rows and distributed.is_process_zero():
-        _report(folder)
+        _report(folder, part)
     distributed.wait("reported")
     return rows, problems
 
@@ -120,7 +119,9 @@ def _finish(works: list[Work], survive: Callable, stop: Stop, part: Part | None)
         alike = list(several)
         try:
             train(alike)
-        except files.Held:  # of a part alone
+        except files.Held:
+            if part is None:
+                raise
             later.append(alike)
     for alike in later:
         try:
@@ -141,11 +142,12 @@ def _folder(folder: Any, run: Any) -> Any:
     return folder / workdir.task_folder(run) / workdir.method_folder(run) / workdir.run_folder(run)
 
 
-def _report(folder: Any) -> None:
-    """Writes the tables; parts that end at once, one after another."""
+def _report(folder: Any, part: Part | None) -> None:
+    """Writes the tables; again if another part has finished a run meanwhile."""
     try:
-        with files.lock(folder, ".report.lock", wait=True):
-            report.collect(folder)
+        found = report.collect(folder)
+        while part and len(rows_lib.find([folder])) > len(found):
+            found = report.collect(folder)
     except OSError as e:
         if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise

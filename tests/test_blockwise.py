@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax._src.ad_checkpoint import saved_residuals  # which JAX prints alone
 from models.test_vit import SMALL, random_tree
 from test_step import CLASSES, DATA, hyper
 
 from rlrr_jax import blockwise, evaluate, losses, methods, models, step
 from rlrr_jax import config as config_lib
+from rlrr_jax import run as run_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
@@ -111,6 +113,41 @@ def test_every_method_gives_the_gradient_of_the_whole_tree_or_is_refused(name):
     same(one_grads, grads, rtol=1e-3, atol=1e-5 * size)
     begun = made.method.init(jax.random.key(0), tree)
     same(begun, whole.method.init(jax.random.key(0), FROZEN), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rlrr", "lora", "fact"])
+def test_the_gradient_keeps_no_merged_block(name):
+    """Of arrays of all blocks with the size of a kernel, only the frozen ones; of any method."""
+    made, tree = blockwise.applied(recipe(name), FROZEN, Limits(frozen_dtype="bfloat16"))
+    start = methods.start(recipe(name).method, jax.random.key(0), FROZEN)
+
+    def loss(trainable):
+        params = methods.merge(made.method, tree, trainable)
+        return (made.model.apply({"params": params}, jnp.ones((1, 16, 16, 3))) ** 2).mean()
+
+    kept = [a for a, why in saved_residuals(loss, start) if "argument" not in why]
+    kernels = [a for a in kept if a.shape[:1] == (3,) and a.size >= 3 * 32 * 32]
+    assert kernels and {a.dtype for a in kernels} == {jnp.dtype("bfloat16")}
+
+
+def test_one_block_is_merged_like_many():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "MODEL", MODEL.clone(depth=1))
+        patch.setitem(globals(), "FROZEN", jax.tree.map(np.asarray, random_tree(MODEL, 16)))
+        (_, found, _), (_, whole, _) = (
+            trained(recipe(), limits, steps=2) for limits in (Limits(shard_weights=True), Limits())
+        )
+    same(found[1], whole[1], rtol=1e-5)
+
+
+def test_shares_are_over_all_devices_of_several_trials():
+    config = vtab.get_config("digits,method=rlrr")
+    config.seeds, config.model.depth = (0, 1, 2, 3), 2
+    for shares, shape in ((False, (4, 1)), (True, (1, 4))):
+        config.shard_weights = shares
+        runs = [run_lib.of(run) for run in config_lib.resolve(config)]
+        assert tuple(run_lib.mesh_of(runs, jax.devices()[:4]).shape.values()) == shape
+        assert runs[0].limits.recompute == (True if shares else None)
 
 
 def test_four_devices_with_a_share_each_train_and_evaluate_as_one_with_all():

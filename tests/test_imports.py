@@ -33,10 +33,10 @@ ALLOWED = {
         *("checks", "errors", "losses", "methods", "models", "run_images", "sides", "weights"),
         "blockwise",
     },
-    "blockwise.py": {"errors", "losses", "methods", "recipe", "runtime"},
+    "blockwise.py": {"errors", "losses", "methods", "models", "recipe", "runtime"},
     "run.py": {
         *("data", "lookup", "losses", "methods", "mixing", "optim", "recipe"),
-        *("run_images", "run_model"),
+        *("run_images", "run_model", "blockwise", "runtime"),
     },
     "step.py": {
         *("batch", "losses", "methods"),

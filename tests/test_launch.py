@@ -132,6 +132,23 @@ def test_an_array_of_slurm(variables, part):
     assert f" --distributed=auto --part={part} --config configs/vtab.py:all " in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        (dict(TASK_ID="0", TASK_MIN="0", TASK_COUNT="8", PARTS="8"), "0 of 8"),
+        (dict(TASK_ID="15", TASK_MIN="1", TASK_COUNT="8", TASK_STEP="2"), "15 of 8"),
+        (dict(TASK_ID="3", TASK_MIN="1", TASK_COUNT="8", TASK_STEP="2"), "3 of 8"),
+    ],
+)
+def test_an_array_that_does_not_count_its_parts(variables, part):
+    job = {key if key == "PARTS" else f"SLURM_ARRAY_{key}": x for key, x in variables.items()}
+    code, lines, err = run("bash", "launch/slurm.sbatch", *ARGUMENTS, DRY_RUN="1", **job)
+    assert (code, lines) == (1, [])
+    assert err == (
+        f"error: the array has no part {part}: write --array=1-8, and with PARTS=8 numbers of these\n"
+    )
+
+
 PARTS = [
     ("cuda13", {}, ["env CUDA_VISIBLE_DEVICES=0", "env CUDA_VISIBLE_DEVICES=1"]),
     (

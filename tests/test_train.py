@@ -37,6 +37,7 @@ KEYS = {
         "drop_path_mode",
         "epochs",
         "eval_every",
+        "frozen_dtype",
         "gradients",
         "batch_size",
         "protocol",

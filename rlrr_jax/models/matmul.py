@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from rlrr_jax import backend
@@ -101,13 +102,16 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precisi
     Returns [..., outputs...] in the dtype of `x`.
     """
     if not _narrow(x):
-        return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+        return checkpoint_name(
+            lax.dot_general(x, kernel, dimension_numbers, precision=precision), DENSE
+        )
     number = len(dimension_numbers[0][0])
     inputs, before, outputs = math.prod(kernel.shape[:number]), x.shape[:-number], kernel.shape[number:]
     y = _product(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
-    return y.reshape(*before, *outputs).astype(x.dtype)
+    return checkpoint_name(y.reshape(*before, *outputs).astype(x.dtype), DENSE)
 
 
+DENSE = "dense"  # name of what Dense layers give, for policies of `jax.checkpoint`
 Dense = functools.partial(nn.Dense, dot_general=dot_general)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
 

@@ -26,7 +26,7 @@ def of(runs: list[Run], devices: list[Any]) -> job.Job:
     """
     run, recipe = runs[0], run_lib.together(runs)
     assert recipe.image_size is not None
-    mesh = mesh_lib.make_mesh(devices[: run.limits.devices], len(runs), recipe.batch_size)
+    mesh = run_lib.mesh_of(runs, devices)
     frozen = models.shapes(recipe.model, recipe.image_size)
     side = sides.pair(recipe.crop_from or recipe.image_size)
     images, held_out = (
@@ -73,7 +73,7 @@ def first(runs: list[Run], devices: list[Any]) -> tuple[Any, dict[str, Any], int
     number = prefix.blocks(recipe, run)
     if not number or recipe.image_size is None:
         return None
-    mesh = mesh_lib.make_mesh(devices[: run.limits.devices], len(runs), recipe.batch_size)
+    mesh = run_lib.mesh_of(runs, devices)
     side, whole = sides.pair(recipe.image_size), NamedSharding(mesh, P())
     frozen = models.shapes(recipe.model, recipe.image_size)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), frozen)

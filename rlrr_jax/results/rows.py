@@ -1,11 +1,13 @@
 """Rows: what one run's `result.json` holds, and rows of the same setting put together."""
 
+import contextlib
 import importlib.metadata
 import math
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from rlrr_jax import files, methods
@@ -158,15 +160,19 @@ def read(path: Any) -> dict:
 
 
 def unfinished(workdir: Any) -> list[str]:
-    """A line for each run that failed, or that no process has finished yet."""
+    """A line for each run that failed; of parts, also for each that none has finished yet."""
+    listed = epath.Path(workdir) / workdir_lib.LIST
+    known = files.read_json(listed)["runs"] if listed.exists() else ()
+    failed = {path.parent for path in files.below(workdir, "*", "*", "seed*", "error.txt")}
 
     def why(folder: Any) -> str:
-        if (folder / "error.txt").exists():
+        with contextlib.suppress(FileNotFoundError):  # another process finishes it just now
             return (folder / "error.txt").read_text().strip().splitlines()[-1]
-        return "begun" if (folder / "config.json").exists() else "not begun"
+        begun = (folder / "config.json").exists() or (folder.parent / "search").exists()
+        return "begun" if begun else "not begun"
 
-    found = files.below(workdir, "*", "*", "seed*")
-    left = [path for path in found if not (path / "result.json").exists()]
+    every = sorted({*failed, *(epath.Path(workdir) / path for path in known)})
+    left = [path for path in every if not (path / "result.json").exists()]
     return [f"not finished: {' '.join(path.parts[-3:])}: {why(path)}" for path in left]
 
 

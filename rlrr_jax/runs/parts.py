@@ -56,7 +56,7 @@ def chosen(text: str, config: ConfigDict) -> Part | None:
         part = Part(announced.mine + 1, announced.number)
     else:
         return None
-    if announced:
+    if announced and announced.number > 1:
         distributed.stay_apart(announced)
     return part
 

@@ -12,6 +12,8 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.runs import identity
 from rlrr_jax.runtime import distributed
 
+LIST = "parts.json"  # of the runs that parts of a start have to do
+
 
 class Work(NamedTuple):
     """A run, its folder, where its images are read, and how it is called on the screen."""
@@ -35,6 +37,16 @@ def task_folder(run: Mapping) -> str:
 def method_folder(run: Mapping) -> str:
     """Name of the folder above, or of a method with its options: `"rlrr"`, `"rlrr-rank2"`."""
     return run["method"].replace(":", ".") + (f"-{run['options']}" if run.get("options") else "")
+
+
+def write_list(folder: Any, runs: list) -> None:
+    """Writes which runs are to come, so that `report` knows of those that nobody begins."""
+    path = folder / LIST
+    known = files.read_json(path)["runs"] if path.exists() else []
+    every = sorted({*known, *(str(run.relative_to(folder)) for run in runs)})
+    if every != known:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, {"runs": every})
 
 
 def run_folder(run: Mapping) -> str:

@@ -36,46 +36,63 @@ class Announced(NamedTuple):
 
     number: int
     mine: int
-    local: int | None = None
+    local: str | None = None
 
 
 def announced() -> Announced | None:
     """The processes that were started with this one, as SLURM, a TPU pod or the like says."""
     if _alone():
         return None
-    number, mine = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    number, mine, local = (
+        os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID", "LOCAL_DEVICE_IDS")
+    )
     try:
-        if number and mine:
-            local = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-            return Announced(int(number), int(mine), int(local) if local else None)
         known = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
         cluster = next((kind for kind in known if kind.is_env_present()), None)
+        if cluster is not None and local is None:
+            place = cluster.get_local_process_id()
+            local = None if place is None else str(place)
+        if number and mine:
+            return Announced(int(number), int(mine), local)
         if cluster is None:
             return None
-        at = cluster.get_process_count(), cluster.get_process_id(), cluster.get_local_process_id()
-        return Announced(*at)
+        return Announced(cluster.get_process_count(), cluster.get_process_id(), local)
     except Exception:  # of a cluster's library: `start` says what is wrong
         return None
 
 
 def stay_apart(announced: Announced) -> None:
-    """Shows this process its own devices alone, as joining the others would."""
-    if chips := hardware_utils.num_available_tpu_chips_and_device_id()[0]:
-        # Of one host, whatever the slice has: libtpu would wait for the others.
+    """Shows this process its own devices alone, as joining the others would.
+
+    What somebody has set of a TPU's chips stays. Of a slice of hosts, libtpu would wait for the others.
+    """
+    chips = hardware_utils.num_available_tpu_chips_and_device_id()[0]
+    if chips and not os.environ.get("TPU_VISIBLE_CHIPS"):
         bounds = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}.get(chips, f"{chips},1,1")
         os.environ["TPU_PROCESS_BOUNDS"] = "1,1,1"
         os.environ["TPU_CHIPS_PER_PROCESS_BOUNDS"] = bounds
         os.environ["TPU_VISIBLE_CHIPS"] = ",".join(map(str, range(chips)))
-    elif announced.local is not None:
+        os.environ["TPU_WORKER_ID"], os.environ["TPU_WORKER_HOSTNAMES"] = "0", "localhost"
+        os.environ.pop("TPU_PROCESS_ADDRESSES", None)
+    elif not chips and announced.local is not None:
         for platform in ("cuda", "rocm"):
-            jax.config.update(f"jax_{platform}_visible_devices", str(announced.local))
+            jax.config.update(f"jax_{platform}_visible_devices", announced.local)
 
 
-def check_apart() -> None:
-    """UserError where a process that should be on its own sees the devices of others, too."""
-    if not several() and jax.process_count() > 1:
+def check_apart(timeout: int) -> None:
+    """Looks for this process's own devices, which must not be those of others, too.
+
+    Raises UserError if they are. If it has to wait for others so many seconds, it ends with a sentence.
+    """
+    text = f"error: gave up after {timeout} s: this process finds no devices of its own: add --part=off"
+    timer = threading.Timer(timeout, lambda: (print(text, file=sys.stderr, flush=True), os._exit(1)))
+    timer.daemon = True
+    timer.start()
+    number = jax.process_count()
+    timer.cancel()
+    if not several() and number > 1:
         raise UserError(
-            f"this process sees all {jax.process_count()} hosts of the TPU, and should see its own: "
+            f"this process sees all {number} hosts of the TPU, and should see its own: "
             f"add --part=off, which trains each run on all of them"
         )
 

@@ -18,7 +18,7 @@ from rlrr_jax.models import vit
 from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
-MODEL = vit.ViT(**SMALL)
+MODEL = vit.ViT(**{**SMALL, "depth": 2})
 LABELS = jnp.array([0, 3, 6, 1, 2])
 SOME = ("rlrr", "linear", "full", "lora", "ssf", "fact", "glora", "last")  # the others with -m slow
 EVERY = [
@@ -348,8 +348,8 @@ def test_impossible_options(name, options, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("rlrr", dict(layers=4), "option layers=4 is more than the 3 blocks of the model"),
-        ("last", dict(blocks=4), "option blocks=4 is more than the 3 blocks of the model"),
+        ("rlrr", dict(layers=4), "option layers=4 is more than the 2 blocks of the model"),
+        ("last", dict(blocks=4), "option blocks=4 is more than the 2 blocks of the model"),
         ("oft", dict(block=5), "option block=5 does not divide the 32 inputs of query"),
         ("apla", dict(columns=33), "option columns=33 is more than the model's width 32"),
     ],
@@ -399,7 +399,7 @@ def test_oft_keeps_lengths_and_angles_of_kernels(frozen):
     merged = method.merge(frozen, moved(method.init(jax.random.key(0), frozen)))
     attention = lambda tree: tree["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
     ours, theirs = (
-        np.asarray(attention(t)["query"]["kernel"]).reshape(3, 32, -1) for t in (merged, frozen)
+        np.asarray(attention(t)["query"]["kernel"]).reshape(2, 32, -1) for t in (merged, frozen)
     )
     gram = lambda x: np.einsum("lio,lip->lop", x, x)
     np.testing.assert_allclose(gram(ours), gram(theirs), rtol=0, atol=2e-5)
