@@ -46,7 +46,8 @@ def applied(recipe: Recipe, frozen: Any, limits: Any) -> tuple[Recipe, Any]:
     method, block = _made(recipe.method, recipe.model.block, layout)
     narrow = lambda x: _as(x, jnp.dtype(limits.frozen_dtype or jnp.float32))
     blocks = {layout.key: jax.tree.map(narrow, subtree(frozen, path))}
-    recipe = recipe._replace(method=method, model=recipe.model.clone(block=block, remat=False))
+    how = dict(block=block, remat=False, unroll=1)  # blocks have a policy of their own, see `_made`
+    recipe = recipe._replace(method=method, model=recipe.model.clone(**how))
     return recipe, replaced(frozen, path, blocks)
 
 

@@ -79,8 +79,8 @@ def test_nothing_asked_changes_nothing():
     assert found is plain and tree is FROZEN
 
 
-# Values for each block, for all blocks, of a block of its own, for some; the others take a minute.
-FAST = ("rlrr", "vera", "repadapter", "last")
+# Values for each block, for all blocks, for some; the others take a minute.
+FAST = ("rlrr", "vera", "last")
 EVERY = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(methods.METHODS)]
 
 
@@ -115,7 +115,7 @@ def test_every_method_gives_the_gradient_of_the_whole_tree_or_is_refused(name):
     same(begun, whole.method.init(jax.random.key(0), FROZEN), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["rlrr", "lora", "fact"])
+@pytest.mark.parametrize("name", ["fact", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_gradient_keeps_no_merged_block(name):
     """Of arrays of all blocks with the size of a kernel, only the frozen ones; of any method."""
     made, tree = blockwise.applied(recipe(name), FROZEN, Limits(frozen_dtype="bfloat16"))
@@ -130,6 +130,7 @@ def test_the_gradient_keeps_no_merged_block(name):
     assert kernels and {a.dtype for a in kernels} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_one_block_is_merged_like_many():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "MODEL", MODEL.clone(depth=1))
@@ -165,6 +166,7 @@ def test_four_devices_with_a_share_each_train_and_evaluate_as_one_with_all():
         assert {s.data.size for s in embedding.addressable_shards} == {embedding.size}
 
 
+@pytest.mark.slow
 def test_trials_share_the_weights():
     _, found, _ = trained(recipe(), Limits(shard_weights=True), devices=2, trials=2)
     state, losses, result = ordinary(trials=2)
