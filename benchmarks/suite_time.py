@@ -20,7 +20,7 @@ from step import timed
 from rlrr_jax import config as config_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import one_sentence
-from rlrr_jax.runs import forecast
+from rlrr_jax.runs import forecast, search
 
 
 def main():
@@ -79,7 +79,7 @@ def total(args, protocol, speed):
     for run in config_lib.resolve(config):
         runs = [run]
         if protocol == "vtab" and run.seed == 0:
-            runs += config_lib.trials(run)
+            runs += search.settings(run)
         for one in runs:
             cost = forecast.cost(one)
             seconds += cost.images / speed["train"] + cost.evaluated / speed["eval"]

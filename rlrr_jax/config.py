@@ -238,31 +238,6 @@ def trial_name(change: dict[str, Any]) -> str | None:
     return "-".join(f"{key.rpartition('.')[2]}{_plain(change[key])}" for key in order) or None
 
 
-def searched(run: ConfigDict) -> dict[str, tuple]:
-    """The values that the protocol "vtab" tries of each key."""
-    given = {key: tuple(run.grid[key]) for key in GRID}
-    for key in checks.searched(run):
-        given |= {f"loss_kwargs.{key}": tuple(run.grid[key])} if run.grid[key] else {}
-    return given
-
-
-def trials(run: ConfigDict) -> list[ConfigDict]:
-    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
-    given, out = searched(run), []
-    for values in itertools.product(*given.values()):
-        change = dict(zip(given, values))
-        trial = ConfigDict(run.to_dict())
-        name = "-".join(filter(None, [run.trial, trial_name(change)]))
-        trial.update(protocol="tune", seed=0, trial=name, searching=True)
-        for key, value in change.items():
-            node, last = checks.group(trial, key)
-            node[last] = value
-        del trial.grid
-        _set_epochs(trial)
-        out.append(trial)
-    return out
-
-
 # One run --------------------------------------------------------------------------------------
 
 
@@ -362,7 +337,7 @@ def _fill_recipe(run: ConfigDict) -> None:
         _fill_grid(run, {key: mine.pop(key) for key in GRID})  # which are chosen later
     else:
         del run.grid
-    _set_epochs(run)
+    set_epochs(run)
     for key, value in mine.items():
         if run[key] is None:
             run[key], run.recipe = value, (*run.recipe, key)
@@ -382,7 +357,7 @@ def _fill_recipe(run: ConfigDict) -> None:
         raise UserError("config.warmup_steps is only used by config.schedule=bigvision: leave it out")
 
 
-def _set_epochs(run: ConfigDict) -> None:
+def set_epochs(run: ConfigDict) -> None:
     """Epochs that `config.total_steps` takes; the last may be cut short."""
     if run.total_steps:
         if run.epochs is not None and run.protocol != "tune":

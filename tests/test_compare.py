@@ -14,6 +14,7 @@ from rlrr_jax import files, methods, report, suite, train
 from rlrr_jax.configs import ablations, compare, transfer
 from rlrr_jax.data import decoding, sources, store, tasks
 from rlrr_jax.results import tables
+from rlrr_jax.runs import search
 from rlrr_jax.runs.forecast import cost
 from rlrr_jax.runs.workdir import method_folder
 
@@ -40,11 +41,11 @@ def test_compare_gives_every_method_the_same_number_of_candidates():
     assert {r.method for r in runs} == set(methods.METHODS) and len(runs) == 3 * len(methods.METHODS)
     for r in runs:
         assert r.protocol == "vtab" and len(r.grid.lr) == 5
-        own = methods.get(r.method).DEFAULTS
-        own |= tasks.get("kitti").recipes.get(r.method, {})
+        recipe = tasks.get("kitti").recipes.get(r.method, {})
+        own = {**methods.get(r.method).DEFAULTS, **recipe}
         assert r.grid.lr == pytest.approx([own["lr"] * x for x in (0.1, 0.3, 1, 3, 10)])
         assert (r.grid.weight_decay, r.grid.drop_path) == ((own["weight_decay"],), (own["drop_path"],))
-    trials = config_lib.trials(runs[0])
+    trials = search.settings(runs[0])
     assert [t.lr for t in trials] == list(runs[0].grid.lr)
     assert {(t.weight_decay, t.drop_path, t.protocol) for t in trials} == {(5e-2, 0.3, "tune")}
 
@@ -142,7 +143,7 @@ def test_transfer_is_big_visions_recipe():
     (vtab_task,) = config_lib.resolve(transfer.get_config("dtd"))
     assert (vtab_task.total_steps, vtab_task.epochs) == (500, 250)
     (rlrr,) = config_lib.resolve(transfer.get_config("pets_full,method=rlrr"))
-    assert rlrr.protocol == "vtab" and len(config_lib.trials(rlrr)) == 5
+    assert rlrr.protocol == "vtab" and len(search.settings(rlrr)) == 5
     with pytest.raises(ValueError, match="different numbers of steps"):
         transfer.get_config("cifar10_full,pets_full")
 

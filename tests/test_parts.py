@@ -18,7 +18,7 @@ from rlrr_jax import config as config_lib
 from rlrr_jax import files, report, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
-from rlrr_jax.runs import parts
+from rlrr_jax.runs import parts, search
 from rlrr_jax.runs.parts import Part
 from rlrr_jax.runtime import distributed
 
@@ -86,7 +86,7 @@ def test_a_search_counts_once_and_stays_with_its_runs():
     first, second = (labels(share) for share in shares(mixed, 2))
     assert {label[0] for label in first} == {searching.task}
     assert len(second) == 15
-    assert len(config_lib.trials(searching)) == 18
+    assert len(search.settings(searching)) == 18
 
 
 def test_more_parts_than_there_is_work_for():

@@ -360,7 +360,7 @@ def test_a_search_never_chooses_what_diverged(tmp_path):
 
 def test_a_given_value_is_not_searched():
     run = config_lib.resolve(config("digits,method=rlrr", protocol="vtab", lr=0.5))[0]
-    trials = config_lib.trials(run)
+    trials = search.settings(run)
     assert len(trials) == 6 and {t.lr for t in trials} == {0.5}
 
 

@@ -13,7 +13,7 @@ from rlrr_jax import run as run_lib
 from rlrr_jax.checks import GRID
 from rlrr_jax.plan import measure, outline
 from rlrr_jax.plan.topology import Topology
-from rlrr_jax.runs import identity, parts
+from rlrr_jax.runs import identity, parts, search
 from rlrr_jax.runs.group import smaller
 from rlrr_jax.runs.parts import Part
 from rlrr_jax.runtime.memory import TooLarge
@@ -67,7 +67,7 @@ def together(runs: list[ConfigDict]) -> Iterator[list[ConfigDict]]:
         for _, part in itertools.groupby(alike, lambda run: run.trial):
             first = next(part)
             if first.protocol == "vtab":
-                yield config_lib.trials(first)
+                yield search.settings(first)
         for run in alike:
             if run.protocol == "vtab":  # which it chooses; no program depends on it
                 run.update({key: run.grid[key][0] for key in GRID})

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rlrr_jax import config as config_lib
 from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
-from rlrr_jax.runs import forecast, workdir
+from rlrr_jax.runs import forecast, search, workdir
 from rlrr_jax.runtime import distributed
 
 TRIAL = 0.8  # what a run of a search costs of one: 800 images of 1,000
@@ -70,7 +70,7 @@ def share(runs: list[ConfigDict], part: Part) -> list[ConfigDict]:
         number = 1.0
         if run.protocol == "vtab" and setting not in searched:  # seeds share a search
             searched.add(setting)
-            number += TRIAL * math.prod(map(len, config_lib.searched(run).values()))
+            number += TRIAL * math.prod(map(len, search.grid(run).values()))
         costs[unit] = costs.get(unit, 0) + number * passes(run)
     loads, mine = [0.0] * part.of, set()
     for unit in sorted(costs, key=lambda unit: -costs[unit]):

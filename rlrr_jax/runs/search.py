@@ -1,5 +1,6 @@
 """The protocol "vtab": hyper-parameters are chosen from a grid on val200, then trained on 1000."""
 
+import itertools
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -11,10 +12,35 @@ from rlrr_jax.runs import workdir
 from rlrr_jax.runs.workdir import Work
 
 
+def grid(run: ConfigDict) -> dict[str, tuple]:
+    """The values that the protocol "vtab" tries of each key."""
+    given = {key: tuple(run.grid[key]) for key in checks.GRID}
+    for key in checks.searched(run):
+        given |= {f"loss_kwargs.{key}": tuple(run.grid[key])} if run.grid[key] else {}
+    return given
+
+
+def settings(run: ConfigDict) -> list[ConfigDict]:
+    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
+    given, out = grid(run), []
+    for values in itertools.product(*given.values()):
+        change = dict(zip(given, values))
+        trial = ConfigDict(run.to_dict())
+        name = "-".join(filter(None, [run.trial, config_lib.trial_name(change)]))
+        trial.update(protocol="tune", seed=0, trial=name, searching=True)
+        for key, value in change.items():
+            node, last = checks.group(trial, key)
+            node[last] = value
+        del trial.grid
+        config_lib.set_epochs(trial)
+        out.append(trial)
+    return out
+
+
 def trials(work: Work) -> list[Work]:
     """The runs on 800 and 200 images that a run of the protocol "vtab" chooses from; all of seed 0."""
     out = []
-    for run in config_lib.trials(work.run):
+    for run in settings(work.run):
         folder = work.folder.parent / "search" / workdir.run_folder(run)
         label = f"{run.task} {workdir.method_folder(run)} {workdir.run_folder(run)}"
         out.append(Work(run, folder, work.found, label))

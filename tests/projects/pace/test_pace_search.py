@@ -8,7 +8,7 @@ from rlrr_jax import config as config_lib
 from rlrr_jax import files, report
 from rlrr_jax.configs import compare
 from rlrr_jax.errors import UserError
-from rlrr_jax.runs import identity
+from rlrr_jax.runs import identity, search
 
 
 def test_lam_and_sigma_are_chosen_with_the_rest():
@@ -16,14 +16,14 @@ def test_lam_and_sigma_are_chosen_with_the_rest():
     config.runs = ({"loss": ("cross_entropy", "pace")}, {"loss": "pace", "loss_kwargs.lam": 0.1})
     config.grid.lr, config.grid.lam, config.grid.sigma = (1.0,), (0.1, 1.0), (0.5, 1.0, 2.0)
     plain, both, given = (r for r in config_lib.resolve(config) if r.seed == 0)
-    assert len(config_lib.trials(plain)) == 1 and plain.loss_kwargs.to_dict() == {}
-    trials = config_lib.trials(both)
+    assert len(search.settings(plain)) == 1 and plain.loss_kwargs.to_dict() == {}
+    trials = search.settings(both)
     values = [(t.loss_kwargs.lam, t.loss_kwargs.sigma) for t in trials]
     assert values == [(a, b) for a in (0.1, 1.0) for b in (0.5, 1.0, 2.0)]
     assert trials[1].trial.endswith("lam0.1-sigma1")
     assert len({identity.together(t) for t in trials}) == 1  # trained at once
     assert len({identity.fingerprint([t]) for t in trials}) == 6
-    assert [t.loss_kwargs.sigma for t in config_lib.trials(given)] == [0.5, 1.0, 2.0]
+    assert [t.loss_kwargs.sigma for t in search.settings(given)] == [0.5, 1.0, 2.0]
     config.grid.lam = (-1.0,)
     with pytest.raises(ValueError, match="config.grid.lam=-1.0 must be finite and not negative"):
         config_lib.resolve(config)
