@@ -59,8 +59,8 @@ def blocks(recipe: Recipe, run: Run) -> int:
     noisy = (
         noisy or losses.of(recipe).function is not losses.cross_entropy
     )  # others may look at pixels, or at all blocks
-    noisy = noisy or blockwise.asked(run.limits)  # of one block at a time
-    if recipe.method.untouched is None or noisy or methods.asks_training(recipe.method):
+    noisy = noisy or methods.asks_training(recipe.method)
+    if recipe.method.untouched is None or noisy or blockwise.asked(run.limits):  # for want of room
         return 0
     depth = getattr(recipe.model, "depth", 0)
     number = recipe.method.untouched(depth)

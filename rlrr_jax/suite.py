@@ -126,8 +126,8 @@ def _finish(works: list[Work], survive: Callable, stop: Stop, part: Part | None)
     for alike in later:
         try:
             train(alike)
-        except files.Held as e:
-            print(f"{part}: {alike[0].label}: {e}", flush=True)
+        except files.Held:
+            print(f"{part}: {alike[0].label}: left to the process that is training it", flush=True)
     return rows
 
 

@@ -241,12 +241,13 @@ def test_methods_losses_and_models_that_do_not_fit_are_refused():
     "key, value, why",
     [
         ("method", "gps", "this method looks at the training images"),
+        ("method", "last", "this method's merge does not treat blocks alike"),
         ("loss", "pace", "this loss may look at the whole tree"),
         ("model.variant", "swin_t", "it needs blocks of one width, as a ViT has"),
     ],
 )
 def test_a_configuration_is_refused_before_any_work(key, value, why):
-    config = vtab.get_config("cifar,method=gps" if key == "method" else "cifar,method=rlrr")
+    config = vtab.get_config(f"cifar,method={value if key == 'method' else 'rlrr'}")
     config.pretrained.name = "any.npz"
     config.shard_weights = True
     if key != "method":

@@ -18,7 +18,7 @@ from rlrr_jax import config as config_lib
 from rlrr_jax import files, report, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
-from rlrr_jax.runs import parts, search
+from rlrr_jax.runs import parts, search, workdir
 from rlrr_jax.runs.parts import Part
 from rlrr_jax.runtime import distributed
 
@@ -245,7 +245,10 @@ def test_a_folder_that_another_process_holds_is_passed_over_and_looked_at_again(
         rows, problems = train(tmp_path, Part(1, 2))
     out = capsys.readouterr().out
     assert len(rows) == len(mine) - 1 and not problems and not (held / "error.txt").exists()
-    assert f"part 1/2: {mine[0].task} {mine[0].method} seed 0: another process is training in" in out
+    assert (
+        f"part 1/2: {mine[0].task} {mine[0].method} seed 0: left to the process that is training it\n"
+        in out
+    )
     rows, _ = train(tmp_path, Part(1, 2))
     assert len(rows) == len(mine)
 
@@ -260,6 +263,17 @@ def test_a_part_that_fails_says_so_and_the_other_has_its_rows(tmp_path, monkeypa
     text = (tmp_path / "results.md").read_text()
     assert text.count("ZeroDivisionError") == len(share)
     assert len(json.loads((tmp_path / "results.json").read_text())) == len(other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"runs": 3}', '{"runs": ["../x/y", "/etc/x/y", "a/../b", "a/b", ".a/b/seed0", 7]}'],
+)
+def test_a_list_of_runs_that_is_damaged_or_points_elsewhere_lists_nothing(tmp_path, text):
+    (tmp_path / workdir.LIST).write_text(text)
+    assert workdir.read_list(tmp_path) == []
+    workdir.write_list(tmp_path, [tmp_path / "digits" / "rlrr" / "seed0"])
+    assert workdir.read_list(tmp_path) == [tmp_path / "digits" / "rlrr" / "seed0"]
 
 
 def test_a_part_without_runs(tmp_path, capsys):

@@ -161,8 +161,6 @@ def read(path: Any) -> dict:
 
 def unfinished(workdir: Any) -> list[str]:
     """A line for each run that failed; of parts, also for each that none has finished yet."""
-    listed = epath.Path(workdir) / workdir_lib.LIST
-    known = files.read_json(listed)["runs"] if listed.exists() else ()
     failed = {path.parent for path in files.below(workdir, "*", "*", "seed*", "error.txt")}
 
     def why(folder: Any) -> str:
@@ -171,7 +169,7 @@ def unfinished(workdir: Any) -> list[str]:
         begun = (folder / "config.json").exists() or (folder.parent / "search").exists()
         return "begun" if begun else "not begun"
 
-    every = sorted({*failed, *(epath.Path(workdir) / path for path in known)})
+    every = sorted({*failed, *workdir_lib.read_list(epath.Path(workdir))})
     left = [path for path in every if not (path / "result.json").exists()]
     return [f"not finished: {' '.join(path.parts[-3:])}: {why(path)}" for path in left]
 

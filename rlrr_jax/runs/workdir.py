@@ -1,6 +1,7 @@
 """The folders of a workdir: `<workdir>/<task>/<method>/<run>`, whose they are, and who may write."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -41,12 +42,20 @@ def method_folder(run: Mapping) -> str:
 
 def write_list(folder: Any, runs: list) -> None:
     """Writes which runs are to come, so that `report` knows of those that nobody begins."""
-    path = folder / LIST
-    known = files.read_json(path)["runs"] if path.exists() else []
-    every = sorted({*known, *(str(run.relative_to(folder)) for run in runs)})
+    known = {str(path.relative_to(folder)) for path in read_list(folder)}
+    every = known | {str(run.relative_to(folder)) for run in runs}
     if every != known:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, {"runs": every})
+        files.write_json(folder / LIST, {"runs": sorted(every)})
+
+
+def read_list(folder: Any) -> list:
+    """The folders of the runs that `write_list` wrote; none where the list is missing or damaged."""
+    try:
+        known = [str(name) for name in files.read_json(folder / LIST)["runs"]]
+    except (OSError, UserError, KeyError, TypeError):  # each start writes it again
+        return []
+    return [folder / name for name in known if re.fullmatch(r"(?:(?!\.)[^/]+/){2}(?!\.)[^/]+", name)]
 
 
 def run_folder(run: Mapping) -> str:
