@@ -119,11 +119,13 @@ class Ours:
             apply = jax.jit(lambda params, x: self.model.apply({"params": params}, x))
             shapes = jax.tree.map(lambda x: _shape(x.shape, jnp.float32), self.frozen)
             return apply.lower(shapes, image).cost_analysis()["flops"]
-        s, tokens = self.sizes, (self.size // self.sizes["patch_size"]) ** 2 + 1
-        dense = 4 * s["width"] ** 2 + 2 * s["width"] * s["mlp_dim"]
+        s, patches = self.sizes, (self.size // self.sizes["patch_size"]) ** 2
+        tokens = patches + sum(self.model.tokens().values())
+        layers = 3 if s.get("gated") else 2  # of an MLP
+        dense = 4 * s["width"] ** 2 + layers * s["width"] * s["mlp_dim"]
         block = tokens * dense + 2 * tokens**2 * s["width"]
-        patches = (tokens - 1) * 3 * s["patch_size"] ** 2 * s["width"]
-        return 2 * (s["depth"] * block + patches)
+        stem = patches * 3 * s["patch_size"] ** 2 * s["width"]
+        return 2 * (s["depth"] * block + stem)
 
     def fill(self):
         """Makes weights and data, and runs everything once."""

@@ -2,6 +2,7 @@
 
     pip install -e . 'torch==2.13.0' && python benchmarks/peers.py --batch 8
     pip install timm && python benchmarks/peers.py --variant swin_b --peers rlrr,torch,compiled
+    python benchmarks/peers.py --variant dinov3_b16 --peers rlrr,torch
 
 Each peer is a process of its own, so that none shares memory or threads with another, and they take
 turns: a round is some steps of each. Prints medians over rounds, and ratios to `torch` with the range
@@ -42,7 +43,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2, help="in a turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default="rlrr,full,torch,lora", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--variant", default="B/16", help="or swin_b, in PyTorch timm's")
+    parser.add_argument("--variant", default="B/16", help="or swin_b, dinov3_b16, in PyTorch timm's")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

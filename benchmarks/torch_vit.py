@@ -1,4 +1,4 @@
-"""ViT-B/16 (or timm's Swin-B) in PyTorch with RLRR in every layer, or LoRA: the peers of `peers.py`.
+"""ViT-B/16, timm's Swin-B or DINOv3 in PyTorch with RLRR in every layer, or LoRA: peers of `peers.py`.
 
 RLRR here follows the description of the authors' form (tests/golden.py has its names): each layer
 holds a frozen weight and rescales it in its forward; norms and the patch embedding scale and shift
@@ -120,9 +120,63 @@ def swin(kind, classes):
     return model
 
 
+class Scales(nn.Module):
+    """Rescales a weight [outputs, inputs], or each of several in one, whenever it is used."""
+
+    def __init__(self, outputs, inputs, parts):
+        super().__init__()
+        self.scale_col = nn.Parameter(torch.empty(parts, inputs))
+        self.scale_line = nn.Parameter(torch.empty(outputs, 1))
+        nn.init.kaiming_uniform_(self.scale_col, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.scale_line, a=math.sqrt(5))
+
+    def forward(self, weight):
+        """[outputs, inputs] -> the same."""
+        columns = self.scale_col.repeat_interleave(len(weight) // len(self.scale_col), 0)
+        return weight + self.scale_line * weight * columns
+
+
+class Shift(nn.Module):
+    """Shifts a bias whenever it is used."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, bias):
+        """[outputs] -> the same."""
+        return bias + self.shift
+
+
+def dinov3(kind, classes, name):
+    """timm's DINOv3 with RLRR (alone) in every Dense and norm; its key has no bias and no shift."""
+    import timm
+
+    assert kind == "rlrr"
+    model = timm.create_model(name, num_classes=classes, global_pool="token", img_size=224)
+    parametrize = nn.utils.parametrize.register_parametrization
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if isinstance(module, nn.LayerNorm):
+            new = nn.Sequential(module, Affine(kind, model.embed_dim))
+            setattr(model.get_submodule(parent) if parent else model, last, new)
+        elif isinstance(module, nn.Linear) and last != "head":
+            parametrize(module, "weight", Scales(*module.weight.shape, 3 if last == "qkv" else 1))
+            if module.bias is not None:
+                parametrize(module, "bias", Shift(len(module.bias)))
+        elif last == "attn":
+            for bias in ("q_bias", "v_bias"):
+                parametrize(module, bias, Shift(model.embed_dim))
+    return model
+
+
 def make(kind, classes, variant="B/16"):
     """The model with only `scale*`, `shift*` and the head trained."""
-    model = swin(kind, classes) if variant == "swin_b" else ViT(kind, classes)
+    if variant.startswith("dinov3"):
+        size = {"s": "small", "b": "base", "l": "large"}[variant[7]]
+        model = dinov3(kind, classes, f"vit_{size}_patch16_dinov3_qkvb")
+    else:
+        model = swin(kind, classes) if variant == "swin_b" else ViT(kind, classes)
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
         parameter.requires_grad = name.startswith("head") or last.startswith(("scale", "shift"))

@@ -85,6 +85,8 @@ def get_config(arg=None):
     config.model.projection = placeholder(int)  # width of CLIP's, which is left out otherwise
     config.model.depth = placeholder(int)  # of a ViT, its first so many blocks; None: all
     config.model.block = placeholder(str)  # of a ViT, another class of blocks; None: the method's own
+    # Of DINOv3's positions in training: largest shift, factor of each axis and of both, as (0,1,2).
+    config.model.position_noise = placeholder(tuple)
     config.model.attention = placeholder(str)  # "xla"; None: "cudnn" on GPUs with bfloat16, if it works
     # Blocks in each step of the scan over depth; None: all of them on CPUs, else one.
     config.model.unroll = placeholder(int)

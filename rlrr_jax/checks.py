@@ -123,6 +123,12 @@ def _check_numbers(config):
         value = config.own[key]
         if value is None or not 0 <= value <= 0.9:
             raise UserError(f"config.own.{key}={value} must be a fraction from 0 to 0.9")
+    noise = config.model.position_noise
+    if noise is not None and (len(noise) != 3 or noise[0] < 0 or min(noise[1:]) < 1):
+        raise UserError(
+            f"config.model.position_noise={noise} must be a shift of at least 0 and two factors of at "
+            f"least 1, such as (0,1,2)"
+        )
     grid = config.pretrained.grid
     if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
         raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
@@ -225,7 +231,7 @@ def has(config: Any, key: str) -> bool:
 
 def heads(variant: str, number: int | None) -> None:
     """UserError unless so many attention heads share the width of a variant; None passes."""
-    if number and models.family(variant) != "vit":
+    if number and not models.is_vit(variant):
         raise UserError(f"config.model.num_heads is of no use for {variant}: leave it out")
     if number and (width := models.sizes(variant)["width"]) % number:
         raise UserError(

@@ -290,7 +290,7 @@ def _resolve_one(
         )
     checks.fill(run, "dtype", "float32" if backend.platform() == "cpu" else "bfloat16")
     checks.fill(run, "precision", "highest" if run.dtype == "float32" else "default")
-    default = "element" if models.family(run.model.variant) == "vit" else "sample"  # as their authors
+    default = "element" if models.is_vit(run.model.variant) else "sample"  # as their authors
     checks.fill(run, "drop_path_mode", default)
     checks.fill(run.model, "unroll", models.default_unroll(run.model.variant))
     checks.fill(run.model, "attention", models.default_attention(run.model.variant, run.dtype))
@@ -304,14 +304,15 @@ def _resolve_one(
 
 def _check_family(run: ConfigDict) -> None:
     """UserError for a key that does nothing for models of the variant's family."""
-    variant, family = run.model.variant, models.family(run.model.variant)
-    of_vit = {"pretrained.grid": None, "pretrained.resize": None, "pretrained.resize_patch": False}
-    of_vit["model.depth"] = None
-    for key, nothing in of_vit.items() if family != "vit" else ():
+    variant = run.model.variant
+    unused = [] if models.is_vit(variant) else ["model.depth"]
+    unused += [] if models.embeds_positions(variant) else ["pretrained.grid", "pretrained.resize"]
+    unused += [] if models.family(variant) == "vit" else ["pretrained.resize_patch"]
+    for key in unused:
         node, last = checks.group(run, key)
-        if node[last] != nothing:
+        if node[last]:
             raise UserError(f"config.{key} is of no use for {variant}: leave it out")
-    if run.model.block is not None and family != "vit":
+    if run.model.block is not None and not models.is_vit(variant):
         raise UserError(
             f"the block {run.model.block} (config.model.block, or method {run.method}) is of ViTs: "
             f"take one, or another method for {variant}"

@@ -26,8 +26,10 @@ from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
 from rlrr_jax.models import vit
 from rlrr_jax.results import model_card, tables
 from rlrr_jax.weights import (
+    architectures,
     reader,
     resnet_layouts,
+    rope_layouts,
     swin_layouts,
     vit_writers,
 )
@@ -49,6 +51,7 @@ LAYOUTS = {
         "timm": vit_writers.to_timm,
         "transformers": vit_writers.to_transformers,
     },
+    "rope_vit": {"timm": rope_layouts.to_timm},
     "swin": {"timm": swin_layouts.to_timm},
     "resnet": {"timm": resnet_layouts.to_timm},
 }
@@ -230,7 +233,7 @@ def card(adapter: Any) -> dict:
     """What goes into the header of a timm file: the adapter's card, its pixels and its heads."""
     model = cards.model(adapter)
     said = {"norm_eps": model.norm_eps}
-    if models.family_of(model) == "vit":
+    if isinstance(model, vit.ViT):
         said["num_heads"] = model.num_heads
     pixels = {key: list(getattr(model, key, [0.5] * 3)) for key in ("mean", "std")}
     return {**adapter.card, **pixels, **said}
@@ -287,6 +290,8 @@ def advice(to: str, adapter: Any, out: Any) -> str:
             f"{sizes['width']}, depths={sizes['depths']}, num_heads={sizes['num_heads']}, window_size="
             f'{sizes["window"]}); model.load_state_dict(safetensors.torch.load_file("{out}"))'
         )
+    if to == "timm" and models.family(card["model"]) == "rope_vit":
+        return _rope_advice(card, sizes, out)
     if to == "timm":
         ratio = sizes["mlp_dim"] / sizes["width"]
         act = {"tanh": ', act_layer="gelu_tanh"', "quick": ', act_layer="quick_gelu"'}
@@ -318,6 +323,23 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     if eps != 1e-6:
         text += f"; its LayerNorms have epsilon={eps:g}: change nn.LayerNorm() there"
     return text
+
+
+def _rope_advice(card, sizes, out):
+    """How timm loads one of its models with rotary positions."""
+    fitting = [name for name, found in architectures.TIMM.items() if found.variant == card["model"]]
+    name = ([x for x in fitting if x.endswith("_qkvb") and sizes.get("qkv_bias") != ""] or fitting)[0]
+    whole = models.sizes(card["model"])
+    more = {"depth": sizes["depth"]} if sizes["depth"] != whole["depth"] else {}
+    if (pool := sizes.get("pool", "token")) != "map":
+        normed = bool(sizes.get("fc_norm"))
+        more |= dict(global_pool=pool, use_fc_norm=normed, use_post_transformer_norm=not normed)
+    more = "".join(f", {key}={value!r}" for key, value in more.items())
+    return (
+        f'timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.create_model("{name}", '
+        f"img_size={cards.image_size(card)}, num_classes={len(card['classes'])}{more}); "
+        f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
+    )
 
 
 def _timm_arguments(sizes):

@@ -138,7 +138,7 @@ def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh)
     def one(frozen: Any, images: jax.Array) -> jax.Array:
         if number == HEAD:
             return models.head_inputs(model, frozen, images)
-        first, own = vit.part(model, frozen, 0, number)
+        first, own = vit.part(model, frozen, slice(number))
         tokens: Any = first.apply({"params": own}, images)
         return tokens
 
@@ -162,7 +162,7 @@ def rest(recipe: Recipe, frozen: Any, number: int) -> tuple[Any, Any]:
     if number == HEAD:
         model, tree = Head(recipe.model.num_classes), {"head": frozen["head"]}
     else:
-        model, own = vit.part(recipe.model, frozen, number, None)
+        model, own = vit.part(recipe.model, frozen, slice(number, None), recipe.image_size)
         before = ("embedding", "pos_embedding", "pre_norm", *model.tokens())
         tree = {key: x for key, x in own.items() if key not in before}
     return recipe._replace(model=model, image_size=None), tree

@@ -174,7 +174,7 @@ def _noisy(config: ConfigDict, method: methods.Method) -> bool:
 
     So tasks that differ in it share a program. A rate of 0 changes nothing.
     """
-    if config.drop_path > 0:
+    if config.drop_path > 0 or config.model.position_noise is not None:
         return True
     # Else blocks before which nothing is trained are computed once.
     return method.untouched is None and method.DEFAULTS["drop_path"] > 0

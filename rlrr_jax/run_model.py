@@ -23,7 +23,8 @@ def architecture(run: ConfigDict) -> dict[str, Any]:
     said["block"] = said["block"] or methods.get(run.method).DEFAULTS.get("block")
     if "mean" in models.attributes(run.model.variant):  # which does not fold them
         said |= {key: run.pretrained[key] and tuple(run.pretrained[key]) for key in ("mean", "std")}
-    return {key: value for key, value in said.items() if value is not None}
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    return {key: plain(value) for key, value in said.items() if value is not None}
 
 
 def build_model(run: ConfigDict) -> Any:
@@ -108,14 +109,16 @@ def follow(run: ConfigDict, path: str) -> list[str]:
             f"{card.mean} and deviations {card.std} (config.pretrained.mean, config.pretrained.std)"
         )
     plain = models.build(model.variant, 1)
-    ours = plain.num_heads if models.family(model.variant) == "vit" else None
+    ours = plain.num_heads if models.is_vit(model.variant) else None
     if ours and model.num_heads is None and card.num_heads is None and not preprocessing.of_jax(path):
         notes.append(
             f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
             f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
         )
-    _check_activation(run, card, hasattr(plain, "gelu"))
-    if ours and card.gelu is None and card.norm_eps is None and model.norm_eps is None:
+    plainly = models.family(model.variant) == "vit"  # of which there are many kinds
+    _check_activation(run, card, plainly)
+    guessed = ours and card.gelu is None and card.norm_eps is None and model.norm_eps is None
+    if guessed and plainly:
         notes.append(
             f"note: nothing says the epsilon of the LayerNorms of {name}: {plain.norm_eps:g} is taken "
             f"(config.model.norm_eps)"
@@ -162,8 +165,8 @@ def _size_said(run: ConfigDict, size: Any) -> list[tuple]:
     """What a card's image size fills in: the run's, and where it is not square the file's grid."""
     if not isinstance(size, tuple):
         return [(run, "image_size", size, None)]
-    vit_like = models.family(run.model.variant) == "vit"
-    patch = vit_like and models.sizes(run.model.variant)["patch_size"]
+    placed = models.embeds_positions(run.model.variant)
+    patch = placed and models.sizes(run.model.variant)["patch_size"]
     grid = [(run.pretrained, "grid", tuple(side // patch for side in size), None)] if patch else []
     return [(run, "image_size", size[0], None), *grid]
 
@@ -171,7 +174,7 @@ def _size_said(run: ConfigDict, size: Any) -> list[tuple]:
 def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[str]:
     """Fills in what a ViT has besides, or instead of, a class token; returns notes that name it."""
     name, model = run.pretrained.name, run.model
-    if models.family(model.variant) != "vit":
+    if not models.is_vit(model.variant):
         note = f"note: {name} pools by {card.pooling} ({card.source}), {model.variant} by avg"
         return [note] if card.pooling not in (None, "avg") else []
     if card.pooling not in (None, "", *checks.CHOICES["model.pool"]):
@@ -179,9 +182,11 @@ def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[
             f"{name} pools by {card.pooling} ({card.source}), which is none of "
             f"{', '.join(checks.CHOICES['model.pool'])}: take another"
         )
+    plain = models.build(model.variant, 1)
     said = vit_layouts.parts(reader.array_shapes(path))
-    if card.pooling in checks.CHOICES["model.pool"] and card.pooling != "token":
+    if card.pooling in checks.CHOICES["model.pool"]:
         said.setdefault("pool", card.pooling)
+    said = {key: value for key, value in said.items() if value != getattr(plain, key)}
     notes = [f"note: {name} has {', '.join(f'{k}={v}' for k, v in said.items())}"] if said else []
     for key, value in said.items():
         checks.fill(model, key, value)

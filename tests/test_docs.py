@@ -105,6 +105,8 @@ def trained(text, folder, data, dinov2):
     if "dinov2" in text:
         small = [f"--config.pretrained.name={dinov2}", "--config.model.variant=Ti/14"]
         words += [*small, "--config.image_size=28", "--config.epochs=1", f"--config.data.dir={data}"]
+    elif "dinov3" in text:
+        words += [*SMALL, "--config.pretrained.name=bundled", f"--config.data.dir={data}"]
     elif "hf:timm" in text:
         words = [word for word in words if "grid.lr" not in word]  # tuples of two flags are joined
         words += [*SMALL, "--config.pretrained.name=bundled", "--config.grid.lr=(1.0,)"]

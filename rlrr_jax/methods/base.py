@@ -16,7 +16,8 @@ from rlrr_jax.methods.sites import DENSE, STACK, Site, dense, replaced, sites, s
 __all__ = ["DENSE", "STACK", "Site", "dense", "replaced", "sites", "stack", "subtree"]  # for methods
 
 # What gets its input straight from a LayerNorm of a block.
-AFTER_NORM = {"attention": ("query", "key", "value"), "mlp": ("Dense_0",)}
+AFTER_NORM = {"attention": ("query", "key", "value"), "mlp": ("Dense_0", "gate")}
+_NORMS = {"attention": "LayerNorm_0", "mlp": "LayerNorm_1"}
 
 # Merging is done in float32 everywhere: in bfloat16 or TF32 a small change is lost.
 dot = functools.partial(jnp.matmul, precision="highest")
@@ -324,11 +325,13 @@ def change_dense(frozen: Any, names: Iterable[str], change: Callable) -> Any:
     Args:
       frozen: a model's tree.
       names: names of Dense layers, see `sites.dense`.
-      change: `(name, kernel [L, in, out], bias [L, out]) -> kernel, bias`.
+      change: `(name, kernel [L, in, out], bias [L, out]) -> kernel, bias`; bias is None of a layer that
+        has none.
     """
     for name, site in dense(frozen, names).items():
         node = subtree(frozen, site.path)
         new = dict(zip(("kernel", "bias"), change(name, *weights(frozen, site))))
+        new = {key: x for key, x in new.items() if key in node}
         if site.third is not None:
             columns = slice(site.third * site.outputs, (site.third + 1) * site.outputs)
             new = {key: node[key].at[..., columns].set(x) for key, x in new.items()}
@@ -337,12 +340,12 @@ def change_dense(frozen: Any, names: Iterable[str], change: Callable) -> Any:
     return frozen
 
 
-def weights(tree: Any, site: Site) -> tuple[jax.Array, jax.Array]:
-    """Kernels [L, in, out] and biases [L, out] of a Dense of every block, heads flattened."""
+def weights(tree: Any, site: Site) -> tuple[jax.Array, Any]:
+    """Kernels [L, in, out] and biases [L, out], or None, of a Dense of every block, heads flattened."""
     node = subtree(tree, site.path)
     if site.third is None:
         shape = (site.depth, site.inputs, site.outputs)
-        return node["kernel"].reshape(shape), node["bias"].reshape(shape[::2])
+        return node["kernel"].reshape(shape), node["bias"].reshape(shape[::2]) if site.bias else None
     kernel, bias = (jnp.split(node[key], 3, axis=-1)[site.third] for key in ("kernel", "bias"))
     return kernel, bias
 
@@ -358,8 +361,11 @@ def uniform(key: jax.Array, shape: tuple, bound: float) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * bound
 
 
-def affine(node: Any, scale: jax.Array, shift: jax.Array) -> dict:
-    """Folds `y * scale + shift` of the output of a Dense, LayerNorm or patch embedding into it."""
+def affine(node: Any, scale: jax.Array, shift: jax.Array | None = None) -> dict:
+    """Folds `y * scale + shift` of the output of a Dense, LayerNorm or patch embedding into it.
+
+    One without a bias takes no shift.
+    """
     name = "kernel" if "kernel" in node else "scale"
     weight = node[name]
     if weight.ndim > scale.ndim > 1:  # a Dense of every block
@@ -368,7 +374,7 @@ def affine(node: Any, scale: jax.Array, shift: jax.Array) -> dict:
         scaled = columns(flat, scale.reshape(depth, -1)).reshape(weight.shape)
     else:
         scaled = weight * scale.reshape((1,) * (weight.ndim - scale.ndim) + scale.shape)
-    return {name: scaled, "bias": node["bias"] * scale + shift}
+    return {name: scaled} if shift is None else {name: scaled, "bias": node["bias"] * scale + shift}
 
 
 def columns(kernel: jax.Array, scale: jax.Array) -> jax.Array:
@@ -381,14 +387,31 @@ def columns(kernel: jax.Array, scale: jax.Array) -> jax.Array:
 def prepend(frozen: Any, place: str, down: Any, up: Any, shift: Any) -> Any:
     """Folds `x + x down up + shift` into what follows a LayerNorm of every block.
 
+    The shift goes into the biases of what follows, or where one of these has none into the LayerNorm's.
+
     Args:
       place: a name of `AFTER_NORM`.
       down, up: [L, D, r] and [r, D] or [L, r, D].
       shift: [L, D].
     """
 
+    names = AFTER_NORM[place]
+    every = [site for site in dense(frozen, names).values() if site.third is None]
+    before = not all(site.bias for site in every)
+
     def change(name, kernel, bias):
         new = kernel + dot(down, dot(up, kernel))
-        return new, bias + dot(shift[:, None], kernel)[:, 0]
+        return new, bias if before else bias + dot(shift[:, None], kernel)[:, 0]
 
-    return change_dense(frozen, AFTER_NORM[place], change)
+    if before:
+        path = (*every[0].path[:-2], _NORMS[place])
+        norm = subtree(frozen, path)
+        frozen = replaced(frozen, path, {**norm, "bias": norm["bias"] + _ahead(down, up, shift)})
+    return change_dense(frozen, names, change)
+
+
+def _ahead(down: jax.Array, up: jax.Array, shift: jax.Array) -> jax.Array:
+    """The t [L, D] of which `t + t down up` is a shift, by Woodbury's identity."""
+    inner = jnp.eye(down.shape[-1])[None] + dot(up, down)  # [L, r, r]
+    back = jnp.linalg.solve(inner, jnp.broadcast_to(up, (len(inner), *up.shape[1:])))
+    return shift - dot(dot(shift[:, None], down), back)[:, 0]

@@ -33,7 +33,7 @@ def method(
     d: str = "vector",
     e: str = "none",
     rank: int = 4,
-    targets: str = "query+key+value+out+Dense_0+Dense_1",
+    targets: str = "+".join(base.DENSE),
 ) -> base.Method:
     """GLoRA as a `Method`; all parts start at zero.
 
@@ -44,7 +44,7 @@ def method(
       d: form of D, a factor of the bias: "vector", "scalar" or "none".
       e: form of E, which is added to the bias.
       rank: r of the products. Query, key and value have their own, where PACE shares one.
-      targets: Dense layers, joined by "+".
+      targets: Dense layers, joined by "+"; those that a model has not are passed over.
 
     Raises UserError for other values.
     """
@@ -55,17 +55,19 @@ def method(
 
     def init(key, frozen):
         out = {}
-        for i, (name, size) in enumerate(base.sizes(frozen, names).items()):
-            keys = jax.random.split(jax.random.fold_in(key, i), len(forms))
-            parts = {p: _part(k, p, form, size, rank) for k, (p, form) in zip(keys, forms.items())}
+        for i, (name, site) in enumerate(base.dense(frozen, names).items()):
+            keys, size = jax.random.split(jax.random.fold_in(key, i), len(forms)), site[2:5]
+            mine = {p: form if site.bias or p in "ab" else "none" for p, form in forms.items()}
+            parts = {p: _part(k, p, form, size, rank) for k, (p, form) in zip(keys, mine.items())}
             out[name] = {p: value for p, value in parts.items() if value is not None}
         return out
 
     def merge(frozen, adapter):
         def change(name, kernel, bias):
             part = {p: _value(adapter[name].get(p)) for p in forms}
-            new_bias = bias + bias * part["d"] + part["e"] + _through(part["c"], kernel)
-            return kernel + kernel * _of_kernel(part["a"]) + _of_kernel(part["b"]), new_bias
+            if bias is not None:
+                bias = bias + bias * part["d"] + part["e"] + _through(part["c"], kernel)
+            return kernel + kernel * _of_kernel(part["a"]) + _of_kernel(part["b"]), bias
 
         return base.change_dense(frozen, names, change)
 

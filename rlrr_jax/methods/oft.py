@@ -16,7 +16,7 @@ FORMULA = "W' = R W, R = diag(R_1, ..., R_n), R_i = (I + Q_i) (I - Q_i)^-1, Q_i 
 DEFAULTS = dict(lr=1e-3, weight_decay=0.0, drop_path=0.1)  # not tuned on VTAB-1k
 
 
-def method(block: int = 8, targets: str = "query+key+value+out+Dense_0+Dense_1") -> base.Method:
+def method(block: int = 8, targets: str = "+".join(base.DENSE)) -> base.Method:
     """OFT as a `Method`; it starts at the identity, and does not change the bias.
 
     Args:

@@ -28,6 +28,7 @@ from rlrr_jax.methods.base import (
     subtree,
     uniform,
 )
+from rlrr_jax.methods.sites import HEADS
 
 FORMULA = "W' = W + W * (s_in s_out), b' = b + f; LayerNorms and patch embedding: s * y + f"
 # The values the authors use most; each task of theirs brings its own.
@@ -36,7 +37,7 @@ STARTS = ("paper", "damped", "identity", "normal", "zero", "constant", "uniform"
 SIDES = {"both": ("scale_in", "scale_out"), "left": ("scale_in",), "right": ("scale_out",)}
 PLACES = {  # role of a layer -> where it is
     **dict.fromkeys(("query", "key", "value", "qkv", "out"), "mha"),
-    **dict.fromkeys(("mlp_in", "mlp_out"), "ffn"),
+    **dict.fromkeys(("mlp_in", "mlp_gate", "mlp_out"), "ffn"),
     **{"norm": "norm", "embedding": "patch", "merge": "patch", "conv": "conv"},
     **{"pool": "pool", "pool_norm": "pool", "dense": "dense"},
 }
@@ -135,9 +136,8 @@ def _init(key, frozen, v):
     for i, site in enumerate(sites(frozen)):
         if PLACES.get(site.role) in v.where:
             node, kind = subtree(frozen, site.path), site.role.rpartition("_")[2]
-            start = {"norm": _affine, "embedding": _affine, "conv": _conv}.get(kind, _dense)
-            if start is _dense and site.depth is None:
-                start = _single
+            start = {"norm": _affine, "embedding": _affine, "conv": _conv}.get(kind)
+            start = start or functools.partial(_dense if site.depth else _single, site.path[-1])
             flat[site.path] = start(jax.random.fold_in(key, i), node, v)
     return unflatten_dict(flat)
 
@@ -155,9 +155,10 @@ def _affine(key, node, v):
     return {"scale": 1 + noise[0], "shift": noise[1]}
 
 
-def _dense(key, node, v):
+def _dense(name, key, node, v):
     """The adapter node beside a Dense of every block."""
-    outputs = _outputs(node)  # [L, ...]
+    kernel = node["kernel"]
+    outputs = (len(kernel), *kernel.shape[2 if name in HEADS else -1 :])  # [L, ...]
     inputs = node["kernel"].shape[: node["kernel"].ndim - len(outputs) + 1]  # [L, ...]
     fan_in = math.prod(inputs[1:])
     shapes = {
@@ -193,15 +194,9 @@ def _dense(key, node, v):
     return {**tree, "shift": jnp.zeros(outputs)} if v.shift and "bias" in node else tree
 
 
-def _outputs(node):
-    """The shape of the outputs of a Dense of every block: [L, ...]; one without a bias has one axis."""
-    kernel = node["kernel"]
-    return node["bias"].shape if "bias" in node else (len(kernel), kernel.shape[-1])
-
-
-def _single(key, node, v):
+def _single(name, key, node, v):
     """The adapter node beside a Dense that is in no block."""
-    return jax.tree.map(lambda x: x[0], _dense(key, jax.tree.map(lambda x: x[None], node), v))
+    return jax.tree.map(lambda x: x[0], _dense(name, key, jax.tree.map(lambda x: x[None], node), v))
 
 
 def _conv(key, node, v):
@@ -211,7 +206,7 @@ def _conv(key, node, v):
         "kernel": jnp.zeros((1, inputs * size, outputs * size)),
         "bias": jnp.zeros((1, outputs * size)),
     }
-    tree, rank = _dense(key, matrix, v), (v.rank,) if v.rank > 1 else ()
+    tree, rank = _dense("", key, matrix, v), (v.rank,) if v.rank > 1 else ()
     shapes = {"scale_in": (inputs, size, *rank), "scale_out": (*rank, outputs, size)}
     tree = {name: tree[name].reshape(shapes[name]) for name in SIDES[v.sides]}
     return {**tree, "shift": jnp.zeros(outputs)} if v.shift and "bias" in node else tree
@@ -249,11 +244,13 @@ def _merge(frozen, adapter, v, stacked=False):
     if not stacked:
         nodes = jax.tree.map(lambda x: x[None], (frozen, adapter))
         return jax.tree.map(lambda x: x[0], _merge(*nodes, v, True))
-    kernel, outputs = frozen["kernel"], _outputs(frozen)
-    depth, fan_in = len(kernel), kernel.size // math.prod(outputs)
+    kernel, depth = frozen["kernel"], len(frozen["kernel"])
     equation, shape = ("li,lo->lio", (depth, -1)) if v.rank == 1 else ("lir,lro->lio", None)
-    left = adapter.get("scale_in", jnp.ones((depth, fan_in)))
-    right = adapter.get("scale_out", jnp.ones(outputs))
+    both = ("scale_in", "scale_out")
+    one, other = both if both[0] in adapter else both[::-1]
+    rest = depth * kernel.size // adapter[one].size  # of the other side, which may not be there
+    sides = {one: adapter[one], other: adapter.get(other, jnp.ones((depth, rest // depth)))}
+    left, right = (sides[name] for name in both)
     left = left.reshape(shape or (depth, -1, v.rank))
     right = right.reshape(shape or (depth, v.rank, -1))
     # An einsum, because its gradients are matrix-vector products, see `affine`.

@@ -10,11 +10,12 @@ from rlrr_jax.errors import UserError
 
 STACK = "encoderblock"  # key of blocks on top of each other: the leading axis is their number L
 PAIR = ("plain", "shifted")  # keys below that, where two kinds of blocks take turns
-DENSE = ("query", "key", "value", "out", "Dense_0", "Dense_1")  # layers of every block, in this order
-_HEADS = ("query", "key", "value")  # whose outputs are [heads, width of a head]
+# Layers of every block, in this order; "gate" where its MLP is gated.
+DENSE = ("query", "key", "value", "out", "Dense_0", "Dense_1", "gate")
+HEADS = ("query", "key", "value")  # whose outputs are [heads, width of a head]
 _ROLES = {
-    **{name: name for name in (*_HEADS, "qkv", "out", "embedding")},
-    **{"Dense_0": "mlp_in", "Dense_1": "mlp_out", "reduction": "merge"},
+    **{name: name for name in (*HEADS, "qkv", "out", "embedding")},
+    **{"Dense_0": "mlp_in", "Dense_1": "mlp_out", "gate": "mlp_gate", "reduction": "merge"},
 }
 # Whose layers, norms among them, are in no block.
 _PARENTS = {"patch_embed": "stem", "merge": "merge", "MAPHead_0": "pool"}
@@ -26,9 +27,9 @@ class Site(NamedTuple):
 
     Attributes:
       path: keys that lead to its node.
-      role: query, key, value, qkv (the three in one kernel), out, mlp_in, mlp_out, merge (of patches),
-        norm, embedding, conv, stem (where a Swin begins), pool (of a MAP head), dense (elsewhere);
-        stem_norm, merge_norm, pool_norm and conv_norm.
+      role: query, key, value, qkv (the three in one kernel), out, mlp_in, mlp_gate, mlp_out, merge (of
+        patches), norm, embedding, conv, stem (where a Swin begins), pool (of a MAP head), dense
+        (elsewhere); stem_norm, merge_norm, pool_norm and conv_norm.
       depth: L, if the layers of several blocks are stacked here, else None.
       inputs: number of inputs of one layer, heads flattened; 1 of a norm.
       outputs: number of outputs of one layer, heads flattened.
@@ -67,7 +68,7 @@ def _site(node: Any, path: tuple[str, ...]) -> Site:
     name = "kernel" if "kernel" in node else "scale"
     depth = node[name].shape[0] if STACK in path else None
     shape = node[name].shape[1:] if depth else node[name].shape
-    outputs = math.prod(shape[1:]) if path[-1] in _HEADS else shape[-1]
+    outputs = math.prod(shape[1:]) if path[-1] in HEADS else shape[-1]
     place = next((_PARENTS[key] for key in path if key in _PARENTS), None)
     if name == "scale":
         place = "conv" if path[-1].startswith(_CONV_NORMS) else place
@@ -86,7 +87,7 @@ def dense(frozen: Any, names: Iterable[str] = DENSE) -> dict[str, Site]:
     found: dict[str, list[Site]] = {name: [] for name in DENSE}
     for site in sites(frozen):
         if site.depth and site.role == "qkv":
-            for i, name in enumerate(_HEADS):
+            for i, name in enumerate(HEADS):
                 found[name].append(site._replace(outputs=site.outputs // 3, third=i))
         elif site.depth and site.path[-1] in found:
             found[site.path[-1]].append(site)

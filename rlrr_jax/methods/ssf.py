@@ -17,12 +17,16 @@ def method() -> Method:
 
 
 def init(key: jax.Array, frozen: Any) -> dict:
-    """A scale, N(1, 0.02^2), and a shift, N(0, 0.02^2), beside each bias. Not quite the identity."""
+    """Scales, N(1, 0.02^2), and shifts, N(0, 0.02^2), of `_paths`. Not quite the identity."""
     tree: dict = {}
     for i, path in enumerate(_paths(frozen)):
-        shape = subtree(frozen, path)["bias"].shape
+        node = subtree(frozen, path)
+        shape = (
+            node["bias"].shape if "bias" in node else (len(node["kernel"]), *node["kernel"].shape[2:])
+        )
         scale, shift = 0.02 * jax.random.normal(jax.random.fold_in(key, i), (2, *shape))
-        tree |= {(*path, "scale"): 1 + scale, (*path, "shift"): shift}
+        tree |= {(*path, "scale"): 1 + scale}
+        tree |= {(*path, "shift"): shift} if "bias" in node else {}
     return unflatten_dict(tree)
 
 
@@ -37,7 +41,8 @@ def merge(frozen: Any, adapter: Any) -> Any:
 def _paths(frozen: Any) -> list[tuple[str, ...]]:
     """All layers with a bias, but none of a MAP head, and of a Swin's merging the LayerNorm alone.
 
-    The latter is as in its authors' code.
+    The latter is as in its authors' code. Of attention's, those without a bias are scaled.
     """
-    left_out = ("merge", "pool", "pool_norm")
-    return [site.path for site in sites(frozen) if site.bias and site.role not in left_out]
+    left_out, heads = ("merge", "pool", "pool_norm"), ("query", "key", "value")
+    every = [site for site in sites(frozen) if site.role not in left_out]
+    return [site.path for site in every if site.bias or site.role in heads]

@@ -5,6 +5,7 @@ that the rest of the library calls. A variant may be a path to a network of one'
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +13,13 @@ import jax
 
 from rlrr_jax import backend, lookup
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.models import matmul, resnet, swin, vit
+from rlrr_jax.models import matmul, resnet, rope_vit, swin, vit
 from rlrr_jax.sides import Size, pair
 
 # The bundled model, see tools/make_bundled.py.
 BUNDLED = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
-FAMILIES = {"vit": vit, "swin": swin, "resnet": resnet}  # a variant is of the first that knows it
+# A variant, or a model, is of the first that knows it.
+FAMILIES = {"rope_vit": rope_vit, "vit": vit, "swin": swin, "resnet": resnet}
 OTHER = "other"  # the family of a network that is a subclass of none of them
 
 
@@ -39,6 +41,17 @@ def family(variant: str) -> str:
 def family_of(model: Any) -> str:
     """Name of the family of a model."""
     return _family_of(type(model))
+
+
+def is_vit(variant: str) -> bool:
+    """Whether a variant's model is a `vit.ViT`, of whatever family."""
+    return issubclass(_network(variant), vit.ViT)
+
+
+def embeds_positions(variant: str) -> bool:
+    """Whether a variant's model has a position embedding of each patch."""
+    rotary = family(variant) == "rope_vit"
+    return sizes(variant).get("embedded", False) if rotary else is_vit(variant)
 
 
 def _family_of(network: type) -> str:
@@ -95,14 +108,28 @@ def build(variant: str, num_classes: int, **options: Any) -> Any:
     known = attributes(variant)
     given = {key: value for key, value in options.items() if value is not None}
     if isinstance(given.get("block"), str) and "block" in known:
-        block = lookup.find("block", name := given["block"])
-        if not isinstance(block, type) or not issubclass(block, vit.Block):
-            raise UserError(f"the block {name} must be a class like rlrr_jax.models.vit.Block")
-        given["block"] = block
+        given["block"] = _block(given["block"], model.block)
     for key in given:
         if key not in known:
             raise UserError(f"config.model.{key} is of no use for {variant}: leave it out")
     return model(**{**sizes(variant), **given}, num_classes=num_classes)
+
+
+@functools.lru_cache(32)
+def _block(name: str, plain: type) -> type:
+    """The class of blocks of a path `module:class`, with what a family's own blocks do besides."""
+    block = lookup.find("block", name)
+    if isinstance(block, type) and issubclass(block, plain):
+        return block
+    same = ("__call__", "attend", "mlp")
+    if not isinstance(block, type) or not issubclass(block, vit.Block):
+        raise UserError(f"the block {name} must be a class like rlrr_jax.models.vit.Block")
+    if other := [key for key in same if getattr(block, key) is not getattr(vit.Block, key)]:
+        raise UserError(
+            f"the block {name} has another {other[0]} than {plain.__module__}.Block: "
+            f"derive it from that"
+        )
+    return type(block.__name__, (block, plain), {})
 
 
 def check_size(model: Any, image_size: Size) -> None:
@@ -146,7 +173,7 @@ def shapes(model: Any, image_size: Size) -> Any:
 def default_attention(variant: str, dtype: str) -> str:
     """How attention is computed: by cuDNN where this GPU does, with the right numbers; else by XLA."""
     size = sizes(variant)
-    if family(variant) != "vit" or dtype != "bfloat16" or backend.platform() != "gpu":
+    if not is_vit(variant) or dtype != "bfloat16" or backend.platform() != "gpu":
         return "xla"
     width = size["width"] // size["num_heads"]
     if not matmul.takes_heads_of(width):

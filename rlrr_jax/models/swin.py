@@ -16,9 +16,9 @@ import numpy as np
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import matmul
+from rlrr_jax.models.blocks import MlpBlock, added, over_depth
 from rlrr_jax.models.matmul import Dense, DenseGeneral
 from rlrr_jax.models.noise import drop_path_masks
-from rlrr_jax.models.vit import MlpBlock, added, over_depth
 from rlrr_jax.sides import Size, pair
 
 # Liu et al. (2021), section 3.3.

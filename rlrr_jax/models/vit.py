@@ -5,7 +5,6 @@ The parameter tree is big_vision's in its scanned form: all blocks are stacked u
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +14,9 @@ import jax.numpy as jnp
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import matmul
 from rlrr_jax.models.attention import MultiHeadDotProductAttention
+from rlrr_jax.models.blocks import MlpBlock, added, over_depth, rematerialised
 from rlrr_jax.models.matmul import Dense, DenseGeneral
-from rlrr_jax.models.noise import drop_path, drop_path_masks
+from rlrr_jax.models.noise import drop_path_masks
 from rlrr_jax.sides import Size, pair
 
 # Dosovitskiy et al. (2021), table 1; Ti and S as in DeiT and AugReg.
@@ -29,12 +29,13 @@ VARIANTS = {
 }
 
 
+ATTENTION, MLP, MAP = "MultiHeadDotProductAttention_0", "MlpBlock_0", "MAPHead_0"  # names in the tree
 # Attributes that a weight file tells by its arrays.
 PARTS = (
     *("pool", "class_token", "dist_token", "registers"),
     *("pre_norm", "fc_norm", "qk_norm", "projection"),
 )
-CHOSEN = ("depth", "block")  # and what a run chooses
+CHOSEN = ("depth", "block", "position_noise")  # and what a run chooses
 EXAMPLES = tuple(f"{size}/16" for size in VARIANTS)
 
 
@@ -55,62 +56,6 @@ def check_size(model: "ViT", image_size: Size) -> None:
                 f"image size {side} is not divisible by the patch size {patch}: set "
                 f"config.{key} to {max(round(side / patch), 1) * patch}"
             )
-
-
-def activation(gelu: str) -> Callable:
-    """The function of a name: "tanh" and "exact" are forms of GELU, "quick" is CLIP's."""
-    if gelu == "quick":
-        return lambda x: x * nn.sigmoid(1.702 * x)
-    return functools.partial(nn.gelu, approximate=gelu == "tanh")
-
-
-def added(x: jax.Array, branch: jax.Array, rate: Any, keep: jax.Array | None) -> jax.Array:
-    """`x` and a residual branch, parts of which are dropped where `keep` says so; None keeps all."""
-    return x + (branch if keep is None else drop_path(branch, rate, keep))
-
-
-def rematerialised(block: Any, prevent_cse: bool) -> Any:
-    """A block in whose training what Dense layers give is kept, attention and the rest made again."""
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return nn.remat(block, policy=policy, prevent_cse=prevent_cse)
-
-
-def over_depth(block: Any, number: int, unroll: int, remat: bool) -> Any:
-    """The module that applies so many of a block in turn, `(x, rates, keep) -> (x, what each returns)`.
-
-    Args:
-      block: class of a flax module.
-      number: how many; the leading axis of its parameters.
-      unroll: how many each step of the scan contains.
-      remat: whether training computes again what it can, see `rematerialised`.
-    """
-    return nn.scan(
-        rematerialised(block, unroll > 1) if remat else block,
-        variable_axes={True: 0},  # of every collection, also those that somebody's interceptor reads
-        split_rngs={"params": True},
-        in_axes=(0, 0),
-        length=number,
-        unroll=min(unroll, number),
-    )
-
-
-class MlpBlock(nn.Module):
-    """Dense, GELU, Dense."""
-
-    mlp_dim: int
-    gelu: str
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        width = x.shape[-1]
-
-        def hidden(mlp, x):
-            return activation(self.gelu)(Dense(self.mlp_dim, dtype=self.dtype, name="Dense_0")(x))
-
-        # Else the gradient would keep five arrays of this size instead of one.
-        x = nn.remat(hidden, policy=matmul.kept)(self, x)
-        return Dense(width, dtype=self.dtype, name="Dense_1")(x)
 
 
 class Block(nn.Module):
@@ -134,23 +79,24 @@ class Block(nn.Module):
         """What attention gets of the normalised tokens [B, T, D]: a place for a block of one's own."""
         return y
 
+    def attend(self, x, context):
+        """What the tokens [B, t, D] get of all [B, T, D]."""
+        kind = self.attention, self.dtype, self.norm_eps if self.qk_norm else None
+        attention = MultiHeadDotProductAttention(self.num_heads, *kind, name=ATTENTION)
+        return attention(x, context)
+
+    def mlp(self, y):
+        """The MLP of tokens [B, t, D]."""
+        return MlpBlock(self.mlp_dim, self.gelu, self.dtype, name=MLP)(y)
+
     @nn.compact
     def __call__(self, x, rate, keep):
         first, second = (None, None) if keep is None else keep[:, :, : self.tokens]  # or [2, B, 1, 1]
         norm = functools.partial(matmul.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
         y = norm(name="LayerNorm_0")(x)
         y = self.before_attention(y)
-        y = MultiHeadDotProductAttention(
-            self.num_heads,
-            self.attention,
-            self.dtype,
-            self.norm_eps if self.qk_norm else None,
-            name="MultiHeadDotProductAttention_0",
-        )(y[:, : self.tokens], y)
-        x = added(x[:, : self.tokens], y, rate, first)
-        y = norm(name="LayerNorm_1")(x)
-        y = MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
-        x = added(x, y, rate, second)
+        x = added(x[:, : self.tokens], self.attend(y[:, : self.tokens], y), rate, first)
+        x = added(x, self.mlp(norm(name="LayerNorm_1")(x)), rate, second)
         self.sow("blocks", "tokens", x)
         return x, None
 
@@ -217,12 +163,10 @@ class MAPHead(nn.Module):
     def __call__(self, x):
         b, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
-        attention = MultiHeadDotProductAttention(
-            self.num_heads, "xla", self.dtype, name="MultiHeadDotProductAttention_0"
-        )
+        attention = MultiHeadDotProductAttention(self.num_heads, "xla", self.dtype, name=ATTENTION)
         x = attention(jnp.tile(probe.astype(self.dtype), (b, 1, 1)), x)
         y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="LayerNorm_0")(x)
-        return x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name="MlpBlock_0")(y)
+        return x + MlpBlock(self.mlp_dim, self.gelu, self.dtype, name=MLP)(y)
 
 
 class ViT(nn.Module):
@@ -240,6 +184,7 @@ class ViT(nn.Module):
       qk_norm: whether queries and keys pass a LayerNorm.
       first: number of blocks that the input has passed already; it is tokens then.
       until: number of blocks after which tokens are returned; None: logits after all.
+      grid: rows and columns of the patches of tokens that are given, see `first`.
       projection: width of a Dense without bias before the head, as CLIP's; 0 is none.
       block: class of the blocks.
       gelu: "tanh" (the public JAX weights were trained with it), "exact", or "quick" (CLIP).
@@ -275,6 +220,7 @@ class ViT(nn.Module):
     block: type = Block
     first: int = 0
     until: int | None = None
+    grid: tuple | None = None
 
     @nn.compact
     def __call__(self, images, drop_path=0.0, keys=None):
@@ -292,19 +238,10 @@ class ViT(nn.Module):
         gets, `features` [B, D].
         """
         x = images.astype(self.dtype) if self.first else self._tokens(images)
-        options = dict(
-            mlp_dim=self.mlp_dim,
-            num_heads=self.num_heads,
-            gelu=self.gelu,
-            attention=self.attention,
-            norm_eps=self.norm_eps,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            grid=None if self.first else tuple(n // self.patch_size for n in images.shape[1:3]),
-        )
+        grid = self.grid if self.first else tuple(n // self.patch_size for n in images.shape[1:3])
         modes = self.unroll, self.remat, self.drop_path_mode, not self.fc_norm, self.first, self.until
         pooled = {"token": 1, "both": 2}.get(self.pool)
-        kind = pooled, self.block, options
+        kind = pooled, self.block, self.block_options(grid, keys)
         x = Encoder(self.depth, *modes, *kind, name="Transformer")(x, drop_path, keys)
         if self.until:
             return x
@@ -329,9 +266,7 @@ class ViT(nn.Module):
         x = images.astype(self.dtype).reshape(b, h, p, w, p, 3).transpose(0, 1, 3, 2, 4, 5)
         # The same as a convolution of stride p, kernel [p, p, 3, D], but its gradient is one matmul.
         x = DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="embedding")(x)
-        x = x.reshape(b, h * w, self.width)  # [B, h*w, D]
-        position = self.param("pos_embedding", nn.initializers.normal(0.02), (1, h * w, self.width))
-        x = x + position.astype(self.dtype)
+        x = self.placed(x.reshape(b, h * w, self.width))
         tokens = [
             jnp.tile(self.param(name, nn.initializers.zeros, (1, n, self.width)), (b, 1, 1))
             for name, n in self.tokens().items()
@@ -339,6 +274,17 @@ class ViT(nn.Module):
         x = jnp.concatenate([*(token.astype(self.dtype) for token in tokens), x], axis=1)
         x = matmul.in_order(x)
         return self._norm("pre_norm")(x) if self.pre_norm else x
+
+    def placed(self, x):
+        """Patches [B, h*w, D] with what tells where they are."""
+        position = self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        return x + position.astype(self.dtype)
+
+    def block_options(self, grid, keys):
+        """Attributes of the blocks, by name, for patches in rows and columns; keys as in a call."""
+        del keys  # no noise but drop path
+        same = ("mlp_dim", "num_heads", "gelu", "attention", "norm_eps", "qk_norm", "dtype")
+        return {**{name: getattr(self, name) for name in same}, "grid": grid}
 
     def tokens(self) -> dict[str, int]:
         """Names and numbers of the tokens before those of the patches."""
@@ -358,18 +304,30 @@ class ViT(nn.Module):
             return x[:, 0]
         if self.pool == "both":
             return jnp.concatenate([x[:, 0], x[:, 1]], -1) / 2
-        x = x[:, sum(self.tokens().values()) :]
         if self.pool == "avg":
-            return x.mean(1)
+            return x[:, sum(self.tokens().values()) :].mean(1)
+        return self.map_head()(x)[:, 0]
+
+    def map_head(self):
+        """Attention pooling over all tokens."""
         kind = self.mlp_dim, self.num_heads, self.gelu, self.norm_eps, self.dtype
-        return MAPHead(*kind, name="MAPHead_0")(x)[:, 0]
+        return MAPHead(*kind, name=MAP)
 
 
-def part(model: ViT, tree: Any, first: int, until: int | None) -> tuple[ViT, Any]:
-    """The model and tree of a ViT's blocks after the first so many, until a number; None: to logits."""
-    blocks = jax.tree.map(lambda x: x[first:until], tree["Transformer"]["encoderblock"])
-    own = {**tree, "Transformer": {**tree["Transformer"], "encoderblock": blocks}}
-    return model.clone(first=first, until=until), own
+def part(model: ViT, tree: Any, blocks: slice, size: Size | None = None) -> tuple[ViT, Any]:
+    """The model and tree of some of a ViT's blocks; those to the last end in logits.
+
+    Args:
+      model: a ViT.
+      tree: its tree.
+      blocks: the first, and the one after the last.
+      size: size of its images in pixels, where the first blocks are not among them.
+    """
+    own = jax.tree.map(lambda x: x[blocks], tree["Transformer"]["encoderblock"])
+    own = {**tree, "Transformer": {**tree["Transformer"], "encoderblock": own}}
+    first = blocks.start or 0
+    grid = tuple(side // model.patch_size for side in pair(size)) if first and size else None
+    return model.clone(first=first, until=blocks.stop, grid=grid), own
 
 
 Model = ViT

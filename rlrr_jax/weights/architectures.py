@@ -59,6 +59,27 @@ _RESNETS = {f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 15
 _RESNETS |= {
     f"resnetv2_{n}_bit": f"bit_{n}" for n in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")
 }
+# Of rotary positions: DINOv3's and EUPE's, the second with biases of queries and values; others.
+_ROPE_VITS = {
+    f"vit_{size}_patch16_dinov3{qkvb}": f"dinov3_{variant}"
+    for size, variant in (
+        *(("tiny", "t16"), ("small", "s16"), ("small_plus", "s16plus"), ("base", "b16")),
+        *(("large", "l16"), ("huge_plus", "h16plus"), ("7b", "7b16")),
+    )
+    for qkvb in ("", "_qkvb")
+}
+_ROPE_VITS |= {
+    f"vit_pe_core_{size}_patch{patch}_{pixels}": f"pe_core_{size[0]}{patch}"
+    for size, patch, pixels in (
+        *(("tiny", 16, 384), ("small", 16, 384), ("base", 16, 224)),
+        *(("large", 14, 336), ("gigantic", 14, 448)),
+    )
+}
+_ROPE_VITS |= {
+    f"eva02_{size}_patch14_{pixels}": f"eva02_{size[0]}14"
+    for size, large in (("tiny", 336), ("small", 336), ("base", 448), ("large", 448))
+    for pixels in (224, large)
+}
 # SigLIP 2's, which timm has in the same architectures' names.
 _TANH = ("vit_base_patch32_siglip_256", "vit_base_patch32_siglip_gap_256")
 _TANH += ("vit_large_patch16_siglip_512", "vit_large_patch16_siglip_gap_512")
@@ -72,7 +93,8 @@ _QUICK = re.compile(
 )
 # What a refused name has that our models have not.
 _WHY = (
-    (r"_pe_|dinov3|_rope|eva02|_mediumd?_patch14_rope", "rotary positions"),
+    (r"^convnext", "convolutions of each channel alone"),
+    (r"_pe_|dinov3|_rope|eva02|_mediumd?_patch14_rope", "rotary positions of another kind"),
     (r"_rpn_", "norms after its branches"),
     (r"relpos|_rel|^beit", "relative positions in its attention"),
     (r"resnetblur|resnetaa|resnet\w*(aa|blur)", "filters before its strides"),
@@ -85,7 +107,7 @@ _WHY = (
 # Names that look like timm's.
 _LIKE = re.compile(
     r"((\w*vit|deit3?|eva\d*|beit\w*|cait|xcit)_\w*patch\d+\w*|\w*vit_pe_\w+|\w*dinov3\w*|flexivit_\w+"
-    r"|swin\w*_(patch|window)\d\w*|swin(v2|_s3)\w*|(se|eca|gc|sk|wide_|legacy_)*resne[xs]?t\w*)"
+    r"|convnext\w*|swin\w*_(patch|window)\d\w*|swin(v2|_s3)\w*|(se|eca|gc|sk|wide_|legacy_)*resne[xs]?t\w*)"
 )
 
 
@@ -94,7 +116,7 @@ class Architecture(NamedTuple):
 
     Attributes:
       name: the name.
-      variant: our variant; "" for any.
+      variant: our variant; "" for any size.
       gelu: "exact", "tanh" or "quick"; of a ResNet "exact", which it has none of.
       norm_eps: epsilon of LayerNorms.
       num_heads: number of attention heads where it is not the variant's, else None.
@@ -109,6 +131,8 @@ class Architecture(NamedTuple):
 
 def _table() -> dict[str, Architecture]:
     out = {name: Architecture(name, variant) for name, variant in {**_SWINS, **_RESNETS}.items()}
+    for name, variant in _ROPE_VITS.items():
+        out[name] = Architecture(name, variant, "exact", 1e-6 if "eva02" in name else 1e-5)
     for start, (variant, ends) in _VITS.items():
         for name in (start + end for end in ends.split()):
             gelu = "tanh" if name in _TANH else "quick" if "quickgelu" in name else "exact"
@@ -148,6 +172,10 @@ def by_name(text: str, where: str) -> Architecture | None:
             f"{where} is a ResNet of the Caffe kind by its name, which takes steps and colours in "
             f"another way, and is not computed here: take torchvision's"
         )
+    if own := re.match(r"dinov3[-_]vit(s|b|l|h|7b)16(plus)?(?![a-z])", plain):  # as its authors name it
+        variant = f"dinov3_{own[1]}16{own[2] or ''}"
+        found = [x for x in TIMM.values() if x.variant == variant]
+        return found[0] if found else exact(token, where)
     known = [name for name in TIMM if token == name or token.startswith(f"{name}_")]
     if not known:
         return exact(token, where) if _LIKE.fullmatch(token) else None

@@ -50,6 +50,26 @@ OTHERS |= {
     for window, pixels in (("", "7_224"), ("_12", "12_384"))
     if not window or size in ("base", "large")
 }
+# DINOv3's are of its web images (LVD-1689M), under the DINOv3 licence; the smallest is EUPE's.
+OTHERS |= {
+    f"dinov3_{variant}": f"hf:timm/vit_{size}_patch16_dinov3.lvd1689m"
+    for variant, size in (
+        *(("s16", "small"), ("s16plus", "small_plus"), ("b16", "base"), ("l16", "large")),
+        *(("h16plus", "huge_plus"), ("7b16", "7b")),
+    )
+}
+OTHERS["dinov3_t16"] = "hf:timm/vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
+OTHERS |= {
+    f"pe_core_{size[0]}{patch}": f"hf:timm/vit_pe_core_{size}_patch{patch}_{pixels}.fb"
+    for size, patch, pixels in (
+        *(("tiny", 16, 384), ("small", 16, 384), ("base", 16, 224)),
+        *(("large", 14, 336), ("gigantic", 14, 448)),
+    )
+}
+OTHERS |= {
+    f"eva02_{size[0]}14": f"hf:timm/eva02_{size}_patch14_224.mim_in22k"
+    for size in ("tiny", "small", "base", "large")
+}
 
 
 def default_name(variant: str) -> str | None:

@@ -19,8 +19,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 # What file names of timm and of the original code say, where nothing else does.
 _BY_NAME = (
-    (r"vit_large_patch14_clip_\d+\.laion2b", (HALF, HALF)),
-    (r"(^|[^a-z])clip", CLIP),
+    (r"dinov3.*sat493m", ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))),
+    (r"vit_large_patch14_clip_\d+\.laion2b|vit_pe_core", (HALF, HALF)),
+    (r"(^|[^a-z])clip|eva02_\w+_patch14_\d", CLIP),
     (r"(^|[^a-z])(augreg|siglip|orig_in21k|sam_in1k|resnetv2_\d+x\d_bit)", (HALF, HALF)),
     (r"(^|[^a-z])((dino|mae|moco|deit|swin)(v?\d|[^a-z]|$)|resnet\d)", IMAGENET),
 )
@@ -41,6 +42,7 @@ _HF_TYPES = {
     **dict.fromkeys(("vit", "deit", "vit_mae", "vit_msn", "ijepa"), _Type("vit", "gelu", 1e-12)),
     "dinov2": _Type("vit", "gelu", 1e-6),
     "dinov2_with_registers": _Type("vit", "gelu", 1e-6, "bicubic"),  # which antialiases
+    "dinov3_vit": _Type("rope_vit", "gelu", 1e-5),
     "swin": _Type("swin", "gelu", 1e-5),
 }
 for _name, _type in {
@@ -115,7 +117,7 @@ def read(
     activation that is not computed here.
     """
     path, ignore, resized = pathlib.Path(path), given.get("ignore"), given.get("resized")
-    heads = vit.VARIANTS.get(str(variant).partition("/")[0], {}).get("num_heads")
+    heads = models.sizes(variant)["num_heads"] if variant and models.is_vit(variant) else None
     texts = [pathlib.PurePath(name).name.partition("@")[0], path.name]
     if of_jax(path):
         flexible = any("flexivit" in text.lower() for text in texts)
@@ -244,10 +246,14 @@ def _other_hf(said, variant, resized):
         return f"its model_type is {kind}"
     if said.get("num_channels", 3) != 3:
         return f"its num_channels is {said['num_channels']}"
-    if family != "vit":
+    if family not in ("vit", "rope_vit"):
         return None
-    if said.get("use_swiglu_ffn"):
-        return "it has gated MLPs"
+    gated = bool(said.get("use_swiglu_ffn") or said.get("use_gated_mlp"))
+    if gated != models.sizes(variant or "bundled").get("gated", False):
+        return f"it has {'gated' if gated else 'plain'} MLPs"
+    for key, value in {"rope_theta": 100.0, "key_bias": False}.items() if family == "rope_vit" else ():
+        if said.get(key, value) != value:
+            return f"its {key} is {said[key]}"
     if variant in (None, "bundled"):
         return None
     ours = models.sizes(variant)
@@ -296,8 +302,8 @@ def _timm(said, config):
     if "mean" in pixels:
         card = _card(gelu or "exact", pixels, config, config.name)._replace(gelu=gelu)
     heads = model.get("num_heads")
-    if heads is None and found and found.variant.partition("/")[0] in vit.VARIANTS:
-        heads = found.num_heads or vit.VARIANTS[found.variant.partition("/")[0]]["num_heads"]
+    if heads is None and found and found.variant and models.is_vit(found.variant):
+        heads = found.num_heads or models.sizes(found.variant)["num_heads"]
     return card._replace(
         image_size=_size(size and list(size)[1:]),
         pooling=model.get("global_pool", said.get("global_pool")),
@@ -312,7 +318,10 @@ def _hf(said, config):
     """The card of transformers' config.json; pixels are in the processor's file beside it."""
     kind = said.get("model_type")
     default = _HF_TYPES.get(kind, _HF_TYPES["vit"])
-    gelu = _activation(said.get("hidden_act", default.gelu), config)
+    gated = said.get("use_gated_mlp", False)  # by SiLU, whose name stands in place of the GELU's
+    if gated and said.get("hidden_act") != "silu":
+        raise ValueError(f"its gated MLPs have the activation {said.get('hidden_act')}")
+    gelu = "exact" if gated else _activation(said.get("hidden_act", default.gelu), config)
     mean, std = _processor(config)
     size = said.get("image_size")
     eps = _epsilon(said.get("layer_norm_eps", default.eps))

@@ -22,6 +22,7 @@ from rlrr_jax.weights import (
     positions,
     preprocessing,
     resnet_layouts,
+    rope_layouts,
     state_dicts,
     swin_layouts,
     vit_layouts,
@@ -30,6 +31,7 @@ from rlrr_jax.weights import (
 
 LAYOUTS = {
     "vit": vit_layouts,
+    "rope_vit": rope_layouts,
     "swin": swin_layouts,
     "resnet": resnet_layouts,
     models.OTHER: plain_layouts,
@@ -98,13 +100,14 @@ def load(
     whole = model.clone(depth=how.whole) if how.whole else model
     flat, outside = _read(path, subtree, model, _limit(models.shapes(whole, image_size)))
     shapes = layouts.numbered(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes))
+    if how.whole:
+        flat = vit_layouts.first_blocks(flat, model.depth)
     if layouts is vit_layouts:
         _check_variant(path, flat, model, how)
         flat = vit_layouts.with_head(flat, model)
-        if how.whole:
-            flat = vit_layouts.first_blocks(flat, model.depth)
         if how.patch:
             positions.fit_patch(flat, model.patch_size, how, path, note)
+    if isinstance(model, vit.ViT):
         grid = tuple(side // model.patch_size for side in pair(image_size))
         positions.place(flat, grid, how, path, note)
     ours = lambda key: head or not key.startswith("head/")
@@ -142,6 +145,17 @@ def _check_variant(path, flat, model, how):
     )
 
 
+def _check_rope(flat, model, path):
+    """UserError, naming it, if a file with rotary positions is of another variant."""
+    variant = rope_layouts.variant_of(flat) if rope_layouts.of_rope(flat) else None
+    kind = lambda model: (getattr(model, "width", 0), *(getattr(model, key, None) for key in _KIND))
+    if variant and kind(model) != kind(models.build(variant, 1)):
+        raise UserError(f"{path} is of {variant}: set config.model.variant={variant}")
+
+
+_KIND = ("gated", "mlp_norm", "embedded")  # which arrays of two variants differ in
+
+
 def _check_arrays(path, flat, wanted):
     """UserError unless names and shapes are the model's, and all values finite."""
     if problems := differences({k: v.shape for k, v in flat.items()}, wanted):
@@ -156,7 +170,7 @@ def _filled(how, model, path, name):
     if how.mean is not None and how.resize is not None:
         return how
     card = preprocessing.read(path, name, needed=how.mean is None)
-    if models.family_of(model) == "vit" and card.num_heads not in (None, model.num_heads):
+    if isinstance(model, vit.ViT) and card.num_heads not in (None, model.num_heads):
         raise UserError(
             f"{path} has {card.num_heads} attention heads ({card.source}), the model "
             f"{model.num_heads}: build it with num_heads={card.num_heads}"
@@ -174,7 +188,7 @@ def _read(path, subtree, model, limit):
         if family == "resnet":
             return resnet_layouts.from_jax(_read_npz(path, limit), path)
         if family != "vit":
-            raise UserError(f"{path} is no file of a Swin: give a .safetensors file")
+            raise UserError(f"{path} is no file of such a model: give a .safetensors file")
         return vit_layouts.from_jax(_read_npz(path, limit), subtree, path)
     index = path.endswith(state_dicts.INDEX)
     flat = {}
@@ -182,6 +196,9 @@ def _read(path, subtree, model, limit):
         flat |= _read_safetensors(shard, limit)
     if family == models.OTHER:
         return plain_layouts.read(flat), []
+    _check_rope(flat, model, path)
+    if family == "rope_vit":
+        return rope_layouts.from_torch(flat, model, path)
     state_dicts.refuse(flat, path)
     if family != "vit":
         if family == "swin":

@@ -175,19 +175,27 @@ def from_timm(flat: dict, num_heads: int, path: Any) -> tuple:
             else:
                 out |= {f"{block}/{k}": v for k, v in _timm_block(match[2], value, num_heads)}
         else:
-            out |= dict(_timm_outside(key, value, num_heads))
+            out |= dict(timm_outside(key, value, num_heads))
     if "embedding/kernel" in out:  # CLIP's has no bias
         out.setdefault("embedding/bias", np.zeros(out["embedding/kernel"].shape[-1:], np.float32))
     for name in [key for key in out if key.endswith("/query/kernel")]:  # without biases: zeros
         for part in QKV:
             bias = name.replace("query/kernel", f"{part}/bias")
             out.setdefault(bias, np.zeros(out[name].shape[1:], np.float32))
+    return scaled(out, gammas, path), outside
+
+
+def scaled(flat: dict, gammas: dict, path: Any) -> dict:
+    """Arrays by our names, with the LayerScale [D] of a layer's outputs folded into it.
+
+    Raises UserError for one of another width.
+    """
     for name, gamma in gammas.items():
         for key in (f"{name}/kernel", f"{name}/bias"):
-            if key in out and gamma.shape != out[key].shape[-1:]:
+            if key in flat and gamma.shape != flat[key].shape[-1:]:
                 raise UserError(f"{path}: the LayerScale of {name} has the shape {gamma.shape}")
-            out |= {key: out[key] * gamma} if key in out else {}
-    return out, outside
+            flat = {**flat, key: flat[key] * gamma} if key in flat else flat
+    return flat
 
 
 def _check_attention(flat: dict, path: Any) -> None:
@@ -204,8 +212,8 @@ def _check_attention(flat: dict, path: Any) -> None:
         )
 
 
-def _timm_outside(key, value, num_heads):
-    """Our names and arrays of one of timm's that is in no block."""
+def timm_outside(key: str, value: Any, num_heads: int) -> Iterator[tuple]:
+    """Our names and arrays of one of timm's that is in no block; heads are those of a MAP head."""
     if key in _TIMM_LEAVES:
         yield _TIMM_LEAVES[key], value
         return

@@ -35,12 +35,31 @@ def to_timm(params: Any) -> dict:
     A bias of the patch embedding is in the position embedding where timm has none (before a norm).
     """
     flat = numbered(params)
+    out = timm_outside(flat)
+    depth = len({key.split("/")[1] for key in flat if key.startswith("Transformer/encoderblock_")})
+    for i in range(depth):
+        block = f"Transformer/encoderblock_{i}"
+        for part, theirs in (("kernel", "weight"), ("bias", "bias")):
+            out[f"blocks.{i}.attn.qkv.{theirs}"] = timm_rows(flat, f"{block}/{ATTENTION}", part, QKV)
+        for theirs, ours in TIMM_BLOCK.items():
+            if f"{block}/{ours}/bias" in flat:
+                out |= to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
+    return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
+
+
+def timm_outside(flat: dict) -> dict:
+    """What is in no block, by timm's names.
+
+    Args:
+      flat: arrays by our names, with numbered blocks.
+    """
     out = _to_timm_tokens(flat)
     for theirs, ours in TIMM.items():
         if f"{ours}/kernel" in flat or f"{ours}/scale" in flat:
             out |= to_timm_layer(flat, ours, theirs)
     if "pre_norm/scale" in flat:
-        out["pos_embed"] = _plus_bias(out["pos_embed"], out.pop("patch_embed.proj.bias"))
+        bias, first = out.pop("patch_embed.proj.bias"), int("cls" in flat)
+        out["pos_embed"] = _plus_bias(out["pos_embed"], bias, first)
     if "dist" in flat:  # two heads, whose mean ours is
         first, second = np.split(out["head.weight"], 2, axis=1)
         out |= {"head.weight": first, "head_dist.weight": second, "head_dist.bias": out["head.bias"]}
@@ -48,20 +67,12 @@ def to_timm(params: Any) -> dict:
     if f"{pool}/query/kernel" in flat:
         out["attn_pool.latent"] = flat["MAPHead_0/probe"]
         for part, theirs in (("kernel", "weight"), ("bias", "bias")):
-            out[f"attn_pool.q.{theirs}"] = _rows(flat, pool, part, QKV[:1])
-            out[f"attn_pool.kv.{theirs}"] = _rows(flat, pool, part, QKV[1:])
-    depth = len({key.split("/")[1] for key in flat if key.startswith("Transformer/encoderblock_")})
-    for i in range(depth):
-        block = f"Transformer/encoderblock_{i}"
-        for part, theirs in (("kernel", "weight"), ("bias", "bias")):
-            out[f"blocks.{i}.attn.qkv.{theirs}"] = _rows(flat, f"{block}/{ATTENTION}", part, QKV)
-        for theirs, ours in TIMM_BLOCK.items():
-            if f"{block}/{ours}/bias" in flat:
-                out |= to_timm_layer(flat, f"{block}/{ours}", f"blocks.{i}.{theirs}")
-    return {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}
+            out[f"attn_pool.q.{theirs}"] = timm_rows(flat, pool, part, QKV[:1])
+            out[f"attn_pool.kv.{theirs}"] = timm_rows(flat, pool, part, QKV[1:])
+    return out
 
 
-def _rows(flat, attention, part, names):
+def timm_rows(flat: dict, attention: str, part: str, names: tuple) -> np.ndarray:
     """Kernels [n D, D] or biases [n D] of some of query, key and value, as timm has them."""
     heads = [np.asarray(flat[f"{attention}/{name}/{part}"]) for name in names]
     return np.concatenate(
@@ -73,15 +84,17 @@ def _to_timm_tokens(flat):
     """Tokens and position embedding; with registers timm has no positions of tokens."""
     names = {"cls": "cls_token", "dist": "dist_token", "registers": "reg_token"}
     out = {theirs: flat[ours] for ours, theirs in names.items() if ours in flat}
+    if "pos_embedding" not in flat:
+        return out
     position = np.asarray(flat["pos_embedding"])
     rows = 0 if "registers" in flat else sum(x.shape[1] for x in out.values())
     return {**out, "pos_embed": np.pad(position, ((0, 0), (rows, 0), (0, 0)))}
 
 
-def _plus_bias(position, bias):
-    """A position embedding with the patches' bias in the rows of patches: all but the class token's."""
+def _plus_bias(position, bias, first):
+    """A position embedding with the patches' bias in the rows of patches: all behind a number."""
     out = np.array(position)
-    out[:, 1:] += bias
+    out[:, first:] += bias
     return out
 
 

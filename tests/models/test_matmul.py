@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlrr_jax import models
-from rlrr_jax.models import matmul, vit
+from rlrr_jax.models import blocks, matmul
 
 RNG = np.random.default_rng(0)
 PRECISIONS = ("highest", "bfloat16")
@@ -169,7 +169,7 @@ def test_layer_norm_is_flaxs(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_mlp_keeps_what_its_matmul_gives(dtype):
     """Of its hidden values one array, before the activation, not the five that its gradient names."""
-    x, mlp = jnp.asarray(draw(6, 3, 8), dtype), vit.MlpBlock(32, "exact", dtype)
+    x, mlp = jnp.asarray(draw(6, 3, 8), dtype), blocks.MlpBlock(32, "exact", dtype)
     tree = mlp.init(jax.random.key(0), x)
     _, back = jax.vjp(mlp.apply, tree, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(back)]

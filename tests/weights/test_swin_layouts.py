@@ -122,7 +122,7 @@ def test_wrong_files_are_named(tree, tmp_path):
     safetensors.numpy.save_file(vit, path)
     with pytest.raises(UserError, match="holds no Swin Transformer"):
         reader.load(path, model=TINY, image_size=32, how=HOW)
-    with pytest.raises(UserError, match="is no file of a Swin"):
+    with pytest.raises(UserError, match="is no file of such a model: give"):
         reader.load("bundled", model=TINY, image_size=32, how=HOW)
     other = {k.replace("WindowAttention", "x"): v for k, v in swin_layouts.to_timm(tree).items()}
     other["layers.0.blocks.0.attn.relative_position_bias_table"] = np.zeros((9, 1), np.float32)

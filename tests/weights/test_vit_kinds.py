@@ -150,12 +150,14 @@ def test_a_resized_patch_embedding_is_timms_where_it_is_installed(patch):
     np.testing.assert_allclose(ours, theirs.permute(2, 3, 1, 0), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vit_pe_core_tiny_patch16_384", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize("name", ["vit_pe_spatial_base_patch16_512", "vit_small_patch16_rope_224"])
 def test_rotary_positions_that_only_a_name_tells_are_refused(name, tmp_path):
     weights, *_ = named_vits.kind(np.random.default_rng(0), "clip")
     path = tmp_path / f"{name}.safetensors"
     safetensors.numpy.save_file(weights, path)
-    with pytest.raises(UserError, match=f"names {name}, which has rotary positions: .*, take another"):
+    with pytest.raises(
+        UserError, match=f"names {name}, which has rotary positions of another kind: .* another"
+    ):
         preprocessing.read(path)
     path = path.rename(tmp_path / "x.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))

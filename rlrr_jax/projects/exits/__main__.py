@@ -65,7 +65,7 @@ def _check(path: pathlib.Path, card: dict, first: dict) -> None:
             raise UserError(
                 f"{path} is a run with {key}={card[key]}, the first with {first[key]}: give runs alike"
             )
-    if models.family(card["model"]) != "vit":
+    if not models.is_vit(card["model"]):
         raise UserError(f"{path} is a run of {card['model']}: only ViTs have exits, give runs of one")
     if card["accuracy"].get("test_acc") is None:
         raise UserError(f"{path} was never tested (config.protocol=tune): leave it out")

@@ -87,7 +87,7 @@ def apply_each(model: Any, trees: list, heads: Any, at: tuple, *inputs: Any) -> 
     """As `apply`, of a network for each exit: the first blocks of each of E + 1 trees."""
     answers, features = [], []
     for i, (number, tree) in enumerate(zip(at, trees)):
-        first, own = vit.part(model, tree, 0, number)
+        first, own = vit.part(model, tree, slice(number))
         tokens = first.apply({"params": own}, *inputs)
         mine, found = of_one(model, heads, i, tokens)
         answers.append(mine)

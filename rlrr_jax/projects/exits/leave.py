@@ -77,8 +77,9 @@ def stages(exits: Exits) -> list[Stage]:
     crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
     for number, end in enumerate((*exits.at, None)):
         tree, first = (exits.trees[number], 0) if exits.own else (exits.trees[0], begin)
-        part, cut = vit.part(exits.model, tree, first, end)
-        pixels = None if first else (cards.image_size(exits.card), crop_from)
+        size = cards.image_size(exits.card)
+        part, cut = vit.part(exits.model, tree, slice(first, end), size)
+        pixels = None if first else (size, crop_from)
         program = _program(part, exits.model, number, pixels, run["precision"])
         out.append(Stage(program, {"tree": cut, "heads": exits.heads}, not first))
         begin = end
@@ -196,7 +197,8 @@ def flops(model: Any, at: tuple, image_size: Size, own: bool = False) -> np.ndar
     patches = height * width // model.patch_size**2
     tokens, d = patches + sum(model.tokens().values()), model.width
     stem = 2 * patches * 3 * model.patch_size**2 * d
-    block = 2 * tokens * (4 * d * d + 2 * d * model.mlp_dim) + 4 * tokens**2 * d
+    layers = 3 if getattr(model, "gated", False) else 2  # of the MLP
+    block = 2 * tokens * (4 * d * d + layers * d * model.mlp_dim) + 4 * tokens**2 * d
     head, ends = 2 * d * model.num_classes, np.array((*at, model.depth))
     alone = stem + ends * block + head
     return np.cumsum(alone) if own else alone + head * np.arange(len(ends))

@@ -30,7 +30,7 @@ def init(key: jax.Array, frozen: Any) -> dict:
     """Values of each block [L, D], and of its router [L, 3]. Near the identity."""
     del key
     path = stack(frozen)
-    if "pos_embedding" not in frozen:
+    if not {"embedding", "Transformer"} <= frozen.keys():
         raise UserError("it needs the grid of patches of a ViT")
     depth, width = subtree(frozen, path)["LayerNorm_0"]["scale"].shape
     start = dict(k=-5.0, t=math.log(math.e - 1), c=0.05, f=0.0)  # k = 0.007 and t = 1 after softplus

@@ -77,7 +77,9 @@ def multipliers(change: Any, noise: Noise) -> Any:
         keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(noise.keys)
         if STACK in names:
             blocks = jnp.array(numbers[stack_of(names)])
-            one = lambda level, block: _draw(keys, level, block, node["bias"].shape[1:])  # all have one
+            # Of a Dense without a bias, such as DINOv3's key, the outputs are heads.
+            shape = node["bias"].shape[1:] if "bias" in node else node["kernel"].shape[2:]
+            one = lambda level, block, shape=shape: _draw(keys, level, block, shape)
             z = jax.vmap(one)(levels[blocks], blocks)
         else:
             outputs = node["bias"] if "bias" in node else node["kernel"][0]  # CLIP's projection
