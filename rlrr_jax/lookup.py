@@ -18,7 +18,7 @@ from rlrr_jax.errors import UserError, unknown
 
 _METHODS = (
     *("rlrr", "linear", "full", "bitfit", "norm", "last", "ssf", "lora", "dora", "vera", "fact"),
-    *("arc", "repadapter", "apla", "hta", "glora", "difffit", "oft", "pissa"),
+    *("arc", "repadapter", "apla", "hta", "glora", "difffit", "oft", "pissa", "hira"),
 )
 # Kind -> short name -> path:
 #   method     a function `(**options) -> methods.Method`

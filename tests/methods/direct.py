@@ -303,9 +303,23 @@ def pissa(frozen, t, rank=8, targets="query+value"):
     return around
 
 
+def hira(frozen, t, rank=32, targets="query+key+value+out+Dense_0+Dense_1"):
+    """Inputs and outputs rescaled rank by rank, as `rlrr` of that rank."""
+
+    def around(site, block, x, p):
+        y = plain(site, block, x, p)
+        if site not in targets.split("+"):
+            return y
+        down, up = t[site]["down"][block], t[site]["up"][block]
+        kernel = p["kernel"].reshape(len(down), -1)
+        return y + sum(((x * down[:, r]) @ kernel) * up[r] for r in range(rank))
+
+    return around
+
+
 DIRECT = {
     **dict(rlrr=rlrr, linear=linear, full=full, bitfit=replacing, norm=replacing, last=last),
     **dict(ssf=ssf, lora=lora, dora=dora, vera=vera, fact=fact, arc=arc, repadapter=repadapter),
-    **dict(apla=apla, hta=hta, glora=glora, difffit=difffit, oft=oft, pissa=pissa),
+    **dict(apla=apla, hta=hta, glora=glora, difffit=difffit, oft=oft, pissa=pissa, hira=hira),
     "gps": gps,
 }

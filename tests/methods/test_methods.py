@@ -51,6 +51,7 @@ OPTIONS = [
     ("glora", dict(a="none", b="scalar", c="low", d="vector", rank=3)),
     ("oft", dict(block=4, targets="out+Dense_1")),
     ("pissa", dict(rank=3, targets="key+Dense_0")),
+    ("hira", dict(rank=3, targets="query+Dense_1")),
 ]
 QUICK = (0, 5, 12)  # of the options; the others with -m slow
 OPTIONS = [
@@ -78,6 +79,7 @@ CHANGES["repadapter"], CHANGES["pissa"], CHANGES["oft"] = (
     CHANGES["lora"],
     CHANGES["fact"],
 )
+CHANGES["hira"] = CHANGES["fact"]
 CHANGES["glora"] = tuple(x.replace("kernel", k) for x in CHANGES["fact"] for k in ("kernel", "bias"))
 CHANGES["gps"] = ("kernel", "embedding/bias", *(k.replace("kernel", "bias") for k in CHANGES["fact"]))
 CHANGES["difffit"] = ("bias", *CHANGES["norm"], "out/kernel", "Dense_1/kernel")
@@ -105,6 +107,7 @@ COUNTS = {  # on ViT-B/16
     "oft": 12 * (5 * 96 + 384) * 28,
     "gps": 2 * 83_712,  # an entry and a bias of each output: published as 0.21M with a mean head
     "pissa": 294_912,  # as LoRA: what it started from is not trained
+    "hira": 12 * 32 * (4 * 2 * 768 + 2 * 3840),
     "hta": 184_320,  # published as 0.22M with a mean head of 0.04M
 }
 
