@@ -31,6 +31,7 @@ from rlrr_jax.weights import (
     resnet_layouts,
     rope_layouts,
     swin_layouts,
+    swinv2_layouts,
     vit_writers,
 )
 
@@ -53,6 +54,7 @@ LAYOUTS = {
     },
     "rope_vit": {"timm": rope_layouts.to_timm},
     "swin": {"timm": swin_layouts.to_timm},
+    "swinv2": {"timm": swinv2_layouts.to_timm},
     "resnet": {"timm": resnet_layouts.to_timm},
 }
 FOLDERS = {  # formats that are folders, and their files, the weights first
@@ -283,6 +285,13 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     eps = sizes.pop("norm_eps", 1e-6)
     if to == "timm" and models.family(card["model"]) == "resnet":
         return _resnet_advice(card, sizes, out)
+    if to == "timm" and models.family(card["model"]) == "swinv2":
+        (name,) = [x.name for x in architectures.TIMM.values() if x.variant == card["model"]]
+        return (
+            f'timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.create_model("{name}", '
+            f"img_size={card['image_size']}, num_classes={classes}); "
+            f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
+        )
     if to == "timm" and models.family(card["model"]) == "swin":
         return (
             f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.swin_transformer."

@@ -150,7 +150,11 @@ def follow(run: ConfigDict, path: str) -> list[str]:
 def _check_activation(run: ConfigDict, card: preprocessing.Card, has_one: bool) -> None:
     """UserError where nothing says a model's activation, or it is one that its family does not have."""
     name, variant = run.pretrained.name, run.model.variant
-    if not has_one and card.gelu not in (None, "exact") and models.family(variant) == "swin":
+    if (
+        not has_one
+        and card.gelu not in (None, "exact")
+        and models.family(variant) in ("swin", "swinv2")
+    ):
         raise UserError(
             f"{name} has the {card.gelu} GELU ({card.source}), which {variant} has not: take another"
         )

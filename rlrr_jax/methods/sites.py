@@ -15,7 +15,14 @@ DENSE = ("query", "key", "value", "out", "Dense_0", "Dense_1", "gate")
 HEADS = ("query", "key", "value")  # whose outputs are [heads, width of a head]
 _ROLES = {
     **{name: name for name in (*HEADS, "qkv", "out", "embedding")},
-    **{"Dense_0": "mlp_in", "Dense_1": "mlp_out", "gate": "mlp_gate", "reduction": "merge"},
+    **{
+        "cpb_0": "position",
+        "cpb_1": "position",
+        "Dense_0": "mlp_in",
+        "Dense_1": "mlp_out",
+        "gate": "mlp_gate",
+        "reduction": "merge",
+    },
 }
 # Whose layers, norms among them, are in no block.
 _PARENTS = {"patch_embed": "stem", "merge": "merge", "MAPHead_0": "pool"}
@@ -29,7 +36,8 @@ class Site(NamedTuple):
       path: keys that lead to its node.
       role: query, key, value, qkv (the three in one kernel), out, mlp_in, mlp_gate, mlp_out, merge (of
         patches), norm, embedding, conv, stem (where a Swin begins), pool (of a MAP head), dense
-        (elsewhere); stem_norm, merge_norm, pool_norm and conv_norm.
+        (elsewhere), position (of what computes a position bias); stem_norm, merge_norm, pool_norm and
+        conv_norm.
       depth: L, if the layers of several blocks are stacked here, else None.
       inputs: number of inputs of one layer, heads flattened; 1 of a norm.
       outputs: number of outputs of one layer, heads flattened.

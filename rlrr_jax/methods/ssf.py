@@ -43,6 +43,6 @@ def _paths(frozen: Any) -> list[tuple[str, ...]]:
 
     The latter is as in its authors' code. Of attention's, those without a bias are scaled.
     """
-    left_out, heads = ("merge", "pool", "pool_norm"), ("query", "key", "value")
+    left_out, heads = ("merge", "pool", "pool_norm", "position"), ("query", "key", "value")
     every = [site for site in sites(frozen) if site.role not in left_out]
     return [site.path for site in every if site.bias or site.role in heads]

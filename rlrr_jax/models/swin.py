@@ -21,6 +21,7 @@ from rlrr_jax.models.matmul import Dense, DenseGeneral
 from rlrr_jax.models.noise import drop_path_masks
 from rlrr_jax.sides import Size, pair
 
+ATTENTION = "WindowAttention_0"  # name in a block
 # Liu et al. (2021), section 3.3.
 VARIANTS = {
     "t": dict(width=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
@@ -48,7 +49,7 @@ def default_size(variant: str) -> int:
     return 32 * (parse_variant(variant) or {"window": 7})["window"]
 
 
-def check_size(model: "Swin", image_size: Size) -> None:
+def check_size(model: Any, image_size: Size) -> None:
     """Raises UserError if windows do not fill an image, or if it is no square."""
     height, width = pair(image_size)
     if height != width:
@@ -164,23 +165,31 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, rate, keep):
         first, second = (None, None) if keep is None else keep
-        b, tokens, width = x.shape
         norm = functools.partial(matmul.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
-        y = norm(name="LayerNorm_0")(x).reshape(b, self.grid, self.grid, width)
+        x = added(x, self.attended(norm(name="LayerNorm_0")(x)), rate, first)
+        return added(x, self.mlp(norm(name="LayerNorm_1")(x)), rate, second)
+
+    def attention(self):
+        """What attends within windows."""
+        return WindowAttention(self.num_heads, self.window, self.dtype, name=ATTENTION)
+
+    def attended(self, x):
+        """What tokens [B, h*w, C] get of those of their windows."""
+        y = x.reshape(len(x), self.grid, self.grid, -1)
         mask = shift_mask(self.grid, self.window, self.shift) if self.shift else None
         y = windows(jnp.roll(y, (-self.shift,) * 2, (1, 2)), self.window)
-        attention = WindowAttention(self.num_heads, self.window, self.dtype, name="WindowAttention_0")
-        y = unwindowed(attention(y, mask), self.grid, self.window)
-        y = jnp.roll(y, (self.shift,) * 2, (1, 2)).reshape(b, tokens, width)
-        x = added(x, y, rate, first)
-        y = norm(name="LayerNorm_1")(x)
-        y = MlpBlock(4 * width, self.gelu, self.dtype, name="MlpBlock_0")(y)
-        return added(x, y, rate, second)
+        y = unwindowed(self.attention()(y, mask), self.grid, self.window)
+        return jnp.roll(y, (self.shift,) * 2, (1, 2)).reshape(x.shape)
+
+    def mlp(self, x):
+        """The MLP of tokens [B, h*w, C]."""
+        return MlpBlock(4 * x.shape[-1], self.gelu, self.dtype, name="MlpBlock_0")(x)
 
 
 class Pair(nn.Module):
     """A plain and a shifted block, as the body of a scan over the pairs of a stage."""
 
+    kind: type
     block: dict
 
     @nn.compact
@@ -189,7 +198,7 @@ class Pair(nn.Module):
         for i, (name, shift) in enumerate({"plain": 0, "shifted": window // 2}.items()):
             shift = shift if window < grid else 0
             kept = None if keep is None else keep[i]
-            x = Block(**self.block, shift=shift, name=name)(x, rates[i], kept)
+            x = self.kind(**self.block, shift=shift, name=name)(x, rates[i], kept)
         return x, None
 
 
@@ -212,20 +221,23 @@ class Stage(nn.Module):
     depth: int
     unroll: int
     remat: bool
-    merges: bool
+    kind: type
+    merging: type | None
     block: dict
 
     @nn.compact
     def __call__(self, x, rates, keep):
         pairs = self.depth // 2
-        blocks = over_depth(Pair, pairs, self.unroll, self.remat)(self.block, name="encoderblock")
+        blocks = over_depth(Pair, pairs, self.unroll, self.remat)(
+            self.kind, self.block, name="encoderblock"
+        )
         halve = lambda x: x.reshape(pairs, 2, *x.shape[1:])
         x, _ = blocks(x, halve(rates), None if keep is None else halve(keep))
-        if not self.merges:
+        if self.merging is None:
             return x
         grid = self.block["grid"]
         norm = self.block["norm_eps"], self.block["dtype"]
-        x = PatchMerging(*norm, name="merge")(x.reshape(len(x), grid, grid, -1))
+        x = self.merging(*norm, name="merge")(x.reshape(len(x), grid, grid, -1))
         return x.reshape(len(x), -1, x.shape[-1])
 
 
@@ -283,7 +295,7 @@ class Swin(nn.Module):
         x = PatchEmbed(self.width, self.norm_eps, self.dtype, name="patch_embed")(x)
         x = x.reshape(b, h * h, self.width)
         rates = jnp.linspace(0.0, 1.0, sum(self.depths)) * drop_path
-        first = 0
+        first, (kind, merging) = 0, self.kinds()
         for stage, (depth, heads, grid) in enumerate(zip(self.depths, self.num_heads, sides)):
             block = dict(
                 grid=grid,
@@ -292,12 +304,13 @@ class Swin(nn.Module):
                 gelu=self.gelu,
                 norm_eps=self.norm_eps,
                 dtype=self.dtype,
+                **self.block_options(stage),
             )
             mine = rates[first : first + depth]
             mode = self.drop_path_mode
             keep = None if keys is None else drop_path_masks(keys, mine, x.shape[1:], mode, first)
-            merges = stage + 1 < len(self.depths)
-            modes = self.unroll, self.remat, merges, block
+            last = stage + 1 == len(self.depths)
+            modes = self.unroll, self.remat, kind, None if last else merging, block
             x = Stage(depth, *modes, name=f"stage_{stage}")(x, mine, keep)
             first += depth
         x = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(x)
@@ -307,6 +320,15 @@ class Swin(nn.Module):
         self.sow("pre_logits", "features", x)
         head = nn.Dense(self.num_classes, dtype=high, kernel_init=nn.initializers.zeros, name="head")
         return head(x)
+
+    def kinds(self):
+        """Classes of blocks and of what merges patches."""
+        return Block, PatchMerging
+
+    def block_options(self, stage):
+        """More attributes of the blocks of a stage."""
+        del stage
+        return {}
 
 
 Model = Swin

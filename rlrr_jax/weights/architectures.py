@@ -55,6 +55,15 @@ _SWINS = {
     "swin_base_patch4_window12_384": "swin_b_12",
     "swin_large_patch4_window12_384": "swin_l_12",
 }
+_SWINS |= {
+    f"swinv2_{size}_window{name}": f"swinv2_{size[0]}{ours}"
+    for name, ours, sizes in (
+        *(("8_256", "", "tiny small base"), ("16_256", "_16", "tiny small base")),
+        *(("12_192", "_12", "base large"), ("12to16_192to256", "_12to16", "base large")),
+        ("12to24_192to384", "_12to24", "base large"),
+    )
+    for size in sizes.split()
+}
 _RESNETS = {f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 _RESNETS |= {
     f"resnetv2_{n}_bit": f"bit_{n}" for n in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")
@@ -100,7 +109,7 @@ _WHY = (
     (r"resnetblur|resnetaa|resnet\w*(aa|blur)", "filters before its strides"),
     (r"_radio|intern300m", "no last norm"),
     (r"_xp_|parallel|_p[wl]ee|18x2", "parallel branches"),
-    (r"^swinv2", "cosine attention"),
+    (r"^swinv2_cr", "another order of norms and positions"),
     (r"^(se|eca|gc|sk)resne", "attention over channels"),
     (r"resnet\d+[cdst]\b|resnet\d+[cdst]_", "another stem"),
 )

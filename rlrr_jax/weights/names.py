@@ -50,6 +50,17 @@ OTHERS |= {
     for window, pixels in (("", "7_224"), ("_12", "12_384"))
     if not window or size in ("base", "large")
 }
+OTHERS |= {
+    f"swinv2_{size[0]}{ours}": f"hf:timm/swinv2_{size}_window{name}"
+    for name, ours, sizes in (
+        ("8_256.ms_in1k", "", ("tiny", "small", "base")),
+        ("16_256.ms_in1k", "_16", ("tiny", "small", "base")),
+        ("12_192.ms_in22k", "_12", ("base", "large")),
+        ("12to16_192to256.ms_in22k_ft_in1k", "_12to16", ("base", "large")),
+        ("12to24_192to384.ms_in22k_ft_in1k", "_12to24", ("base", "large")),
+    )
+    for size in sizes
+}
 # DINOv3's are of its web images (LVD-1689M), under the DINOv3 licence; the smallest is EUPE's.
 OTHERS |= {
     f"dinov3_{variant}": f"hf:timm/vit_{size}_patch16_dinov3.lvd1689m"

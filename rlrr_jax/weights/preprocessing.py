@@ -44,6 +44,7 @@ _HF_TYPES = {
     "dinov2_with_registers": _Type("vit", "gelu", 1e-6, "bicubic"),  # which antialiases
     "dinov3_vit": _Type("rope_vit", "gelu", 1e-5),
     "swin": _Type("swin", "gelu", 1e-5),
+    "swinv2": _Type("swinv2", "gelu", 1e-5),
 }
 for _name, _type in {
     **dict.fromkeys(
@@ -246,6 +247,8 @@ def _other_hf(said, variant, resized):
         return f"its model_type is {kind}"
     if said.get("num_channels", 3) != 3:
         return f"its num_channels is {said['num_channels']}"
+    if family == "swinv2" and variant:
+        return _other_windows(said, models.sizes(variant), variant)
     if family not in ("vit", "rope_vit"):
         return None
     gated = bool(said.get("use_swiglu_ffn") or said.get("use_gated_mlp"))
@@ -266,6 +269,17 @@ def _other_hf(said, variant, resized):
     ratio = said.get("mlp_ratio")
     if ratio is not None and ratio * ours["width"] != ours["mlp_dim"]:
         return f"its mlp_ratio is {ratio}, that of {variant} {ours['mlp_dim'] / ours['width']:g}"
+    return None
+
+
+def _other_windows(said, ours, variant):
+    """What tells that a Swin V2 has other windows, which its arrays do not show, else None."""
+    before = ours.get("pretrained_window", 0)
+    wanted = {"window_size": ours["window"]}
+    wanted["pretrained_window_sizes"] = [min(before, 4 * before >> stage) for stage in range(4)]
+    for key, value in wanted.items():
+        if key in said and said[key] != value:
+            return f"its {key} is {said[key]}, that of {variant} {value}"
     return None
 
 
@@ -325,7 +339,7 @@ def _hf(said, config):
     mean, std = _processor(config)
     size = said.get("image_size")
     eps = _epsilon(said.get("layer_norm_eps", default.eps))
-    heads = said.get("num_heads" if kind == "swin" else "num_attention_heads", 12)
+    heads = said.get("num_heads" if kind in ("swin", "swinv2") else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),
         image_size=_size(size),

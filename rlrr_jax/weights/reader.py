@@ -25,6 +25,7 @@ from rlrr_jax.weights import (
     rope_layouts,
     state_dicts,
     swin_layouts,
+    swinv2_layouts,
     vit_layouts,
     vit_transformers,
 )
@@ -32,6 +33,7 @@ from rlrr_jax.weights import (
 LAYOUTS = {
     "vit": vit_layouts,
     "rope_vit": rope_layouts,
+    "swinv2": swinv2_layouts,
     "swin": swin_layouts,
     "resnet": resnet_layouts,
     models.OTHER: plain_layouts,
@@ -201,8 +203,8 @@ def _read(path, subtree, model, limit):
         return rope_layouts.from_torch(flat, model, path)
     state_dicts.refuse(flat, path)
     if family != "vit":
-        if family == "swin":
-            return swin_layouts.from_torch(flat, path)
+        if family in ("swin", "swinv2"):
+            return LAYOUTS[family].from_torch(flat, path)
         return resnet_layouts.from_torch(flat, model.bit, path)
     read = vit_layouts.from_timm
     if vit_transformers.of_transformers(flat):

@@ -22,7 +22,7 @@ _ATTENTION, _MLP = "WindowAttention_0", "MlpBlock_0"
 _TABLE = "relative_position_bias_table"
 _KINDS = ("plain", "shifted")
 # Our name of what timm calls `layers.<s>.blocks.<j>.<name>`.
-_BLOCK = {
+BLOCK = {
     "norm1": "LayerNorm_0",
     "attn.qkv": f"{_ATTENTION}/qkv",
     "attn.proj": f"{_ATTENTION}/out",
@@ -30,7 +30,7 @@ _BLOCK = {
     "mlp.fc1": f"{_MLP}/Dense_0",
     "mlp.fc2": f"{_MLP}/Dense_1",
 }
-_REST = {
+REST = {
     "patch_embed.proj": "patch_embed/proj",
     "patch_embed.norm": "patch_embed/norm",
     "norm": "norm",
@@ -51,7 +51,7 @@ _HF = (
         r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.attention\.self\.(query|key|value)",
         r"layers.\1.blocks.\2.attn.\3",
     ),
-    (r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.attention\.self", r"layers.\1.blocks.\2.attn"),
+    (r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.attention\.self(.*)", r"layers.\1.blocks.\2.attn\3"),
     (
         r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.attention\.output\.dense",
         r"layers.\1.blocks.\2.attn.proj",
@@ -116,13 +116,13 @@ def from_torch(flat: dict, path: Any) -> tuple:
             if match[3] == f"attn.{_TABLE}":
                 out[f"{block}/{_ATTENTION}/{_TABLE}"] = value
             else:
-                out |= {f"{block}/{k}": v for k, v in timm_layer(match[3], value, _BLOCK)}
+                out |= {f"{block}/{k}": v for k, v in timm_layer(match[3], value, BLOCK)}
         elif match := re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", key):
             stage = f"stage_{int(match[1]) - newer}/merge"
             known = {"norm": f"{stage}/norm", "reduction": f"{stage}/reduction"}
             out |= dict(timm_layer(match[2], value, known))
         else:
-            out |= dict(timm_layer(key, value, _REST))
+            out |= dict(timm_layer(key, value, REST))
     for key in [key for key in out if key.endswith("/reduction/kernel")]:  # which public files have not
         out.setdefault(key.replace("kernel", "bias"), np.zeros(out[key].shape[1:], np.float32))
     return out, outside
@@ -137,15 +137,21 @@ def _from_transformers(flat):
     """Arrays by timm's names, of transformers'; others stay as they are."""
     if not of_transformers(flat):
         return flat
+    named = renamed({key.removeprefix("swin."): value for key, value in flat.items()})
+    return join_thirds(named, r"(layers\.\d+\.blocks\.\d+\.attn)")
+
+
+def renamed(flat: dict) -> dict:
+    """Arrays of transformers' by timm's names, query, key and value apart."""
     named = {}
     for key, value in flat.items():
-        stem, _, part = key.removeprefix("swin.").rpartition(".")
+        stem, _, part = key.rpartition(".")
         for pattern, theirs in _HF:
             if match := re.fullmatch(pattern, stem):
                 stem = match.expand(theirs)
                 break
         named[f"{stem}.{part}"] = value
-    return join_thirds(named, r"(layers\.\d+\.blocks\.\d+\.attn)")
+    return named
 
 
 def to_timm(params: Any) -> dict:
@@ -156,13 +162,13 @@ def to_timm(params: Any) -> dict:
     """
     flat = numbered(params)
     out = {}
-    for theirs, ours in _REST.items():
+    for theirs, ours in REST.items():
         out |= to_timm_layer(flat, ours, theirs) if theirs != "head" else {}  # its older name
     for key, table in flat.items():
         if match := re.fullmatch(rf"stage_(\d+)/block_(\d+)/{_ATTENTION}/{_TABLE}", key):
             block = f"layers.{match[1]}.blocks.{match[2]}"
             out[f"{block}.attn.{_TABLE}"] = table
-            for theirs, ours in _BLOCK.items():
+            for theirs, ours in BLOCK.items():
                 ours = f"stage_{match[1]}/block_{match[2]}/{ours}"
                 out |= to_timm_layer(flat, ours, f"{block}.{theirs}")
         elif match := re.fullmatch(r"stage_(\d+)/merge/reduction/kernel", key):
