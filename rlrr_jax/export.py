@@ -27,6 +27,7 @@ from rlrr_jax.models import vit
 from rlrr_jax.results import model_card, tables
 from rlrr_jax.weights import (
     architectures,
+    convnext_layouts,
     reader,
     resnet_layouts,
     rope_layouts,
@@ -56,6 +57,7 @@ LAYOUTS = {
     "swin": {"timm": swin_layouts.to_timm},
     "swinv2": {"timm": swinv2_layouts.to_timm},
     "resnet": {"timm": resnet_layouts.to_timm},
+    "convnext": {"timm": convnext_layouts.to_timm},
 }
 FOLDERS = {  # formats that are folders, and their files, the weights first
     "hub": (model_card.FILE, model_card.NAME),
@@ -285,11 +287,12 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     eps = sizes.pop("norm_eps", 1e-6)
     if to == "timm" and models.family(card["model"]) == "resnet":
         return _resnet_advice(card, sizes, out)
-    if to == "timm" and models.family(card["model"]) == "swinv2":
+    if to == "timm" and models.family(card["model"]) in ("swinv2", "convnext"):
         (name,) = [x.name for x in architectures.TIMM.values() if x.variant == card["model"]]
+        size = f", img_size={card['image_size']}" if models.family(card["model"]) == "swinv2" else ""
         return (
-            f'timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.create_model("{name}", '
-            f"img_size={card['image_size']}, num_classes={classes}); "
+            f'timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.create_model("{name}"'
+            f"{size}, num_classes={classes}); "
             f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
         )
     if to == "timm" and models.family(card["model"]) == "swin":

@@ -138,7 +138,12 @@ def _init(key, frozen, v):
             node, kind = subtree(frozen, site.path), site.role.rpartition("_")[2]
             start = {"norm": _affine, "embedding": _affine, "conv": _conv}.get(kind)
             start = start or functools.partial(_dense if site.depth else _single, site.path[-1])
-            flat[site.path] = start(jax.random.fold_in(key, i), node, v)
+            own = jax.random.fold_in(key, i)
+            if start is _conv and site.depth:  # of each channel alone
+                make = jax.vmap(lambda key, node: _conv(key, node, v))
+                flat[site.path] = make(jax.random.split(own, site.depth), node)
+            else:
+                flat[site.path] = start(own, node, v)
     return unflatten_dict(flat)
 
 
@@ -239,8 +244,10 @@ def _merge(frozen, adapter, v, stacked=False):
     if not adapter.keys() & {"scale_in", "scale_out"}:
         inner = lambda k, x: _merge(x, adapter[k], v, stacked or k == STACK)
         return {k: inner(k, x) if k in adapter else x for k, x in frozen.items()}
-    if not stacked and frozen["kernel"].ndim == 4:
-        return {"kernel": _convolved(frozen["kernel"], adapter, v), **_moved(frozen, adapter)}
+    if frozen["kernel"].ndim == 4 + stacked:  # of each block, where it is of each channel alone
+        convolved = lambda kernel, adapter: _convolved(kernel, adapter, v)
+        convolved = jax.vmap(convolved) if stacked else convolved
+        return {"kernel": convolved(frozen["kernel"], adapter), **_moved(frozen, adapter)}
     if not stacked:
         nodes = jax.tree.map(lambda x: x[None], (frozen, adapter))
         return jax.tree.map(lambda x: x[0], _merge(*nodes, v, True))

@@ -102,7 +102,9 @@ def dense(frozen: Any, names: Iterable[str] = DENSE) -> dict[str, Site]:
     several = len(block_numbers(frozen)) > 1
     if not any(found.values()):
         raise UserError("it changes Dense layers of Transformer blocks, which this model has not")
-    return {_name(site, name, several): site for name in names for site in found[name]}
+    if not (chosen := [(name, site) for name in names for site in found[name]]):
+        raise UserError(f"it changes {'+'.join(names)}, of which this model has none")
+    return {_name(site, name, several): site for name, site in chosen}
 
 
 def _name(site: Site, name: str, several: bool) -> str:

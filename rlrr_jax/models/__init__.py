@@ -13,13 +13,14 @@ import jax
 
 from rlrr_jax import backend, lookup
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.models import matmul, resnet, rope_vit, swin, swinv2, vit
+from rlrr_jax.models import convnext, matmul, resnet, rope_vit, swin, swinv2, vit
 from rlrr_jax.sides import Size, pair
 
 # The bundled model, see tools/make_bundled.py.
 BUNDLED = dict(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8)
 # A variant, or a model, is of the first that knows it.
 FAMILIES = {"rope_vit": rope_vit, "vit": vit, "swinv2": swinv2, "swin": swin, "resnet": resnet}
+FAMILIES |= {"convnext": convnext}
 OTHER = "other"  # the family of a network that is a subclass of none of them
 
 

@@ -55,6 +55,7 @@ _SWINS = {
     "swin_base_patch4_window12_384": "swin_b_12",
     "swin_large_patch4_window12_384": "swin_l_12",
 }
+_CONVNEXTS = {f"convnext_{size}": f"convnext_{size[0]}" for size in ("tiny", "small", "base", "large")}
 _SWINS |= {
     f"swinv2_{size}_window{name}": f"swinv2_{size[0]}{ours}"
     for name, ours, sizes in (
@@ -102,7 +103,7 @@ _QUICK = re.compile(
 )
 # What a refused name has that our models have not.
 _WHY = (
-    (r"^convnext", "convolutions of each channel alone"),
+    (r"^convnextv2", "global response norms"),
     (r"_pe_|dinov3|_rope|eva02|_mediumd?_patch14_rope", "rotary positions of another kind"),
     (r"_rpn_", "norms after its branches"),
     (r"relpos|_rel|^beit", "relative positions in its attention"),
@@ -139,7 +140,10 @@ class Architecture(NamedTuple):
 
 
 def _table() -> dict[str, Architecture]:
-    out = {name: Architecture(name, variant) for name, variant in {**_SWINS, **_RESNETS}.items()}
+    out = {
+        name: Architecture(name, variant)
+        for name, variant in {**_SWINS, **_RESNETS, **_CONVNEXTS}.items()
+    }
     for name, variant in _ROPE_VITS.items():
         out[name] = Architecture(name, variant, "exact", 1e-6 if "eva02" in name else 1e-5)
     for start, (variant, ends) in _VITS.items():
@@ -181,8 +185,12 @@ def by_name(text: str, where: str) -> Architecture | None:
             f"{where} is a ResNet of the Caffe kind by its name, which takes steps and colours in "
             f"another way, and is not computed here: take torchvision's"
         )
-    if own := re.match(r"dinov3[-_]vit(s|b|l|h|7b)16(plus)?(?![a-z])", plain):  # as its authors name it
-        variant = f"dinov3_{own[1]}16{own[2] or ''}"
+    # As the authors of DINOv3 name theirs.
+    own = re.match(
+        r"dinov3[-_](?:vit(s|b|l|h|7b)16(plus)?|(convnext)[-_](tiny|small|base|large))(?![a-z])", plain
+    )
+    if own:
+        variant = f"{own[3]}_{own[4][0]}" if own[3] else f"dinov3_{own[1]}16{own[2] or ''}"
         found = [x for x in TIMM.values() if x.variant == variant]
         return found[0] if found else exact(token, where)
     known = [name for name in TIMM if token == name or token.startswith(f"{name}_")]

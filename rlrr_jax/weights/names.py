@@ -61,6 +61,10 @@ OTHERS |= {
     )
     for size in sizes
 }
+OTHERS |= {
+    f"convnext_{size[0]}": f"hf:timm/convnext_{size}.fb_in22k"
+    for size in ("tiny", "small", "base", "large")
+}
 # DINOv3's are of its web images (LVD-1689M), under the DINOv3 licence; the smallest is EUPE's.
 OTHERS |= {
     f"dinov3_{variant}": f"hf:timm/vit_{size}_patch16_dinov3.lvd1689m"

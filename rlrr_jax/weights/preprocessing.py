@@ -23,7 +23,7 @@ _BY_NAME = (
     (r"vit_large_patch14_clip_\d+\.laion2b|vit_pe_core", (HALF, HALF)),
     (r"(^|[^a-z])clip|eva02_\w+_patch14_\d", CLIP),
     (r"(^|[^a-z])(augreg|siglip|orig_in21k|sam_in1k|resnetv2_\d+x\d_bit)", (HALF, HALF)),
-    (r"(^|[^a-z])((dino|mae|moco|deit|swin)(v?\d|[^a-z]|$)|resnet\d)", IMAGENET),
+    (r"(^|[^a-z])((dino|mae|moco|deit|swin|convnext)(v?\d|[^a-z]|$)|resnet\d)", IMAGENET),
 )
 _ACTIVATIONS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "gelu_pytorch_tanh": "tanh"}
 _ACTIVATIONS |= {"gelu_new": "tanh", "quick_gelu": "quick"}
@@ -45,6 +45,7 @@ _HF_TYPES = {
     "dinov3_vit": _Type("rope_vit", "gelu", 1e-5),
     "swin": _Type("swin", "gelu", 1e-5),
     "swinv2": _Type("swinv2", "gelu", 1e-5),
+    **dict.fromkeys(("convnext", "dinov3_convnext"), _Type("convnext", "gelu", 1e-6)),
 }
 for _name, _type in {
     **dict.fromkeys(
@@ -338,7 +339,8 @@ def _hf(said, config):
     gelu = "exact" if gated else _activation(said.get("hidden_act", default.gelu), config)
     mean, std = _processor(config)
     size = said.get("image_size")
-    eps = _epsilon(said.get("layer_norm_eps", default.eps))
+    # Of a ConvNeXt it is the last norm's alone there, and of another size than in the original.
+    eps = default.eps if kind == "convnext" else _epsilon(said.get("layer_norm_eps", default.eps))
     heads = said.get("num_heads" if kind in ("swin", "swinv2") else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),

@@ -17,6 +17,7 @@ from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
 from rlrr_jax.sides import Size, pair
 from rlrr_jax.weights import (
+    convnext_layouts,
     names,
     plain_layouts,
     positions,
@@ -36,6 +37,7 @@ LAYOUTS = {
     "swinv2": swinv2_layouts,
     "swin": swin_layouts,
     "resnet": resnet_layouts,
+    "convnext": convnext_layouts,
     models.OTHER: plain_layouts,
 }  # of each family of models
 
@@ -203,7 +205,7 @@ def _read(path, subtree, model, limit):
         return rope_layouts.from_torch(flat, model, path)
     state_dicts.refuse(flat, path)
     if family != "vit":
-        if family in ("swin", "swinv2"):
+        if family in ("swin", "swinv2", "convnext"):
             return LAYOUTS[family].from_torch(flat, path)
         return resnet_layouts.from_torch(flat, model.bit, path)
     read = vit_layouts.from_timm
