@@ -17,7 +17,7 @@ from flags import xla_flags
 from hub import serve
 from PIL import Image
 
-from rlrr_jax import adapters, cards, export
+from rlrr_jax import adapters, cards, elsewhere, export
 from rlrr_jax.data import store
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import model_card
@@ -305,13 +305,13 @@ def of_other_habits(run, **model):
 def test_what_another_library_does_otherwise_is_said(run, tmp_path):
     adapter = of_other_habits(run, gelu="quick", norm_eps=1e-5)
     for to in ("big_vision", "vit_jax"):
-        said = export.advice(to, adapter, "x.npz")
+        said = elsewhere.advice(to, adapter, "x.npz")
         assert "has the quick GELU: change nn.gelu(x) there to x * nn.sigmoid(1.702 * x)" in said
         assert "its LayerNorms have epsilon=1e-05: change nn.LayerNorm() there" in said
     files = export.transformers_files(adapter)
     assert files["config.json"]["hidden_act"] == "quick_gelu"
     assert files["config.json"]["layer_norm_eps"] == 1e-5
-    plain = export.advice("big_vision", adapters.read(run / "adapter.safetensors"), "x.npz")
+    plain = elsewhere.advice("big_vision", adapters.read(run / "adapter.safetensors"), "x.npz")
     assert "GELU" not in plain and "epsilon" not in plain
 
 

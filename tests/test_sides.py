@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from rlrr_jax import adapters, export, models, predict, sides, suite
+from rlrr_jax import adapters, elsewhere, export, models, predict, sides, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import decoding, resize
 from rlrr_jax.errors import UserError
@@ -67,7 +67,7 @@ def test_a_run_its_adapter_and_its_file(tmp_path, monkeypatch):
     ((_, probabilities, why),) = predict.predict(tuned, [picture])
     assert why is None and probabilities.sum() == pytest.approx(1, abs=1e-5)
     assert export.export(adapter, "timm", tmp_path / "x.safetensors") < 1e-4
-    assert "img_size=(32, 48)" in export.advice("timm", adapter, "x.safetensors")
+    assert "img_size=(32, 48)" in elsewhere.advice("timm", adapter, "x.safetensors")
     export.export(adapter, "hub", tmp_path / "hub")
     assert "| images | 32 x 48 pixels" in (tmp_path / "hub/README.md").read_text()
     files = export.transformers_files(adapter)

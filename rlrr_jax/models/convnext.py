@@ -69,13 +69,14 @@ class Depthwise(nn.Module):
 
 
 def _convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    how = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1])
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", **how)
+    how: Any = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1])
+    out: jax.Array = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", **how)
+    return out
 
 
 def _shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The same as 49 products: XLA's own takes fifteen times as long on CPUs."""
-    (b, h, w, width), out = x.shape, 0.0
+    (b, h, w, width), out = x.shape, jnp.zeros_like(x)
     padded = jnp.pad(x, ((0, 0), (3, 3), (3, 3), (0, 0)))
     for i in range(7):
         for j in range(7):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, cards, export, files, methods, models
+from rlrr_jax import adapters, cards, elsewhere, export, files, methods, models
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 from rlrr_jax.projects.peft import layers
@@ -71,7 +71,7 @@ def write(adapter: Adapter, folder: Any, base: Any = None, **where: Any) -> str:
             {**backbone.frozen, "head": adapter.trainable["head"]}
         )
         files.write(base, safetensors.numpy.save(state, metadata={"format": "pt"}))
-    advice = export.advice("timm", adapter, base or "BACKBONE.safetensors")
+    advice = elsewhere.advice("timm", adapter, base or "BACKBONE.safetensors")
     print(f"{folder}: {kind} of rank {rank}; read back, its logits differ by at most {difference:.1g}")
     return f"{advice}; model = peft.PeftModel.from_pretrained(model, {str(folder)!r})"
 
