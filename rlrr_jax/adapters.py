@@ -176,19 +176,25 @@ def backbone(
     """
     adapter = adapter if isinstance(adapter, Adapter) else read(adapter)
     run, how = adapter.run, cards.how(adapter.card)
-    try:
-        if weights:
-            path, sha256 = names.fetch(weights, cache_dir)
-        else:
-            path, sha256 = _named_by_card(adapter.card, cache_dir, fetch)
-    except UserError as e:
-        raise UserError(f"{e} (the adapter's backbone; --weights names another place of it)") from e
+    path, sha256 = located(adapter, weights, cache_dir, fetch)
     if how["subtree"] and path.endswith(".npz"):
         path = f"{path}:{how['subtree']}"
     how["subtree"] = cards.subtree(path)
     model = models.build(run.model.variant, 1, **run_model.architecture(run))
     _check_backbone(adapter.card, sha256, how, path)
     return Backbone(run_model.load_weights(run, path, model), sha256, how)
+
+
+def located(
+    adapter: Adapter, weights: str | None = None, cache_dir: str | None = None, fetch: bool = False
+) -> tuple[str, str]:
+    """Path and SHA-256 of an adapter's backbone; arguments and errors are those of `backbone`."""
+    try:
+        if weights:
+            return names.fetch(weights, cache_dir)
+        return _named_by_card(adapter.card, cache_dir, fetch)
+    except UserError as e:
+        raise UserError(f"{e} (the adapter's backbone; --weights names another place of it)") from e
 
 
 def add_flags(parser: Any) -> None:

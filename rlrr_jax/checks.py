@@ -124,7 +124,9 @@ def _check_numbers(config):
         if value is None or not 0 <= value <= 0.9:
             raise UserError(f"config.own.{key}={value} must be a fraction from 0 to 0.9")
     noise = config.model.position_noise
-    if noise is not None and (len(noise) != 3 or noise[0] < 0 or min(noise[1:]) < 1):
+    number = lambda x: isinstance(x, int | float) and math.isfinite(x)
+    three = noise is None or (len(noise) == 3 and all(map(number, noise)))
+    if not three or (noise and (noise[0] < 0 or min(noise[1:]) < 1)):
         raise UserError(
             f"config.model.position_noise={noise} must be a shift of at least 0 and two factors of at "
             f"least 1, such as (0,1,2)"
@@ -236,4 +238,9 @@ def heads(variant: str, number: int | None) -> None:
     if number and (width := models.sizes(variant)["width"]) % number:
         raise UserError(
             f"config.model.num_heads={number} does not divide the model's width {width}: leave it out"
+        )
+    if number and models.family(variant) == "rope_vit" and (width // number) % 4:
+        raise UserError(
+            f"config.model.num_heads={number} makes heads of {width // number} values, which rows and "
+            f"columns do not share: leave it out"
         )

@@ -95,6 +95,7 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
         which = adapter.card["model"] + " with what it has besides" * (not plain)
         others = [name for name in ("timm", *TRAINED) if name in layouts or name in TRAINED]
         raise UserError(f"{which} is not exported to {to}: use {', '.join(others)}")
+    _check_plain(adapter, to, family)
     name, out = out, files.local(out).absolute()
     if to in FOLDERS:
         check_folder(out, FOLDERS[to])
@@ -130,6 +131,20 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
         else:
             weights.replace(target)
     return difference
+
+
+def _check_plain(adapter, to, family):
+    """UserError for a model that timm's function of its name does not build."""
+    if to in TRAINED or family not in ("rope_vit", "swinv2", "convnext"):
+        return
+    plain_name = adapter.card["model"]
+    model, plain = cards.model(adapter), models.build(plain_name, 1)
+    for key in ("gelu", "norm_eps", "num_heads"):
+        if getattr(model, key) != getattr(plain, key):
+            raise UserError(
+                f"config.model.{key}={getattr(model, key)} is not what {to} has in {plain_name}"
+                f": use {' or '.join(TRAINED)}"
+            )
 
 
 def check_folder(folder: pathlib.Path, names: tuple[str, ...]) -> None:

@@ -123,6 +123,8 @@ def follow(run: ConfigDict, path: str) -> list[str]:
             f"note: nothing says the epsilon of the LayerNorms of {name}: {plain.norm_eps:g} is taken "
             f"(config.model.norm_eps)"
         )
+    if models.family(model.variant) == "swinv2" and card.gelu is None:
+        notes.append(f"note: nothing says the windows of {name}: those of {model.variant} are taken")
     jax_of_others = not ours and preprocessing.of_jax(path)  # BiT's: the card is that of ViTs
     eps = None if jax_of_others or not hasattr(plain, "norm_eps") else card.norm_eps
     for node, key, value, default in (
@@ -187,7 +189,8 @@ def _follow_parts(run: ConfigDict, card: preprocessing.Card, path: str) -> list[
             f"{', '.join(checks.CHOICES['model.pool'])}: take another"
         )
     plain = models.build(model.variant, 1)
-    said = vit_layouts.parts(reader.array_shapes(path))
+    arrays = reader.array_shapes(path) if models.family(model.variant) == "vit" else {}
+    said = vit_layouts.parts(arrays)  # of others the variant says it
     if card.pooling in checks.CHOICES["model.pool"]:
         said.setdefault("pool", card.pooling)
     said = {key: value for key, value in said.items() if value != getattr(plain, key)}

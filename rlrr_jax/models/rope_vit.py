@@ -226,10 +226,11 @@ class RopeViT(vit.ViT):
         same = {name: getattr(self, name) for name in ("qkv_bias", "gated", "mlp_norm")}
         return {**super().block_options(grid, keys), **same, "rotate": rotate}
 
-    def map_head(self):
-        """Attention pooling over all tokens, with an MLP of four times the width."""
+    def map_pooled(self, x):
+        """Attention pooling [B, 1, D] over all tokens, with an MLP of four times the width."""
         kind = self.gelu, self.norm_eps, self.dtype
-        return vit.MAPHead(4 * self.width, self.pool_heads or self.num_heads, *kind, name=vit.MAP)
+        heads = self.pool_heads or self.num_heads
+        return vit.MAPHead(4 * self.width, heads, *kind, name=vit.MAP)(x)
 
 
 Model = RopeViT

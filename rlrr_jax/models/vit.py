@@ -306,12 +306,12 @@ class ViT(nn.Module):
             return jnp.concatenate([x[:, 0], x[:, 1]], -1) / 2
         if self.pool == "avg":
             return x[:, sum(self.tokens().values()) :].mean(1)
-        return self.map_head()(x)[:, 0]
+        return self.map_pooled(x)[:, 0]
 
-    def map_head(self):
-        """Attention pooling over all tokens."""
+    def map_pooled(self, x):
+        """Attention pooling [B, 1, D] over the patches' tokens."""
         kind = self.mlp_dim, self.num_heads, self.gelu, self.norm_eps, self.dtype
-        return MAPHead(*kind, name=MAP)
+        return MAPHead(*kind, name=MAP)(x[:, sum(self.tokens().values()) :])
 
 
 def part(model: ViT, tree: Any, blocks: slice, size: Size | None = None) -> tuple[ViT, Any]:

@@ -179,6 +179,8 @@ def by_name(text: str, where: str) -> Architecture | None:
     Raises UserError for a name that is like timm's, and none of an architecture that is computed here.
     """
     plain = text.lower()
+    if plain.startswith("swinv2"):  # as its authors, and transformers, name it
+        plain = plain.replace("-", "_").replace("_patch4", "")
     token = re.match(r"\w*", plain)[0]  # type: ignore[index]
     if re.search(r"(caffe|msra|detectron|bgr)", plain) and "resnet" in plain:
         raise UserError(

@@ -205,7 +205,9 @@ def _read(path, subtree, model, limit):
         return rope_layouts.from_torch(flat, model, path)
     state_dicts.refuse(flat, path)
     if family != "vit":
-        if family in ("swin", "swinv2", "convnext"):
+        if family == "swinv2":
+            return swinv2_layouts.from_torch(flat, model, path)
+        if family in ("swin", "convnext"):
             return LAYOUTS[family].from_torch(flat, path)
         return resnet_layouts.from_torch(flat, model.bit, path)
     read = vit_layouts.from_timm

@@ -47,6 +47,7 @@ _TRANSFORMERS = (
     (r"(blocks\.\d+\.mlp)\.gate_proj\.", r"\1.fc1_g."),
     (r"(blocks\.\d+\.mlp)\.down_proj\.", r"\1.fc2."),
 )
+_TOKENS = {"cls_token": "cls", "reg_token": "registers"}
 _STEM, _HF_STEM = "patch_embed.proj.weight", "embeddings.patch_embeddings.weight"
 # Of pre-training, and buffers: `local_cls_norm` is for the class tokens of small crops.
 _UNUSED = re.compile(r"mask_token|rope_embed\.periods|local_cls_norm\..*|projectors\..*")
@@ -94,6 +95,12 @@ def from_torch(flat: dict, model: Any, path: Any) -> tuple:
         raise UserError(f"{path} has {has}, unlike the model: check config.model.variant")
     _check_periods(flat, model, path)
     named = _timm_names(flat, _TRANSFORMERS if _HF_STEM in flat else _DINO)
+    tokens = {name: np.shape(named[key])[-2] for key, name in _TOKENS.items() if key in named}
+    if tokens != model.tokens() or ("fc_norm.weight" in named) > model.fc_norm:
+        raise UserError(
+            f"{path} has other tokens or norms ({tokens}) than the model ({model.tokens()}): its "
+            f"rotary positions may be of another kind; take another"
+        )
     out, gammas, pool_heads = {}, {}, model.pool_heads or model.num_heads
     for key, value in _apart(named, model, path):
         if place := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlrr_jax.errors import UserError
+from rlrr_jax.models.swinv2 import coordinates
 from rlrr_jax.weights import swin_layouts
 from rlrr_jax.weights.swin_layouts import STEM, numbered, stacked
 from rlrr_jax.weights.vit_layouts import QKV
@@ -27,11 +28,19 @@ def passed_over(flat: dict, wanted: Any) -> tuple:
     return {key: value for key, value in flat.items() if key not in set(mine)}, [*unused, *mine]
 
 
-def from_torch(flat: dict, path: Any) -> tuple:
+def from_torch(flat: dict, model: Any, path: Any) -> tuple:
     """The arrays of a state dict by our names, and the names of arrays outside of the model.
 
-    Raises UserError if there is none of a Swin V2.
+    Raises UserError if there is none of a Swin V2, or one whose buffers show other windows.
     """
+    for key, table in flat.items():
+        if re.search(r"layers\.0\.blocks\.0\..*relative_coords_table", key):
+            ours = coordinates(model.window, model.block_options(0)["pretrained_window"])
+            if table.size != ours.size or not np.allclose(table.reshape(-1, 2), ours, atol=0.01):
+                raise UserError(
+                    f"{path} has windows of {(table.shape[1] + 1) // 2} tokens or was pretrained with "
+                    f"others than the model ({key}): check config.model.variant"
+                )
     if not any(key.endswith(("attn.logit_scale", "self.logit_scale")) for key in flat):
         raise UserError(f"{path} holds no Swin V2 (no logit_scale): check config.model.variant")
     if swin_layouts.of_transformers(flat):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rope_kinds
 
-from rlrr_jax import lookup, methods, models
+from rlrr_jax import checks, lookup, methods, models
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 from rlrr_jax.models import rope_vit, vit
@@ -227,3 +227,9 @@ def test_what_goes_before_layers_without_a_bias_is_folded_exactly(where, tree):
 
     for name, wanted in layers(tree).items():
         np.testing.assert_allclose(layers(merged)[name], wanted, atol=2e-5, err_msg=name)
+
+
+def test_heads_that_axes_do_not_share_are_named():
+    with pytest.raises(UserError, match="num_heads=32 makes heads of 6 values, which rows and columns"):
+        checks.heads("dinov3_t16", 32)
+    checks.heads("dinov3_t16", 6)

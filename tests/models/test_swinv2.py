@@ -88,9 +88,8 @@ def older(state):
         key = key.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc", "head")
         out[key] = x
         if key.endswith("logit_scale"):
-            out[key.replace("logit_scale", "relative_coords_table")] = np.zeros(
-                (1, 7, 7, 2), np.float32
-            )
+            table = swinv2.coordinates(4, 0).reshape(1, 7, 7, 2)
+            out[key.replace("logit_scale", "relative_coords_table")] = table
             out[key.replace("logit_scale", "relative_position_index")] = np.zeros((16, 16), np.int64)
     return out
 
@@ -133,6 +132,30 @@ def test_layouts_are_read_alike(layout, tree, tmp_path):
     assert found.keys() == wanted.keys()
     for key, x in wanted.items():
         np.testing.assert_array_equal(found[key], x, err_msg=str(key))
+
+
+@pytest.mark.parametrize("window, before", [(8, 0), (4, 3)])
+def test_buffers_of_other_windows_are_refused(window, before, tmp_path):
+    """No other array shows them."""
+    state, side = older(swinv2_kinds.state("plain")), 2 * window - 1
+    key = "layers.0.blocks.0.attn.relative_coords_table"
+    state[key] = swinv2.coordinates(window, before).reshape(1, side, side, 2)
+    with pytest.raises(
+        UserError, match=f"has windows of {window} tokens or was pretrained with others"
+    ):
+        swinv2_kinds.tree("plain", tmp_path, state)
+
+
+@pytest.mark.parametrize(
+    "name, variant",
+    [
+        ("swinv2_tiny_patch4_window8_256", "swinv2_t"),
+        ("swinv2-base-patch4-window12to16-192to256-22kto1k-ft", "swinv2_b_12to16"),
+        ("swinv2_large_patch4_window12_192_22k", "swinv2_l_12"),
+    ],
+)
+def test_names_of_the_authors_and_of_transformers_are_known(name, variant):
+    assert architectures.by_name(name, name).variant == variant
 
 
 def test_what_is_written_is_what_was_read(tree):

@@ -226,6 +226,8 @@ def change(state, kind):
         return {**state, "pos_embed": np.zeros((1, 17, D), np.float32)}
     if kind == "gamma":
         return {**state, "blocks.0.ls1.gamma": np.ones(3, np.float32)}
+    if kind == "norm":
+        return {**state, "fc_norm.weight": np.ones(D, np.float32)}
     if kind == "two":
         return {**state, **{f"teacher.{key}": x for key, x in state.items()}}
     return {key: x for key, x in state.items() if "storage" not in key}
@@ -245,7 +247,11 @@ def change(state, kind):
             "the LayerScale of Transformer/encoderblock_0/MultiHeadDotProductAttention_0/out has",
         ),
         ("two", "does not fit the model (check config.model): unknown: teacher.blocks"),
-        ("tokens", "does not fit the model (check config.model): missing: registers"),
+        (
+            "tokens",
+            "has other tokens or norms ({'cls': 1}) than the model ({'cls': 1, 'registers': 4})",
+        ),
+        ("norm", "its rotary positions may be of another kind; take another"),
     ],
 )
 def test_a_file_that_is_almost_one_is_refused(kind, message, tmp_path):
@@ -344,9 +350,7 @@ def test_names_tell_the_variant(name, variant, tmp_path):
         assert found.mean == (sat if "sat493m" in name else preprocessing.IMAGENET[0])
 
 
-@pytest.mark.parametrize(
-    "name", ["dinov3_convnext_tiny_pretrain", "convnext_tiny.dinov3_lvd1689m", "dinov3_vitl16plus_x"]
-)
+@pytest.mark.parametrize("name", ["dinov3_vitl16plus_x", "vit_small_patch16_lingbot_dinov3"])
 def test_names_of_others_are_refused(name, tmp_path):
     with pytest.raises(UserError, match="it is not computed here"):
         card(tmp_path, {}, name=name, variant="B/16")

@@ -18,7 +18,7 @@ from rlrr_jax import adapters, cards, elsewhere, export, files, methods, models
 from rlrr_jax.adapters import Adapter
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 from rlrr_jax.projects.peft import layers
-from rlrr_jax.weights import names, reader
+from rlrr_jax.weights import reader
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -42,7 +42,11 @@ def write(adapter: Adapter, folder: Any, base: Any = None, **where: Any) -> str:
     kind, lows = layers.of_adapter(
         card["method"], card["method_kwargs"], adapter.trainable["adapter"], shapes
     )
-    layers.check_backbone(variant, base is None and _scaled(adapter), kind, lows)
+    layers.check_backbone(variant)
+    if base is None:
+        _check_scale(adapter, kind, lows, where)
+        if adapter.run.model.get("depth"):
+            raise UserError("the run has fewer blocks than its backbone's file: add --base FILE")
     backbone = adapters.backbone(adapter, **where)
     flat = layers.to_peft(kind, lows, adapter.trainable["head"], getattr(model, "gated", False))
     first = {key: x for key, x in flat.items() if key.endswith(layers.KINDS[kind][0])}
@@ -61,7 +65,7 @@ def write(adapter: Adapter, folder: Any, base: Any = None, **where: Any) -> str:
     files.write(folder / FILES[0], safetensors.numpy.save(flat, metadata={"format": "pt"}))
     files.write_json(folder / FILES[1], said)
     tuned = adapters.load(adapter, backbone)
-    again = adapters.load(read(folder, adapter), backbone)
+    again = adapters.load(_adapter(folder, adapter), backbone)
     if not (difference := export.compare(tuned, again)) <= export.TOLERANCE:
         raise UserError(
             f"the logits of {folder} differ by {difference:.1g} from ours: please report this"
@@ -71,26 +75,49 @@ def write(adapter: Adapter, folder: Any, base: Any = None, **where: Any) -> str:
             {**backbone.frozen, "head": adapter.trainable["head"]}
         )
         files.write(base, safetensors.numpy.save(state, metadata={"format": "pt"}))
-    advice = elsewhere.advice("timm", adapter, base or "BACKBONE.safetensors")
     print(f"{folder}: {kind} of rank {rank}; read back, its logits differ by at most {difference:.1g}")
-    return f"{advice}; model = peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+    given, then = adapter.run.pretrained, f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+    if base is None:
+        mean, std = tuple(given.mean), tuple(given.std)
+        return (
+            f"model: timm's of {card['backbone']} with its weights, {len(card['classes'])} classes, "
+            f"for pixels of mean {mean} and deviation {std}; model = {then}"
+        )
+    return f"{elsewhere.advice('timm', adapter, base)}; model = {then}"
 
 
-def _scaled(adapter: Adapter) -> bool:
-    """Whether a backbone's file, if it is here, has LayerScale."""
-    try:
-        path = names.local_path(adapter.card["backbone"], None)
-    except UserError:
-        return False
+def _check_scale(adapter: Adapter, kind: str, names: Any, where: dict) -> None:
+    """UserError if a LoRA changes a layer behind which the backbone's file has LayerScale."""
+    behind = sorted({"out", "Dense_1"} & set(names))
+    if kind != "LORA" or not behind:
+        return
+    path, _ = adapters.located(adapter, **where)
     shapes = reader.array_shapes(path)
-    return any(key.endswith((".gamma", ".gamma_1", ".lambda1")) for key in shapes)
+    if any(key.endswith((".gamma", ".gamma_1", ".lambda1")) for key in shapes):
+        raise UserError(
+            f"the backbone has LayerScale behind {' and '.join(behind)}, which is folded here: what "
+            f"LoRA adds there would be another in PEFT; train other targets, or hira, or add --base"
+        )
 
 
-def read(folder: Any, like: Adapter) -> Adapter:
+def read(folder: Any, like: Adapter, **where: Any) -> Adapter:
     """An `adapters.Adapter` of what PEFT trained, for the task and backbone of a run of ours.
+
+    Args:
+      folder: of PEFT's files.
+      like: the run's adapter.
+      **where: where its backbone is, see `adapters.backbone`.
 
     Raises UserError for other kinds, damaged files, and a head of other classes.
     """
+    found = _adapter(folder, like)
+    layers.check_backbone(like.card["model"])
+    _check_scale(like, found.card["method"].upper(), found.trainable["adapter"], where)
+    return found
+
+
+def _adapter(folder: Any, like: Adapter) -> Adapter:
+    """What PEFT trained, for the task and backbone of a run of ours."""
     folder = files.local(folder)
     try:
         said = json.loads((folder / FILES[1]).read_text())
@@ -103,11 +130,10 @@ def read(folder: Any, like: Adapter) -> Adapter:
         raise UserError(f"{folder / FILES[1]} is no object: save it again")
     shapes = models.shapes(cards.model(like), cards.image_size(like.card))
     name, options, adapter, head = layers.of_peft(said, flat, shapes, folder)
-    layers.check_backbone(like.card["model"], _scaled(like), said["peft_type"], adapter)
-    if head["kernel"].shape != shapes["head"]["kernel"].shape:
-        have, want = head["kernel"].shape[-1], len(like.card["classes"])
+    if (found := head["kernel"].shape) != (wanted := shapes["head"]["kernel"].shape):
         raise UserError(
-            f"{folder} has a head of {have} classes, the run {want}: give a run on the same"
+            f"{folder} has a head of {found[-1]} classes and {found[0]} inputs, the run {wanted[-1]} "
+            f"and {wanted[0]}: give a run on the same classes and backbone"
         )
     nothing = dict.fromkeys(like.card["accuracy"])
     config = {**like.card["config"], "method": name, "method_kwargs": options}
@@ -136,7 +162,7 @@ def main() -> None:
         )
     if not args.out.endswith(".safetensors"):
         raise UserError(f"{args.out} does not end in .safetensors: name such a file")
-    found = read(args.source, adapters.read(adapters.find(args.like)))
+    found = read(args.source, adapters.read(adapters.find(args.like)), **adapters.given(args))
     adapters.write(pathlib.Path(args.out).expanduser(), found)
     number = sum(np.size(x) for node in found.trainable["adapter"].values() for x in node.values())
     print(

@@ -12,6 +12,11 @@ from rlrr_jax.methods import base
 THIRDS = ("query", "key", "value")
 ROOT = "base_model.model."
 KINDS = {"LORA": (".lora_A.weight", ".lora_B.weight"), "HIRA": (".hira_A", ".hira_B")}
+# Options of PEFT's LoRA that change what is computed, and starts that leave the backbone as it is.
+_OTHERWISE = ("use_dora", "lora_bias", "fan_in_fan_out", "use_rslora", "use_qalora", "use_bdlora")
+_OTHERWISE += ("alora_invocation_tokens", "monteclora_config", "velora_config", "kasa_config")
+_OTHERWISE += ("arrow_config", "layer_replication", "target_parameters", "trainable_token_indices")
+_INITS = ("gaussian", "eva", "orthogonal")
 # Names of a layer in a block, of timm and of transformers -> ours; "qkv" is three of ours.
 _OURS = {
     "attn.qkv": "qkv",
@@ -140,17 +145,21 @@ def of_peft(said: dict, flat: dict, frozen: Any, path: Any) -> tuple[str, dict, 
     for layers that are not the backbone's.
     """
     kind = said.get("peft_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{path} is of {kind}: only LoRA and HiRA are read")
-    for key in ("use_dora", "lora_bias", "fan_in_fan_out", "use_rslora", "use_qalora", "use_bdlora"):
+    for key in _OTHERWISE:
         if said.get(key):
             raise UserError(f"{path} says {key}={said[key]}, which is not read here")
-    if said.get("bias", "none") != "none":
-        raise UserError(f"{path} says bias={said['bias']}, which is not read here")
+    kept = {"bias": ("none",), "init_lora_weights": (True, False, None, *_INITS)}
+    for key, values in kept.items():  # other starts change the backbone itself
+        if said.get(key, values[0]) not in values:
+            raise UserError(f"{path} says {key}={said[key]}, which is not read here")
     head, pairs = _sorted(kind, flat, path)
     sites, found = base.dense(frozen), {}
-    for (name, i), (a, b) in pairs.items():
-        scale = _scale(said, name, len(a)) if kind == "LORA" else 1.0
+    for (name, i), (a, b, full) in pairs.items():
+        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            raise UserError(f"{path} has matrices of {a.shape} and {b.shape} of {full}: it is damaged")
+        scale = _scale(said, full, len(a), path) if kind == "LORA" else 1.0
         layer, parts = _OURS[name], (b * scale,)
         names = THIRDS if layer == "qkv" else (layer,)
         parts = np.split(b * scale, len(names)) if len(b) % len(names) == 0 else parts * len(names)
@@ -175,7 +184,10 @@ def _sorted(kind: str, flat: dict, path: Any) -> tuple[dict, dict]:
         if part := _HEAD.fullmatch(name):
             head |= {"kernel": value.T} if part[1] == "weight" else {"bias": value}
         elif block and block[2] in _OURS:
-            pair = pairs.setdefault((block[2], int(block[1])), [None, None])
+            full = name.removesuffix(ends[0])
+            pair = pairs.setdefault((block[2], int(block[1])), [None, None, full])
+            if pair[2] != full:
+                raise UserError(f"{path} has {full} and {pair[2]}, which are one layer here")
             pair[KINDS[kind].index(ends[0])] = value
         else:
             raise UserError(f"{path} has {key}, which is of no Dense layer of a ViT's blocks")
@@ -188,10 +200,14 @@ def _sorted(kind: str, flat: dict, path: Any) -> tuple[dict, dict]:
     return head, pairs
 
 
-def _scale(said: dict, name: str, rank: int) -> float:
-    """What LoRA's product of a layer is multiplied by."""
-    own = [x for key, x in (said.get("alpha_pattern") or {}).items() if re.search(rf"{key}$", name)]
-    return (own[0] if own else said.get("lora_alpha", rank)) / rank
+def _scale(said: dict, name: str, rank: int, path: Any) -> float:
+    """What LoRA's product of a layer is multiplied by: by the first pattern that fits its name."""
+    try:
+        patterns = (said.get("alpha_pattern") or {}).items()
+        own = [x for key, x in patterns if re.match(rf"(.*\.)?({key})$", name)]
+        return float(own[0] if own else said.get("lora_alpha", 8)) / rank
+    except (AttributeError, TypeError, ValueError, re.error) as e:
+        raise UserError(f"{path} has a damaged lora_alpha or alpha_pattern ({e}): save it again") from e
 
 
 def _stacked(site: Any, blocks: dict, rank: int) -> dict:
@@ -203,22 +219,9 @@ def _stacked(site: Any, blocks: dict, rank: int) -> dict:
     return {"down": down, "up": up}
 
 
-def check_backbone(variant: str, scaled: bool, kind: str, names: Any) -> None:
-    """UserError for a backbone whose layers PEFT's names do not fit.
-
-    Args:
-      variant: of the model.
-      scaled: whether its file has LayerScale, which is folded here and not in timm's model.
-      kind: a key of `KINDS`.
-      names: our layers that are changed.
-    """
+def check_backbone(variant: str) -> None:
+    """UserError for a backbone whose layers PEFT's names do not fit."""
     if not models.is_vit(variant) or variant.startswith("eva02"):
         raise UserError(
             f"only ViTs with timm's fused query, key and value are known here, not {variant}"
-        )
-    behind = sorted({"out", "Dense_1"} & set(names))
-    if scaled and kind == "LORA" and behind:
-        raise UserError(
-            f"the backbone has LayerScale behind {' and '.join(behind)}, which is folded here: what "
-            f"LoRA adds there would be another in PEFT; train other targets, or hira"
         )

@@ -124,6 +124,27 @@ def test_names_of_transformers_are_read_alike(new):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "pattern, scales",
+    [
+        ({"blocks.0.attn.qkv": 6}, (3, 2, 2)),
+        ({r"blocks\.[01]\.attn\.qkv": 8}, (4, 4, 2)),
+        ({"^blocks.2.attn.qkv": 6}, (2, 2, 3)),
+        ({"kv": 6}, (2, 2, 2)),  # no whole word
+        ({"qkv": 6, "blocks.0.attn.qkv": 8}, (3, 3, 3)),  # the first that fits
+    ],
+)
+def test_patterns_are_matched_as_peft_does(pattern, scales):
+    """utils/other.py, get_pattern_key: the whole of a name's last words, from its beginning."""
+    frozen = models.shapes(MODELS["vit"][0], 16)
+    flat = of_peft("LORA", {"blocks.{}.attn.qkv": (72, 24)})
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    base = layers.of_peft(plain, flat, frozen, "x")[2]["query"]["up"]
+    said = {**plain, "lora_alpha": 4, "alpha_pattern": pattern}
+    found = layers.of_peft(said, flat, frozen, "x")[2]["query"]["up"]
+    np.testing.assert_allclose(found, base * np.array(scales)[:, None, None], rtol=1e-6)
+
+
 # Refused --------------------------------------------------------------------------------------
 
 GOOD = {"blocks.{}.attn.qkv": (72, 24)}
@@ -134,6 +155,16 @@ GOOD = {"blocks.{}.attn.qkv": (72, 24)}
     [
         ({"peft_type": "OFT"}, {}, "x is of OFT: only LoRA and HiRA are read"),
         ({"use_dora": True}, {}, "x says use_dora=True, which is not read here"),
+        ({"init_lora_weights": "pissa"}, {}, "x says init_lora_weights=pissa, which is not read here"),
+        ({"peft_type": ["LORA"]}, {}, "x is of ['LORA']: only LoRA and HiRA are read"),
+        ({"alpha_pattern": {"(": 3}}, {}, "x has a damaged lora_alpha or alpha_pattern"),
+        ({"alpha_pattern": ["a"]}, {}, "x has a damaged lora_alpha or alpha_pattern"),
+        ({"lora_alpha": None}, {}, "x has a damaged lora_alpha or alpha_pattern"),
+        (
+            {},
+            {"base_model.model.blocks.0.attn.qkv.lora_A.weight": np.ones(24, np.float32)},
+            "x has matrices of (24,) and (72, 2) of blocks.0.attn.qkv: it is damaged",
+        ),
         ({"bias": "all"}, {}, "x says bias=all, which is not read here"),
         (
             {},
@@ -184,14 +215,19 @@ def test_what_has_no_place_in_peft_is_named(name, options, message):
     assert message in str(e.value)
 
 
-def test_layer_scale_behind_a_lora_is_named():
+def test_layer_scale_behind_a_lora_is_named(like, tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"blocks.0.ls1.gamma": np.ones(3, np.float32)}, path)
+    check = lambda kind, names: command._check_scale(like[0], kind, names, {"weights": str(path)})
     with pytest.raises(UserError, match="has LayerScale behind Dense_1 and out, which is folded here"):
-        layers.check_backbone("B/14", True, "LORA", ("query", "out", "Dense_1"))
-    layers.check_backbone("B/14", True, "HIRA", ("query", "out"))  # a factor is the same
-    layers.check_backbone("B/14", True, "LORA", ("query", "Dense_0"))
+        check("LORA", ("query", "out", "Dense_1"))
+    check("HIRA", ("query", "out"))  # a factor is the same
+    check("LORA", ("query", "Dense_0"))
+    with pytest.raises(UserError, match="--weights names another place of it"):  # not: no LayerScale
+        command._check_scale(like[0], "LORA", ("out",), {"weights": str(tmp_path / "none.safetensors")})
     for variant in ("swin_t", "eva02_b14"):
         with pytest.raises(UserError, match=f"are known here, not {variant}"):
-            layers.check_backbone(variant, False, "LORA", ("query",))
+            layers.check_backbone(variant)
 
 
 # The command ----------------------------------------------------------------------------------
@@ -254,7 +290,9 @@ def test_files_that_are_none_are_named(like, tmp_path):
     flat = of_peft("LORA", {"blocks.{}.attn.proj": (96, 96)}, blocks=range(6))
     flat["base_model.model.head.weight"] = np.zeros((5, 96), np.float32)
     safetensors.numpy.save_file(flat, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="has a head of 5 classes, the run 16: give a run on the same"):
+    with pytest.raises(
+        UserError, match="has a head of 5 classes and 96 inputs, the run 16 and 96: give"
+    ):
         command.read(tmp_path, like[0])
 
 
