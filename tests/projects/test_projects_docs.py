@@ -7,7 +7,7 @@ from squeeze import squeeze
 
 PAGES = sorted((docs.RUN / "projects").glob("**/README.md"))
 COMMANDS = list(dict.fromkeys(text for _, text in docs.commands(PAGES)))
-KINDS = ("analysis", "leakage", "exits", "main")
+KINDS = ("analysis", "leakage", "exits", "peft", "main")
 data, dinov2 = docs.data, docs.dinov2
 
 
@@ -71,6 +71,14 @@ def test_gradients_are_attacked_as_the_page_says(text, tuned_runs, tmp_path):
     small = ["--candidates=20", "--probes=1", "--batches=1"]
     assert "Whose gradient is it?" in docs.run([*words, path, flag, out, *small], tmp_path)
     assert (tmp_path / out / "leakage.md").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_to_peft_and_back_as_the_page_says(tuned_runs, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/x").symlink_to(tuned_runs)
+    out = [docs.run(docs.program(text), tmp_path) for text in COMMANDS if kind(text) == "peft"]
+    assert "digits-lora: LORA of rank 16; read back" in out[0] and "lora of rank 16 on" in out[1]
 
 
 def test_links_and_programs():
