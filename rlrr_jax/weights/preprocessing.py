@@ -335,7 +335,10 @@ def _hf(said, config):
     default = _HF_TYPES.get(kind, _HF_TYPES["vit"])
     gated = said.get("use_gated_mlp", False)  # by SiLU, whose name stands in place of the GELU's
     if gated and said.get("hidden_act") != "silu":
-        raise ValueError(f"its gated MLPs have the activation {said.get('hidden_act')}")
+        raise UserError(
+            f"{config} is of another model (its gated MLPs have the activation "
+            f"{said.get('hidden_act')}){_REMOVE}"
+        )
     gelu = "exact" if gated else _activation(said.get("hidden_act", default.gelu), config)
     mean, std = _processor(config)
     size = said.get("image_size")

@@ -324,7 +324,18 @@ def test_cards_of_transformers(tmp_path):
 def test_cards_of_another_model_are_refused(said, variant, message, tmp_path):
     with pytest.raises(UserError) as e:
         card(tmp_path, {"config.json": said}, variant=variant)
-    assert message in str(e.value)
+    assert message in str(e.value) and "damaged" not in str(e.value)
+
+
+@pytest.mark.parametrize("file", ["x.json", "config.json"])
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_224", "vit_pe_lang_large_patch14_448"])
+def test_a_json_of_what_is_refused_is_not_called_damaged(file, name, tmp_path):
+    said = {"architecture": name, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    with pytest.raises(
+        UserError, match=f"{file} names {name}, which has rotary positions of another"
+    ) as e:
+        card(tmp_path, {file: said})
+    assert "damaged" not in str(e.value)
 
 
 @pytest.mark.parametrize(
