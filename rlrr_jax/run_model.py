@@ -109,16 +109,15 @@ def follow(run: ConfigDict, path: str) -> list[str]:
             f"{card.mean} and deviations {card.std} (config.pretrained.mean, config.pretrained.std)"
         )
     plain = models.build(model.variant, 1)
+    several = models.family(model.variant) == "vit"  # kinds of one shape; others have one of each
     ours = plain.num_heads if models.is_vit(model.variant) else None
     if ours and model.num_heads is None and card.num_heads is None and not preprocessing.of_jax(path):
         notes.append(
             f"note: nothing says how many attention heads {name} has, and shapes do not show it: "
-            f"{ours} are taken, as in ViT-{model.variant} (config.model.num_heads)"
+            f"{ours} are taken, as in {'ViT-' * several}{model.variant} (config.model.num_heads)"
         )
-    plainly = models.family(model.variant) == "vit"  # of which there are many kinds
-    _check_activation(run, card, plainly)
-    guessed = ours and card.gelu is None and card.norm_eps is None and model.norm_eps is None
-    if guessed and plainly:
+    _check_activation(run, card, several)
+    if several and card.gelu is None and card.norm_eps is None and model.norm_eps is None:
         notes.append(
             f"note: nothing says the epsilon of the LayerNorms of {name}: {plain.norm_eps:g} is taken "
             f"(config.model.norm_eps)"
@@ -149,18 +148,15 @@ def follow(run: ConfigDict, path: str) -> list[str]:
     return notes + _follow_parts(run, card, path)
 
 
-def _check_activation(run: ConfigDict, card: preprocessing.Card, has_one: bool) -> None:
+def _check_activation(run: ConfigDict, card: preprocessing.Card, several: bool) -> None:
     """UserError where nothing says a model's activation, or it is one that its family does not have."""
     name, variant = run.pretrained.name, run.model.variant
-    if (
-        not has_one
-        and card.gelu not in (None, "exact")
-        and models.family(variant) in ("swin", "swinv2")
-    ):
+    swin = models.family(variant) in ("swin", "swinv2")
+    if swin and card.gelu not in (None, "exact"):
         raise UserError(
             f"{name} has the {card.gelu} GELU ({card.source}), which {variant} has not: take another"
         )
-    if has_one and card.gelu is None and run.model.gelu is None:
+    if several and card.gelu is None and run.model.gelu is None:
         raise UserError(
             f"nothing says which GELU {name} has, and its arrays do not show it: put its config.json "
             f"beside it, or set config.model.gelu (exact, tanh or quick)"

@@ -62,14 +62,12 @@ def numbered(params: Any) -> dict:
 
 def stacked(flat: dict) -> dict:
     """A flat dict with the blocks on top of each other: what `numbered` undoes."""
-    out, stacks = {}, {}
-    for key, value in flat.items():
-        if match := re.match(r"(stage_\d+)/block_(\d+)/", key):
-            name = key.replace(match[0], f"{match[1]}/encoderblock/")
-            stacks.setdefault(name, {})[int(match[2])] = value
-        else:
-            out[key] = value
-    return out | {name: np.stack([x[i] for i in range(len(x))]) for name, x in stacks.items()}
+
+    def place(key: str) -> tuple | None:
+        found = re.match(r"(stage_\d+)/block_(\d+)/", key)
+        return found and (key.replace(found[0], f"{found[1]}/encoderblock/"), int(found[2]))
+
+    return vit_layouts.gathered(flat, place)
 
 
 def passed_over(flat: dict, wanted: Any) -> tuple:
@@ -78,7 +76,7 @@ def passed_over(flat: dict, wanted: Any) -> tuple:
     return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
-def from_torch(flat: dict, path: Any) -> tuple:
+def from_torch(flat: dict, model: Any, path: Any) -> tuple:
     """The arrays of a state dict by our names, and the names of arrays outside of the model.
 
     Raises UserError if there is no ConvNeXt, or one of the second version.
@@ -87,6 +85,7 @@ def from_torch(flat: dict, path: Any) -> tuple:
         r"(.*?)(?:stem\.0|downsample_layers\.0\.0|embeddings\.patch_embeddings"
         r"|stages\.0\.downsample_layers\.0)\.weight"
     )
+    del model  # all have the same names
     flat = {key.removeprefix("convnext."): x for key, x in flat.items()}  # its head is beside that
     flat, outside = state_dicts.one_model(flat, stem, path)
     if found := [key for key in flat if re.search(r"\.grn\.", key)]:

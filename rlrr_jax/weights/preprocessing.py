@@ -249,7 +249,7 @@ def _other_hf(said, variant, resized):
     if said.get("num_channels", 3) != 3:
         return f"its num_channels is {said['num_channels']}"
     if family == "swinv2" and variant:
-        return _other_windows(said, models.sizes(variant), variant)
+        return _other_windows(said, variant)
     if family not in ("vit", "rope_vit"):
         return None
     gated = bool(said.get("use_swiglu_ffn") or said.get("use_gated_mlp"))
@@ -273,12 +273,11 @@ def _other_hf(said, variant, resized):
     return None
 
 
-def _other_windows(said, ours, variant):
+def _other_windows(said, variant):
     """What tells that a Swin V2 has other windows, which its arrays do not show, else None."""
-    before = ours.get("pretrained_window", 0)
-    wanted = {"window_size": ours["window"]}
-    wanted["pretrained_window_sizes"] = [min(before, 4 * before >> stage) for stage in range(4)]
-    for key, value in wanted.items():
+    ours = models.build(variant, 1)
+    before = [ours.block_options(stage)["pretrained_window"] for stage in range(len(ours.depths))]
+    for key, value in {"window_size": ours.window, "pretrained_window_sizes": before}.items():
         if key in said and said[key] != value:
             return f"its {key} is {said[key]}, that of {variant} {value}"
     return None

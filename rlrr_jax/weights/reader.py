@@ -149,17 +149,6 @@ def _check_variant(path, flat, model, how):
     )
 
 
-def _check_rope(flat, model, path):
-    """UserError, naming it, if a file with rotary positions is of another variant."""
-    variant = rope_layouts.variant_of(flat) if rope_layouts.of_rope(flat) else None
-    kind = lambda model: (getattr(model, "width", 0), *(getattr(model, key, None) for key in _KIND))
-    if variant and kind(model) != kind(models.build(variant, 1)):
-        raise UserError(f"{path} is of {variant}: set config.model.variant={variant}")
-
-
-_KIND = ("gated", "mlp_norm", "embedded")  # which arrays of two variants differ in
-
-
 def _check_arrays(path, flat, wanted):
     """UserError unless names and shapes are the model's, and all values finite."""
     if problems := differences({k: v.shape for k, v in flat.items()}, wanted):
@@ -200,22 +189,12 @@ def _read(path, subtree, model, limit):
         flat |= _read_safetensors(shard, limit)
     if family == models.OTHER:
         return plain_layouts.read(flat), []
-    _check_rope(flat, model, path)
-    if family == "rope_vit":
-        return rope_layouts.from_torch(flat, model, path)
-    state_dicts.refuse(flat, path)
-    if family != "vit":
-        if family == "swinv2":
-            return swinv2_layouts.from_torch(flat, model, path)
-        if family in ("swin", "convnext"):
-            return LAYOUTS[family].from_torch(flat, path)
-        return resnet_layouts.from_torch(flat, model.bit, path)
-    read = vit_layouts.from_timm
-    if vit_transformers.of_transformers(flat):
-        read = vit_transformers.from_transformers
-    elif vit_transformers.of_clip(flat):
-        read = vit_transformers.from_clip
-    return read(flat, model.num_heads, path)
+    rope_layouts.check_variant(flat, model, path)
+    if family != "rope_vit":
+        state_dicts.refuse(flat, path)
+    layouts = vit_transformers if family == "vit" else LAYOUTS[family]
+    found: tuple = layouts.from_torch(flat, model, path)
+    return found
 
 
 def _some(names, most=5):

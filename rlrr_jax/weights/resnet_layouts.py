@@ -38,13 +38,14 @@ def passed_over(flat: dict, wanted: Any) -> tuple:
     return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
-def from_torch(flat: dict, bit: bool, path: Any) -> tuple:
+def from_torch(flat: dict, model: Any, path: Any) -> tuple:
     """The arrays of a state dict by our names, and the names of arrays outside of it.
 
     BatchNorm's statistics are folded into its scale and bias, whose tree has no others.
 
     Raises UserError if it is no ResNet of that kind.
     """
+    bit = model.bit
     stem = "stem.conv.weight" if bit else "conv1.weight"
     inner = r"((?:(?!layer\d|stages|downsample)\w+\.)*)" + re.escape(stem)
     flat, outside = state_dicts.one_model(flat, inner, path)

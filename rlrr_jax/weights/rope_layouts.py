@@ -81,6 +81,19 @@ def variant_of(flat: dict) -> str | None:
     return None
 
 
+def check_variant(flat: dict, model: Any, path: Any) -> None:
+    """UserError, naming it, if a file with rotary positions is of another variant than a model."""
+    variant = variant_of(flat) if of_rope(flat) else None
+    if variant is None:
+        return
+    theirs = rope_vit.RopeViT(**rope_vit.VARIANTS[variant], num_classes=1)
+    kind = lambda model: [
+        getattr(model, key, None) for key in ("width", "gated", "mlp_norm", "embedded")
+    ]
+    if kind(model) != kind(theirs):
+        raise UserError(f"{path} is of {variant}: set config.model.variant={variant}")
+
+
 def from_torch(flat: dict, model: Any, path: Any) -> tuple:
     """The arrays of a state dict by our names, and the names of those outside the model.
 

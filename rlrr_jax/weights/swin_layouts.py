@@ -14,12 +14,13 @@ from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.weights import state_dicts
-from rlrr_jax.weights.vit_layouts import join_thirds, timm_layer
+from rlrr_jax.weights.vit_layouts import gathered, join_thirds, timm_layer
 from rlrr_jax.weights.vit_writers import to_timm_layer
 
 STEM = "patch_embed/proj"  # what takes the pixels
 _ATTENTION, _MLP = "WindowAttention_0", "MlpBlock_0"
 _TABLE = "relative_position_bias_table"
+_V2 = "windows of 8; swinv2_b_12to16: of 16, pretrained with 12"
 _KINDS = ("plain", "shifted")
 # Our name of what timm calls `layers.<s>.blocks.<j>.<name>`.
 BLOCK = {
@@ -79,15 +80,14 @@ def numbered(params: Any) -> dict:
 
 def stacked(flat: dict) -> dict:
     """A flat dict with the blocks on top of each other: what `numbered` undoes."""
-    out, stacks = {}, {}
-    for key, value in flat.items():
-        if match := re.match(r"(stage_\d+)/block_(\d+)/", key):
-            pair, kind = divmod(int(match[2]), 2)
-            name = key.replace(match[0], f"{match[1]}/encoderblock/{_KINDS[kind]}/")
-            stacks.setdefault(name, {})[pair] = value
-        else:
-            out[key] = value
-    return out | {name: np.stack([x[i] for i in range(len(x))]) for name, x in stacks.items()}
+
+    def place(key: str) -> tuple | None:
+        if found := re.match(r"(stage_\d+)/block_(\d+)/", key):
+            pair, kind = divmod(int(found[2]), 2)
+            return key.replace(found[0], f"{found[1]}/encoderblock/{_KINDS[kind]}/"), pair
+        return None
+
+    return gathered(flat, place)
 
 
 def passed_over(flat: dict, wanted: Any) -> tuple:
@@ -96,12 +96,24 @@ def passed_over(flat: dict, wanted: Any) -> tuple:
     return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
-def from_torch(flat: dict, path: Any) -> tuple:
+def from_torch(flat: dict, model: Any, path: Any) -> tuple:
     """The arrays of a Swin's state dict by our names, and the names of arrays outside of it.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or one of a Swin V2.
     """
-    flat = _from_transformers(flat)
+    del model  # all have the same names
+    if any(key.endswith("logit_scale") for key in flat):
+        raise UserError(
+            f"{path} is of a Swin V2: set config.model.variant to one, such as swinv2_b ({_V2})"
+        )
+    return named(_from_transformers(flat), path)
+
+
+def named(flat: dict, path: Any) -> tuple:
+    """The arrays of timm's or the official names by ours, and the names of arrays outside of the model.
+
+    Those that are no Swin's keep their name in a block. Raises UserError without a stem.
+    """
     flat, outside = state_dicts.one_model(flat, r"(.*)patch_embed\.proj\.weight", path)
     if _STEM not in flat or "patch_embed.norm.weight" not in flat:
         raise UserError(

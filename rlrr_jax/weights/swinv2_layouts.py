@@ -45,7 +45,7 @@ def from_torch(flat: dict, model: Any, path: Any) -> tuple:
         raise UserError(f"{path} holds no Swin V2 (no logit_scale): check config.model.variant")
     if swin_layouts.of_transformers(flat):
         flat = swin_layouts.renamed({k.removeprefix(_HF_PREFIX): x for k, x in flat.items()})
-    found, outside = swin_layouts.from_torch(flat, path)
+    found, outside = swin_layouts.named(flat, path)
     out = {key: x for key, x in found.items() if not key.endswith("/reduction/bias")}
     heads = {
         key.removesuffix("/attn.logit_scale"): x.size

@@ -4,7 +4,7 @@ In between, an array has our name with numbered blocks: `Transformer/encoderbloc
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -82,16 +82,29 @@ def numbered(params: Any) -> dict:
 
 def stacked(flat: dict) -> dict:
     """A flat dict with the blocks on top of each other: what `numbered` undoes."""
-    out, blocks = {}, {}
+
+    def place(key: str) -> tuple | None:
+        found = _BLOCK.match(key)
+        return found and (key.replace(found[0], "Transformer/encoderblock/"), int(found[1]))
+
+    return gathered(flat, place)
+
+
+def gathered(flat: dict, place: Callable) -> dict:
+    """Arrays of blocks on top of each other; others stay.
+
+    Args:
+      flat: arrays by name.
+      place: function of a name: that of its stack and the number in it, or None.
+    """
+    out: dict = {}
+    stacks: dict = {}
     for key, value in flat.items():
-        if match := re.match(r"Transformer/encoderblock_(\d+)/", key):
-            name = key.replace(match[0], "Transformer/encoderblock/")
-            blocks.setdefault(name, {})[int(match[1])] = value
+        if found := place(key):
+            stacks.setdefault(found[0], {})[found[1]] = value
         else:
             out[key] = value
-    for name, parts in blocks.items():
-        out[name] = np.stack([parts[i] for i in range(len(parts))])
-    return out
+    return out | {name: np.stack([x[i] for i in range(len(x))]) for name, x in stacks.items()}
 
 
 # From -----------------------------------------------------------------------------------------

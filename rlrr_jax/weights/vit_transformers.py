@@ -41,6 +41,16 @@ _HF_STEMS = {
 HF_STEM = "embeddings.patch_embeddings.projection"
 
 
+def from_torch(flat: dict, model: Any, path: Any) -> tuple:
+    """The arrays of a ViT's state dict of any layout that is read, as `from_timm`'s."""
+    read = from_timm
+    if of_transformers(flat):
+        read = from_transformers
+    elif of_clip(flat):
+        read = from_clip
+    return read(flat, model.num_heads, path)
+
+
 def of_transformers(names: Iterable[str]) -> bool:
     """Whether these are names of transformers' ViT or Dinov2."""
     return any(name.endswith(f"{HF_STEM}.weight") for name in names)

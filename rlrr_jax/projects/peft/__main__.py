@@ -36,6 +36,8 @@ def write(adapter: Adapter, folder: Any, base: Any = None, **where: Any) -> str:
     """
     folder = files.local(folder)
     export.check_folder(folder, FILES)
+    if base is not None:
+        files.writable(base)
     card, variant = adapter.card, adapter.card["model"]
     model = cards.model(adapter)
     shapes = models.shapes(model, cards.image_size(card))
