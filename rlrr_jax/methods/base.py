@@ -387,7 +387,8 @@ def columns(kernel: jax.Array, scale: jax.Array) -> jax.Array:
 def prepend(frozen: Any, place: str, down: Any, up: Any, shift: Any) -> Any:
     """Folds `x + x down up + shift` into what follows a LayerNorm of every block.
 
-    The shift goes into the biases of what follows, or where one of these has none into the LayerNorm's.
+    The shift goes into the biases of what follows, or where one of these has none into the LayerNorm's:
+    UserError if the model is no ViT then.
 
     Args:
       place: a name of `AFTER_NORM`.
@@ -396,15 +397,14 @@ def prepend(frozen: Any, place: str, down: Any, up: Any, shift: Any) -> Any:
     """
 
     names = AFTER_NORM[place]
-    every = [site for site in dense(frozen, names).values() if site.third is None]
-    before = not all(site.bias for site in every)
+    before = not all(site.bias for site in dense(frozen, names).values())
 
     def change(name, kernel, bias):
         new = kernel + dot(down, dot(up, kernel))
         return new, bias if before else bias + dot(shift[:, None], kernel)[:, 0]
 
     if before:
-        path = (*every[0].path[:-2], _NORMS[place])
+        path = (*stack(frozen), _NORMS[place])
         norm = subtree(frozen, path)
         frozen = replaced(frozen, path, {**norm, "bias": norm["bias"] + _ahead(down, up, shift)})
     return change_dense(frozen, names, change)

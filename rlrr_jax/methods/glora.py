@@ -56,7 +56,8 @@ def method(
     def init(key, frozen):
         out = {}
         for i, (name, site) in enumerate(base.dense(frozen, names).items()):
-            keys, size = jax.random.split(jax.random.fold_in(key, i), len(forms)), site[2:5]
+            keys = jax.random.split(jax.random.fold_in(key, i), len(forms))
+            size = (site.depth, site.inputs, site.outputs)
             mine = {p: form if site.bias or p in "ab" else "none" for p, form in forms.items()}
             parts = {p: _part(k, p, form, size, rank) for k, (p, form) in zip(keys, mine.items())}
             out[name] = {p: value for p, value in parts.items() if value is not None}

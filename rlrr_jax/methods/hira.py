@@ -1,7 +1,7 @@
 """HiRA: each kernel is multiplied by one plus a product of low rank (Huang et al., ICLR 2025).
 
-It is RLRR of that rank without shifts, and norms left alone, from another start. Its product is not
-of the change, whose rank is high.
+It is RLRR of that rank without shifts, and norms left alone, from another start. The change of a kernel
+itself has a high rank.
 """
 
 from rlrr_jax.methods import base

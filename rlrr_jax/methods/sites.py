@@ -15,14 +15,8 @@ DENSE = ("query", "key", "value", "out", "Dense_0", "Dense_1", "gate")
 HEADS = ("query", "key", "value")  # whose outputs are [heads, width of a head]
 _ROLES = {
     **{name: name for name in (*HEADS, "qkv", "out", "embedding")},
-    **{
-        "cpb_0": "position",
-        "cpb_1": "position",
-        "Dense_0": "mlp_in",
-        "Dense_1": "mlp_out",
-        "gate": "mlp_gate",
-        "reduction": "merge",
-    },
+    **{"Dense_0": "mlp_in", "gate": "mlp_gate", "Dense_1": "mlp_out"},
+    **{"reduction": "merge", "cpb_0": "position", "cpb_1": "position"},
 }
 # Whose layers, norms among them, are in no block.
 _PARENTS = {"patch_embed": "stem", "merge": "merge", "MAPHead_0": "pool"}

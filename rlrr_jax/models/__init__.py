@@ -116,7 +116,6 @@ def build(variant: str, num_classes: int, **options: Any) -> Any:
     return model(**{**sizes(variant), **given}, num_classes=num_classes)
 
 
-@functools.lru_cache(32)
 def _block(name: str, plain: type) -> type:
     """The class of blocks of a path `module:class`, with what a family's own blocks do besides."""
     block = lookup.find("block", name)
@@ -130,6 +129,13 @@ def _block(name: str, plain: type) -> type:
             f"the block {name} has another {other[0]} than {plain.__module__}.Block: "
             f"derive it from that"
         )
+    joined: type = _joined(block, plain)  # type: ignore[arg-type]
+    return joined
+
+
+@functools.lru_cache(32)
+def _joined(block: Any, plain: Any) -> type:
+    """One class for two, always the same: programs are kept by it."""
     return type(block.__name__, (block, plain), {})
 
 

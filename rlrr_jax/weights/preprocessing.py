@@ -148,7 +148,7 @@ def read(
             f"{'' if beside else 'put its config.json beside it, or '}set config.pretrained.mean and "
             f"config.pretrained.std (0.5 each for [-1, 1]) and config.model.gelu (exact, tanh or quick)"
         )
-    return card._replace(resize=card.resize or positions.rule(path), notes=tuple(notes))
+    return card._replace(resize=card.resize or positions.rule(path), notes=(*card.notes, *notes))
 
 
 def _ignoring(beside: list) -> str:
@@ -341,8 +341,10 @@ def _hf(said, config):
     gelu = "exact" if gated else _activation(said.get("hidden_act", default.gelu), config)
     mean, std = _processor(config)
     size = said.get("image_size")
-    # Of a ConvNeXt it is the last norm's alone there, and of another size than in the original.
-    eps = default.eps if kind == "convnext" else _epsilon(said.get("layer_norm_eps", default.eps))
+    eps, notes = _epsilon(said.get("layer_norm_eps", default.eps)), ()
+    if kind == "convnext" and eps != default.eps:  # which is its last norm's alone
+        text = f"{config} gives the last norm an epsilon of {eps:g}: {default.eps:g} is taken for all"
+        eps, notes = default.eps, (f"{text}, as in the original",)
     heads = said.get("num_heads" if kind in ("swin", "swinv2") else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),
@@ -350,6 +352,7 @@ def _hf(said, config):
         num_heads=heads if isinstance(heads, list) else _whole(heads, "num_attention_heads"),
         norm_eps=eps,
         resize=default.resize,
+        notes=notes,
     )
 
 

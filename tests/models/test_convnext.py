@@ -262,6 +262,8 @@ def test_cards_of_transformers(kind, eps, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(said))
     card = preprocessing.read(path, variant="convnext_t", needed=False)
     assert (card.norm_eps, card.gelu) == (1e-6, "exact")
+    note = "gives the last norm an epsilon of 1e-12: 1e-06 is taken for all, as in the original"
+    assert [text.partition("config.json ")[2] for text in card.notes] == [note] * (eps == 1e-12)
     with pytest.raises(UserError, match=f"its model_type is {kind}"):
         preprocessing.read(path, variant="B/16", needed=False)
 
