@@ -58,6 +58,8 @@ setup(
         "wandb": ["wandb>=0.31"],
         # Images named own.py:hf:...
         "hf": ["datasets>=5.2"],
+        # export --to onnx
+        "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
         # Weights named hf:timm/...
         "hub": ["huggingface_hub>=1"],
         "test": [

@@ -90,7 +90,7 @@ def one_step(run, load_weights, known):
     state, metrics = built.start()
     train = built.compile(state, metrics)
     state, metrics = train(built.data, state, metrics, 0, 0, 1)
-    evaluate.trials(built, state["trainable"], run.task, lambda: None)
+    evaluate.trials(built, state["trainable"], built.held_out[0], run.task, lambda: None)
 
 
 def random_weights(model, size):

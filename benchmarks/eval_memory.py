@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rlrr_jax import evaluate, methods, models
+from rlrr_jax import evaluate, methods, metrics, models
 from rlrr_jax.data import sources, store, tasks
 from rlrr_jax.runtime import mesh as mesh_lib
 
@@ -55,9 +55,7 @@ def measure(args, folder):
     params = mesh_lib.put_trials(mesh, [params])
     eval_step = evaluate.map_eval_step(model, args.size, "default", mesh)
     blank = np.zeros((args.batch, args.size, args.size, 3), np.uint8)
-    evaluate.evaluate(
-        eval_step, params, blank, np.zeros(args.batch, np.int32), args.batch, mesh
-    )  # compiles
+    evaluate.evaluate(eval_step, params, blank, args.batch, mesh)  # compiles
 
     row = {"images": args.images, "size": args.size, "model": args.variant, "batch": args.batch}
     with Peak() as peak:
@@ -74,13 +72,16 @@ def measure(args, folder):
         f"checking the store: {row['check_images_per_second']:,.0f} images/s, {peak.gib:.2f} GiB more"
     )
     with Peak() as peak:
-        out = evaluate.evaluate(eval_step, params, images, labels, args.batch, mesh)
+        (logits,) = evaluate.evaluate(eval_step, params, images, args.batch, mesh)
     row |= {"eval_images_per_second": args.images / peak.seconds, "eval_peak_gib": peak.gib}
     print(
         f"evaluating: {row['eval_images_per_second']:,.0f} images/s, {peak.gib:.2f} GiB more",
         flush=True,
     )
-    row |= {"stored_gib": images.path.stat().st_size / GIB, "accuracy": float(out["accuracy"][0])}
+    row |= {
+        "stored_gib": images.path.stat().st_size / GIB,
+        "accuracy": metrics.of_classes(logits, labels)["acc"],
+    }
     row |= {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
     row |= {"whole_process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
     print(json.dumps(row))

@@ -102,9 +102,7 @@ class Ours:
         slots = -(-self.batch // self.mesh.shape["data"]) * self.mesh.shape["data"]
         batch = _shape((slots, self.size, self.size, 3), jnp.uint8)
         begun = time.perf_counter()
-        self.eval_step.lower(
-            many(self.frozen), batch, _shape((slots,), jnp.int32), _shape((slots,), jnp.float32)
-        ).compile()
+        self.eval_step.lower(many(self.frozen), batch).compile()
         return {
             "train_compile_seconds": seconds,
             "eval_compile_seconds": time.perf_counter() - begun,
@@ -165,9 +163,8 @@ class Ours:
 
     def evaluate(self, number, params=None):
         """So many batches."""
-        number *= self.batch
-        data = self.images[:number], self.labels[:number]
-        evaluate.evaluate(self.eval_step, params or self.merged, *data, self.batch, self.mesh)
+        images = self.images[: number * self.batch]
+        evaluate.evaluate(self.eval_step, params or self.merged, images, self.batch, self.mesh)
 
     def plain(self, number):
         """The same, of the backbone itself."""

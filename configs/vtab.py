@@ -51,6 +51,13 @@ def get_config(arg=None):
     config.loss = placeholder(str)  # None is the method's own, of most "cross_entropy"
     # Parameters of mixup and CutMix (0 is off), and the share of a label that all classes get.
     config.mixup = config.cutmix = config.label_smoothing = 0.0
+    # How much images of a class count: "balanced", each class alike; or a .csv of class,weight.
+    config.class_weights = placeholder(str)
+    # "best": the epoch with the best score on images set aside, which are not trained on then; and
+    # after how many epochs without a better one a run ends.
+    config.keep = placeholder(str)
+    config.patience = placeholder(int)
+    config.temperature = placeholder(str)  # "fit": logits are calibrated on images set aside
     # Decay of a running average of the trained tree, which is then evaluated and saved.
     config.average = placeholder(float)
     config.schedule = placeholder(str)  # "official", "cosine", "bigvision" or "restarts", see optim.py

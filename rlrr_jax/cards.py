@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import pathlib
 import re
 import urllib.parse
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import rlrr_jax
-from rlrr_jax import files, hub, lookup, losses, methods, models, run_images, run_model, sides
+from rlrr_jax import files, hub, lookup, losses, methods, metrics, models, run_images, run_model, sides
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
 from rlrr_jax.weights import names, positions, preprocessing, vit_layouts
@@ -186,6 +187,23 @@ def _check_kinds(card):
         raise ValueError("one of its paths is no text")
     if not all(isinstance(x, _NUMBER) for x in card["accuracy"].values()):
         raise ValueError("its accuracies are no numbers")
+    _check_answers(card)
+
+
+def _check_answers(card):
+    """ValueError unless what a card says of answers can be used."""
+    if not isinstance(card.get("answers") or {}, dict):
+        raise ValueError("its answers are no object")
+    said = answers(card)
+    if said["kind"] not in metrics.KINDS:
+        raise ValueError(f"its labels are of the kind {said['kind']!r}")
+    number = lambda x: isinstance(x, float | int) and not isinstance(x, bool) and 0 <= x < math.inf
+    given = said["thresholds"]
+    several = isinstance(given, list) and len(given) == len(card["classes"])
+    if not (several and all(map(number, given))) and given != 0.5:
+        raise ValueError("its thresholds are not one number of each label")
+    if not number(said["temperature"]):
+        raise ValueError("its temperature is no number")
 
 
 def _check_run(card):
@@ -246,6 +264,15 @@ def how(card: dict[str, Any]) -> dict[str, Any]:
     how |= {"depth": depth} if (depth := run.model.get("depth")) else {}
     how |= {"resize_patch": True} if given["resize_patch"] else {}
     return {**how, **{key: json.loads(json.dumps(given[key])) for key in ("grid", "mean", "std")}}
+
+
+def answers(card: dict[str, Any]) -> dict[str, Any]:
+    """How a model's outputs are read: `kind` of its labels, see `metrics`, `temperature`, `thresholds`.
+
+    The temperature is in the head already. Thresholds are of each label; 0.5 where none were chosen.
+    """
+    said = card.get("answers") or {}
+    return {"kind": "class", "temperature": 1.0, "thresholds": 0.5, **said}
 
 
 def plain(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
 CHOICES = {
     "protocol": PROTOCOLS,
     "optimizer": ("adamw", "momentum"),
+    "keep": ("best",),
+    "temperature": ("fit",),
     "momentum_dtype": ("bfloat16", "float32"),
     "log": ("tensorboard", "wandb"),
     "crop": crops.KINDS,
@@ -33,7 +35,7 @@ CHOICES = {
 }
 POSITIVE = (
     *("epochs", "total_steps", "batch_size", "eval_batch_size", "image_size", "image_width"),
-    *("eval_every", "accumulate"),
+    *("eval_every", "accumulate", "patience"),
     *("model.unroll", "model.depth"),
     *("model.num_heads", "model.norm_eps", "num_devices", "grad_clip", "crop_from", "own.shots"),
     *("data.device_gb", "warmup_epochs"),

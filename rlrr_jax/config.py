@@ -11,11 +11,11 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from rlrr_jax import backend, checks, lookup, losses, methods, models
+from rlrr_jax import answers, backend, checks, lookup, losses, methods, metrics, models
 from rlrr_jax.checks import GRID
 from rlrr_jax.data import own, tasks
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.run_images import size_of, task_of
+from rlrr_jax.run_images import size_of, splits, task_of
 from rlrr_jax.run_model import build_model, check_contracts
 from rlrr_jax.runs.identity import PLACES, recipe, together
 from rlrr_jax.weights import names, preprocessing
@@ -258,7 +258,7 @@ def _resolve_one(
         run.own.path = own.absolute(run.own.path)
     run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
-    checks.fill(run, "loss", method.DEFAULTS.get("loss", "cross_entropy"))
+    checks.fill(run, "loss", method.DEFAULTS.get("loss", metrics.KINDS[task_of(run).kind].loss))
     checks.fill(run.model, "block", method.DEFAULTS.get("block"))
     run.loss_kwargs = ConfigDict(losses.check(run.loss, given))
     for key in checks.searched(run):
@@ -271,6 +271,9 @@ def _resolve_one(
         raise UserError(
             f"config.protocol={run.protocol} needs images to choose on: raise config.own.val"
         )
+    answers.check(run, task_of(run))
+    if splits(run)[1] != "test" and not task_of(run).number(part):
+        raise UserError(f"{run.task} has no images to choose on: raise config.own.val")
     _fill_recipe(run)
     checks.fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
@@ -364,7 +367,7 @@ def set_epochs(run: ConfigDict) -> None:
         if run.epochs is not None and run.protocol != "tune":
             raise UserError("config.epochs and config.total_steps exclude each other: set one")
         task = task_of(run)
-        number = task.number(task.parts[0 if run.protocol == "tune" else 2])
+        number = task.number(splits(run)[0])
         run.epochs = math.ceil(run.total_steps / math.ceil(number / run.batch_size))
 
 
@@ -378,10 +381,11 @@ def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
     if grid["times_own_lr"]:
         grid["times_own_lr"] = grid["lr"]
         grid["lr"] = tuple(float(f"{mine['lr'] * times:.3g}") for times in grid["lr"])
+    chooses = methods.get(run.method).untrained is not None  # by itself
     for key in GRID:
         if run[key] is not None:
             grid[key] = (run[key],)
-        elif not grid[key]:
+        elif not grid[key] or chooses:
             grid[key], run.recipe = (mine[key],), (*run.recipe, f"grid.{key}")
     run.grid = ConfigDict(grid)
 

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from rlrr_jax import cards, files, models, run_model
+from rlrr_jax import cards, files, graphs, models, run_model
 from rlrr_jax.results import model_card
 from rlrr_jax.weights import architectures
 
 
 def advice(to: str, adapter: Any, out: Any) -> str:
     """How the file is used elsewhere."""
+    if to in graphs.FORMATS:
+        return graphs.advice(to, adapter, out)
     card, classes = adapter.card, len(adapter.card["classes"])
     sizes = {**models.sizes(card["model"]), **run_model.architecture(adapter.run)}
     eps = sizes.pop("norm_eps", 1e-6)

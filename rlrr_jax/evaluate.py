@@ -1,4 +1,4 @@
-"""Evaluation on held-out images: padded batches of one shape, each image counted once."""
+"""Answers to held-out images, in padded batches of one shape; `metrics` judges them."""
 
 import functools
 import math
@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import losses
 from rlrr_jax.data.resize import enlarge, normalize
 from rlrr_jax.runtime import distributed, memory
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -21,10 +19,8 @@ from rlrr_jax.runtime import mesh as mesh_lib
 CHECK_SECONDS = 3  # between two looks of several processes at whether to stop
 
 
-def eval_step(
-    model: Any, pixels: tuple, precision: str, params: Any, *batch: jax.Array
-) -> dict[str, jax.Array]:
-    """Sums over the global batch: cross-entropy and number of right answers, padding left out.
+def eval_step(model: Any, pixels: tuple, precision: str, params: Any, images: jax.Array) -> jax.Array:
+    """Logits [b, classes] of images [b, h, w, 3] uint8.
 
     Args:
       model: the flax model.
@@ -32,39 +28,35 @@ def eval_step(
         and of what their middle is cut from, or None.
       precision: precision of matmuls.
       params: its parameters.
-      *batch: images [b, h, w, 3] uint8, labels [b] and mask [b].
+      images: this device's.
     """
-    images, labels, mask = batch
     with jax.default_matmul_precision(precision):
         inputs = images if pixels[0] is None else normalize(images, *pixels)
-        logits = model.apply({"params": params}, inputs)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    right = losses.correct(logits, labels, each)
-    return jax.lax.psum({"loss": (each * mask).sum(), "correct": (right * mask).sum()}, "data")
+        return model.apply({"params": params}, inputs)
 
 
 @functools.lru_cache(8)
 def map_eval_step(
     model: Any, image_size: Any, precision: str, mesh: Mesh, crop_from: int | None = None
 ) -> Callable:
-    """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images, labels, mask)`."""
+    """`eval_step` for all trials on a mesh, jitted: `(params [T, ...], images) -> [T, B, classes]`."""
     one = functools.partial(eval_step, model, (image_size, crop_from), precision)
 
     @functools.wraps(eval_step)
-    def trials(params: Any, *batch: jax.Array) -> Any:
+    def trials(params: Any, images: jax.Array) -> Any:
         if len(jax.tree.leaves(params)[0]) == 1:
-            return mesh_lib.over_trials(one, (0, None, None, None))(params, *batch)
+            return mesh_lib.over_trials(one, (0, None))(params, images)
         # One after another: a batch of one fills the device.
-        return jax.lax.map(lambda params: one(params, *batch), params)
+        return jax.lax.map(lambda params: one(params, images), params)
 
-    def mapped(params: Any, *batch: jax.Array) -> Any:
+    def mapped(params: Any, images: jax.Array) -> Any:
         return jax.shard_map(
             trials,
             mesh=mesh,
-            in_specs=(mesh_lib.specs(params, mesh, "trial"), P("data"), P("data"), P("data")),
-            out_specs=P("trial"),
+            in_specs=(mesh_lib.specs(params, mesh, "trial"), P("data")),
+            out_specs=P("trial", "data"),
             check_vma=False,
-        )(params, *batch)
+        )(params, images)
 
     return jax.jit(functools.wraps(eval_step)(mapped))
 
@@ -84,7 +76,7 @@ def batches(images: Any, labels: Any, size: int, mesh: Mesh) -> Iterator[tuple]:
     size = min(size, len(labels))
     slots = math.ceil(size / mesh.shape["data"]) * mesh.shape["data"]
     sharding = NamedSharding(mesh, P("data"))
-    columns = (images, images.dtype), (labels, np.int32), (np.ones(len(labels)), np.float32)
+    columns = (images, images.dtype), (labels, labels.dtype), (np.ones(len(labels)), np.float32)
     for start in range(0, len(labels), size):
         count = min(size, len(labels) - start)
 
@@ -105,46 +97,50 @@ def evaluate(
     step: Callable,
     params: Any,
     images: Any,
-    labels: Any,
     size: int,
     mesh: Mesh,
     done: Callable[[int], None] = lambda number: None,
-) -> dict[str, np.ndarray]:
-    """Mean loss and accuracy [T] each of a split, streamed in batches.
+) -> np.ndarray:
+    """Logits [T, N, classes] of a split, streamed in batches, whole in every process.
 
     Args:
       step: function made by `map_eval_step`.
       params: trees of the trials [T, ...], on the mesh.
       images: uint8 [N, h, w, 3].
-      labels: classes [N].
       size: number of images in a batch.
+      mesh: the devices.
       done: function called after each batch with its number of images; may raise to end this.
     """
-    sums = []
-    for i, batch in enumerate(batches(images, labels, size, mesh)):
-        sums.append(step(params, *batch))
-        jax.block_until_ready(sums[-3:-2])  # so that few batches are on the device
-        done(min(size, len(labels) - i * size))
-    sums = distributed.fetch(sums)
-    total = lambda key: np.asarray(np.sum([s[key] for s in sums], 0, np.float64)) / len(labels)
-    return {"loss": total("loss"), "accuracy": total("correct")}
+    out: list[Any] = []
+    for i, (batch, *_) in enumerate(batches(images, np.zeros(len(images), np.int32), size, mesh)):
+        out.append(step(params, batch))
+        if i > 1:  # so that few batches are on the device
+            out[i - 2] = distributed.fetch(out[i - 2])
+        done(min(size, len(images) - i * size))
+    last = len(images) - (len(out) - 1) * min(size, len(images))
+    out = [*map(distributed.fetch, out)]
+    cut = [x[:, :size] for x in out[:-1]] + [out[-1][:, :last]]
+    return np.concatenate(cut, 1)
 
 
-def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> list[dict[str, float]]:
-    """Held-out accuracy and loss of each trial, with a progress bar.
+def trials(
+    job: Any, trainable: Any, images: Any, title: str, check: Callable[[], None]
+) -> list[np.ndarray]:
+    """Logits [N, classes] of each trial, with a progress bar.
 
     Args:
       job: the `job.Job`.
       trainable: the trained trees [T, ...], on the mesh.
+      images: uint8 [N, h, w, 3], or outputs of first blocks, see `prefix`.
       title: text before the bar.
       check: function called every now and then, in all processes after the same batch.
     """
-    recipe, mesh, number = job.recipe, job.mesh, len(job.held_out[1])
+    recipe, mesh, number = job.recipe, job.mesh, len(images)
     how = recipe.image_size, recipe.precision, mesh, recipe.crop_from
     program, large = map_eval_step(recipe.model, *how), recipe.crop_from or recipe.image_size
 
-    def step(params: Any, images: jax.Array, *rest: jax.Array) -> Any:
-        return program(params, images if large is None else enlarge(images, large), *rest)
+    def step(params: Any, images: jax.Array) -> Any:
+        return program(params, images if large is None else enlarge(images, large))
 
     out: list[Any] = [None] * len(job.init_keys)
     together = at_once(job, memory.limit())
@@ -154,10 +150,8 @@ def trials(job: Any, trainable: Any, title: str, check: Callable[[], None]) -> l
         for which, part in mesh_lib.turns(trainable, mesh, together):
             params, done = job.merge(job.frozen, part), looking(check, bar)
             size = job.runs[0].limits.eval_batch_size
-            images, labels = job.held_out
-            found = evaluate(step, params, images, labels, size, mesh, done)
-            for i, accuracy, loss in zip(which, found["accuracy"], found["loss"]):
-                out[i] = {"acc": float(accuracy), "loss": float(loss)}
+            for i, logits in zip(which, evaluate(step, params, images, size, mesh, done)):
+                out[i] = logits[:, : job.classes]
     return out[: len(job.runs)]
 
 

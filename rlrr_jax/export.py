@@ -3,14 +3,16 @@
 Formats: `big_vision` (.npz, numbered blocks), `vit_jax` (.npz, the layout of 2020), `timm`
 (.safetensors, its state dict), `transformers` (a folder for its ViTForImageClassification), `adapter`
 (.safetensors, the trained values alone), `hub` (a folder with that and a model card for the Hugging
-Face Hub; `--push user/name` uploads it). The first four are the merged model in float32, a plain one
-(of Swin and ResNet `timm` alone);
-every file is read back and its logits compared before the command reports that it is done.
+Face Hub; `--push user/name` uploads it), and graphs that take pixels and give shares, see `graphs`:
+`stablehlo` and `savedmodel` (folders), and `onnx`. The first four are the merged model in float32, a
+plain one (of families other than ViTs `timm` alone). Every file is read back and its answers compared
+before the command reports that it is done.
 """
 
 import io
 import json
 import pathlib
+import shutil
 import tempfile
 from typing import Any
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rlrr_jax import adapters, cards, elsewhere, files, models, run_model, sides
+from rlrr_jax import adapters, cards, elsewhere, files, graphs, metrics, models, run_model, sides
 from rlrr_jax.data import crops
 from rlrr_jax.data.examples import some
 from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
@@ -35,13 +37,16 @@ from rlrr_jax.weights import (
     vit_writers,
 )
 
-FORMATS = {  # endings of files; the last two are folders
+FORMATS = {  # endings of files; folders have none
     "big_vision": ".npz",
     "vit_jax": ".npz",
     "timm": ".safetensors",
     "adapter": ".safetensors",
     "transformers": "",
     "hub": "",
+    "stablehlo": "",
+    "savedmodel": "",
+    "onnx": ".onnx",
 }
 TRAINED = ("adapter", "hub")  # formats of the trained values alone, of every model
 # What the others are made by, for each family of models.
@@ -61,6 +66,7 @@ LAYOUTS = {
 FOLDERS = {  # formats that are folders, and their files, the weights first
     "hub": (model_card.FILE, model_card.NAME),
     "transformers": ("model.safetensors", "config.json", "preprocessor_config.json"),
+    **{name: graph.files for name, graph in graphs.FORMATS.items() if graph.files},
 }
 TOLERANCE = 1e-4  # of logits; a file that differs more is not kept
 
@@ -75,27 +81,31 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
       **where: where the backbone is, see `adapters.backbone`.
 
     Returns:
-      The largest difference between the logits of the model and of the file.
+      The largest difference between the logits of the model and of the file; of a graph between shares.
 
     Raises UserError for a wrong ending, a backbone that is not the adapter's, or a file that differs.
     """
     if to not in FORMATS:
         raise unknown("format", to, FORMATS)
+    any_model = to in TRAINED or to in graphs.FORMATS
+    if to in graphs.FORMATS:
+        graphs.check(to)
     block = run_model.architecture(adapter.run).get("block")
-    if to not in TRAINED and block:
+    if not any_model and block:
         raise UserError(
             f"the blocks of this model are {block}, for which {to} has no place: use "
-            f"{' or '.join(TRAINED)}"
+            f"{' or '.join((*TRAINED, *graphs.FORMATS))}"
         )
     family = models.family(adapter.card["model"])
     layouts = LAYOUTS.get(family, {})
     ending, layout = FORMATS[to], layouts.get(to)
     plain = not [key for key in vit.PARTS if adapter.run.model.get(key) is not None]
-    if to not in TRAINED and (layout is None or (not plain and to != "timm")):
+    if not any_model and (layout is None or (not plain and to != "timm")):
         which = adapter.card["model"] + " with what it has besides" * (not plain)
-        others = [name for name in ("timm", *TRAINED) if name in layouts or name in TRAINED]
+        others = ["timm"] * ("timm" in layouts) + [*TRAINED, *graphs.FORMATS]
         raise UserError(f"{which} is not exported to {to}: use {', '.join(others)}")
-    _check_plain(adapter, to, family)
+    if not any_model:
+        _check_plain(adapter, to, family)
     name, out = out, files.local(out).absolute()
     if to in FOLDERS:
         check_folder(out, FOLDERS[to])
@@ -107,24 +117,29 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
     backbone = adapters.backbone(adapter, **where)
     adapter = cards.portable(adapter)
     tuned = adapters.load(adapter, backbone)
-    if getattr(tuned.model, "projection", 0) and to not in TRAINED:
+    if getattr(tuned.model, "projection", 0) and not any_model:
         tuned = _one_head(tuned)
     special = files.is_special(out)  # whose folder may be /dev
     target = pathlib.Path(files.through(out))  # a link stays
     with tempfile.TemporaryDirectory(dir=None if special else target.parent, prefix=".part") as beside:
         made = pathlib.Path(beside)
         weights = made / (FOLDERS[to][0] if to in FOLDERS else out.name)
-        if layout is None:
+        if to in graphs.FORMATS:
+            made = made / "graph" if to in FOLDERS else made
+            difference = graphs.made(to, adapter, tuned, made if to in FOLDERS else weights)
+            _check_difference(difference, graphs.TOLERANCE, out)
+        elif layout is None:
             adapters.write(weights, adapter)
-            again = adapters.load(weights, backbone)
+            difference = _same_logits(tuned, adapters.load(weights, backbone), out)
         else:
             write(weights, layout(tuned.params), card(adapter))
-            again = tuned._replace(params=read(weights, tuned))
-        difference = _same_logits(tuned, again, out)
+            difference = _same_logits(tuned, tuned._replace(params=read(weights, tuned)), out)
         _write_beside(adapter, to, made, out)
         if to in FOLDERS:
             target.mkdir(exist_ok=True)
             for path in made.iterdir():
+                if (target / path.name).is_dir():
+                    shutil.rmtree(target / path.name)
                 path.replace(target / path.name)
         elif special:
             files.write(out, weights.read_bytes())
@@ -135,7 +150,7 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
 
 def _check_plain(adapter, to, family):
     """UserError for a model that timm's function of its name does not build."""
-    if to in TRAINED or family not in ("rope_vit", "swinv2", "convnext"):
+    if family not in ("rope_vit", "swinv2", "convnext"):
         return
     plain_name = adapter.card["model"]
     model, plain = cards.model(adapter), models.build(plain_name, 1)
@@ -194,12 +209,17 @@ def drops_values(to: str, adapter: Any) -> bool:
 def _same_logits(tuned, again, out):
     """The largest difference between logits; UserError if it is too large."""
     difference = compare(tuned, again)
-    if not difference <= TOLERANCE:
+    _check_difference(difference, TOLERANCE, out)
+    return difference
+
+
+def _check_difference(difference, tolerance, out):
+    """UserError if what was read back differs too much."""
+    if not difference <= tolerance:
         raise UserError(
-            f"the logits of {out} would differ by {difference:.1g} from the model's: it was not "
+            f"the answers of {out} would differ by {difference:.1g} from the model's: it was not "
             f"kept; please report this"
         )
-    return difference
 
 
 _HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
@@ -311,12 +331,13 @@ def main() -> None:
     path = adapters.find(args.run)
     adapter = adapters.read(path)
     difference = export(adapter, args.to, args.out, **adapters.given(args))
-    acc = tables.percent(adapter.card["accuracy"].get("test_acc"))
+    kind, tested = cards.answers(adapter.card)["kind"], adapter.card["accuracy"].get("test_acc")
+    acc = tables.scores(metrics.KINDS[kind].score, [tested])
     print(
         f"{args.out}: {adapter.card['method']} on {adapter.card['task']}"
-        + f" (test accuracy {acc})" * bool(acc)
-        + f", {_size(files.local(args.out)) / 1e6:.1f} MB; read back, its logits "
-        f"differ by at most {difference:.1g}"
+        + f" (test{' accuracy' * (kind == 'class')} {acc})" * bool(acc and tested is not None)
+        + f", {_size(files.local(args.out)) / 1e6:.1f} MB; read back, its "
+        f"{'shares' if args.to in graphs.FORMATS else 'logits'} differ by at most {difference:.1g}"
     )
     if drops_values(args.to, adapter):
         print(f"note: what config.loss={adapter.run.loss} trained beside the head is left out")
@@ -329,7 +350,7 @@ def main() -> None:
 
 def _size(path):
     """Bytes of a file, or of those in a folder."""
-    return sum(p.stat().st_size for p in path.iterdir()) if path.is_dir() else path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Feed(NamedTuple):
     Attributes:
       images: images [N, h, w, 3] uint8 that take indices, in memory or a file, or `crops.Crops`; or
         what first blocks made of them, see `prefix`.
-      labels: classes [N] int32.
+      labels: classes [N] int32, or what tasks of other kinds have for them, see `metrics`.
       batch_size: number of images in a step.
       shard: number of steps whose images are on the devices at once; None is all of an epoch.
       order_key: key of the order of images, which `step.train_steps` has, too.
@@ -57,11 +57,12 @@ class Feed(NamedTuple):
         everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
         out = {
             "images": everywhere((self.slots, *self.images.shape[1:]), self.images.dtype),
-            "labels": everywhere((self.slots,), jnp.int32),
+            "labels": everywhere((self.slots, *self.labels.shape[1:]), self.labels.dtype),
         }
         if self.shard is None:
             return out
-        return {**out, "numbers": out["labels"], "first": everywhere((), jnp.int32)}
+        numbers = everywhere((self.slots,), jnp.int32)
+        return {**out, "numbers": numbers, "first": everywhere((), jnp.int32)}
 
     def read(self, epoch: int, start: int, which: Any, cancelled: Any = None) -> dict[str, Any]:
         """The data of `step.train_steps`, on the host, for the steps of an epoch from `start` on.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlrr_jax import losses
 from rlrr_jax.run_images import task_of
@@ -28,7 +29,8 @@ def share(runs: list) -> None:
 def _plain(run: Any) -> bool:
     """Whether nothing but plain cross-entropy sees a run's logits."""
     plain = losses.find(run.loss).function is losses.cross_entropy
-    return plain and not run.label_smoothing and run.get("gradients") is None
+    others = run.label_smoothing or run.get("gradients") or run.get("class_weights")
+    return plain and not others
 
 
 @jax.jit
@@ -43,6 +45,22 @@ def hide(trained: Any, classes: int) -> Any:
         return trained
     bias = jax.device_put(_hidden(head["bias"], classes), head["bias"].sharding)
     return {**trained, "head": {**head, "bias": bias}}
+
+
+def scaled(trained: Any, temperature: float, unit: tuple[float, float]) -> Any:
+    """A trained tree whose head gives logits divided by a temperature, or values in their own unit.
+
+    Args:
+      trained: the tree, on the host.
+      temperature: what logits are divided by.
+      unit: deviation and mean of values, (1, 0) of all else.
+    """
+    deviation, mean = unit
+    if temperature == 1 and (deviation, mean) == (1, 0):
+        return trained
+    factor, head = np.float64(deviation / temperature), trained["head"]
+    kernel, bias = head["kernel"] * factor, head["bias"] * factor + mean
+    return {**trained, "head": {"kernel": np.float32(kernel), "bias": np.float32(bias)}}
 
 
 def cut(trained: Any, classes: int) -> Any:

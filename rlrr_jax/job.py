@@ -40,7 +40,8 @@ class Job(NamedTuple):
       data: `images`, enlarged, and `labels` of the training set; where they come in parts, only the
         shapes.
       feed: where the training images come from.
-      held_out: images and labels of the evaluation, on the host.
+      held_out: images and labels of the evaluation after epochs, on the host.
+      tested: those of the test at the end, where they are others; or None.
       hyper: the `Hyper` of the trials [T].
       init_keys: keys of the trials [T] for the first values.
       merge: function `(frozen, trained [T, ...]) -> params [T, ...]`, jitted.
@@ -54,6 +55,7 @@ class Job(NamedTuple):
     data: dict
     feed: feed_lib.Feed
     held_out: tuple
+    tested: tuple | None
     hyper: Hyper
     init_keys: Any
     merge: Callable
@@ -179,7 +181,7 @@ def build(
     begun = time.perf_counter()
     run, recipe = runs[0], run_lib.together(runs)
     images, labels = load_data(run.splits[0], crop=run.crops)
-    held_out = load_data(run.splits[1])
+    held_out = [load_data(split) for split in (run.splits[1], run.tested) if split]
     if len(labels) != recipe.num_images:
         raise UserError(
             f"{run.task.name} has {len(labels)} images in {run.splits[0]}, and its task says "
@@ -193,10 +195,10 @@ def build(
             flush=True,
         )
     mesh = run_lib.mesh_of(runs, jax.devices())
-    known, both = {} if known is None else known, (images, held_out[0])
-    recipe, frozen, both = prefix.applied(recipe, frozen, both, mesh, run, known)
+    known, every = {} if known is None else known, (images, *(x for x, _ in held_out))
+    recipe, frozen, every = prefix.applied(recipe, frozen, every, mesh, run, known)
     recipe, frozen = blockwise.applied(recipe, frozen, run.limits)
-    images, held_out = both[0], (both[1], held_out[1])
+    images, held_out = every[0], [(x, y) for x, (_, y) in zip(every[1:], held_out)]
     gigabytes = run.limits.image_gb
     budget = memory.limit() * feed_lib.SHARE if gigabytes is None else gigabytes * 1e9
     feed = feed_of(runs, images, labels, budget)
@@ -209,8 +211,9 @@ def build(
         frozen=mesh_lib.put(mesh, None, frozen),
         data=data,
         feed=feed,
-        held_out=held_out,
-        hyper=mesh_lib.put_trials(mesh, [trial.hyper() for trial in trials]),
+        held_out=held_out[0],
+        tested=held_out[1] if run.tested else None,
+        hyper=mesh_lib.put_trials(mesh, [trial.hyper(labels) for trial in trials]),
         init_keys=mesh_lib.put_trials(mesh, [trial.keys[0] for trial in trials]),
         merge=step.map_merge(recipe.method, mesh),
         begun=begun,

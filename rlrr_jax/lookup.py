@@ -18,7 +18,7 @@ from rlrr_jax.errors import UserError, unknown
 
 _METHODS = (
     *("rlrr", "linear", "full", "bitfit", "norm", "last", "ssf", "lora", "dora", "vera", "fact"),
-    *("arc", "repadapter", "apla", "hta", "glora", "difffit", "oft", "pissa", "hira"),
+    *("arc", "repadapter", "apla", "hta", "glora", "difffit", "oft", "pissa", "hira", "knn"),
 )
 # Kind -> short name -> path:
 #   method     a function `(**options) -> methods.Method`
@@ -31,7 +31,9 @@ _METHODS = (
 #   weights    a function `frozen -> warning or ""`, for every file of weights that is read
 NAMES: dict[str, dict[str, str]] = {
     "method": {name: f"rlrr_jax.methods.{name}:method" for name in _METHODS},
-    "loss": {"cross_entropy": "rlrr_jax.losses:cross_entropy"},
+    "loss": {
+        name: f"rlrr_jax.losses:{name}" for name in ("cross_entropy", "binary", "squared", "huber")
+    },
 }
 VALUES = ("task", "tasks")  # all others are called
 PROJECTS = "rlrr_jax.projects"

@@ -15,6 +15,9 @@ Returns:
   as `train_<name>`: "acc", and what else there is to see. The step multiplies by the mask, and divides
   by the number of images in the batch over all devices. A value named "remember" [b, classes] is not
   reported, but comes back as `batch.remembered` when the same images are in a batch again.
+
+Where `config.class_weights` is set, the loss of each image is multiplied by the weight of its class; a
+loss with an argument `class_weights` [classes] weighs by itself.
 """
 
 import functools
@@ -25,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rlrr_jax import lookup, methods
@@ -76,11 +80,16 @@ class Loss(NamedTuple):
       init: function `(key, frozen, classes, **options) -> tree of float32` of these values at the
         start; they are saved with the adapter, and those called "kernel" get weight decay.
       values: names of what the function returns besides the loss, see `check_contract`.
+      kinds: kinds of labels that it learns, see `metrics.KINDS`.
+      plain: whether it needs nothing but the logits of the batch, so that what the training does not
+        change may be computed once, see `prefix`.
     """
 
     function: Callable[..., Values]
     init: Callable[..., Any] | None = None
     values: tuple[str, ...] = ("acc",)
+    kinds: tuple[str, ...] = ("class",)
+    plain: bool = False
 
     def __call__(self, net: Net, batch: Batch, **numbers: Any) -> Values:
         """The loss of each image, and other values."""
@@ -92,6 +101,32 @@ def cross_entropy(net: Net, batch: Batch) -> Values:
     logits = net(batch.images, batch.keys)
     losses = cross_entropies(logits, batch)
     return losses, {"acc": correct(logits, batch.labels, losses)}
+
+
+def _binary(net: Net, batch: Batch, class_weights: Any = None) -> Values:
+    """Sigmoid cross-entropy, the mean over labels, and how many of an image's labels are right.
+
+    With weights, the part of a label that an image has is multiplied by that label's.
+    """
+    logits, targets = net(batch.images, batch.keys), batch.targets
+    hot = jax.nn.one_hot(batch.labels, logits.shape[-1]) if batch.labels.ndim == 1 else batch.labels
+    targets = hot if targets is None else targets
+    weights = 1.0 if class_weights is None else class_weights[None]
+    yes, no = targets * jax.nn.log_sigmoid(logits), (1 - targets) * jax.nn.log_sigmoid(-logits)
+    losses = -(weights * yes + no).mean(-1)
+    if batch.labels.ndim == 1:
+        return losses, {"acc": correct(logits, batch.labels, losses)}
+    return losses, {"acc": ((logits > 0) == (hot > 0)).mean(-1) * jnp.isfinite(losses)}
+
+
+def _squared(net: Net, batch: Batch) -> Values:
+    """Squared error of a value, in units of its deviation over the training images."""
+    return (net(batch.images, batch.keys)[:, 0] - batch.labels) ** 2, {}
+
+
+def _huber(net: Net, batch: Batch, delta: float = 1.0) -> Values:
+    """Huber's loss of a value: squared up to an error of `delta` deviations, then linear."""
+    return optax.huber_loss(net(batch.images, batch.keys)[:, 0], batch.labels, delta=delta), {}
 
 
 def cross_entropies(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -106,26 +141,75 @@ def correct(logits: jax.Array, labels: jax.Array, losses: jax.Array) -> jax.Arra
     return (logits.argmax(-1) == labels) & jnp.isfinite(losses)  # of NaN, argmax is class 0
 
 
+binary = Loss(_binary, kinds=("class", "labels"), plain=True)
+squared = Loss(_squared, values=(), kinds=("value",), plain=True)
+huber = Loss(_huber, values=(), kinds=("value",), plain=True)
+
+
+# Weights of classes -----------------------------------------------------------------------------
+
+
+def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Weights of classes [classes] that give each the same part; their mean over images is 1.
+
+    As scikit-learn's "balanced": images / (classes that there are x images of the class). Where an
+    image has several labels, each gets the number of images without it for each that has it.
+
+    Args:
+      labels: of the training images, [N] or [N, classes].
+      classes: number of classes.
+    """
+    if labels.ndim == 2:
+        counts = labels.sum(0)
+        return np.where(counts > 0, (len(labels) - counts) / np.maximum(counts, 1), 1.0)
+    counts = np.bincount(labels, minlength=classes)
+    return np.where(counts > 0, len(labels) / ((counts > 0).sum() * np.maximum(counts, 1)), 0.0)
+
+
+def weighted(function: Callable[..., Values]) -> Callable[..., Values]:
+    """A loss whose images count by the weights of their classes, an argument `class_weights`."""
+    if "class_weights" in inspect.signature(function).parameters:
+        return function
+
+    def weighed(net: Net, batch: Batch, class_weights: Any, **numbers: Any) -> Values:
+        losses, values = function(net, batch, **numbers)
+        mixed = class_weights[batch.labels] if batch.targets is None else batch.targets @ class_weights
+        return losses * mixed, values
+
+    return weighed
+
+
 # Names and options ----------------------------------------------------------------------------
 
 
 def find(name: str) -> Loss:
     """The `Loss` of a name; UserError for an unknown one."""
     found = lookup.find("loss", name)
-    return found if isinstance(found, Loss) else Loss(found)
+    return found if isinstance(found, Loss) else Loss(found, plain=found is cross_entropy)
 
 
-def get(name: str, fixed: dict[str, Any], values: tuple[str, ...] = ("acc",)) -> Loss:
-    """The `Loss` of a name with its fixed options, and the names of what it returns."""
+def get(
+    name: str, fixed: dict[str, Any], values: tuple[str, ...] = ("acc",), weigh: bool = False
+) -> Loss:
+    """The `Loss` of a name with its fixed options, and the names of what it returns.
+
+    Args:
+      name: of the loss.
+      fixed: options that are in the program.
+      values: names of what it returns besides itself.
+      weigh: whether it gets weights of classes.
+    """
     loss = find(name)
     bind = lambda f: functools.partial(f, **fixed) if f and fixed else f
-    return Loss(bind(loss.function), bind(loss.init), values)
+    function = weighted(bind(loss.function)) if weigh else bind(loss.function)
+    return loss._replace(function=function, init=bind(loss.init), values=values)
 
 
 def options(name: str) -> dict[str, Any]:
     """A loss's options and their defaults."""
     parameters = list(inspect.signature(find(name).function).parameters.values())[2:]
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    named = [p for p in named if p.name != "class_weights"]
     if missing := [p.name for p in named if p.default is p.empty]:
         raise UserError(f"option {missing[0]!r} of loss {name!r} has no default: give it one")
     return {p.name: p.default for p in named}
@@ -160,7 +244,7 @@ def fixed(given: dict[str, Any]) -> dict[str, Any]:
 
 def of(recipe: Recipe) -> Loss:
     """The loss of a recipe."""
-    return recipe.loss or Loss(cross_entropy)
+    return recipe.loss or Loss(cross_entropy, plain=True)
 
 
 def start(loss: Loss, method: Method, key: jax.Array, frozen: Any) -> dict:
@@ -175,7 +259,9 @@ def start(loss: Loss, method: Method, key: jax.Array, frozen: Any) -> dict:
 # The contract ---------------------------------------------------------------------------------
 
 
-def check_contract(name: str, given: dict[str, Any], net: tuple, image_size: tuple) -> tuple[str, ...]:
+def check_contract(
+    name: str, given: dict[str, Any], net: tuple, image_size: tuple, kind: str = "class"
+) -> tuple[str, ...]:
     """UserError unless a loss returns what this module says, of two images, without computing anything.
 
     Args:
@@ -183,13 +269,14 @@ def check_contract(name: str, given: dict[str, Any], net: tuple, image_size: tup
       given: all its options.
       net: the model, the `Method`, and the shapes of the frozen tree.
       image_size: height and width of the images.
+      kind: of the labels, see `metrics.KINDS`.
 
     Returns:
       The names of the values that it returns besides itself.
     """
     loss, number, classes = get(name, fixed(given)), 2, net[0].num_classes
     try:
-        losses, values = _traced(loss, net, number, image_size, given)
+        losses, values = _traced(loss, net, (number, kind), image_size, given)
     except jax.errors.ConcretizationTypeError as e:
         raise UserError(
             f"loss {name!r} decides by a number that is traced, as its options of real numbers and "
@@ -206,14 +293,15 @@ def check_contract(name: str, given: dict[str, Any], net: tuple, image_size: tup
                 f"loss {name!r} must return {name_of} of shape {wanted} for {number} images, not "
                 f"{shape}: return one for each image"
             )
-    if "acc" not in values or "loss" in values:
+    if ("acc" not in values and kind != "value") or "loss" in values:
         raise UserError(f"loss {name!r} must return the value 'acc', and none of name 'loss'")
     return tuple(sorted(values))
 
 
-def _traced(loss: Loss, net: tuple, number: int, image_size: tuple, given: dict[str, Any]) -> Values:
+def _traced(loss: Loss, net: tuple, of: tuple, image_size: tuple, given: dict[str, Any]) -> Values:
     """Shapes of what a loss returns for so many images on one device; its real numbers are traced."""
     model, method, frozen = net
+    number, kind = of
     numbers = {key: jnp.float32(x) for key, x in given.items() if isinstance(x, float)}
 
     def call(key: jax.Array, frozen: Any, batch: Batch, numbers: dict[str, jax.Array]) -> Values:
@@ -226,6 +314,7 @@ def _traced(loss: Loss, net: tuple, number: int, image_size: tuple, given: dict[
         images, zero = jnp.zeros((1, number, *image_size, 3)), jnp.zeros((1, number), jnp.int32)
         keys = jax.random.split(jax.random.key(0), (1, number))
         logits = jnp.zeros((1, number, model.num_classes))
-        return Batch(images, zero, None, jnp.ones((1, number)), keys, zero, zero, zero[:, 0], logits)
+        labels = {"class": zero, "labels": logits, "value": jnp.zeros((1, number))}[kind]
+        return Batch(images, labels, None, jnp.ones((1, number)), keys, zero, zero, zero[:, 0], logits)
 
     return jax.eval_shape(call, jax.random.key(0), frozen, jax.eval_shape(batch), numbers)

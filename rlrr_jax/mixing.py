@@ -70,10 +70,12 @@ def targets(
 
     Args:
       how: the `Mixing`.
-      labels: classes [b].
-      partners: classes of the images they are mixed with [b].
+      labels: classes [b], or 0 and 1 [b, classes], which are smoothed towards a half.
+      partners: those of the images they are mixed with.
       weight: weight of `labels`.
       classes: number of classes.
     """
-    smooth = lambda x: jax.nn.one_hot(x, classes) * (1 - how.smoothing) + how.smoothing / classes
+    hot = lambda x: jax.nn.one_hot(x, classes) if x.ndim == 1 else x
+    even = 1 / classes if labels.ndim == 1 else 0.5
+    smooth = lambda x: hot(x) * (1 - how.smoothing) + how.smoothing * even
     return weight * smooth(labels) + (1 - weight) * smooth(partners)

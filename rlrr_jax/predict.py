@@ -1,7 +1,8 @@
 """Classes of image files: `python -m rlrr_jax.predict --adapter A.safetensors IMAGES...`.
 
-IMAGES are files, folders (searched through), patterns such as "x/*.png", or `-` for a list of them on
-standard input. Files that are no readable image are named at the end, and the exit code is 1.
+Of a model of several labels an image, those above their thresholds; of values, the value. IMAGES are
+files, folders (searched through), patterns such as "x/*.png", or `-` for a list of them on standard
+input. Files that are no readable image are named at the end, and the exit code is 1.
 """
 
 import csv
@@ -16,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from rlrr_jax import adapters, cards, evaluate, files
+from rlrr_jax import adapters, cards, evaluate, files, metrics
 from rlrr_jax.data import decoding, examples
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
 
@@ -87,7 +87,7 @@ def predict(
     progress: bool = False,
     classify: Callable[[Any], Any] | None = None,
 ) -> Iterator[tuple]:
-    """Probabilities of classes for image files.
+    """Probabilities of classes or labels for image files, or their value.
 
     Args:
       tuned: an `adapters.Tuned` model.
@@ -95,7 +95,8 @@ def predict(
       batch_size: images at once; all batches have one shape.
       progress: whether to show a bar.
       classify: function `images uint8 [b, h, w, 3], b <= batch_size -> probabilities [b or more,
-        classes]`; None: those of the whole model, of which all batches have one shape.
+        classes]`; None: those of the whole model, of which all batches have one shape, see
+        `metrics.KINDS`.
 
     Yields:
       `(path, probabilities [classes] float32 or None, why it could not be read or None)`, in order.
@@ -103,9 +104,10 @@ def predict(
     run = tuned.card["config"]
     pixels = decoding.pixels_for(cards.image_size(tuned.card), run["crop"], run["crop_from"])
     one = functools.partial(_one, pixels=pixels)
-    softmax = jax.jit(lambda x: jax.nn.softmax(x, -1))
+    shares = metrics.KINDS[cards.answers(tuned.card)["kind"]].shares
     size = min(batch_size, len(paths))
-    classify = classify or (lambda images: softmax(tuned.logits(evaluate.pad(images, size))))
+    whole = lambda images: shares(np.asarray(tuned.logits(evaluate.pad(images, size))))
+    classify = classify or whole
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(paths), unit="img", disable=not progress) as bar,
@@ -135,23 +137,68 @@ def top(probabilities: Any, classes: Any, k: int) -> list:
     return [(classes[i], float(probabilities[i])) for i in order]
 
 
-def show(rows: list, kind: str) -> str:
-    """Rows `(path, [(name, probability), ...])` as text in one of `FORMATS`."""
+def said(shares: Any, card: dict, k: int) -> list:
+    """What is said of an image: `[(name, share), ...]`.
+
+    Args:
+      shares: probabilities of classes or labels, or the value alone.
+      card: the adapter's.
+      k: number of classes; of several labels all above their thresholds are named, of values one.
+    """
+    how, names = cards.answers(card), card["classes"]
+    if how["kind"] == "labels":
+        order = np.argsort(-shares, kind="stable")
+        above = (shares > np.asarray(how["thresholds"]))[order]
+        return [(names[i], float(shares[i])) for i in order[above]]
+    return top(shares, names, 1 if how["kind"] == "value" else k)
+
+
+def show(rows: list, form: str, kind: str = "class") -> str:
+    """Rows `(path, [(name, share), ...])` as text.
+
+    Args:
+      rows: of `said`.
+      form: one of `FORMATS`.
+      kind: of the labels, see `metrics.KINDS`.
+    """
     rows = [(str(p).encode("utf-8", "backslashreplace").decode(), best) for p, best in rows]
-    if kind == "jsonl":
-        out = [{"file": p, "top": [{"class": n, "p": q} for n, q in best]} for p, best in rows]
-        return "".join(json.dumps(row) + "\n" for row in out)
-    k = max((len(best) for _, best in rows), default=0)
-    if kind == "csv":
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+    if form == "jsonl":
+        one = lambda best: {"value": best[0][1]} if kind == "value" else {_KEYS[kind]: _plain(best)}
+        return "".join(json.dumps({"file": p, **one(best)}) + "\n" for p, best in rows)
+    if form == "csv":
+        return _csv(rows, kind)
+    width = max([len(p) for p, _ in rows] + [4])
+    if kind == "value":
+        return "".join(f"{p:<{width}}   {best[0][1]:12.6g}\n" for p, best in rows)
+    names = max([len(n) for _, best in rows for n, _ in best] + [1])
+    cells = lambda best: "   ".join(f"{n:>{names}} {100 * q:6.2f} %" for n, q in best) or "none"
+    return "".join(f"{p:<{width}}   {cells(best)}\n" for p, best in rows)
+
+
+_KEYS = {"class": "top", "labels": "labels"}
+
+
+def _plain(best):
+    return [{"class": n, "p": q} for n, q in best]
+
+
+def _csv(rows, kind):
+    """Rows as CSV; several labels are between semicolons, as lists of files have them."""
+    text, k = io.StringIO(), max((len(best) for _, best in rows), default=0)
+    writer = csv.writer(text, lineterminator="\n")
+    if kind == "value":
+        writer.writerow(["file", "value"])
+        writer.writerows([p, best[0][1]] for p, best in rows)
+    elif kind == "labels":
+        writer.writerow(["file", "label", "p"])
+        joined = lambda values: ";".join(map(str, values))
+        writer.writerows(
+            [p, joined(n for n, _ in best), joined(q for _, q in best)] for p, best in rows
+        )
+    else:
         writer.writerow(["file"] + [f"{what}{i + 1}" for i in range(k) for what in ("class", "p")])
         writer.writerows([p, *(x for pair in best for x in pair)] for p, best in rows)
-        return text.getvalue()
-    width = max([len(p) for p, _ in rows] + [4])
-    names = max([len(n) for _, best in rows for n, _ in best] + [1])
-    cells = lambda best: "   ".join(f"{n:>{names}} {100 * q:6.2f} %" for n, q in best)
-    return "".join(f"{p:<{width}}   {cells(best)}\n" for p, best in rows)
+    return text.getvalue()
 
 
 def add_flags(parser: Any) -> None:
@@ -195,8 +242,8 @@ def show_all(
         if probabilities is None:
             bad.append(f"  {path}: {why}".encode("utf-8", "backslashreplace").decode())
         else:
-            rows.append((path, top(probabilities, tuned.card["classes"], args.top_k)))
-    text = show(rows, args.format)
+            rows.append((path, said(probabilities, tuned.card, args.top_k)))
+    text = show(rows, args.format, cards.answers(tuned.card)["kind"])
     if args.out:
         files.write(files.local(args.out), text)
     else:

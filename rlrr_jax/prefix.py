@@ -56,9 +56,7 @@ def blocks(recipe: Recipe, run: Run) -> int:
       run: the first.
     """
     noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
-    noisy = (
-        noisy or losses.of(recipe).function is not losses.cross_entropy
-    )  # others may look at pixels, or at all blocks
+    noisy = noisy or not losses.of(recipe).plain  # others may look at pixels, or at all blocks
     noisy = noisy or methods.asks_training(recipe.method)
     if recipe.method.untouched is None or noisy or blockwise.asked(run.limits):  # for want of room
         return 0
@@ -116,7 +114,7 @@ def _bytes(recipe: Recipe, number: int, data: tuple, flip: bool) -> int:
     start = lambda image: first.init_with_output(jax.random.key(0), image)[0]
     tokens = jax.eval_shape(start, image)
     each = tokens.size * tokens.dtype.itemsize
-    return each * (len(data[0]) * (1 + flip) + len(data[1]))
+    return each * (len(data[0]) * (1 + flip) + sum(map(len, data[1:])))
 
 
 def _free() -> int:
@@ -172,10 +170,9 @@ def _keys(recipe: Recipe, frozen: Any, data: tuple, number: int, run: Run) -> li
     """What tells the outputs for training and held-out images from all others."""
     model = recipe.model.clone(num_classes=1)
     weights = jax.tree.leaves({name: x for name, x in frozen.items() if name != "head"})
-    flips = (run.flip, False)
     return [
-        (id(images), id(weights[0]), model, number, recipe.precision, bool(flip))
-        for images, flip in zip(data, flips)
+        (id(images), id(weights[0]), model, number, recipe.precision, bool(run.flip and not i))
+        for i, images in enumerate(data)
     ]
 
 
@@ -185,7 +182,7 @@ def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Run, know
     Args:
       recipe: the `Recipe`.
       frozen: the backbone's tree.
-      data: images of the training set, and the held-out images.
+      data: images of the training set, and the sets of held-out images.
       mesh: the devices.
       run: the first trial.
       known: outputs that were computed before, which this keeps; by images, weights and program.
@@ -207,8 +204,9 @@ def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Run, know
         return recipe, frozen, data
     _print(f"{run.label}: what reaches {where} is computed once; images/s is of the rest")
     out = []
-    for images, what, key in zip(data, ("training", "held-out"), kept):
-        flip = run.flip and what == "training"
+    for i, (images, key) in enumerate(zip(data, kept)):
+        what = "held-out" if i else "training"
+        flip = run.flip and not i
         if key not in known:
             title = f"{run.task.name}: {what} images up to {where}, once"
             arguments = number, images, mesh, flip, title
@@ -217,8 +215,8 @@ def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Run, know
             for oldest in list(known)[:-MOST_KNOWN]:
                 del known[oldest]
         found = known[key][0]
-        if number == HEAD and what == "training" and found.nbytes <= MOST_REPEATED:
+        if number == HEAD and not i and found.nbytes <= MOST_REPEATED:
             found = np.broadcast_to(found, (len(found), 2, found.shape[2]))
-        out.append(found if what == "training" else found[:, 0])
+        out.append(found[:, 0] if i else found)
     recipe, frozen = rest(recipe, frozen, number)
     return recipe, frozen, tuple(out)

@@ -64,7 +64,7 @@ class Hyper(NamedTuple):
       flip: whether images are flipped left to right at random.
       noise_key: of drop path, flips, mixing and the like.
       order_key: of the order of the images.
-      loss: the options of the loss that are real numbers.
+      loss: the options of the loss that are real numbers, and `class_weights` [classes] if set.
     """
 
     lr: Any
@@ -81,7 +81,7 @@ class Batch(NamedTuple):
 
     Attributes:
       images: pixels in [-1, 1], [b, H, W, 3].
-      labels: classes [b].
+      labels: classes [b]; 0 or 1 [b, classes] or values [b] of tasks of other kinds, see `metrics`.
       targets: probabilities [b, classes] where labels are mixed or smoothed, else None.
       mask: 1 for an image, 0 for padding [b].
       keys: a noise key for each image [b].

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlrr_jax import blockwise, lookup, losses, methods, mixing, optim, run_images, run_model
+from rlrr_jax import answers, blockwise, lookup, losses, methods, mixing, optim, run_images, run_model
 from rlrr_jax.data import crops
 from rlrr_jax.data.task import Task
 from rlrr_jax.recipe import Hyper, Recipe
@@ -61,6 +61,11 @@ class Run(NamedTuple):
       total_steps: steps after which the last epoch ends early; None is not.
       splits: names of the images trained on, and of those evaluated.
       held_out: what these are called in results: "val" or "test".
+      tested: name of the images that are tested on at the end beside them, or None.
+      fits: what is fitted on them at the end, see `run_images.fits`.
+      keep: whether the best epoch is kept, see `keeping`.
+      patience: epochs without a better one after which a run ends; None is never.
+      class_weights: see `answers.class_weights`.
       evaluated: for each epoch, whether the held-out images are evaluated after it.
       crop: how training images are cropped, see `data.crops`, or None.
       limits: the `Limits`.
@@ -80,6 +85,11 @@ class Run(NamedTuple):
     total_steps: int | None
     splits: tuple[str, str]
     held_out: str
+    tested: str | None
+    fits: tuple[str, ...]
+    keep: bool
+    patience: int | None
+    class_weights: str | None
     evaluated: tuple[bool, ...]
     crop: str | None
     limits: Limits
@@ -94,8 +104,9 @@ class Run(NamedTuple):
         """Kind and seed of random crops that the host makes; None is none."""
         return (self.crop, self.seed) if self.crop and crops.by_host(self.crop) else None
 
-    def hyper(self) -> Hyper:
-        """What the step gets of this trial alone."""
+    def hyper(self, labels: Any) -> Hyper:
+        """What the step gets of this trial alone, with these labels of its training images."""
+        numbers = {**self.loss, **answers.class_weights(self.class_weights, labels, self.task)}
         _, noise_key, order_key = self.keys
         return Hyper(
             lr=jnp.array(self.lrs),
@@ -104,7 +115,7 @@ class Run(NamedTuple):
             flip=jnp.array(self.flip),
             noise_key=noise_key,
             order_key=order_key,
-            loss={name: jnp.array(value) for name, value in self.loss.items()},
+            loss={name: jnp.array(value) for name, value in numbers.items()},
         )
 
 
@@ -129,7 +140,12 @@ def of(config: ConfigDict) -> Run:
         epochs=config.epochs,
         total_steps=config.total_steps,
         splits=splits,
-        held_out="val" if config.protocol == "tune" else "test",
+        held_out="test" if splits[1] == "test" else "val",
+        tested=run_images.tested(config),
+        fits=run_images.fits(config),
+        keep=bool(config.keep),
+        patience=config.patience,
+        class_weights=config.class_weights,
         evaluated=tuple(run_images.evaluates(config, epoch) for epoch in range(config.epochs)),
         crop=config.crop,
         limits=Limits(
@@ -149,6 +165,7 @@ def _recipe(config: ConfigDict, num_images: int) -> Recipe:
     model = run_model.build_model(config)
     options, fixed = config.method_kwargs.to_dict(), losses.fixed(config.loss_kwargs)
     method, loss = methods.find(config.method), losses.find(config.loss)
+    weigh = config.class_weights is not None
     method = _same(method, options, lambda: methods.get(config.method, **options))
     values = lambda: run_model.check_contracts(config)
     gradients = config.gradients and lookup.find("gradients", config.gradients)
@@ -162,7 +179,7 @@ def _recipe(config: ConfigDict, num_images: int) -> Recipe:
         drop_path=_noisy(config, method),
         precision=config.precision,
         optimizer=optim.Optimizer(*optimizer, gradients, config.average),
-        loss=_same(loss, fixed, lambda: losses.get(config.loss, fixed, values())),
+        loss=_same((loss, weigh), fixed, lambda: losses.get(config.loss, fixed, values(), weigh)),
         mixing=mixing.Mixing(config.mixup, config.cutmix, config.label_smoothing),
         crop_from=config.crop_from if config.crop == crops.SQUARE else None,
         accumulate=config.accumulate,

@@ -4,7 +4,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from rlrr_jax import checks
+from rlrr_jax import checks, methods
 from rlrr_jax.data import decoding, own, sources, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError
@@ -56,15 +56,33 @@ def forget_images() -> None:
 
 
 def splits(run: ConfigDict) -> tuple[str, str]:
-    """Which split a run trains on, and which it is evaluated on."""
+    """Which split a run trains on, and which it is evaluated on after its epochs."""
     train, val, both = task_of(run).parts
-    return (train, val) if run.protocol == "tune" else (both, "test")
+    return (train, val) if run.protocol == "tune" or fits(run) or run.get("keep") else (both, "test")
+
+
+def tested(run: ConfigDict) -> str | None:
+    """The split that a run is evaluated on at its end beside that of `splits`; None for none."""
+    return "test" if run.protocol != "tune" and splits(run)[1] != "test" else None
+
+
+def fits(run: ConfigDict) -> tuple[str, ...]:
+    """What is chosen at a run's end on images set aside, in words.
+
+    "temperature", "thresholds" of labels, and the options of a method that trains nothing.
+    """
+    if methods.get(run.method).untrained is not None:
+        return (f"options of {run.method}",)
+    of_labels = task_of(run).kind == "labels"
+    return ("temperature",) * bool(run.get("temperature")) + ("thresholds",) * of_labels
 
 
 def evaluates(run: ConfigDict, epoch: int) -> bool:
     """Whether a run is evaluated after an epoch, counted from 0: always after the last."""
     if epoch + 1 == run.epochs:
         return True
+    if run.get("keep"):
+        return (epoch + 1) % run.eval_every == 0
     if run.protocol in ("fast", "vtab") or epoch == 0:  # the authors skip the first, too
         return False
     if "searching" in run and run.searching:

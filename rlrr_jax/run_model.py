@@ -76,20 +76,25 @@ def check_contracts(run: ConfigDict) -> tuple[str, ...]:
         method = methods.get(run.method, **run.method_kwargs.to_dict())
         blockwise.check(method, loss.function, models.shapes(model, size))
     ours = loss.function is losses.cross_entropy  # which does alike for any number of classes
-    return _check_contracts(names, loss, size, of, 2 if ours else task_of(run).classes)
+    task = task_of(run)
+    labels = (2, "class") if ours else (task.classes, task.kind)
+    return _check_contracts(names, loss, size, of, labels)
 
 
 @functools.lru_cache(256)
-def _check_contracts(names: tuple, of: Any, size: Size, options: str, classes: int = 0) -> tuple:
+def _check_contracts(
+    names: tuple, of: Any, size: Size, options: str, labels: tuple[int, str] = (0, "")
+) -> tuple:
     del of  # another one after an edit in a notebook is checked again
     plain = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
-    given = [plain(group) for group in json.loads(options)]
+    given, (classes, kind) = [plain(group) for group in json.loads(options)], labels
     model, method = models.build(names[1], classes or 2, **given[1]), methods.get(names[0], **given[0])
     frozen = models.shapes(model, size)
     if not classes:
         methods.check(names[0], method, frozen)
         return ()
-    return losses.check_contract(names[2], given[2], (model, method, frozen), sides.pair(size))
+    of_loss = names[2], given[2], (model, method, frozen), sides.pair(size)
+    return losses.check_contract(*of_loss, kind)
 
 
 def follow(run: ConfigDict, path: str) -> list[str]:

@@ -79,7 +79,7 @@ def run(
     heads.share(runs)
     if part:
         workdir.write_list(folder, [_folder(folder, run) for run in runs])
-    works = _locate(parts.share(runs, part) if part else runs, folder, survive)
+    works = locate(parts.share(runs, part) if part else runs, folder, survive)
     _check_alike([work.found and work.found.dataset for work in works], _OTHER_IMAGES)
     if not works and problems and not part:
         raise UserError(f"no task can run; {explain(problems)[0]}")
@@ -101,11 +101,13 @@ def run(
 def _finish(works: list[Work], survive: Callable, stop: Stop, part: Part | None) -> list[dict]:
     """Trains what is not finished; the rows of all. A part passes over what another process holds."""
     workdir.keep_heads(works)
-    load = _open_weights(works)
+    load = open_weights(works)
     if not all(work.finished for work in works):
         _say_devices(works[0].run.num_devices)
-    for line in dict.fromkeys(_augmentation(work.run) for work in works if not work.finished):
-        _print(line)
+    left = [work.run for work in works if not work.finished]
+    for line in dict.fromkeys(text(run) for text in (_augmentation, _set_aside) for run in left):
+        if line:
+            _print(line)
     forecast = Forecast(works, str(part or ""))
     train_all = functools.partial(group.finish, load=load, forecast=forecast, stop=stop)
     rows, later = [], []
@@ -223,7 +225,7 @@ def _check_alike(mine: Any, text: str) -> None:
         raise UserError(text)
 
 
-def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
+def locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
     """The runs whose data is there, as `Work`; checks the space their images need."""
     works, entries = [], []
     entry = functools.cache(store.locate)  # the runs of a task share it
@@ -247,7 +249,7 @@ def _locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
             _describe(run_images.task_of(r), folder)
             where = (run_images.pixels(r), found, r.data.cache_dir)
             if found.kind != "bundled":
-                pairs = [run_images.splits(r)]
+                pairs = [run_images.splits(r), *([("test",) * 2] if run_images.tested(r) else [])]
                 pairs += [run_images.task_of(r).parts[:2]] if r.protocol == "vtab" else []
                 stored = {
                     part for pair in pairs for part in (pair[1:] if crops.by_host(r.crop) else pair)
@@ -285,6 +287,15 @@ def _say_devices(number: int | None) -> None:
             )
 
 
+def _set_aside(run: Any) -> str:
+    """What images are not trained on so that something is chosen on them, in words; "" for none."""
+    split, number = run_images.splits(run)[1], run_images.task_of(run).number
+    if run_images.tested(run) is None:
+        return ""
+    of = ["the best epoch"] * bool(run.keep) + [f"the {key}" for key in run_images.fits(run)]
+    return f"{run.task}: {number(split)} images are set aside, and choose {' and '.join(of)}"
+
+
 def _augmentation(run: Any) -> str:
     """How training images are changed, in words."""
     name = f"{run.task}: training images are "
@@ -311,7 +322,7 @@ def _describe(task: Task, folder: Any) -> None:
             files.write(path, task.listing)
 
 
-def _open_weights(works: list[Work]) -> group.Loaders:
+def open_weights(works: list[Work]) -> group.Loaders:
     """Fetches all weights, fills in what they say of themselves, and checks that they fit."""
     places = {(w.run.pretrained.name, w.run.pretrained.cache_dir) for w in works}
     weights = {name: names.fetch(name, cache_dir) for name, cache_dir in places}
@@ -376,6 +387,13 @@ def _say(text: str) -> None:
 
 def _print(text: str) -> None:
     print(text, flush=True)
+
+
+@contextlib.contextmanager
+def raising(*works: Work) -> Iterator[None]:
+    """What `locate` takes where an error ends all."""
+    del works
+    yield
 
 
 @contextlib.contextmanager

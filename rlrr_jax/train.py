@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import evaluate, step
+from rlrr_jax import answers, evaluate, final, keeping, metrics, step
 from rlrr_jax.errors import UserError
 from rlrr_jax.job import Job
 from rlrr_jax.results import logs, rows
@@ -40,6 +40,7 @@ class Progress:
       step: number of finished steps of the next one.
       clock: time and speed.
       histories: rows of each trial's `metrics.jsonl`.
+      kept: the best epoch of each trial so far, see `keeping`, where it is asked for.
     """
 
     state: Any
@@ -48,6 +49,12 @@ class Progress:
     step: int
     clock: Clock
     histories: list[list[dict]]
+    kept: Any = None
+
+    @property
+    def saved(self) -> Any:
+        """What a checkpoint has for the state."""
+        return self.state if self.kept is None else {**self.state, "kept": self.kept}
 
 
 def train(
@@ -78,7 +85,7 @@ def train(
         if progress.epoch or progress.step:
             print_resumed(outputs, progress, before, job.mesh.size)
         saver = checkpoint.Saver(progress, keeper, stop)
-        left = progress.epoch < job.epochs
+        left = progress.epoch < job.epochs and not keeping.over(progress.kept)
         with stop.training():  # an exception in the middle of compiling would leave it in pieces
             train_steps: Any = job.compile(progress.state, progress.metrics) if left else None
         if distributed.any_of(stop()):  # nothing is unsaved yet
@@ -89,27 +96,37 @@ def train(
             logs.open_logs(job.runs[0].limits.log, job, outputs, progress.epoch) as log,
             job.parts(progress.epoch, progress.step) as parts,
         ):
-            for epoch, until, data in parts:
+            for epoch, until, data in parts if left else ():
                 train_part(job, train_steps, data, until, progress, saver, bar)
                 if until == job.steps(epoch):
                     finish_epoch(job, outputs, progress, evaluate_epoch(job, progress, saver))
                     log([history[-1] for history in progress.histories])
-                    saver.save_if_due(last=epoch + 1 == job.epochs)
+                    ended = epoch + 1 == job.epochs or keeping.over(progress.kept)
+                    saver.save_if_due(last=ended)
                     on_epoch(clock, epoch + 1)
-    write_results(job, outputs, progress)
+                    if ended:
+                        break
+        ends = final.settle(job, progress, saver.stop_if_asked)
+    write_results(job, outputs, progress, ends)
 
 
 def start_or_resume(job: Job, outputs: Outputs, keeper: checkpoint.Keeper, clock: Clock) -> Progress:
     """The progress to go on from: the newest whole checkpoint's, or the beginning."""
-    like = mesh_lib.without_spares(job.shapes(), job.mesh, len(job.runs))
+    (state, sums), keep, trials = job.shapes(), job.runs[0].keep, len(job.init_keys)
+    if keep:
+        state = {**state, "kept": keeping.shapes(step.tuned(state), job.mesh, trials)}
+    like = mesh_lib.without_spares((state, sums), job.mesh, len(job.runs))
     found = keeper.restore(like, len(clock.numbers(0, 0)))
     if found is None:
-        return Progress(*job.start(), 0, 0, clock, [[] for _ in job.runs])
+        state, sums = job.start()
+        kept = keeping.start(step.tuned(state), job.mesh, trials) if keep else None
+        return Progress(state, sums, 0, 0, clock, [[] for _ in job.runs], kept)
     *tree, numbers = found
-    state, metrics = mesh_lib.with_spares(tuple(tree), job.mesh, len(job.init_keys))
-    epoch, step = clock.resume(list(numbers))
+    state, sums = mesh_lib.with_spares(tuple(tree), job.mesh, trials)
+    epoch, at = clock.resume(list(numbers))
     histories = [rows.history(folder, epoch) for folder in outputs.folders]
-    return Progress(state, metrics, epoch, step, clock, histories)
+    kept = state.pop("kept", None)
+    return Progress(state, sums, epoch, at, clock, histories, kept)
 
 
 def progress_bar(job: Job, progress: Progress, title: str) -> tqdm:
@@ -141,14 +158,14 @@ def train_part(
         jax.block_until_ready(progress.metrics)
         images = many * (recipe.images_before(0, stop) - recipe.images_before(0, start))
         clock.add(images, time.perf_counter() - begun)
-        metrics = distributed.fetch(progress.metrics)
-        check_finite(job, metrics["loss"], progress.epoch, start, stop, progress.state["trainable"])
+        sums = distributed.fetch(progress.metrics)
+        check_finite(job, sums["loss"], progress.epoch, start, stop, progress.state["trainable"])
         progress.step = stop
         saver.stop_if_asked()
         if stop < job.steps(progress.epoch):
             saver.save_if_due()
-        means = rows.means(recipe, metrics, 0, stop)  # of the first trial
-        shown = {name: means[f"train_{name}"] or math.nan for name in ("loss", "acc")}
+        means = rows.means(recipe, sums, 0, stop)  # of the first trial
+        shown = {name: means.get(f"train_{name}") or math.nan for name in ("loss", "acc")}
         text = {"epoch": f"{progress.epoch + 1}/{job.epochs}"}
         bar.set_postfix(text | {k: f"{v:.3f}" for k, v in shown.items()}, refresh=False)
         bar.update(images)
@@ -168,7 +185,7 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
       trained: the trained trees [T, ...] after the chunk.
     """
     finite = np.isfinite(losses[:, start:stop])
-    if finite.all(1).any() or job.runs[0].held_out == "val":
+    if finite.all(1).any() or (job.runs[0].held_out == "val" and not job.runs[0].tested):
         return
     step, run = start + int(np.argmin(finite[0])), job.runs[0]
     first = f"is not finite at step {step + 1} of epoch {epoch + 1}"
@@ -190,22 +207,27 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
 
 
 def evaluate_epoch(job: Job, progress: Progress, saver: checkpoint.Saver) -> list[dict]:
-    """Held-out accuracy and loss of each trial after an epoch; empty where the protocol has none."""
+    """Held-out metrics of each trial after an epoch; empty where the protocol has none."""
     run, epoch = job.runs[0], progress.epoch
     if not run.evaluated[epoch]:
         return [{}] * len(job.runs)
     title = f"evaluating epoch {epoch + 1}"
-    found = evaluate.trials(job, step.tuned(progress.state), title, saver.stop_if_asked)
-    return [{f"{run.held_out}_{name}": rows.number(x) for name, x in each.items()} for each in found]
+    trees, (images, labels) = step.tuned(progress.state), job.held_out
+    logits = evaluate.trials(job, trees, images, title, saver.stop_if_asked)
+    found = [answers.judged(run.task, each, labels) for each in logits]
+    if progress.kept is not None:
+        scores = [values[metrics.KINDS[run.task.kind].score] for values in found]
+        progress.kept = keeping.update(progress.kept, trees, scores, epoch, run.patience, job.mesh)
+    return [{f"{run.held_out}_{name}": x for name, x in values.items()} for values in found]
 
 
 def finish_epoch(job: Job, outputs: Outputs, progress: Progress, held_out: list[dict]) -> None:
     """Writes the rows of an epoch, and goes on to the next one."""
     epoch, steps = progress.epoch, job.steps(progress.epoch)
-    metrics, seconds = distributed.fetch(progress.metrics), progress.clock.elapsed()
+    sums, seconds = distributed.fetch(progress.metrics), progress.clock.elapsed()
     for i, history in enumerate(progress.histories):
         lr = job.runs[i].lrs[epoch * job.recipe.steps + steps - 1]
-        means = rows.means(job.recipe, metrics, i, steps)
+        means = rows.means(job.recipe, sums, i, steps)
         history.append({"epoch": epoch, "lr": lr, **means, **held_out[i], "seconds": seconds})
     write_metrics(outputs, progress.histories)
     progress.metrics = jax.tree.map(jnp.zeros_like, progress.metrics)

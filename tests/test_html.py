@@ -18,6 +18,7 @@ import rlrr_jax.html as page_lib
 from rlrr_jax import adapters, files
 from rlrr_jax.data import sources
 from rlrr_jax.errors import UserError
+from rlrr_jax.results import elements
 
 
 class Reader(html.parser.HTMLParser):
@@ -117,8 +118,8 @@ def test_cells_sort_by_the_number_they_begin_with():
         ".5": 0.5,
     }
     for text, number in cells.items():
-        assert float(re.search(r'data-v="(.*?)"', page_lib._cell(text))[1]) == number, text
-    assert "data-v" not in page_lib._cell("to 8 m") and "&lt;" in page_lib._cell("<b>")
+        assert float(re.search(r'data-v="(.*?)"', elements.cell(text))[1]) == number, text
+    assert "data-v" not in elements.cell("to 8 m") and "&lt;" in elements.cell("<b>")
 
 
 def test_without_data_the_page_says_so(tuned_runs, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from models.test_vit import SMALL, random_tree
 
 from rlrr_jax import batch as batch_lib
-from rlrr_jax import evaluate, methods, models, optim, step
+from rlrr_jax import evaluate, methods, metrics, models, optim, step
 from rlrr_jax.models import vit
 from rlrr_jax.recipe import Batch, Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
@@ -385,12 +385,15 @@ def test_evaluation_counts_every_image_once(devices, size):
     tree = random_tree(MODEL, SIZE)
     params = mesh_lib.put_trials(mesh, [tree])
     eval_step = evaluate.map_eval_step(MODEL, SIZE, "highest", mesh)
-    out = evaluate.evaluate(eval_step, params, DATA["images"], DATA["labels"], size, mesh)
+    found = evaluate.evaluate(eval_step, params, DATA["images"], size, mesh)
+    assert found.shape == (1, NUMBER, MODEL.num_classes)
     with jax.default_matmul_precision("highest"):
         logits = jax.jit(MODEL.apply)({"params": tree}, DATA["images"] / np.float32(127.5) - 1)
+    np.testing.assert_allclose(found[0], logits, rtol=1e-4, atol=1e-5)
+    out = metrics.of_classes(found[0], DATA["labels"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, DATA["labels"])
-    assert out["accuracy"][0] == (logits.argmax(-1) == DATA["labels"]).sum() / NUMBER
-    np.testing.assert_allclose(out["loss"][0], losses.mean(), rtol=1e-5)
+    assert out["acc"] == (logits.argmax(-1) == DATA["labels"]).sum() / NUMBER
+    np.testing.assert_allclose(out["loss"], losses.mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -32,6 +32,8 @@ from rlrr_jax.weights import names, reader
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = {
+    *("class_weights", "keep", "patience", "temperature", "score", "metrics", "kept_epoch"),
+    *("epochs_trained", "largest_class", "class_ratio"),
     *("identity", "task", "method", "method_kwargs", "init", "seed", "lr", "weight_decay", "drop_path"),
     *(
         "drop_path_mode",

@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
     Attributes:
       path: path below the folder or beside the list, or an absolute one; the key of the division.
-      label: name of its class.
+      label: name of its class; of several labels their names `a;b`, of values the number.
       split: "train", "val", "test", or None where nothing says it.
     """
 

@@ -4,16 +4,19 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from rlrr_jax.data import labels
 from rlrr_jax.data.examples import SPLITS, Example, Files, pictures, some
 from rlrr_jax.data.task import stamp
 from rlrr_jax.errors import UserError, first_line
 
 
-def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
-    """The images of a dataset, and how their bytes are reached.
+def read(folder: pathlib.Path) -> tuple[Files, list[Example], str]:
+    """The images of a dataset, how their bytes are reached, and the kind of their labels.
+
+    A sequence of classes, or of texts, is several labels of an image.
 
     Args:
       folder: what `datasets.load_dataset` or `save_to_disk` knows as a dataset.
@@ -30,16 +33,23 @@ def read(folder: pathlib.Path) -> tuple[Files, list[Example]]:
     _check_all(folder, sum(map(len, parts.values())), on_disk)
     out, tables = [], []
     for split, part in parts.items():
-        names = getattr(part.features["label"], "int2str", str)
+        name, several = _namer(part.features["label"])
         for row, (value, path, inside) in enumerate(zip(part["label"], *_paths(part))):
             if value is None or value == -1:
                 raise UserError(f"{folder}: image {row} of {split} has no label: give it one")
-            key = _key(folder, path, inside, f"{split}/{names(value)}")
+            label = labels.joined(map(name, value)) if several else name(value)
+            key = _key(folder, path, inside, f"{split}/{label}")
             key = key if key and key not in rows else f"{split}/{row}"
             rows[key] = part, row
-            out.append(Example(key, names(value), SPLITS[split]))
+            out.append(Example(key, label, SPLITS[split]))
         tables += [stamp(table["filename"]) for table in part.cache_files]
-    return _files(folder, rows, tables), out
+    return _files(folder, rows, tables), out, "labels" if several else "class"
+
+
+def _namer(feature: Any) -> tuple[Callable[[Any], str], bool]:
+    """A function from a label to its name, and whether an image has a sequence of them."""
+    inner = getattr(feature, "feature", None)
+    return getattr(inner if inner is not None else feature, "int2str", str), inner is not None
 
 
 def _check_all(folder: pathlib.Path, number: int, on_disk: bool) -> None:
@@ -114,10 +124,14 @@ def _columns(folder: pathlib.Path, features: Any) -> tuple[str, str]:
 
     kinds = {name: getattr(feature, "dtype", "") for name, feature in features.items()}
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    plain = kinds.get("label") in ("string", "large_string", "int32", "int64")
-    labels = ["label"] if "label" in labels or plain else labels
-    for what, found in (("images", images), ("classes", labels)):
+    of_classes = lambda feature: isinstance(feature, datasets.ClassLabel)
+    inner = {name: getattr(feature, "feature", None) for name, feature in features.items()}
+    classes = [n for n, feature in features.items() if of_classes(feature) or of_classes(inner[n])]
+    texts = ("string", "large_string")
+    plain = [name for name in ("label", "labels") if getattr(inner.get(name), "dtype", "") in texts]
+    plain += ["label"] if kinds.get("label") in (*texts, "int32", "int64") else []
+    classes = ["label"] if "label" in (*classes, *plain) else classes or plain
+    for what, found in (("images", images), ("classes", classes)):
         if len(found) != 1:
             number = some(found) or "none"
             way = "give the folder without hf:" if pictures(folder)[0] else "cast or remove columns"
@@ -125,7 +139,7 @@ def _columns(folder: pathlib.Path, features: Any) -> tuple[str, str]:
                 f"{folder} must have one column of {what}, and has {number} among "
                 f"{', '.join(features)}: {way}"
             )
-    return images[0], labels[0]
+    return images[0], classes[0]
 
 
 def _encoded(part: Any, image: str, label: str) -> Any:

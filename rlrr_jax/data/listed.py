@@ -3,11 +3,14 @@
 import collections
 import csv
 import io
+import math
 import pathlib
 import re
 import unicodedata
 
 from rlrr_jax.data.examples import ENDINGS, JUNK, SPLITS, Example, kinds, passed_over, pictures, some
+from rlrr_jax.data.labels import SEPARATOR, VALUE, joined
+from rlrr_jax.data.labels import names as labels_of
 from rlrr_jax.errors import UserError
 
 
@@ -89,8 +92,12 @@ def _offolders(folder, tops, found):
     return notes
 
 
-def read_list(path: pathlib.Path) -> tuple[list[Example], list[str]]:
-    """Examples and notes of a list: CSV or TSV with a header, or bare lines."""
+def read_list(path: pathlib.Path) -> tuple[list[Example], str, list[str]]:
+    """Examples, the kind of their labels and notes of a list: CSV or TSV with a header, or bare lines.
+
+    Several labels are in a column `labels`, or between semicolons in `label`, or in columns of 0 and 1;
+    values in a column `value`.
+    """
     if path.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"):
         raise UserError(f"{path} is an archive: unpack it, and give the folder")
     if path.suffix.lower() in (".parquet", ".arrow", ".json", ".jsonl", *ENDINGS):
@@ -104,12 +111,13 @@ def read_list(path: pathlib.Path) -> tuple[list[Example], list[str]]:
     first = text.splitlines()[0] if text.strip() else ""
     tab = "\t" if "\t" in first else ";" if "," not in first else ","
     head = [name.strip().lower() for name in next(csv.reader([first], delimiter=tab), [])]
-    lines = list(enumerate(text.splitlines(), 1))
-    if {"path", "label"} <= set(head):
+    lines, kind = list(enumerate(text.splitlines(), 1)), "class"
+    if "path" in head and len(head) > 1:
         if twice := [name for name, number in collections.Counter(head).items() if number > 1]:
             raise UserError(f"{path} has two columns {twice[0]!r}: remove or rename one")
-        rows = _rows(path, text, tab)
-        out = [_row(path, number, head, row) for number, row in rows if any(c.strip() for c in row)]
+        rows = [(i, row) for i, row in _rows(path, text, tab) if any(c.strip() for c in row)]
+        names = next(csv.reader([first], delimiter=tab))  # labels keep their case
+        out, kind = _labelled(path, [name.strip() for name in names], rows)
     elif path.suffix.lower() in (".csv", ".tsv"):
         raise UserError(f"{path} has the header {first!r}: name its columns path,label[,split]")
     else:
@@ -119,13 +127,62 @@ def read_list(path: pathlib.Path) -> tuple[list[Example], list[str]]:
     labels: dict[str, Example] = {}
     for e in out:
         if (other := labels.setdefault(e.path, e)).label != e.label:
-            raise UserError(
-                f"{path}: {e.path} has the labels {other.label!r} and {e.label!r}: keep one"
-            )
+            way = "keep one" if kind == "value" else "keep one, or write both in one line as a;b"
+            raise UserError(f"{path}: {e.path} has the labels {other.label!r} and {e.label!r}: {way}")
     notes = []
+    if kind == "labels":
+        alone = sum(SEPARATOR not in e.label for e in out)
+        notes.append(f"note: images have several labels; {alone} of {len(out)} have one or none")
     if len(twice := set(out)) < len(out):
         notes.append(f"note: {len(out) - len(twice)} lines of {path} are there twice, and count once")
-    return list(dict.fromkeys(out)), notes
+    return list(dict.fromkeys(out)), kind, notes
+
+
+def _labelled(path, head, rows):
+    """Examples of lines with columns, and the kind of their labels: by the names of the columns."""
+    lower, known = [name.lower() for name in head], ("path", "label", "labels", "value", "split")
+    given = [name for name in ("label", "labels", VALUE) if name in lower]
+    if len(given) > 1:
+        raise UserError(f"{path} has the columns {' and '.join(given)}: keep one of them")
+    others = [name for name in head if name.lower() not in known]
+    if not given:
+        return _hot(path, head, others, rows), "labels"
+    found = [_row(path, number, lower, row, given[0]) for number, row in rows]
+    if given[0] == VALUE:
+        return [e._replace(label=_number(path, i, e.label)) for e, (i, _) in zip(found, rows)], "value"
+    several = given[0] == "labels" or any(SEPARATOR in e.label for e in found)
+    if several:
+        found = [e._replace(label=joined(labels_of(e.label))) for e in found]
+    return found, "labels" if several else "class"
+
+
+def _hot(path, head, others, rows):
+    """Examples of lines whose columns are labels, each 0 or 1."""
+    if not others:
+        raise UserError(f"{path} has no column of labels: name one label, labels or value")
+    lower, out = [name.lower() for name in head], []
+    for number, row in rows:
+        e = _row(path, number, lower, row, None)
+        cells = {name: cell.strip() for name, cell in zip(head, row)}
+        for name in others:
+            if cells[name] not in ("0", "1"):
+                raise UserError(
+                    f"{path}:{number}: column {name!r} has {cells[name]!r}, neither 0 nor 1: correct "
+                    f"it, or name the column of labels label"
+                )
+        out.append(e._replace(label=joined(name for name in others if cells[name] == "1")))
+    return out
+
+
+def _number(path, line, text):
+    """A value as Python writes it."""
+    try:
+        value = float(text)
+    except ValueError as e:
+        raise UserError(f"{path}:{line}: the value {text!r} is no number: correct it") from e
+    if not math.isfinite(value):
+        raise UserError(f"{path}:{line}: the value {text!r} is not finite: correct it")
+    return repr(value)
 
 
 def _rows(path, text, separator):
@@ -146,8 +203,8 @@ def _rows(path, text, separator):
     return out[1:]
 
 
-def _row(path, number, head, row):
-    """The example of a line with columns."""
+def _row(path, number, head, row, column):
+    """The example of a line with columns; its label is in one of them, or not yet known."""
     if len(row) != len(head):
         way = "quote what has a separator in it" if len(row) > len(head) else "add what is missing"
         raise UserError(f"{path}:{number}: {len(row)} columns instead of {len(head)}: {way}")
@@ -155,9 +212,14 @@ def _row(path, number, head, row):
     split = values.get("split") or None
     if split and split.lower() not in SPLITS:
         raise UserError(f"{path}:{number}: split {split!r} is none of train, val and test: correct it")
-    if not values["path"] or not values["label"]:
-        raise UserError(f"{path}:{number}: a path or label is empty: fill it in, or remove the line")
-    label = unicodedata.normalize("NFC", values["label"])
+    label = values[column] if column else ""
+    if not values["path"] or (not label and column in ("label", VALUE)):
+        way = " (or call the column labels, if an image may have none)" if column == "label" else ""
+        what = "label" if column != VALUE else VALUE
+        raise UserError(
+            f"{path}:{number}: a path or {what} is empty: fill it in, or remove the line{way}"
+        )
+    label = unicodedata.normalize("NFC", label)
     return Example(values["path"], label, split and SPLITS[split.lower()])
 
 

@@ -3,6 +3,7 @@
 birds/train/<class>/*, birds/val/<class>/*, birds/test/<class>/*      splits as they are
 birds/<class>/*                                                       split here, see `assign`
 birds.csv or .tsv with the header path,label[,split]; or lines "path label"
+birds.csv with path,labels (a;b), or a column of 0 and 1 for each label, or path,value
 hf:/data/birds, hf:user/birds, hf:user/birds@revision                 a dataset of Hugging Face
 tfds:food101                                                          its own train and test split
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rlrr_jax import files, hub, lookup
-from rlrr_jax.data import huggingface, listed, own_tfds, tasks
+from rlrr_jax.data import huggingface, labels, listed, own_tfds, tasks
 from rlrr_jax.data.division import PARTS, Options, assign, oddities
 from rlrr_jax.data.examples import (
     UNREAD,
@@ -41,13 +42,15 @@ class Images(NamedTuple):
 
     Attributes:
       files: how their bytes are reached.
-      classes: names of the classes, sorted.
+      classes: names of the classes, or labels, sorted.
+      kind: of the labels, see `metrics.KINDS`.
       splits: "train", "val" and "test" -> examples.
       notes: sentences about what was passed over, made or found to be odd.
     """
 
     files: Files
     classes: tuple[str, ...]
+    kind: str
     splits: dict[str, list[Example]]
     notes: list[str]
 
@@ -60,33 +63,42 @@ def read(location: str, options: Options) -> Images:
 
     Raises UserError if there are none, or for a line, label or file that cannot be used.
     """
-    path = files.local(location.removeprefix(HF))
+    path, kind = files.local(location.removeprefix(HF)), "class"
     notes: list[str] = []
     if location.startswith(HF) and hub.is_name(location.removeprefix(HF)) and not path.exists():
         path = _from_hub(location)
         notes.append(f"note: {location} is that of commit {path.name[:12]}")
     if location.startswith(HF) and path.is_dir():
-        images, examples = huggingface.read(path)
+        images, examples, kind = huggingface.read(path)
     elif path.is_dir():
         images, (examples, notes) = on_disk(path), listed.read_folder(path)
     elif path.is_file() and not location.startswith(HF):
-        images, (examples, notes) = on_disk(path.parent), listed.read_list(path)
+        images, (examples, kind, notes) = on_disk(path.parent), listed.read_list(path)
     else:
         what = "dataset" if location.startswith(HF) else "folder or list of images"
         raise UserError(f"there is no {what} {path}: check config.own.path")
     if not examples:
         raise UserError(f"there is no image in {path}: name another")
-    classes = tuple(sorted({e.label for e in examples}))
-    if len(classes) < 2:
+    classes = _names(examples, kind)
+    if len(classes) < 2 and kind == "class":
         raise UserError(
             f"all images of {path} have the class {classes[0]!r}: {_deeper(path, classes[0])}"
         )
+    if not classes and kind == "labels":
+        raise UserError(f"no image of {path} has a label: give some")
     _check_names(path, classes)
     check(images, examples)
-    splits, more = assign(examples, options)
-    _check_splits(path, splits)
-    notes += _alike(classes) + of_pixels(images, examples) + more + oddities(images, classes, splits)
-    return Images(images, classes, splits, notes)
+    splits, more = assign(examples, options, kind)
+    _check_splits(path, splits, kind)
+    notes += _alike(classes) + of_pixels(images, examples) + more
+    notes += oddities(images, classes, splits, kind)
+    return Images(images, classes, kind, splits, notes)
+
+
+def _names(examples, kind):
+    """Names of the classes of examples, sorted, or of their labels; values have none."""
+    own = {"class": lambda label: (label,), "labels": labels.names, "value": lambda label: ()}[kind]
+    return tuple(sorted({name for e in examples for name in own(e.label)}))
 
 
 def _from_hub(location):
@@ -135,7 +147,7 @@ def _alike(classes):
     return [f"warning: classes that differ in case alone are several: {some(twice)}"] if twice else []
 
 
-def _check_splits(path, splits):
+def _check_splits(path, splits, kind):
     """UserError unless there are images to train and to test on, and some class has both."""
     both = splits["train"] + splits["val"]
     if not splits["train"] or not splits["test"]:
@@ -149,7 +161,8 @@ def _check_splits(path, splits):
         way = "raise the fractions (config.own.test, config.own.val)"
         way = "a class needs two images and more" if most < 2 else f"add some, or {way}"
         raise UserError(f"{path} has no image to {lacking} on: {way}")
-    if not {e.label for e in both} & {e.label for e in splits["test"]}:
+    names = {*_names(both, kind)} & {*_names(splits["test"], kind)}
+    if kind != "value" and not names:
         raise UserError(
             f"{path}: no class has both training and test images, so nothing learnt could be tested: "
             f"name the classes of both splits alike"
@@ -178,20 +191,27 @@ def task(name: str, location: str, options: Options, data_dir: Any = None) -> Ta
     images = read(location, options)
     sizes = {split: len(examples) for split, examples in images.splits.items()}
     both = sizes["train"] + sizes["val"]
+    every, trained = (
+        [e.label for s in of for e in images.splits[s]] for of in (images.splits, PARTS[:2])
+    )
+    coded = labels.coded(images.kind, every, trained, location)
     return Task(
         name=name,
         group="own",
         splits={**{s: s for s in ("train", "val", "test")}, "train+val": "train+val"},
-        classes=len(images.classes),
+        classes=len(coded.names),
         num_test=sizes["test"],
         sizes={"train": sizes["train"], "val": sizes["val"], "train+val": both},
         parts=PARTS,
-        names=images.classes,
+        names=coded.names,
         rule="own, 1",
+        kind=images.kind,
+        encode=coded.encode,
+        unit=coded.unit,
         epochs=epochs_for(both),
         schedule="cosine",
         flip=True,
-        source=Source(_finder(images), _opener(images)),
+        source=Source(_finder(images), _opener(images, coded.codes)),
         notes=tuple(images.notes),
         listing=listing(images),
     )
@@ -201,7 +221,7 @@ def listing(images: Images) -> str:
     """A CSV of every image with its split: what is written beside a run."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("path", "label", "split"))
+    writer.writerow(("path", {"class": "label"}.get(images.kind, images.kind), "split"))
     writer.writerows((e.path, e.label, s) for s, part in images.splits.items() for e in part)
     return out.getvalue()
 
@@ -218,20 +238,20 @@ def _finder(images: Images) -> Callable:
     return find
 
 
-def _opener(images: Images) -> Callable:
-    index, root = {name: i for i, name in enumerate(images.classes)}, images.files.root
+def _opener(images: Images, codes: dict[str, int]) -> Callable:
+    root = images.files.root
 
     def open(task: Task, split: str, found: Found) -> Split:
         examples = [e for part in split.split("+") for e in images.splits[part]]
-        labels = [index[e.label] for e in examples]
+        numbers = [codes[e.label] for e in examples]
 
         def read(start: int, stop: int | None) -> list:
-            these = zip(examples[start:stop], labels[start:stop])
+            these = zip(examples[start:stop], numbers[start:stop])
             return [(images.files.read(e), (k,)) for e, k in these]
 
         digest = hashlib.sha256()
-        for e, label in zip(examples, labels):
-            digest.update(repr((str(root / e.path), label, images.files.stamp(e))).encode())
+        for e, number in zip(examples, numbers):
+            digest.update(repr((str(root / e.path), number, images.files.stamp(e))).encode())
         key = {"own": str(root.absolute()), "list": digest.hexdigest()}
         return Split(len(examples), (task.name,), read, key, lambda i: str(root / examples[i].path))
 

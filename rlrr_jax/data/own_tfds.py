@@ -25,8 +25,10 @@ def task(name: str, dataset: str, options: Options, data_dir: Any) -> Task:
     builder, _ = sources.open_tfds(found, "train", ())
     info = builder.info
     features = dict(info.features.items()) if hasattr(info.features, "items") else {}
-    label = features.get("label")
-    if not hasattr(label, "num_classes") or "image" not in features:
+    field = next((name for name in ("label", "labels") if name in features), "label")
+    label = features.get(field)
+    several = hasattr(getattr(label, "feature", None), "num_classes")  # a sequence of classes
+    if not (several or hasattr(label, "num_classes")) or "image" not in features:
         raise UserError(f"{found.path} has no fields image and label: take a dataset of classification")
     test = next((part for part in ("test", "validation") if part in info.splits), None)
     if test is None or "train" not in info.splits:
@@ -34,15 +36,18 @@ def task(name: str, dataset: str, options: Options, data_dir: Any) -> Task:
     number = info.splits["train"].num_examples
     kept = number - max(1, round(options.val * number))
     tested = info.splits[test].num_examples
-    note = f"{number} images to train on, {label.num_classes} classes; {tested} to test on ({test}); "
+    classes = label.feature.num_classes if several else label.num_classes
+    what = "labels" if several else "classes"
+    note = f"{number} images to train on, {classes} {what}; {tested} to test on ({test}); "
     note += f"the last {number - kept} of train are chosen on"
-    notes = (note, *_in_order(found, number, kept, label.num_classes))
+    notes = (note, *(() if several else _in_order(found, number, kept, classes)))
+    more = _several(found, field, label.feature.names, ("train", test)) if several else {}
     parts = {"train": f"train[:{kept}]", "val": f"train[{kept}:]", "train+val": "train", "test": test}
     return Task(
         name=name,
         group="own",
         splits=parts,
-        classes=label.num_classes,
+        classes=classes,
         num_test=tested,
         sizes={"train": kept, "val": number - kept, "train+val": number},
         parts=PARTS,
@@ -52,7 +57,31 @@ def task(name: str, dataset: str, options: Options, data_dir: Any) -> Task:
         flip=True,
         source=Source(lambda *_: found, sources.open_vtab),
         notes=notes,
+        **more,
     )
+
+
+def _several(found, field, names, splits):
+    """What a task has besides where an image has a sequence of classes; looks at all labels."""
+    every = set()
+    for split in splits:
+        opened, fetch = sources.open_tfds(found, split, [field])
+        number = opened.info.splits[split].num_examples
+        for start in range(0, number, LOOKED_AT):
+            block = fetch(start, min(start + LOOKED_AT, number))
+            every |= {tuple(sorted({int(i) for i in e[field]})) for e in block}
+    codes = {several: i for i, several in enumerate(sorted(every))}
+    hot = np.zeros((len(codes), len(names)), np.float32)
+    for several, i in codes.items():
+        hot[i, list(several)] = 1
+    return {
+        "kind": "labels",
+        "names": tuple(names),
+        "fields": (field,),
+        "rule": f"several of {field}, 1",
+        "label": lambda e: codes[tuple(sorted({int(i) for i in e[field]}))],
+        "encode": lambda numbers: hot[numbers],
+    }
 
 
 def _in_order(found, number, kept, classes):

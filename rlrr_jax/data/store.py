@@ -82,7 +82,8 @@ def load_split(
       cache_dir: folder of decoded images; None is ~/.cache/rlrr_jax.
 
     Returns:
-      images [N, side, side, 3] uint8 (a NumPy array, or `Images` in a file) and labels [N] int32.
+      images [N, side, side, 3] uint8 (a NumPy array, or `Images` in a file) and labels [N] int32, or
+      what `Task.encode` makes of them.
 
     Raises:
       UserError: if an image is damaged, a label is impossible or the disk is too small.
@@ -95,7 +96,7 @@ def load_split(
         pixels = pixels._replace(size=task.side) if small else pixels
         images = [decode(i, pixels) for i, _ in source.read(0, None)]
         labels = np.array([label for _, (label,) in source.read(0, None)], np.int32)
-        return np.stack(images), labels
+        return np.stack(images), encoded(task, labels)
     entry = locate(task, split, pixels, found, cache_dir)
     if not intact(entry):  # one that is whole may lie on a read-only disk
         entry.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,12 @@ def load_split(
                     raise _with_others(e, task, split, found, pixels) from e
     labels = np.load(entry.folder / f"labels-{task.name}.npy", allow_pickle=False)
     _check_rule(entry, task, labels)
-    return Images(entry.folder / "images.npy"), labels
+    return Images(entry.folder / "images.npy"), encoded(task, labels)
+
+
+def encoded(task: Task, labels: np.ndarray) -> np.ndarray:
+    """Labels as losses and metrics get them, see `Task.encode`."""
+    return labels if task.encode is None else task.encode(labels)
 
 
 def _with_others(error: Unusable, task: Task, split: str, found: Found, pixels: Pixels) -> Unusable:
@@ -179,7 +185,7 @@ def load_crops(
             return np.asarray(rgb(image, pixels, scale))
 
     kind, seed = crop
-    return crops.Crops(read, source.number, kind, pixels, seed), labels
+    return crops.Crops(read, source.number, kind, pixels, seed), encoded(task, labels)
 
 
 def locate(
@@ -352,6 +358,8 @@ def _decode(entry, task, item):
 
 
 def _check_labels(task, split, labels):
+    if task.encode is not None:  # which knows them
+        return
     classes = task.classes
     if not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(

@@ -88,6 +88,11 @@ class Task(NamedTuple):
       parts: names of the splits to train on, to choose on, and to train on before the test.
       names: names of the classes, where the dataset does not name them.
       source: where its images come from; None is a tfds dataset or a VTAB-1k folder, or bundled.
+      kind: of its labels, see `metrics.KINDS`.
+      encode: function from labels as the source gives them, whole numbers [N], to what losses and
+        metrics get; None gives these numbers. Several labels are 0 and 1 [N, classes] float32; values
+        [N] float32 are in units of their deviation.
+      unit: deviation and mean of values.
       notes: sentences about its images, which are printed.
       listing: a table of its images and their splits, which is written beside its runs; "" is none.
     """
@@ -115,6 +120,9 @@ class Task(NamedTuple):
     parts: tuple = tuple(SPLITS)
     names: tuple = ()
     source: Source | None = None
+    kind: str = "class"
+    encode: Callable | None = None
+    unit: tuple[float, float] = (1.0, 0.0)
     notes: tuple = ()
     listing: str = ""
 

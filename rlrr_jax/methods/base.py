@@ -24,6 +24,23 @@ dot = functools.partial(jnp.matmul, precision="highest")
 FIXED = "fixed"  # key of an adapter's values that are not trained
 
 
+class Untrained(NamedTuple):
+    """How a method answers that trains nothing: by features of training images, as neighbours.
+
+    A bank is features [N, D], what the head would get, and targets [N, C]: 1 for an image's class or
+    its labels, or its value.
+
+    Attributes:
+      choose: function `(bank, (features, targets) held out, judge) -> options`, chosen by `judge`, a
+        function from answers on the held-out images to their score or None.
+      answer: function `(bank, features [n, D], same=False, **options) -> mean targets [n, C]`; with
+        `same` the features are the bank's, and none answers for itself.
+    """
+
+    choose: Callable[..., dict]
+    answer: Callable[..., Any]
+
+
 class Method(NamedTuple):
     """A re-parameterisation of a model's weights.
 
@@ -44,6 +61,7 @@ class Method(NamedTuple):
       untouched: function `number of blocks -> how many of the first are not changed`, nor what comes
         before them; more than all is everything but the head. Their outputs are computed once, see
         `prefix`. None for most methods.
+      untrained: how a method answers that trains nothing; `init` and `merge` change nothing then.
 
     What `init` puts under `FIXED` is saved with the adapter, and not trained: `merge` must stop its
     gradient.
@@ -55,6 +73,7 @@ class Method(NamedTuple):
     DEFAULTS: dict
     drop: Callable[[jax.Array, Any], Any] | None = None
     untouched: Callable[[int], int] | None = None
+    untrained: Untrained | None = None
 
     def __hash__(self) -> int:
         return hash((self.init, self.merge))  # programs are kept by it; a dict has no hash

@@ -220,7 +220,9 @@ class ResNet(nn.Module):
         x = Conv(64 * self.widen, 7, 2, self.bit, self.dtype, name="conv_root")(x)
         if not self.bit:
             x = nn.relu(Affine(self.dtype, name="bn_root")(x))
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros, also where BiT has negative values
+        for axis in (1, 2):  # zeros around, also where BiT has negative values
+            edge = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis))
+            x = jnp.concatenate([edge, x, edge], axis)
         x = nn.max_pool(x, (3, 3), (2, 2))
         rates = jnp.linspace(0.0, 1.0, sum(self.depths)) * drop_path
         unit = nn.remat(Unit) if self.remat else Unit
@@ -241,7 +243,7 @@ class ResNet(nn.Module):
                     32, epsilon=self.norm_eps, use_fast_variance=False, dtype=self.dtype, name="gn_head"
                 )(x)
             )
-        x = x.reshape(len(x), -1, x.shape[-1])
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
         self.sow("intermediates", "encoded", x)
         high = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(high).mean(1)

@@ -44,7 +44,8 @@ class Rotary(NamedTuple):
         else:
             axes = [(2 * jnp.arange(n, dtype=jnp.float32) + 1) / n - 1 for n in grid]
         both = jnp.meshgrid(*axes, indexing="ij")
-        return jnp.stack(both[::-1] if self.columns_first else both, -1).reshape(-1, 2)
+        both = both[::-1] if self.columns_first else both
+        return jnp.concatenate([x.reshape(-1, 1) for x in both], 1)
 
     def angles(self, places: jax.Array, width: int) -> jax.Array:
         """Angles [..., P, Dh] of a head of a width, for positions [..., P, 2]."""
@@ -58,7 +59,8 @@ class Rotary(NamedTuple):
         """Of each pair (a, b) in the last axis, (-b, a)."""
         if self.neighbours:
             first, second = x[..., ::2], x[..., 1::2]
-            return jnp.stack([-second, first], -1).reshape(x.shape)
+            pairs = jnp.concatenate([-second[..., None], first[..., None]], -1)
+            return pairs.reshape(x.shape)
         first, second = jnp.split(x, 2, -1)
         return jnp.concatenate([-second, first], -1)
 

@@ -175,7 +175,7 @@ class Block(nn.Module):
 
     def attended(self, x):
         """What tokens [B, h*w, C] get of those of their windows."""
-        y = x.reshape(len(x), self.grid, self.grid, -1)
+        y = x.reshape(x.shape[0], self.grid, self.grid, -1)
         mask = shift_mask(self.grid, self.window, self.shift) if self.shift else None
         y = windows(jnp.roll(y, (-self.shift,) * 2, (1, 2)), self.window)
         y = unwindowed(self.attention()(y, mask), self.grid, self.window)
@@ -237,8 +237,8 @@ class Stage(nn.Module):
             return x
         grid = self.block["grid"]
         norm = self.block["norm_eps"], self.block["dtype"]
-        x = self.merging(*norm, name="merge")(x.reshape(len(x), grid, grid, -1))
-        return x.reshape(len(x), -1, x.shape[-1])
+        x = self.merging(*norm, name="merge")(x.reshape(x.shape[0], grid, grid, -1))
+        return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class PatchEmbed(nn.Module):
@@ -289,7 +289,7 @@ class Swin(nn.Module):
 
         The collection "intermediates" gets `encoded` [B, h*w, D], the normalised tokens.
         """
-        b, p, sides = len(images), self.patch_size, grids(images.shape[1], self)
+        b, p, sides = images.shape[0], self.patch_size, grids(images.shape[1], self)
         h = sides[0]
         x = images.astype(self.dtype).reshape(b, h, p, h, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = PatchEmbed(self.width, self.norm_eps, self.dtype, name="patch_embed")(x)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,17 +92,10 @@ class Cache:
         size = min(built.runs[0].limits.eval_batch_size, len(built.held_out[1]))
         slots = math.ceil(size / mesh.shape["data"]) * mesh.shape["data"]
         spread = NamedSharding(mesh, P("data"))
-        batch = [
-            jax.ShapeDtypeStruct((slots, *shape), kind, sharding=spread)
-            for shape, kind in (
-                (built.held_out[0].shape[1:], built.held_out[0].dtype),
-                ((), np.int32),
-                ((), np.float32),
-            )
-        ]
+        shape, kind = built.held_out[0].shape[1:], built.held_out[0].dtype
+        images = jax.ShapeDtypeStruct((slots, *shape), kind, sharding=spread)
         function = evaluate.map_eval_step(recipe.model, *how)
-        names = dict(zip(("images", "labels", "mask"), batch))
-        return self._measured("evaluate", function, {"weights": params, **names}, built)
+        return self._measured("evaluate", function, {"weights": params, "images": images}, built)
 
     def _measured(
         self,

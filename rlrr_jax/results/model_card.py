@@ -101,7 +101,9 @@ def _head(card):
     if value is not None:
         # The Hub takes a dataset's type for the name of one of its own, which may be somebody else's.
         dataset = {"name": card.get("dataset", card["task"]), "type": "other"}
-        metric = {"type": "accuracy", "value": round(value, 4), "name": "test accuracy"}
+        kind = (card.get("answers") or {}).get("kind", "class")
+        what = {"class": "accuracy", "labels": "mean average precision", "value": "r_squared"}[kind]
+        metric = {"type": what.replace(" ", "_"), "value": round(value, 4), "name": f"test {what}"}
         result = {"task": {"type": "image-classification"}, "dataset": dataset, "metrics": [metric]}
         name = f"{card['task']} {card['method']}"
         lines["model-index"] = [{"name": name, "results": [result]}]

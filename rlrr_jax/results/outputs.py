@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlrr_jax import adapters, cards, files, heads, step
+from rlrr_jax import adapters, cards, files
 from rlrr_jax.results import plots, rows
 from rlrr_jax.runtime import distributed, memory
 
@@ -68,27 +68,34 @@ def write_metrics(outputs: Outputs, histories: list[list[dict]]) -> None:
             files.write_rows(folder / "metrics.jsonl", history)
 
 
-def write_results(job: Any, outputs: Outputs, progress: Any) -> None:
+def write_results(job: Any, outputs: Outputs, progress: Any, ends: list) -> None:
     """Writes each trial's adapter and result, then the pictures of their curves.
 
     Args:
       job: the `job.Job`.
       outputs: where they go.
       progress: the `train.Progress` after the last epoch.
+      ends: the `final.Final` of each trial.
     """
-    trained = distributed.fetch(step.tuned(progress.state))
     if distributed.is_process_zero():
-        for i, (run, folder) in enumerate(zip(job.runs, outputs.folders)):
-            history, mine = progress.histories[i], jax.tree.map(lambda x, i=i: x[i], trained)
-            mine = heads.cut(mine, job.classes)
-            accuracy = {k: history[-1].get(k) for k in ("train_acc", "val_acc", "test_acc")}
+        for i, (run, folder, end) in enumerate(zip(job.runs, outputs.folders, ends)):
+            history = progress.histories[i] = progress.histories[i][: max(1, end.epochs)]
+            row = rows.result(job, run.config, end, history, outputs.provenance, progress.clock)
+            accuracy = {"train_acc": history[end.epoch].get("train_acc"), "val_acc": row["val_acc"]}
+            accuracy["test_acc"] = row["test_acc_final"]
+            kind = {"kind": run.task.kind} if run.task.kind != "class" else {}
+            answered = {key: x for key, x in {**kind, **end.settled}.items() if key != "uncalibrated"}
             card = cards.card(run.config, outputs.provenance, outputs.classes, accuracy)
-            if all(np.isfinite(x).all() for x in jax.tree.leaves(mine)):
-                adapters.write(folder / "adapter.safetensors", adapters.Adapter(mine, card))
+            card |= {"answers": answered} if answered else {}
+            if run.recipe.method.untrained is not None:
+                pass  # there is nothing to keep
+            elif all(np.isfinite(x).all() for x in jax.tree.leaves(end.trained)):
+                adapters.write(folder / "adapter.safetensors", adapters.Adapter(end.trained, card))
             else:
                 print(f"warning: {outputs.labels[i]} diverged: it leaves no adapter", flush=True)
-            row = rows.result(job, run.config, mine, history, outputs.provenance, progress.clock)
             files.write_json(folder / "result.json", row)
-        for label, folder, history in zip(outputs.labels, outputs.folders, progress.histories):
+        write_metrics(outputs, progress.histories)  # without epochs after a trial's end
+        shown = zip(outputs.labels, outputs.folders, progress.histories)
+        for label, folder, history in shown if ends[0].epochs else ():
             plots.save(folder / "curves.png", plots.curves, {label: history})
     distributed.wait("results")

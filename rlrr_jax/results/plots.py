@@ -70,14 +70,48 @@ def curves(histories: dict[str, list[dict]]) -> bytes:
     for name, rows in histories.items():
         epochs = [row["epoch"] + 1 for row in rows]
         (line,) = left.plot(epochs, [row["train_loss"] for row in rows], label=name)
-        right.plot(epochs, [row["train_acc"] for row in rows], ":", color=line.get_color())
-        for key in ("val_acc", "test_acc"):
+        if "train_acc" in rows[0]:
+            right.plot(epochs, [row["train_acc"] for row in rows], ":", color=line.get_color())
+        seen = {key for row in rows for key in row}
+        score = next((key for key in ("map", "r2") if {f"val_{key}", f"test_{key}"} & seen), "acc")
+        for key in (f"val_{score}", f"test_{score}"):
             points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
             if points:
                 right.plot(*zip(*points), "-o", ms=3, color=line.get_color())
+        name = {"map": "mean average precision", "r2": "R²"}.get(score, "accuracy")
+        dotted = "training (labels that are right)" if score == "map" else "training"
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    right.set(xlabel="epoch", ylabel="accuracy", title="dotted: training, solid: held out")
+    right.set(xlabel="epoch", ylabel=name, title=f"dotted: {dotted}, solid: held out")
     left.legend()
+    return png(figure)
+
+
+def reliability(bins: list[tuple], number: int) -> bytes:
+    """A PNG with the part of answers that is right against how sure they are.
+
+    Args:
+      bins: what `metrics.calibration` gives.
+      number: number of bins.
+    """
+    figure, ((axis,),) = subplots(size=(4.2, 4))
+    total = sum(count for count, *_ in bins)
+    share, right = ([part[i] for part in bins] for i in (1, 2))
+    axis.plot([0, 1], [0, 1], "--", color="#888888", label="as sure as right")
+    counts = [count / total for count, *_ in bins]
+    axis.bar(share, counts, 0.8 / number, color=COLOURS[5], alpha=0.5, label="part of the answers")
+    axis.plot(share, right, "-o", color=COLOURS[0], ms=4, label="part that is right")
+    axis.set(xlabel="how sure", xlim=(0, 1), ylim=(0, 1))
+    axis.legend(fontsize=8, loc="upper left")
+    return png(figure)
+
+
+def values(labels: Any, answers: Any) -> bytes:
+    """A PNG with answers against values [N]."""
+    figure, ((axis,),) = subplots(size=(4.2, 4))
+    ends = [min(labels.min(), answers.min()), max(labels.max(), answers.max())]
+    axis.plot(ends, ends, "--", color="#888888")
+    axis.plot(labels, answers, "o", color=COLOURS[0], ms=3, alpha=0.5)
+    axis.set(xlabel="value", ylabel="answer")
     return png(figure)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from rlrr_jax import files, methods
+from rlrr_jax import files, methods, metrics
 from rlrr_jax.data import tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.recipe import Recipe
@@ -26,12 +26,12 @@ def number(x: Any) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
-def means(recipe: Recipe, metrics: dict, trial: int, steps: int | None = None) -> dict[str, Any]:
+def means(recipe: Recipe, sums: dict, trial: int, steps: int | None = None) -> dict[str, Any]:
     """A trial's mean loss and other metrics over the images of an epoch's first steps.
 
     Args:
       recipe: the `Recipe`.
-      metrics: values of each trial and step [T, S]: means of the loss, sums of everything else.
+      sums: values of each trial and step [T, S]: means of the loss, sums of everything else.
       trial: index of the trial.
       steps: number of steps; None is all.
 
@@ -40,7 +40,7 @@ def means(recipe: Recipe, metrics: dict, trial: int, steps: int | None = None) -
     """
     steps = steps or recipe.steps
     sizes = np.diff([recipe.images_before(0, i) for i in range(steps + 1)])
-    values = {name: np.asarray(x, np.float64)[trial, :steps] for name, x in metrics.items()}
+    values = {name: np.asarray(x, np.float64)[trial, :steps] for name, x in sums.items()}
     sums = {name: (x * sizes).sum() if name == "loss" else x.sum() for name, x in values.items()}
     return {f"train_{name}": number(x / sizes.sum()) for name, x in sums.items()}
 
@@ -60,14 +60,14 @@ def history(folder: Any, epochs: int) -> list[dict]:
 
 
 def result(
-    job: Any, run: ConfigDict, trainable: Any, history: list[dict], provenance: dict, clock: Any
+    job: Any, run: ConfigDict, end: Any, history: list[dict], provenance: dict, clock: Any
 ) -> dict:
     """The row of a finished run.
 
     Args:
       job: the `job.Job` of its group.
       run: its configuration.
-      trainable: its trained tree.
+      end: its `final.Final`.
       history: rows of its `metrics.jsonl`.
       provenance: `backbone_sha256` and `dataset`.
       clock: the `clock.Clock` of its group.
@@ -93,26 +93,37 @@ def result(
         "gelu": run.model.gelu,
         "resize": run.pretrained.resize,
         "attention": run.model.attention,
-        "trainable_params": methods.trainable_count(trainable),
-        "head_params": methods.head_count(trainable),
-        **_outcome(run, history, len(job.held_out[1])),
+        "trainable_params": methods.trainable_count(end.trained),
+        "head_params": methods.head_count(end.trained),
+        **_outcome(run, history, end, metrics.KINDS[job.runs[0].task.kind].score),
         **_effort(job, clock),
         "config": values,
     }
 
 
-def _outcome(run, history, held_out):
-    """Losses and accuracies of a run, and how many images they are of."""
-    tested = [row for row in history if "test_acc" in row]
-    best = max(tested, key=lambda row: row["test_acc"]) if run.protocol == "official" else None
+def _outcome(run, history, end, score):
+    """Loss and scores of a run, and how many images they are of; what is called acc is its `score`."""
+    key = f"test_{score}"
+    tested = [row for row in history if row.get(key) is not None]
+    best = max(tested, key=lambda row: row[key]) if run.protocol == "official" and end.epochs else None
+    test, last = end.held_out == "test", history[end.epoch]
+    more = {}
+    if end.labels is not None:
+        more = {"largest_class": end.labels[0], "class_ratio": end.labels[1]}
     return {
-        "train_loss": history[-1]["train_loss"],
-        "val_acc": history[-1].get("val_acc", run.get("val_acc")),  # "vtab": of the chosen trial
-        "test_acc_final": history[-1].get("test_acc"),
-        "test_acc_best": best and best["test_acc"],
+        "train_loss": last["train_loss"],
+        "val_acc": last.get(f"val_{score}", run.get("val_acc")),  # "vtab": of the chosen trial
+        "test_acc_final": end.metrics.get(score) if test else None,
+        "test_acc_best": best and best[key],
         "best_epoch": best and best["epoch"],
-        "num_test": held_out if tested else None,
-        "num_val": None if tested else held_out,
+        "num_test": end.number if test else None,
+        "num_val": None if test else end.number,
+        "score": score,
+        "metrics": end.metrics,
+        "kept_epoch": end.epoch if run.keep else None,
+        "epochs_trained": end.epochs,
+        **end.settled,
+        **more,
     }
 
 

@@ -8,16 +8,19 @@ from typing import Any
 
 from tabulate import tabulate
 
+from rlrr_jax import metrics
 from rlrr_jax.checks import GRID
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.runs import identity
 
 COLUMNS = (
-    *("task", "method", "protocol", "test acc", "best epoch's", "params", "of full", "head", "lr"),
-    *("lr chosen from", "loss chosen", "val acc of tried", "seeds", "epochs", "images/s", "time"),
+    *("task", "method", "protocol", "test acc", "best epoch's", "balanced acc", "macro F1"),
+    *("largest class", "mean error", "ECE", "temperature", "epoch kept", "params", "of full", "head"),
+    *("lr", "lr chosen from", "loss chosen", "val acc of tried", "seeds", "epochs", "images/s", "time"),
 )
 
 MIXED = ("mixup", "cutmix", "label_smoothing", "average")  # keys that are shown where they are on
+UNEQUAL = 3  # times as many images of the largest class as of the smallest: more columns are shown
 
 
 def markdown(head: list[str], lines: list[list], left: int = 1) -> str:
@@ -63,35 +66,68 @@ def _line(rows: list[dict], name: str, full: int | None) -> list[str]:
     row = rows[0]
     values = lambda key: [r[key] for r in rows]
     speeds = [speed for speed in values("images_per_second") if speed]
+    trains = row.get("epochs_trained") != 0
     return [
         row["task"],
         name,
         row["protocol"],
         _accuracy(rows),
         spread(values("test_acc_best")),
+        *_judged(rows),
         f"{row['trainable_params']:,}",
         percent(row["trainable_params"] / full) if full else "",
         f"{row['head_params']:,}",
-        ", ".join(dict.fromkeys(f"{lr:g}" for lr in values("lr"))),
+        ", ".join(dict.fromkeys(f"{lr:g}" for lr in values("lr"))) if trains else "",
         " ".join(f"{lr:g}" for lr in row["grid"]["lr"]) if row.get("grid") else "",
         chosen(row),
         tried(row.get("val_tried")),
         f"{len(rows)}" if len(rows) > 1 else "",
-        f"{row['epochs']}",
-        f"{sum(speeds) / len(speeds):,.0f}" if speeds else "",
+        f"{row['epochs'] if trains else 0}",
+        f"{sum(speeds) / len(speeds):,.0f}" if speeds and trains else "",
         f"{sum(values('wall_seconds')):.0f} s",
     ]
 
 
+def _judged(rows: list[dict]) -> list[str]:
+    """Cells of what is shown of one's own images beside their score; empty for tasks of others."""
+    row, alive = rows[0], [row for row in rows if not rows_lib.diverged(row)]
+    found = lambda key: [r["metrics"].get(key) for r in alive if r.get("metrics")]
+    mean = lambda values: sum(values) / len(values) if values and None not in values else None
+    heat = mean([r.get("temperature") for r in alive])
+    kept = [f"{r['kept_epoch'] + 1}" for r in rows if r.get("kept_epoch") is not None]
+    ends = ["" if heat is None else f"{heat:.2f}", ", ".join(kept)]
+    if not (row.get("config") or {}).get("own"):
+        return [*[""] * 5, *ends]
+    unequal = (row.get("class_ratio") or 0) >= UNEQUAL
+    error = mean(found("mae"))
+    return [
+        percent(mean(found("balanced_acc"))) if unequal else "",
+        percent(mean(found("macro_f1"))) if unequal or row.get("score") == "map" else "",
+        percent(row["largest_class"]) if unequal else "",
+        "" if error is None else f"{error:.4g}",
+        percent(mean(found("ece"))),
+        *ends,
+    ]
+
+
 def _accuracy(rows: list[dict]) -> str:
-    """The accuracy of runs, without those that diverged, which are counted."""
+    """The score of runs, without those that diverged, which are counted."""
     alive = [row for row in rows if not rows_lib.diverged(row)]
     key = "val_acc" if rows[0]["test_acc_final"] is None else "test_acc_final"
-    text = spread([row[key] for row in alive]) + " (val)" * (key == "val_acc") if alive else ""
+    text = scores(rows[0].get("score"), [row[key] for row in alive]) if alive else ""
+    text += " (val)" * bool(text and key == "val_acc")
     if len(alive) == len(rows):
         return text
     gone = "diverged" if len(rows) == 1 else f"{len(rows) - len(alive)} of {len(rows)} diverged"
     return f"{text}, {gone}" if text else gone
+
+
+def scores(name: str | None, values: list) -> str:
+    """`spread` of scores with their name, but accuracy; R² is no percentage."""
+    if name == "r2" and None not in values:
+        deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.4f}{deviation} R²"
+    return spread(values) + (" mAP" if name == "map" else "")
 
 
 def which(row: dict, seed: bool = True) -> list[str]:
@@ -102,7 +138,8 @@ def which(row: dict, seed: bool = True) -> list[str]:
     )
     model = (row.get("config") or {}).get("model") or {}
     options += [f"block={model['block']}"] if model.get("block") else []
-    if row.get("loss", "cross_entropy") != "cross_entropy" and "loss" not in trial:
+    plain = {kind.score: kind.loss for kind in metrics.KINDS.values()}[row.get("score") or "acc"]
+    if row.get("loss", plain) != plain and "loss" not in trial:
         options.append(f"loss={row['loss']}")
     fixed = {k: v for k, v in (row.get("loss_kwargs") or {}).items() if isinstance(v, list | tuple)}
     options += [f"{k}={'+'.join(map(str, v))}" for k, v in fixed.items()]
@@ -111,6 +148,9 @@ def which(row: dict, seed: bool = True) -> list[str]:
     options += [f"gradients={row['gradients']}"] if row.get("gradients") else []
     options += [f"depth={model['depth']}"] if model.get("depth") else []
     options += [f"{key}={row[key]:g}" for key in MIXED if row.get(key) and key not in trial]
+    if (weights := row.get("class_weights")) and "class_weights" not in trial:
+        options.append(f"class_weights={'given' if weights.startswith('{') else weights}")
+    options += [f"{key}={row[key]}" for key in ("keep",) if row.get(key) and key not in trial]
     seeds = [f"seed {row['seed']}"] if row["seed"] and seed else []
     return options + seeds + changed(row)
 
@@ -234,11 +274,20 @@ def caption(rows: list[dict]) -> str:
     gone = [
         " ".join([r["task"], label([r]), f"seed {r['seed']}"]) for r in rows if rows_lib.diverged(r)
     ]
+    if any((row.get("class_ratio") or 0) >= UNEQUAL for row in rows if row["config"].get("own")):
+        lines.append(
+            f"classes are unequal, the largest {UNEQUAL} times the smallest or more; largest class: "
+            f"what naming it always gets"
+        )
+    if any(row.get("score") == "map" for row in rows):
+        lines.append("mAP: mean average precision over labels")
     if gone:
         lines.append(f"diverged, and left out of means: {', '.join(gone)}")
     several = any(len(group) > 1 for group in rows_lib.fold(rows))
+    kept = any(row.get("kept_epoch") is not None for row in rows)
+    last = "the epoch that was best on images set aside, or the last" if kept else "the last epoch"
     lines.append(
-        "test acc: after the last epoch"
+        f"test acc: after {last}"
         + ", mean and standard deviation (n - 1) over seeds, time their sum" * several
         + ". params: trained values outside the head."
     )

@@ -33,13 +33,16 @@ class Cost(NamedTuple):
 
 def cost(run: Any, epochs: int | None = None) -> Cost:
     """The `Cost` of a run, or of its first epochs."""
-    images, held_out = map(run_images.task_of(run).number, run_images.splits(run))
+    number = run_images.task_of(run).number
+    images, held_out = map(number, run_images.splits(run))
+    at_end = number("test") if run_images.tested(run) and epochs in (None, run.epochs) else 0
     epochs = run.epochs if epochs is None else epochs
     times = sum(run_images.evaluates(run, epoch) for epoch in range(epochs))
     steps = epochs * math.ceil(images / run.batch_size)
     if run.total_steps and steps > run.total_steps:
         steps, images = run.total_steps, images * run.total_steps / steps
-    return Cost(steps, round(epochs * images), times, times * held_out)
+    evaluated = times * held_out + at_end
+    return Cost(steps, round(epochs * images), times + (at_end > 0), evaluated)
 
 
 class Forecast:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlrr_jax import files, job, run_images, train
+from rlrr_jax import files, job, run_images, train, untrained
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import sources
 from rlrr_jax.results import rows as rows_lib
@@ -105,7 +105,10 @@ def _attempt(
         load_weights = functools.partial(load.load_weights, works[0].run)
         built = job.build(runs, load_weights, _data_of(works, load), load.known)
         outputs = _outputs(works, folder, load, forecast)
-        train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
+        if built.recipe.method.untrained is not None:
+            untrained.finish(built, outputs)
+        else:
+            train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))
         return []
     except TooLarge as e:
         return smaller(works, [work.run for work in works], e, forecast.title(*works))

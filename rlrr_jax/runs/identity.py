@@ -103,7 +103,10 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (plain, "mixup", 0.0),
         (plain, "cutmix", 0.0),
         (plain, "label_smoothing", 0.0),
-        (plain, "average", None),
+        *(
+            (plain, key, None)
+            for key in ("average", "class_weights", "keep", "patience", "temperature")
+        ),
         (plain, "restarts", None),
         (plain, "gradients", None),
         (plain, "frozen_dtype", "float32"),

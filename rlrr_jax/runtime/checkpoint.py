@@ -143,7 +143,7 @@ class Saver:
         """Saves if enough time has passed, or if this is the last call."""
         now = self.progress
         numbers = now.clock.numbers(now.epoch, now.step)
-        self.keeper.save_if_due(now.state, now.metrics, numbers, last)
+        self.keeper.save_if_due(now.saved, now.metrics, numbers, last)
 
     def stop_if_asked(self) -> None:
         """Saves and raises Stopped if a process was asked to stop."""

@@ -218,8 +218,8 @@ def test_a_column_called_label_is_the_label(tmp_path):
     datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(
         tmp_path / "t.parquet"
     )
-    _, examples = huggingface.read(tmp_path)
-    assert [e.label for e in examples] == ["wren", "owl", "owl"]
+    _, examples, kind = huggingface.read(tmp_path)
+    assert [e.label for e in examples] == ["wren", "owl", "owl"] and kind == "class"
     (tmp_path / "README.md").write_text("---\nconfigs:\n- data_files: https://x.org/t.parquet\n---\n")
     with pytest.raises(
         UserError, match="README.md names data at .*, which is not in the folder and not"

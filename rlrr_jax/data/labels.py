@@ -1,0 +1,80 @@
+"""Labels of one's own images that are no single class: several of an image, or a value.
+
+The images are stored with whole numbers for labels, one of each label that differs; a task's `encode`
+makes of them what losses and metrics get.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from rlrr_jax.errors import UserError
+
+SEPARATOR = ";"  # of several labels of an image
+VALUE = "value"  # name of the column, and of the only output
+
+
+def names(label: str) -> tuple[str, ...]:
+    """The labels in `"a;b"`, sorted, each once; none in an empty text."""
+    each = (unicodedata.normalize("NFC", name.strip()) for name in label.split(SEPARATOR))
+    return tuple(sorted({name for name in each if name}))
+
+
+def joined(several: Iterable[str]) -> str:
+    """`"a;b"` of labels."""
+    return SEPARATOR.join(sorted(several))
+
+
+class Coded(NamedTuple):
+    """Labels as whole numbers.
+
+    Attributes:
+      codes: label, as an `Example` has it -> its number.
+      names: names of the outputs.
+      encode: see `data.task.Task`.
+      unit: see `data.task.Task`.
+    """
+
+    codes: dict[str, int]
+    names: tuple[str, ...]
+    encode: Callable[[np.ndarray], np.ndarray] | None
+    unit: tuple[float, float]
+
+
+def coded(kind: str, every: Iterable[str], trained: Iterable[str], where: object) -> Coded:
+    """The `Coded` labels of a task.
+
+    Args:
+      kind: of the labels, see `metrics.KINDS`.
+      every: label of each image.
+      trained: those of training images, whose mean and deviation are the unit of values.
+      where: where the images are.
+
+    Raises UserError for values that are all one.
+    """
+    labels = sorted(set(every))
+    codes = {label: i for i, label in enumerate(labels)}
+    if kind == "class":
+        return Coded(codes, tuple(labels), None, (1.0, 0.0))
+    if kind == "value":
+        known = np.array([float(label) for label in trained])
+        if not len(known) or not known.std():
+            raise UserError(f"all training images of {where} have one value: add others")
+        unit = float(known.std()), float(known.mean())
+        values = (np.array([float(label) for label in labels]) - unit[1]) / unit[0]
+        return Coded(codes, (VALUE,), _Table(values.astype(np.float32)), unit)
+    every_name = sorted({name for label in labels for name in names(label)})
+    hot = [[name in names(label) for name in every_name] for label in labels]
+    return Coded(codes, tuple(every_name), _Table(np.array(hot, np.float32)), (1.0, 0.0))
+
+
+class _Table:
+    """A function from numbers of labels to rows of a table."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = table
+
+    def __call__(self, labels: np.ndarray) -> np.ndarray:
+        return self.table[labels]

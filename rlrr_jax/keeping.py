@@ -1,0 +1,91 @@
+"""The best epoch: the trained trees of the epoch with the best score on images set aside.
+
+What is kept goes with a checkpoint, so that a resumed run ends as an uninterrupted one. Trials that
+train together each keep their own, and each ends for itself: one whose patience is over stays as it is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlrr_jax.runtime import distributed
+from rlrr_jax.runtime import mesh as mesh_lib
+
+NONE = -1  # epoch of a trial that has kept none
+
+
+def start(trained: Any, mesh: Mesh, trials: int) -> dict[str, Any]:
+    """What is kept before the first epoch: `tree`, its `score` and `epoch`, the `last` epoch [T].
+
+    `last` is the epoch after which patience was over, or `NONE`.
+    """
+    fill = lambda value: mesh_lib.put(mesh, P("trial"), value)
+    return {
+        "tree": _copied(mesh)(trained),
+        "score": fill(np.full(trials, -np.inf, np.float32)),
+        "epoch": fill(np.full(trials, NONE, np.int32)),
+        "last": fill(np.full(trials, NONE, np.int32)),
+    }
+
+
+def shapes(trained: Any, mesh: Mesh, trials: int) -> dict[str, Any]:
+    """Shapes and shardings of what `start` returns for shapes of trained trees."""
+    one = lambda kind: jax.ShapeDtypeStruct((trials,), kind, sharding=NamedSharding(mesh, P("trial")))
+    return {"tree": trained, "score": one(jnp.float32), "epoch": one(jnp.int32), "last": one(jnp.int32)}
+
+
+def update(
+    kept: dict, trained: Any, scores: list[float | None], epoch: int, patience: int | None, mesh: Mesh
+) -> dict:
+    """What is kept after an epoch.
+
+    Args:
+      kept: what was kept before.
+      trained: the trained trees [T, ...] after the epoch.
+      scores: of each real trial; None is of no use.
+      epoch: its number.
+      patience: epochs without a better one after which a trial is over; None is never.
+      mesh: the devices.
+    """
+    number = len(kept["score"])
+    filled = [-np.inf if score is None else score for score in scores]
+    filled += filled[-1:] * (number - len(filled))  # spares are the last trial again
+    given = mesh_lib.put(mesh, P("trial"), np.array(filled, np.float32))
+    return _update(mesh)(kept, trained, given, np.int32(epoch), np.int32(patience or 2**30))
+
+
+@functools.lru_cache(8)
+def _copied(mesh: Mesh) -> Callable:
+    """A jitted copy: training donates what it is given."""
+    return jax.jit(lambda tree: _placed(jax.tree.map(jnp.copy, tree), mesh))
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), mesh_lib.specs(tree, mesh, "trial"))
+    return jax.lax.with_sharding_constraint(tree, lies)
+
+
+@functools.lru_cache(8)
+def _update(mesh: Mesh) -> Callable:
+    def one(kept: dict, trained: Any, score: Any, epoch: Any, patience: Any) -> dict:
+        better = (kept["last"] == NONE) & (score > kept["score"])
+        choose = lambda new, old: jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
+        out = choose(
+            {"tree": trained, "score": score, "epoch": epoch}, {k: kept[k] for k in kept if k != "last"}
+        )
+        over = (kept["last"] == NONE) & (epoch - out["epoch"] >= patience) & (out["epoch"] != NONE)
+        return {**out, "last": jnp.where(over, epoch, kept["last"])}
+
+    many = jax.vmap(one, (0, 0, 0, None, None))
+    return jax.jit(lambda *args: _placed(many(*args), mesh))
+
+
+def over(kept: dict | None) -> bool:
+    """Whether the patience of every trial is over."""
+    return kept is not None and bool((np.asarray(distributed.fetch(kept["last"])) != NONE).all())
