@@ -299,3 +299,10 @@ def load(
 def merged(adapter: Adapter, frozen: Any) -> Any:
     """The plain tree that an adapter makes of its backbone's frozen one."""
     return jax.jit(functools.partial(methods.merge, cards.method(adapter)))(frozen, adapter.trainable)
+
+
+def predict_mixed(given: dict[str, Any], images: np.ndarray, names: Any, **options: Any) -> list:
+    """Shares of each image of a batch [B], by the adapter that it names, see `mixed.predict`."""
+    from rlrr_jax import mixed  # which loads adapters by this module
+
+    return mixed.predict(given, images, names, **options)

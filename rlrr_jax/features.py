@@ -112,13 +112,10 @@ def _pyarrow() -> tuple[Any, Any]:
     return parquet, pyarrow
 
 
-def main(argv: list[str]) -> None:
-    """The command."""
+def save(config: Any, name: str | None) -> None:
+    """Writes the features of a configuration's task to a file of this name, and prints how many."""
     from rlrr_jax import files
 
-    if argv[1:]:
-        raise UserError(f"{argv[1]!r} belongs to no flag: see --help")
-    config, name = main_lib.CONFIG.value, _OUT.value
     if config is None or name is None:
         missing = "--config configs/own.py:FOLDER" if config is None else "--out FILE.npz"
         raise UserError(f"a configuration and a file are needed: add {missing}")
@@ -133,6 +130,13 @@ def main(argv: list[str]) -> None:
     number, width = columns["features"].shape
     size = os.stat(out).st_size / 1e6
     print(f"{out}: {number:,} images of {width} values, {size:.1f} MB")
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    if argv[1:]:
+        raise UserError(f"{argv[1]!r} belongs to no flag: see --help")
+    save(main_lib.CONFIG.value, _OUT.value)
 
 
 def run() -> None:

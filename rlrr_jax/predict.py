@@ -5,11 +5,8 @@ files, folders (searched through), patterns such as "x/*.png", or `-` for a list
 input. Files that are no readable image are named at the end, and the exit code is 1.
 """
 
-import csv
 import functools
 import glob
-import io
-import json
 import os
 import pathlib
 import sys
@@ -24,8 +21,7 @@ from tqdm import tqdm
 from rlrr_jax import adapters, cards, evaluate, files, metrics
 from rlrr_jax.data import decoding, examples
 from rlrr_jax.errors import Parser, UserError, first_line, one_sentence
-
-FORMATS = ("table", "csv", "jsonl")
+from rlrr_jax.results import predictions
 
 
 def find(names: Iterable[str], note: Callable[[str], None] = lambda text: None) -> list:
@@ -101,13 +97,25 @@ def predict(
     Yields:
       `(path, probabilities [classes] float32 or None, why it could not be read or None)`, in order.
     """
-    run = tuned.card["config"]
-    pixels = decoding.pixels_for(cards.image_size(tuned.card), run["crop"], run["crop_from"])
-    one = functools.partial(_one, pixels=pixels)
-    shares = metrics.KINDS[cards.answers(tuned.card)["kind"]].shares
+    for path, (found,), why in several([tuned], paths, batch_size, progress, classify):
+        yield path, found, why
+
+
+def several(
+    models: list[adapters.Tuned],
+    paths: list,
+    batch_size: int = 64,
+    progress: bool = False,
+    classify: Callable[[Any], Any] | None = None,
+) -> Iterator[tuple]:
+    """As `predict`, of several models: each image is read once; yields a list of what each says.
+
+    Models that take the same pixels share the decoded image.
+    """
     size = min(batch_size, len(paths))
-    whole = lambda images: shares(np.asarray(tuned.logits(evaluate.pad(images, size))))
-    classify = classify or whole
+    each = [classify or _whole(tuned, size) for tuned in models]
+    pixels = [_pixels(tuned) for tuned in models]
+    one = functools.partial(_one, every=list(dict.fromkeys(pixels)))
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(paths), unit="img", disable=not progress) as bar,
@@ -115,135 +123,112 @@ def predict(
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             decoded = list(pool.map(one, batch))
-            images = [image for image, _ in decoded if image is not None]
-            rows = iter(())
-            if images:
-                rows = iter(np.asarray(classify(np.stack(images))))
-            for path, (image, why) in zip(batch, decoded):
-                yield path, None if image is None else next(rows), why
+            good = [images for images, _ in decoded if images]
+            rows = [iter(())] * len(models)
+            if good:
+                arrays = {how: np.stack([images[how] for images in good]) for how in good[0]}
+                rows = [iter(np.asarray(f(arrays[how]))) for f, how in zip(each, pixels)]
+            for path, (images, why) in zip(batch, decoded):
+                yield path, [next(row) if images else None for row in rows], why
             bar.update(len(batch))
 
 
-def _one(path, pixels):
+def _pixels(tuned):
+    run = tuned.card["config"]
+    return decoding.pixels_for(cards.image_size(tuned.card), run["crop"], run["crop_from"])
+
+
+def _whole(tuned, size):
+    """A function from images to the shares that a whole model gives, in batches of one size."""
+    shares = metrics.KINDS[cards.answers(tuned.card)["kind"]].shares
+    return lambda images: shares(np.asarray(tuned.logits(evaluate.pad(images, size))))
+
+
+def _one(path, every):
+    """An image as each of several `Pixels`, or why it cannot be read."""
     try:
-        return read(path, pixels), None
+        return {pixels: read(path, pixels) for pixels in every}, None
     except ValueError as e:
         return None, str(e)
 
 
-def top(probabilities: Any, classes: Any, k: int) -> list:
-    """The k likeliest classes: `[(name, probability), ...]`."""
-    order = np.argsort(-probabilities, kind="stable")[:k]
-    return [(classes[i], float(probabilities[i])) for i in order]
-
-
-def said(shares: Any, card: dict, k: int) -> list:
-    """What is said of an image: `[(name, share), ...]`.
-
-    Args:
-      shares: probabilities of classes or labels, or the value alone.
-      card: the adapter's.
-      k: number of classes; of several labels all above their thresholds are named, of values one.
-    """
-    how, names = cards.answers(card), card["classes"]
-    if how["kind"] == "labels":
-        order = np.argsort(-shares, kind="stable")
-        above = (shares > np.asarray(how["thresholds"]))[order]
-        return [(names[i], float(shares[i])) for i in order[above]]
-    return top(shares, names, 1 if how["kind"] == "value" else k)
-
-
-def show(rows: list, form: str, kind: str = "class") -> str:
-    """Rows `(path, [(name, share), ...])` as text.
-
-    Args:
-      rows: of `said`.
-      form: one of `FORMATS`.
-      kind: of the labels, see `metrics.KINDS`.
-    """
-    rows = [(str(p).encode("utf-8", "backslashreplace").decode(), best) for p, best in rows]
-    if form == "jsonl":
-        one = lambda best: {"value": best[0][1]} if kind == "value" else {_KEYS[kind]: _plain(best)}
-        return "".join(json.dumps({"file": p, **one(best)}) + "\n" for p, best in rows)
-    if form == "csv":
-        return _csv(rows, kind)
-    width = max([len(p) for p, _ in rows] + [4])
-    if kind == "value":
-        return "".join(f"{p:<{width}}   {best[0][1]:12.6g}\n" for p, best in rows)
-    names = max([len(n) for _, best in rows for n, _ in best] + [1])
-    cells = lambda best: "   ".join(f"{n:>{names}} {100 * q:6.2f} %" for n, q in best) or "none"
-    return "".join(f"{p:<{width}}   {cells(best)}\n" for p, best in rows)
-
-
-_KEYS = {"class": "top", "labels": "labels"}
-
-
-def _plain(best):
-    return [{"class": n, "p": q} for n, q in best]
-
-
-def _csv(rows, kind):
-    """Rows as CSV; several labels are between semicolons, as lists of files have them."""
-    text, k = io.StringIO(), max((len(best) for _, best in rows), default=0)
-    writer = csv.writer(text, lineterminator="\n")
-    if kind == "value":
-        writer.writerow(["file", "value"])
-        writer.writerows([p, best[0][1]] for p, best in rows)
-    elif kind == "labels":
-        writer.writerow(["file", "label", "p"])
-        joined = lambda values: ";".join(map(str, values))
-        writer.writerows(
-            [p, joined(n for n, _ in best), joined(q for _, q in best)] for p, best in rows
-        )
-    else:
-        writer.writerow(["file"] + [f"{what}{i + 1}" for i in range(k) for what in ("class", "p")])
-        writer.writerows([p, *(x for pair in best for x in pair)] for p, best in rows)
-    return text.getvalue()
-
-
 def add_flags(parser: Any) -> None:
     """Adds the flags of the command."""
-    parser.add_argument("images", nargs="+", metavar="IMAGES")
-    parser.add_argument("--adapter", required=True, help="of a run, or made by rlrr_jax.export")
+    parser.add_argument("images", nargs="*", metavar="IMAGES")
+    which = "of a run, or made by rlrr_jax.export; several: each says what it sees"
+    parser.add_argument("--adapter", required=True, nargs="+", metavar="ADAPTER", help=which)
     adapters.add_flags(parser)
     parser.add_argument("--top_k", type=int, default=3)
-    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument("--format", choices=predictions.FORMATS, default="table")
     parser.add_argument("--out", help="file for the predictions; default: the screen")
     parser.add_argument("--batch_size", type=int, default=64)
 
 
-def check(args: Any) -> tuple[list, adapters.Adapter]:
-    """The image files and the adapter that flags name; UserError, before any work, for others."""
+def check(args: Any) -> tuple[list, list[adapters.Adapter]]:
+    """The image files and the adapters that flags name; UserError, before any work, for others."""
     if args.top_k < 1 or args.batch_size < 1:
         raise UserError("--top_k and --batch_size must be greater than 0")
     if args.out:
         files.writable(files.local(args.out))  # before the work, not after it
-    path = adapters.find(args.adapter)
-    paths = find(args.images, note=lambda text: print(text, file=sys.stderr, flush=True))
-    return paths, adapters.read(path)
+    names, images = _divided(args.adapter, args.images)
+    if not images:
+        raise UserError("no images are named: give files, folders or patterns behind the adapter")
+    places = [adapters.find(name) for name in names]
+    paths = find(images, note=lambda text: print(text, file=sys.stderr, flush=True))
+    read = [adapters.read(path) for path in places]
+    kinds = {cards.answers(adapter.card)["kind"] for adapter in read}
+    if args.format == "csv" and len(kinds) > 1:
+        raise UserError(
+            f"adapters of {' and '.join(sorted(kinds))} have other columns: take --format jsonl, or "
+            f"one at a time"
+        )
+    return paths, read
+
+
+def _divided(words: list[str], images: list[str]) -> tuple[list[str], list[str]]:
+    """Adapters and images: what follows `--adapter` are adapters as long as it looks like them."""
+
+    def is_adapter(word: str) -> bool:
+        path = files.local(word)
+        folders = ("adapter.safetensors", "*/*/seed*/adapter.safetensors", "seed*/adapter.safetensors")
+        inside = path.is_dir() and any(any(path.glob(name)) for name in folders)
+        return word.startswith("hf:") or word.endswith(".safetensors") or inside
+
+    last = next((i for i, word in enumerate(words) if i and not is_adapter(word)), len(words))
+    return words[:last], words[last:] + images
 
 
 def show_all(
-    args: Any, tuned: adapters.Tuned, paths: list, classify: Any = None, at_once: int | None = None
+    args: Any,
+    models: list[adapters.Tuned],
+    paths: list,
+    classify: Any = None,
+    at_once: int | None = None,
 ) -> None:
-    """Prints or writes the classes of image files; UserError at the end for those that are none.
+    """Prints or writes what models say of image files; UserError at the end for those that are none.
 
     Args:
       args: what the flags gave.
-      tuned: the model.
+      models: the models, of which each has its line.
       paths: image files.
       classify: as `predict` takes it.
       at_once: number of images that it gets at once; None: a batch.
     """
-    rows, bad = [], []
-    shown = len(paths) > args.batch_size
-    found = predict(tuned, paths, at_once or args.batch_size, progress=shown, classify=classify)
-    for path, probabilities, why in found:
-        if probabilities is None:
+    rows: list[list] = [[] for _ in models]
+    bad, shown = [], len(paths) > args.batch_size
+    size = at_once or args.batch_size
+    for path, found, why in several(models, paths, size, progress=shown, classify=classify):
+        if why is not None:
             bad.append(f"  {path}: {why}".encode("utf-8", "backslashreplace").decode())
-        else:
-            rows.append((path, said(probabilities, tuned.card, args.top_k)))
-    text = show(rows, args.format, cards.answers(tuned.card)["kind"])
+            continue
+        for lines, tuned, shares in zip(rows, models, found):
+            lines.append((path, predictions.said(shares, tuned.card, args.top_k)))
+    kinds = [cards.answers(tuned.card)["kind"] for tuned in models]
+    names = predictions.called(models, args.adapter[: len(models)])
+    if len(models) == 1:
+        text = predictions.show(rows[0], args.format, kinds[0])
+    else:
+        text = predictions.woven(rows, names, args.format, kinds)
     if args.out:
         files.write(files.local(args.out), text)
     else:
@@ -258,8 +243,16 @@ def main() -> None:
     parser = Parser(description=__doc__)
     add_flags(parser)
     args = parser.parse_args()
-    paths, adapter = check(args)
-    show_all(args, adapters.load(adapter, **adapters.given(args)), paths)
+    paths, read = check(args)
+    models: list[adapters.Tuned] = []
+    shared: list[adapters.Backbone] = []
+    for adapter in read:  # those of one backbone share it
+        on = next((x for x in shared if adapters.fits(adapter, x)), None)
+        if on is None:
+            on = adapters.backbone(adapter, **adapters.given(args))
+            shared.append(on)
+        models.append(adapters.load(adapter, on))
+    show_all(args, models, paths)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from test_step import CLASSES, DATA, hyper
 
 from rlrr_jax import blockwise, evaluate, losses, methods, models, step
 from rlrr_jax import config as config_lib
+from rlrr_jax import metrics as metrics_lib
 from rlrr_jax import run as run_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
@@ -54,7 +55,7 @@ def trained(recipe, limits, devices=1, trials=1, steps=3):
     params = step.map_merge(made.method, mesh)(frozen, state["trainable"])
     program = evaluate.map_eval_step(made.model, 16, made.precision, mesh)
     logits = evaluate.evaluate(program, params, DATA["images"], 8, mesh)
-    each = [metrics.of_classes(x, DATA["labels"]) for x in logits]
+    each = [metrics_lib.of_classes(x, DATA["labels"]) for x in logits]
     found = {key: [x[key] for x in each] for key in ("acc", "loss")}
     return frozen, jax.device_get((state["trainable"], metrics["loss"][:, :steps], found)), params
 

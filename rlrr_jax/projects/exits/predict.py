@@ -21,11 +21,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.threshold >= 0:
         raise UserError(f"--threshold={args.threshold} must be a number of at least 0")
-    paths, adapter = predict.check(args)
+    paths, (adapter, *others) = predict.check(args)
+    if others:
+        raise UserError("exits are left one adapter at a time: give one")
     exits = leave.load(adapter, adapters.backbone(adapter, **adapters.given(args)))
     tuned = adapters.Tuned(exits.model, exits.trees[-1], exits.card)
     leaver = leave.Leaver(exits, args.threshold, min(args.batch_size, len(paths)))
-    predict.show_all(args, tuned, paths, classify=leaver, at_once=CHUNK * args.batch_size)
+    predict.show_all(args, [tuned], paths, classify=leaver, at_once=CHUNK * args.batch_size)
     print(leaver.told(), file=sys.stderr, flush=True)
 
 
