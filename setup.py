@@ -58,12 +58,14 @@ setup(
         "wandb": ["wandb>=0.31"],
         # Images named own.py:hf:...
         "hf": ["datasets>=5.2"],
-        # export --to onnx
+        # export --to onnx, --to stablehlo
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.24"],
+        "stablehlo": ["flatbuffers>=25"],
         # Weights named hf:timm/...
         "hub": ["huggingface_hub>=1"],
         "test": [
             "datasets>=5.2",
+            "flatbuffers>=25",
             "huggingface_hub>=1",
             "hypothesis>=6.150",
             "mypy>=2.4",

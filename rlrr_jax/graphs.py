@@ -242,7 +242,7 @@ def _call_savedmodel(path: pathlib.Path) -> Callable:
 FORMATS = {
     "stablehlo": Graph(
         ("model.stablehlo", NAME, "load.py"),
-        {"flatbuffers": "pip install flatbuffers"},
+        {"flatbuffers": "install the extra stablehlo"},
         _write_stablehlo,
         _call_stablehlo,
     ),
