@@ -119,6 +119,13 @@ def class_weights(said: str | None, labels: np.ndarray, task: Task) -> dict[str,
     return {"class_weights": weights.astype(np.float32)}
 
 
+def chooses(task: Task, class_weights: str | None) -> str:
+    """Which metric keeps an epoch: the task's score, with balanced classes their mean accuracy."""
+    if class_weights == BALANCED and task.kind == "class":
+        return "balanced_acc"
+    return metrics.KINDS[task.kind].score
+
+
 def judged(task: Task, logits: np.ndarray, labels: np.ndarray, **options: Any) -> dict[str, Any]:
     """`metrics` of logits [N, C], of values in their own unit; None for what is not finite."""
     deviation, mean = task.unit

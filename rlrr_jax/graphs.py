@@ -8,6 +8,7 @@ inside. It computes in float32, and is read back and compared before it is kept.
 import functools
 import importlib
 import json
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 
 from rlrr_jax import adapters, backend, cards, files, sides
 from rlrr_jax.data import crops, resize
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import UserError, first_line
 
 TOLERANCE = 1e-4  # of shares; a graph that differs more is not kept
 LARGEST = 1.9e9  # bytes of the weights of an ONNX file
@@ -91,19 +92,30 @@ def made(name: str, adapter: adapters.Adapter, tuned: adapters.Tuned, path: path
       path: where the graph goes, a file or a folder.
     """
     graph, function, said = FORMATS[name], shares_of(tuned), about(adapter)
-    graph.write(path, function, tuned.params, said)
-    call, expected, worst = graph.call(path), jax.jit(function), 0.0
-    for number in (1, 3):  # of two batches, so that it is one of any
-        images = _noise(number, said["image_size"])
-        found, wanted = call(images), np.asarray(expected(tuned.params, images))
+    several = [_noise(number, said["image_size"]) for number in (1, 3)]  # batches, so that any will do
+    try:
+        graph.write(path, function, tuned.params, said)
+        call = graph.call(path)
+        found = [call(images) for images in several]
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as e:  # of a converter or a runtime that does not know all operations
+        raise UserError(
+            f"--to {name} cannot write {adapter.card['model']} with what is installed "
+            f"({type(e).__name__}: {first_line(e)}): take --to stablehlo"
+        ) from e
+    expected, worst = jax.jit(function), 0.0
+    for images, shares in zip(several, found):
+        wanted = np.asarray(expected(tuned.params, images))
         scale = max(1.0, float(abs(wanted).max()))  # of values
-        worst = max(worst, float(abs(found - wanted).max()) / scale)
+        worst = max(worst, float(abs(shares - wanted).max()) / scale)
     return worst
 
 
 def check(name: str) -> None:
     """UserError unless what a format needs is installed."""
     for module, way in FORMATS[name].needs.items():
+        logging.getLogger(module).setLevel(logging.ERROR)  # it warns of plugins that nothing here needs
         try:
             importlib.import_module(module)
         except ImportError as e:
@@ -192,13 +204,43 @@ def _write_onnx(path: pathlib.Path, function: Callable, params: Any, said: dict)
     images = _batched(said["image_size"])
     # Traced before jax2onnx puts its own layers in place of flax's, which no scan over depth can take.
     traced = jax.make_jaxpr(functools.partial(function, params))(images)
-    again = lambda x: jax.extend.core.jaxpr_as_fun(traced)(x)[0]
+    again = lambda x: _evaluated(traced, x)
     how: dict = dict(model_name="rlrr_jax", opset=OPSET, return_mode="proto")
     names: dict = dict(input_names=["images"], output_names=["shares"])
     model: Any = jax2onnx.to_onnx(again, [images], **how, **names)
+    del model.graph.value_info[:]  # shapes between layers, some of which are wrong: readers infer them
     entry = model.metadata_props.add()
     entry.key, entry.value = "rlrr_jax", json.dumps(said, sort_keys=True)
     path.write_bytes(model.SerializeToString())
+
+
+def _evaluated(traced: Any, images: jax.Array) -> Any:
+    """What a traced function gives, with pooling as maxima of slices, which jax2onnx writes rightly."""
+    known = dict(zip(traced.jaxpr.constvars, traced.consts))
+    known |= dict(zip(traced.jaxpr.invars, [images]))
+    value = lambda x: x.val if isinstance(x, jax.extend.core.Literal) else known[x]
+    for eqn in traced.jaxpr.eqns:
+        given = map(value, eqn.invars)
+        if eqn.primitive.name == "reduce_window_max":
+            found = [_pooled(*given, **eqn.params)]
+        else:
+            bound: Any = eqn.primitive.get_bind_params(eqn.params)  # with functions before jax 0.10
+            functions, how = bound if isinstance(bound, tuple) else ((), bound)
+            out = eqn.primitive.bind(*functions, *given, **how)
+            found = out if eqn.primitive.multiple_results else [out]
+        known |= dict(zip(eqn.outvars, found))
+    return value(traced.jaxpr.outvars[0])
+
+
+def _pooled(x: jax.Array, window_dimensions: Any, window_strides: Any, **rest: Any) -> jax.Array:
+    """The maximum of each window of images [B, H, W, C]."""
+    del rest  # what is around them is there already
+    parts = []
+    for i in range(window_dimensions[1]):
+        for j in range(window_dimensions[2]):
+            ends = [x.shape[k] - window_dimensions[k] + 1 + at for k, at in ((1, i), (2, j))]
+            parts.append(x[:, i : ends[0] : window_strides[1], j : ends[1] : window_strides[2]])
+    return functools.reduce(jnp.maximum, parts)
 
 
 def _call_onnx(path: pathlib.Path) -> Callable:

@@ -90,6 +90,10 @@ def section(group: list[dict], name: str, folder: Any, **options: Any) -> str:
         parts.append(
             picture((folder / "curves.png").read_bytes(), "loss and accuracy by epoch", "curve")
         )
+    if row.get("epochs_trained") == 0:
+        chosen = ", ".join(f"{key}={value}" for key, value in row.get("chosen", {}).items())
+        parts.append(f"<p>Nothing was trained ({html.escape(chosen)}), and no adapter is there.</p>")
+        return "\n".join([*parts, *_ends(folder, row)])
     try:
         answers = answer(folder, **options)
     except UserError as e:
@@ -97,12 +101,17 @@ def section(group: list[dict], name: str, folder: Any, **options: Any) -> str:
         print(f"note: {folder} is shown without accuracy of classes: {e}", flush=True)
     else:
         parts += sections.of(answers)
+    return "\n".join([*parts, *_ends(folder, row)])
+
+
+def _ends(folder: Any, row: dict) -> list[str]:
+    """A run's configuration and versions."""
     config = json.dumps(files.read_json(folder / "config.json"), indent=2)
-    parts.append(f"<details><summary>configuration</summary><pre>{html.escape(config)}</pre></details>")
+    parts = [f"<details><summary>configuration</summary><pre>{html.escape(config)}</pre></details>"]
     versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
     backbone = f"backbone {row['backbone']}, SHA-256 {row['backbone_sha256']}"
     parts.append(f"<p>{html.escape('; '.join([versions, row['device'], backbone]))}</p>")
-    return "\n".join(parts)
+    return parts
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import answers, evaluate, final, keeping, metrics, step
+from rlrr_jax import answers, evaluate, final, keeping, step
 from rlrr_jax.errors import UserError
 from rlrr_jax.job import Job
 from rlrr_jax.results import logs, rows
@@ -216,7 +216,8 @@ def evaluate_epoch(job: Job, progress: Progress, saver: checkpoint.Saver) -> lis
     logits = evaluate.trials(job, trees, images, title, saver.stop_if_asked)
     found = [answers.judged(run.task, each, labels) for each in logits]
     if progress.kept is not None:
-        scores = [values[metrics.KINDS[run.task.kind].score] for values in found]
+        score = answers.chooses(run.task, run.class_weights)
+        scores = [values[score] for values in found]
         progress.kept = keeping.update(progress.kept, trees, scores, epoch, run.patience, job.mesh)
     return [{f"{run.held_out}_{name}": x for name, x in values.items()} for values in found]
 

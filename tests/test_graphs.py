@@ -105,6 +105,11 @@ def test_whole_models_of_every_family_where_installed(variant, name, adapter, tm
     card = {**adapter.card, "config": config, "classes": ["a", "b", "c"], "image_size": size}
     tuned = adapters.Tuned(model, params, card)
     path = tmp_path / ("m.onnx" if name == "onnx" else "m")
+    if (variant, name) == ("dinov3_s16", "onnx"):  # whose scan jax2onnx 0.13 writes wrongly
+        card["model"] = variant
+        with pytest.raises(UserError, match="--to onnx cannot write dinov3_s16 with what is installed"):
+            graphs.made(name, cards.Adapter({}, card), tuned, path)
+        return
     assert graphs.made(name, cards.Adapter({}, card), tuned, path) < graphs.TOLERANCE
 
 

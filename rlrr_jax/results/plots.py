@@ -93,7 +93,7 @@ def reliability(bins: list[tuple], number: int) -> bytes:
       bins: what `metrics.calibration` gives.
       number: number of bins.
     """
-    figure, ((axis,),) = subplots(size=(4.2, 4))
+    figure, ((axis,),) = subplots(size=(4.2, 4.6))
     total = sum(count for count, *_ in bins)
     share, right = ([part[i] for part in bins] for i in (1, 2))
     axis.plot([0, 1], [0, 1], "--", color="#888888", label="as sure as right")
@@ -101,7 +101,7 @@ def reliability(bins: list[tuple], number: int) -> bytes:
     axis.bar(share, counts, 0.8 / number, color=COLOURS[5], alpha=0.5, label="part of the answers")
     axis.plot(share, right, "-o", color=COLOURS[0], ms=4, label="part that is right")
     axis.set(xlabel="how sure", xlim=(0, 1), ylim=(0, 1))
-    axis.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside upper left")
     return png(figure)
 
 
