@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,17 @@ def check(run: ConfigDict, task: Task) -> None:
         for key in ("mixup", "cutmix", "label_smoothing", "class_weights", "temperature"):
             if run[key]:
                 raise UserError(f"config.{key} is for classes, and {run.task} has values: leave it out")
-    if methods.get(run.method).untrained is not None:  # whose row says so
+    if methods.get(run.method).untrained is not None:
+        for key in ("crop", "mixup", "cutmix", "shard_weights"):
+            if run[key]:
+                raise UserError(f"method {run.method} takes each image once: leave config.{key} out")
         run.update(keep=None, patience=None, temperature=None, class_weights=None, drop_path=0.0)
         return
+    if run.temperature and losses.find(run.loss).init is not None:
+        raise UserError(
+            f"config.temperature is of the head, and the loss {run.loss} trains values beside it: "
+            f"leave it out"
+        )
     if run.patience is not None and run.keep is None:
         run.keep = BEST
     if run.class_weights not in (None, BALANCED):
@@ -95,7 +104,7 @@ def _table(path: Any) -> dict[str, Any]:
         raise UserError(f"{path} has no header class,weight and lines under it: add them")
     out: dict[str, Any] = {}
     for line, row in enumerate(rows, 2):
-        name = (row["class"] or "").strip()
+        name = unicodedata.normalize("NFC", (row["class"] or "").strip())
         if name in out:
             raise UserError(f"{path}:{line}: {name!r} has a weight already: keep one")
         try:
@@ -130,7 +139,7 @@ def judged(task: Task, logits: np.ndarray, labels: np.ndarray, **options: Any) -
     """`metrics` of logits [N, C], of values in their own unit; None for what is not finite."""
     deviation, mean = task.unit
     if task.kind == "value":
-        logits, labels = logits * deviation + mean, labels * deviation + mean
+        logits, labels = (np.float64(x) * deviation + mean for x in (logits, labels))
     with np.errstate(all="ignore"):
         found = metrics.KINDS[task.kind].measure(logits, labels, **options)
     return {name: float(x) if math.isfinite(x) else None for name, x in found.items()}

@@ -39,7 +39,7 @@ def applied(recipe: Recipe, frozen: Any, limits: Any) -> tuple[Recipe, Any]:
     """
     if not asked(limits):
         return recipe, frozen
-    path = check(recipe.method, losses.of(recipe).function, frozen)
+    path = check(recipe.method, losses.of(recipe), frozen)
     layout = _layout(frozen, path, SHARDED if limits.shard_weights else WHOLE)
     method, block = _made(recipe.method, recipe.model.block, layout)
     narrow = lambda x: _as(x, jnp.dtype(limits.frozen_dtype or jnp.float32))
@@ -49,17 +49,17 @@ def applied(recipe: Recipe, frozen: Any, limits: Any) -> tuple[Recipe, Any]:
     return recipe, replaced(frozen, path, blocks)
 
 
-def check(method: Method, loss: Callable, frozen: Any) -> tuple[str, ...]:
+def check(method: Method, loss: losses.Loss, frozen: Any) -> tuple[str, ...]:
     """UserError if a method, a loss or a model is not merged block by block; where the blocks are.
 
     Args:
       method: a `Method`.
-      loss: function of a `losses.Loss`.
+      loss: the `losses.Loss`.
       frozen: the backbone's tree, of arrays or of shapes.
     """
     if methods.asks_training(method):
         raise UserError(f"{_TOLD}, and this method looks at the training images: {_OUT}")
-    if loss is not losses.cross_entropy:
+    if not loss.plain:
         raise UserError(f"{_TOLD}, and this loss may look at the whole tree: {_OUT}")
     try:
         path = stack(frozen)

@@ -246,6 +246,9 @@ def transformers_files(adapter: Any) -> dict[str, dict]:
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
+    kinds = {"labels": "multi_label_classification", "value": "regression"}
+    if problem := kinds.get(cards.answers(card)["kind"]):
+        config["problem_type"] = problem
     pixels = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

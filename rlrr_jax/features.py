@@ -45,6 +45,7 @@ def table(config: Any) -> dict[str, np.ndarray]:
     from rlrr_jax.runtime import mesh as mesh_lib
 
     config.method, config.runs, config.seeds, config.protocol = "linear", None, (0,), "fast"
+    config.crop = config.crop_from = config.keep = config.temperature = config.class_weights = None
     runs = config_lib.resolve(config)
     if len(runs) > 1:
         names = ", ".join(run.task for run in runs)
@@ -81,7 +82,7 @@ def _named(task: Any, label: Any, classes: list[str]) -> str:
     if task.kind == "labels":
         return ";".join(name for name, yes in zip(classes, label) if yes)
     deviation, mean = task.unit
-    return f"{label * deviation + mean:.7g}"
+    return f"{float(label) * deviation + mean:.9g}"
 
 
 def write(path: Any, columns: dict[str, np.ndarray]) -> None:

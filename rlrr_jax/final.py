@@ -57,7 +57,8 @@ def settle(job: Job, progress: Any, check: Callable[[], None]) -> list[Final]:
         title, held_out = "test", job.tested
         found = [_judged(job, x, held_out[1], s) for x, s in zip(ask("test", held_out[0]), settled)]
     elif run.fits:
-        found = [_judged(job, x, held_out[1], s) for x, s in zip(chosen, settled)]
+        # Judged as before the fit: these images decided it.
+        found = [(_judged(job, x, held_out[1], {})[0], s) for x, s in zip(chosen, settled)]
     else:
         rows = [history[epoch] for history, epoch in zip(progress.histories, epochs)]
         found = [(_of_row(row, run.held_out), s) for row, s in zip(rows, settled)]

@@ -46,7 +46,7 @@ def answer(folder: Any, progress: bool = True, **where: Any) -> Answers:
             found.append(np.asarray(tuned.logits(evaluate.pad(batch, size)))[: len(batch)])
             bar.update(len(batch))
     said, (deviation, mean) = cards.answers(card), task.unit
-    labels = labels * deviation + mean if task.kind == "value" else labels
+    labels = np.float64(labels) * deviation + mean if task.kind == "value" else labels
     shares = metrics.KINDS[task.kind].shares(np.concatenate(found))
     given = np.array(said["thresholds"]), lambda i: images[i : i + 1][0]
     return Answers(task.kind, np.asarray(labels), shares, card["classes"], *given)

@@ -83,7 +83,7 @@ def _update(mesh: Mesh) -> Callable:
         return {**out, "last": jnp.where(over, epoch, kept["last"])}
 
     many = jax.vmap(one, (0, 0, 0, None, None))
-    return jax.jit(lambda *args: _placed(many(*args), mesh))
+    return jax.jit(lambda *args: _placed(many(*args), mesh), donate_argnums=0)
 
 
 def over(kept: dict | None) -> bool:

@@ -173,6 +173,8 @@ def weighted(function: Callable[..., Values]) -> Callable[..., Values]:
 
     def weighed(net: Net, batch: Batch, class_weights: Any, **numbers: Any) -> Values:
         losses, values = function(net, batch, **numbers)
+        if batch.labels.ndim != 1 or not jnp.issubdtype(batch.labels.dtype, jnp.integer):
+            raise UserError("a loss of several labels weighs by itself: give it class_weights=None")
         mixed = class_weights[batch.labels] if batch.targets is None else batch.targets @ class_weights
         return losses * mixed, values
 

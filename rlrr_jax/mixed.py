@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlrr_jax import adapters, cards, evaluate, metrics, models
+from rlrr_jax import adapters, cards, evaluate, metrics, models, sides
 from rlrr_jax.data import crops, resize
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.methods.sites import STACK
@@ -52,6 +52,11 @@ def predict(
     Raises UserError for a name that is not there, adapters of several backbones or image sizes, and
     where nothing can be done without merging.
     """
+    images, names = np.asarray(images), list(names)
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise UserError(
+            f"images must be uint8 [B, h, w, 3], not {images.dtype} {list(images.shape)}: stack them"
+        )
     known = cards.Adapter, adapters.Tuned
     every = {k: x if isinstance(x, known) else adapters.read(x) for k, x in given.items()}
     for name in names:
@@ -65,6 +70,15 @@ def predict(
     _check_alike(used)
     left = [adapter for adapter in used.values() if isinstance(adapter, cards.Adapter)]
     on = on or (adapters.backbone(left[0]) if left else None)
+    for name, adapter in used.items():
+        if isinstance(adapter, cards.Adapter) and not adapters.fits(adapter, on):
+            raise UserError(f"the backbone is not that of the adapter {name}: give that, or none")
+    largest = sides.pair(_pixels(next(iter(used.values())))[1] or _pixels(next(iter(used.values())))[0])
+    if any(a > b for a, b in zip(images.shape[1:3], largest)):
+        raise UserError(
+            f"images of {images.shape[1]} x {images.shape[2]} are larger than the {largest[0]} x "
+            f"{largest[1]} that these models take: make them smaller"
+        )
     if merge is None:
         merge = len(images) >= FEW * len(used) or not all(map(_plain, used.values()))
     if not merge and (bad := [name for name, adapter in used.items() if not _plain(adapter)]):
@@ -143,9 +157,10 @@ def _stacked(path: tuple, *leaves: Any) -> np.ndarray:
     return np.stack([np.asarray(x) for x in leaves], int(_inside(path)))
 
 
-def _pixels(adapter: cards.Adapter) -> tuple:
-    run = adapter.run
-    return cards.image_size(adapter.card), run.crop_from if run.crop == crops.SQUARE else None
+def _pixels(adapter: Any) -> tuple:
+    run = adapter.card["config"]
+    cut = run["crop_from"] if run["crop"] == crops.SQUARE else None
+    return cards.image_size(adapter.card), cut
 
 
 @functools.lru_cache(8)

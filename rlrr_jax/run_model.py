@@ -74,7 +74,7 @@ def check_contracts(run: ConfigDict) -> tuple[str, ...]:
     if blockwise.asked(run):
         model = models.build(run.model.variant, 2, **json.loads(of)[1])
         method = methods.get(run.method, **run.method_kwargs.to_dict())
-        blockwise.check(method, loss.function, models.shapes(model, size))
+        blockwise.check(method, loss, models.shapes(model, size))
     ours = loss.function is losses.cross_entropy  # which does alike for any number of classes
     task = task_of(run)
     labels = (2, "class") if ours else (task.classes, task.kind)

@@ -10,6 +10,7 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.final import Final
 from rlrr_jax.job import Job
 from rlrr_jax.results.outputs import Outputs, write_configs, write_results
+from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime.clock import Clock
 from rlrr_jax.train import Progress
 
@@ -24,8 +25,8 @@ def finish(job: Job, outputs: Outputs) -> None:
     run, clock = job.runs[0], Clock(job.begun)
     if job.recipe.image_size is not None:
         raise UserError(
-            f"{run.label}: method {run.config.method} needs each image once: leave out config.crop, "
-            f"config.mixup and config.cutmix, config.shard_weights and config.frozen_dtype"
+            f"method {run.config.method} needs what the head gets of each image, and this run makes "
+            f"others of it: leave out config.crop, config.frozen_dtype and config.loss"
         )
     write_configs(job, outputs)
     bank = _features(job.feed.images), _targets(job, job.feed.labels)
@@ -36,7 +37,12 @@ def finish(job: Job, outputs: Outputs) -> None:
     judge = lambda votes: _judged(job, votes, val[1])[score]
     chosen = how.choose(bank, known, judge)
     said = ", ".join(f"{key}={value}" for key, value in chosen.items())
-    print(f"{run.label}: trains nothing; {said}", flush=True)
+    if distributed.is_process_zero():
+        print(
+            f"{run.label}: trains nothing; {said}; class weights, temperature and the best epoch are "
+            f"of no use to it",
+            flush=True,
+        )
     first = how.answer(bank, known[0], **chosen)
     own = _judged(job, how.answer(bank, bank[0], same=True, **chosen), job.feed.labels)
     row = {"epoch": 0, "lr": None, **{f"train_{name}": x for name, x in own.items()}}

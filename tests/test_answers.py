@@ -337,6 +337,45 @@ def test_neighbours_vote_as_scikit_learns_do():
         np.testing.assert_allclose(knn.answer((made[0], values), queries, k, 0.07), wanted, atol=2e-4)
 
 
+def test_a_search_without_a_score_says_so(lists, tmp_path):
+    """All validation images have one value, so that R² is of no use."""
+    rows = list(csv.DictReader((lists / "values.csv").open()))
+    path = lists / "constant.csv"
+    with path.open("w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(("path", "value", "split"))
+        for i, row in enumerate(rows):
+            split = "val" if i < 10 else "test" if i < 20 else "train"
+            table.writerow((row["path"], 50.0 if split == "val" else row["value"], split))
+    config = config_of(path, protocol="vtab", epochs=1)
+    config.lr = None
+    config.grid.lr = (0.01, 0.05)
+    with pytest.raises(UserError, match="no image of constant to choose on says anything: give them"):
+        suite.run(config, tmp_path)
+
+
+def test_tuning_says_what_comes_before_the_fit(lists, tmp_path):
+    (plain,), _ = suite.run(config_of(lists / "classes.csv", protocol="tune", epochs=2), tmp_path / "a")
+    config = config_of(lists / "classes.csv", protocol="tune", temperature="fit", epochs=2)
+    (fitted,), _ = suite.run(config, tmp_path / "b")
+    assert fitted["metrics"] == plain["metrics"] and fitted["temperature"] != 1
+    assert fitted["num_test"] is None
+
+
+def test_a_large_mean_costs_no_digits(lists):
+    """Values around 5,000 deviations from 0 are judged as those around 0."""
+    from rlrr_jax.data.task import Task
+
+    random = np.random.default_rng(0)
+    labels, logits = (np.float32(random.normal(size=n)) for n in (200, (200, 1)))
+    task = Task("x", "own", {}, 1, 200, kind="value")
+    near, far = (
+        answers.judged(task._replace(unit=(1.0, mean)), logits, labels) for mean in (0.0, 5000.0)
+    )
+    for key, value in near.items():
+        assert far[key] == pytest.approx(value, rel=1e-9), key
+
+
 def test_no_image_votes_for_itself():
     bank = np.float32(np.eye(5))
     found = knn.answer((bank, np.eye(5)), bank, 1, 0.07, same=True)
@@ -409,6 +448,7 @@ WRONG = {
         {"keep": "best", "val": 0.0},
         "has no images to choose on: raise config",
     ),
+    "crops of neighbours": ("classes", {"method": "knn", "mixup": 0.1}, "takes each image once: leave"),
     "k": ("classes", {"method": "knn", "k": -1}, "k=-1 must be a whole number, 0 to choose it"),
     "heat of votes": ("classes", {"method": "knn", "temperature_of": 0.0}, "must be greater than 0"),
 }

@@ -79,7 +79,12 @@ def test_wrong_batches_are_one_sentence(paths, images):
             adapters.predict_mixed(given, images, names, **options)
         assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="images must be uint8"):
-        adapters.predict_mixed(rlrr, np.float32(images), ["digits"] * 9, merge=True)
+        adapters.predict_mixed(rlrr, np.float32(images), ["digits"] * 9)
+    with pytest.raises(UserError, match="images of 64 x 64 are larger than the 32 x 32"):
+        adapters.predict_mixed(rlrr, np.zeros((1, 64, 64, 3), np.uint8), ["digits"])
+    on = adapters.backbone(paths["digits/rlrr"])._replace(sha256="0" * 64)
+    with pytest.raises(UserError, match="the backbone is not that of the adapter digits"):
+        adapters.predict_mixed(rlrr, images, ["digits"] * 9, on=on, merge=False)
     assert adapters.predict_mixed({}, images[:0], []) == []
 
 

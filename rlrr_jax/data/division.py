@@ -102,8 +102,9 @@ def _evenly(examples, fraction, seed):
     of that label are wanted, then where most images are; ties stay.
     """
     digest = lambda e: hashlib.sha256(f"{seed}\n{e.path}".encode()).hexdigest()
-    left_over = sorted(examples, key=digest)
-    totals = collections.Counter(name for e in examples for name in names(e.label))
+    left_over, own = sorted(examples, key=digest), {e.label: names(e.label) for e in examples}
+    totals = collections.Counter(name for e in examples for name in own[e.label])
+    counts = +totals  # of what is not placed yet
     shares = (1 - fraction, fraction)
     wanted = [{name: share * n for name, n in totals.items()} for share in shares]
     room, parts = [share * len(examples) for share in shares], ([], [])
@@ -113,15 +114,17 @@ def _evenly(examples, fraction, seed):
         i = int(want[1] > want[0])
         parts[i].append(e)
         room[i] -= 1
-        for mine in names(e.label):
+        for mine in own[e.label]:
             wanted[i][mine] -= 1
+            counts[mine] -= 1
 
-    while left_over:
-        counts = collections.Counter(name for e in left_over for name in names(e.label))
-        rarest = min(counts, key=lambda name: (counts[name], name), default="")
-        for e in [e for e in left_over if rarest in names(e.label) or not counts]:
+    while counts := +counts:
+        rarest = min(counts, key=lambda name: (counts[name], name))
+        for e in [e for e in left_over if rarest in own[e.label]]:
             place(e, rarest)
-        left_over = [e for e in left_over if counts and rarest not in names(e.label)]
+        left_over = [e for e in left_over if rarest not in own[e.label]]
+    for e in left_over:  # without labels
+        place(e, "")
     return parts
 
 
@@ -134,6 +137,9 @@ def oddities(
         values = [float(e.label) for e in train]
         said = f"values from {min(values):g} to {max(values):g}"
         notes = [f"{len(train)} images to train on, {said}; {len(splits['test'])} to test on"]
+        for name in ("val", "test"):
+            if len({e.label for e in splits[name]}) == 1:
+                notes.append(f"warning: all {name} images have one value: R² says nothing of them")
         return notes + _twice(images, splits)
     own = names if kind == "labels" else lambda label: (label,)
     counts = collections.Counter(name for e in train for name in own(e.label))

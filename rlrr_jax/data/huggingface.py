@@ -37,7 +37,11 @@ def read(folder: pathlib.Path) -> tuple[Files, list[Example], str]:
         for row, (value, path, inside) in enumerate(zip(part["label"], *_paths(part))):
             if value is None or value == -1:
                 raise UserError(f"{folder}: image {row} of {split} has no label: give it one")
+            if several and any(x is None or x == -1 for x in value):
+                raise UserError(f"{folder}: image {row} of {split} has an empty label: remove it")
             label = labels.joined(map(name, value)) if several else name(value)
+            if several and any(labels.SEPARATOR in name(x) for x in value):
+                raise UserError(f"{folder} has the label {label!r}: give labels names without ;")
             key = _key(folder, path, inside, f"{split}/{label}")
             key = key if key and key not in rows else f"{split}/{row}"
             rows[key] = part, row

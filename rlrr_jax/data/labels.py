@@ -4,6 +4,7 @@ The images are stored with whole numbers for labels, one of each label that diff
 makes of them what losses and metrics get.
 """
 
+import math
 import unicodedata
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from rlrr_jax.errors import UserError
 
 SEPARATOR = ";"  # of several labels of an image
 VALUE = "value"  # name of the column, and of the only output
+LARGEST = 1e30  # mean and deviation of values that float32 takes with room
+FARTHEST = 1e4  # mean of values, in deviations: beyond that a head in float32 loses digits
 
 
 def names(label: str) -> tuple[str, ...]:
@@ -62,11 +65,22 @@ def coded(kind: str, every: Iterable[str], trained: Iterable[str], where: object
         known = np.array([float(label) for label in trained])
         if not len(known) or not known.std():
             raise UserError(f"all training images of {where} have one value: add others")
-        unit = float(known.std()), float(known.mean())
+        with np.errstate(all="ignore"):
+            unit = float(known.std()), float(known.mean())
+        if not math.isfinite(unit[0]) or max(unit[0], abs(unit[1])) > LARGEST:
+            raise UserError(
+                f"the values of {where} are too large for float32: give them in another unit"
+            )
+        if abs(unit[1]) > FARTHEST * unit[0]:
+            raise UserError(
+                f"the values of {where} differ by {unit[0]:.3g} around {unit[1]:.6g}, too little for "
+                f"float32: subtract a number from all of them"
+            )
         values = (np.array([float(label) for label in labels]) - unit[1]) / unit[0]
         return Coded(codes, (VALUE,), _Table(values.astype(np.float32)), unit)
     every_name = sorted({name for label in labels for name in names(label)})
-    hot = [[name in names(label) for name in every_name] for label in labels]
+    sets = [set(names(label)) for label in labels]
+    hot = [[name in mine for name in every_name] for mine in sets]
     return Coded(codes, tuple(every_name), _Table(np.array(hot, np.float32)), (1.0, 0.0))
 
 

@@ -141,9 +141,7 @@ def read_list(path: pathlib.Path) -> tuple[list[Example], str, list[str]]:
 def _labelled(path, head, rows):
     """Examples of lines with columns, and the kind of their labels: by the names of the columns."""
     lower, known = [name.lower() for name in head], ("path", "label", "labels", "value", "split")
-    given = [name for name in ("label", "labels", VALUE) if name in lower]
-    if len(given) > 1:
-        raise UserError(f"{path} has the columns {' and '.join(given)}: keep one of them")
+    given = [name for name in ("label", "labels", VALUE) if name in lower][:1]
     others = [name for name in head if name.lower() not in known]
     if not given:
         return _hot(path, head, others, rows), "labels"
@@ -160,6 +158,8 @@ def _hot(path, head, others, rows):
     """Examples of lines whose columns are labels, each 0 or 1."""
     if not others:
         raise UserError(f"{path} has no column of labels: name one label, labels or value")
+    if bad := [name for name in others if not name or SEPARATOR in name]:
+        raise UserError(f"{path} has a label called {bad[0]!r}: give it a name without {SEPARATOR}")
     lower, out = [name.lower() for name in head], []
     for number, row in rows:
         e = _row(path, number, lower, row, None)

@@ -103,4 +103,7 @@ def votes(alike: Any, which: Any, targets: np.ndarray, k: int, temperature: floa
     """Weighted mean targets [n, C] of the first k neighbours."""
     weights = np.exp((np.float64(alike[:, :k]) - alike[:, :1]) / temperature)
     weights /= weights.sum(1, keepdims=True)
-    return (weights[..., None] * targets[which[:, :k]]).sum(1)
+    out = np.zeros((len(which), targets.shape[1]))
+    for j in range(weights.shape[1]):  # not [n, k, C] at once
+        out += weights[:, j, None] * targets[which[:, j]]
+    return out

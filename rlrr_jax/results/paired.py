@@ -109,7 +109,13 @@ def interval(values: list[float]) -> float | None:
 
 
 def table(rows: list[dict], against: str) -> str:
-    """The differences as a Markdown table."""
+    """The differences as a Markdown table; UserError for tasks whose scores have no mean."""
+    scores = {row.get("score") or "acc" for row in rows}
+    if len(scores) > 1:
+        raise UserError(
+            f"the tasks have several scores ({', '.join(sorted(scores))}), whose differences have no "
+            f"mean: report those of one"
+        )
     found, lines = differences(rows, against), []
     for d in found:
         between = clear = ""
@@ -118,7 +124,14 @@ def table(rows: list[dict], against: str) -> str:
             clear = "yes" if abs(d.mean) > d.half else "no"
         lines.append([d.label, f"{100 * d.mean:+.2f}", between, clear, f"{d.tasks}", f"{d.pairs}"])
         lines[-1].append(", ".join(d.other))
-    head = [f"against {against}", "points", f"{LEVEL:.0%} interval", "clear of 0", "tasks", "pairs"]
+    head = [
+        f"against {against}",
+        "points" if scores != {"r2"} else "R² x 100",
+        f"{LEVEL:.0%} interval",
+        "clear of 0",
+        "tasks",
+        "pairs",
+    ]
     head.append("differ in, too")
     if not any(d.other for d in found):
         head, lines = head[:-1], [line[:-1] for line in lines]

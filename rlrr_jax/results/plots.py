@@ -139,7 +139,9 @@ def comparison(groups: list[list[dict]]) -> bytes:
     drawn = {}
     for group, label in zip(groups, labels):
         axis = axes[0][names.index(group[0]["task"])]
-        values = [100 * row["test_acc_final"] for row in group]
+        values = [100 * row["test_acc_final"] for row in group if row["test_acc_final"] is not None]
+        if not values:
+            continue
         error = statistics.stdev(values) if len(values) > 1 else None
         colour, mark = styles[label]
         style = dict(color=colour, fmt=mark, ms=6, capsize=2)
@@ -148,7 +150,10 @@ def comparison(groups: list[list[dict]]) -> bytes:
         axis.set_xscale("symlog", linthresh=1000, linscale=0.5)
         axis.set_xticks([0, *(10**k for k in range(3, 9) if 10**k <= 3 * max(map(order, groups)))])
         axis.margins(x=0.1)
-        axis.set(title=name, xlabel="trained values without the head", ylabel="test accuracy [%]")
+        score = next(g[0].get("score") for g in groups if g[0]["task"] == name)
+        what = {"map": "test mAP", "r2": "100 x test R²"}.get(score or "", "test accuracy")
+        unit = "" if score == "r2" else " [%]"
+        axis.set(title=name, xlabel="trained values without the head", ylabel=f"{what}{unit}")
         axis.grid(alpha=0.3)
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=9)
     return png(figure)

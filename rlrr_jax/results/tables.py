@@ -82,7 +82,7 @@ def _line(rows: list[dict], name: str, full: int | None) -> list[str]:
         chosen(row),
         tried(row.get("val_tried")),
         f"{len(rows)}" if len(rows) > 1 else "",
-        f"{row['epochs'] if trains else 0}",
+        ", ".join(dict.fromkeys(f"{r.get('epochs_trained', r['epochs'])}" for r in rows)),
         f"{sum(speeds) / len(speeds):,.0f}" if speeds and trains else "",
         f"{sum(values('wall_seconds')):.0f} s",
     ]

@@ -5,7 +5,7 @@ import math
 import time
 from typing import Any, NamedTuple
 
-from rlrr_jax import run_images
+from rlrr_jax import methods, run_images
 from rlrr_jax.runs import search, workdir
 from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime.clock import Clock
@@ -34,6 +34,8 @@ class Cost(NamedTuple):
 def cost(run: Any, epochs: int | None = None) -> Cost:
     """The `Cost` of a run, or of its first epochs."""
     number = run_images.task_of(run).number
+    if methods.get(run.method).untrained is not None:
+        return Cost(0, 0, 2, sum(map(number, (*run_images.splits(run), "test"))))
     images, held_out = map(number, run_images.splits(run))
     at_end = number("test") if run_images.tested(run) and epochs in (None, run.epochs) else 0
     epochs = run.epochs if epochs is None else epochs

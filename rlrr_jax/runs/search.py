@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from rlrr_jax import checks
+from rlrr_jax import answers, checks, run_images
 from rlrr_jax import config as config_lib
 from rlrr_jax.errors import UserError
 from rlrr_jax.runs import workdir
@@ -69,7 +69,15 @@ def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> 
             f"the loss of {works[0].run.task} {works[0].run.method} is finite at no setting of "
             f"config.grid: put smaller learning rates into it and choose another --workdir"
         )
-    best = min(rows, key=lambda row: (-row["val_acc"], *(row[key] for key in checks.GRID)))
+    said = works[0].run.get("class_weights")
+    score = answers.chooses(run_images.task_of(works[0].run), said)
+    found = lambda row: (row.get("metrics") or {}).get(score, row["val_acc"])
+    if not (rows := [row for row in rows if found(row) is not None and row["val_acc"] is not None]):
+        raise UserError(
+            f"no image of {works[0].run.task} to choose on says anything: give them labels or values "
+            f"that differ (config.own.val, or the split val)"
+        )
+    best = min(rows, key=lambda row: (-found(row), *(row[key] for key in checks.GRID)))
     out = []
     for work in works:
         run = ConfigDict(work.run.to_dict())

@@ -164,7 +164,10 @@ def test_values_are_divided_as_one_class():
 # Wrong lists ----------------------------------------------------------------------------------
 
 WRONG = {
-    "two kinds": ("path,label,value", ["a,1"], "own.csv has the columns label and value: keep one"),
+    "a name with a semicolon": ("path,a;b,c", ["0,1"], "own.csv has a label called 'a;b': give it a"),
+    "no name": ("path,,c", ["0,1"], "own.csv has a label called '': give it a name without ;"),
+    "large": ("path,value", ["1e38", "-1e38"] * 9, "own.csv are too large for float32: give them in"),
+    "far": ("path,value", ["1700000000", "1700000001"] * 9, "around 1.7e\\+09, too little for float32"),
     "neither 0 nor 1": (
         "path,red,big",
         ["0,1", "2,0"],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rlrr_jax import models
 from rlrr_jax.data.resize import enlarge, normalize
+from rlrr_jax.errors import UserError
 from rlrr_jax.methods import Training
 
 TEMPERATURE = 0.07  # of the authors of the loss
@@ -22,6 +23,8 @@ def contrastive(features: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.
       labels: classes [n].
       mask: 1 for an image, 0 for padding [n].
     """
+    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UserError("method gps compares images of one class each: take another method")
     features = features / jnp.linalg.norm(features, axis=1, keepdims=True)
     logits = features @ features.T / TEMPERATURE
     others = mask[None] * (1 - jnp.eye(len(labels)))
