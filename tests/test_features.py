@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlrr_jax import adapters, features, models, suite
+from rlrr_jax import adapters, cards, features, models
 from rlrr_jax.configs import own as own_config
 from rlrr_jax.configs import vtab
-from rlrr_jax.data import decoding
+from rlrr_jax.data import decoding, own
 from rlrr_jax.errors import UserError
 
 
@@ -32,23 +32,21 @@ def config_of(folder):
     return config
 
 
-def test_features_are_what_the_head_gets(folder, tmp_path):
+def test_features_are_what_the_head_gets(folder, tuned_runs):
     found = features.table(config_of(folder))
     assert found["features"].shape == (30, 96) and found["features"].dtype == np.float32
-    config = config_of(folder)
-    config.method = "linear"
-    suite.run(config, tmp_path)
-    (path,) = adapters.finished(tmp_path)
-    tuned = adapters.load(path)
+    adapter = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
+    frozen, model = adapters.backbone(adapter).frozen, cards.model(adapter).clone(num_classes=1)
     for i in (0, 7, 29):
         number = int(found["path"][i].rpartition("/")[2][:-4])
         image = decoding.decode((folder / f"{number}.png").read_bytes(), 32)
         pixels = image[None] / np.float32(127.5) - 1
-        (wanted,) = models.head_inputs(tuned.model, tuned.params, pixels)  # its backbone is frozen
+        (wanted,) = models.head_inputs(model, frozen, pixels)
         np.testing.assert_allclose(found["features"][i], wanted, rtol=1e-4, atol=1e-4)
         assert found["label"][i] == ["a;b", "b", ""][number % 3]
     assert sorted(found["split"]) == sorted(["train"] * 22 + ["val"] * 2 + ["test"] * 6)
-    split = {row["path"]: row["split"] for row in csv.DictReader((tmp_path / "list/split.csv").open())}
+    task = own.task("list", f"{folder}/list.csv", own.Options())
+    split = {row["path"]: row["split"] for row in csv.DictReader(task.listing.splitlines())}
     assert all(split[p.rpartition("/")[2]] == s for p, s in zip(found["path"], found["split"]))
 
 

@@ -105,7 +105,7 @@ def _attempt(
         load_weights = functools.partial(load.load_weights, works[0].run)
         built = job.build(runs, load_weights, _data_of(works, load), load.known)
         outputs = _outputs(works, folder, load, forecast)
-        if built.recipe.method.untrained is not None:
+        if runs[0].recipe.method.untrained is not None:
             untrained.finish(built, outputs)
         else:
             train.train(built, outputs, stop, functools.partial(forecast.on_epoch, works))

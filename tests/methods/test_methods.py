@@ -107,6 +107,7 @@ COUNTS = {  # on ViT-B/16
     "oft": 12 * (5 * 96 + 384) * 28,
     "gps": 2 * 83_712,  # an entry and a bias of each output: published as 0.21M with a mean head
     "pissa": 294_912,  # as LoRA: what it started from is not trained
+    "knn": 0,
     "hira": 12 * 32 * (4 * 2 * 768 + 2 * 3840),
     "hta": 184_320,  # published as 0.22M with a mean head of 0.04M
 }
@@ -260,7 +261,7 @@ def test_decay(name, frozen):
     decay = methods.decay(method, methods.start(method, jax.random.key(0), frozen))
     assert decay["head"] == {"kernel": True, "bias": False}
     names = {"/".join(k) for k, v in flatten_dict(decay).items() if v and k[0] != "head"}
-    if name in ("linear", "bitfit", "norm", "ssf", "difffit", "oft", "gps"):
+    if name in ("linear", "knn", "bitfit", "norm", "ssf", "difffit", "oft", "gps"):
         assert not names
     elif name in ("full", "last", "apla"):
         assert names and all(n.endswith("kernel") for n in names)

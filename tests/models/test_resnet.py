@@ -224,7 +224,7 @@ def test_drop_path_goes_with_the_image(mode):
     np.testing.assert_allclose(apply(images, 0.0, keys), plain, atol=1e-4)
 
 
-WORK = ("rlrr", "linear", "full", "bitfit", "norm", "ssf")
+WORK = ("rlrr", "linear", "knn", "full", "bitfit", "norm", "ssf")
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

@@ -150,7 +150,7 @@ ONE_WIDTH = ("last", "fact", "arc", "repadapter")
 @pytest.mark.parametrize("name", sorted(set(methods.METHODS) - set(ONE_WIDTH)))
 def test_the_contract_holds(params, name):
     adapter = methods.check(name, methods.get(name), params)
-    assert (name == "linear") == (methods.trainable_count({"adapter": adapter}) == 0)
+    assert (name in ("linear", "knn")) == (methods.trainable_count({"adapter": adapter}) == 0)
 
 
 @pytest.mark.slow
