@@ -192,7 +192,9 @@ MAIN = [t for t in COMMANDS if rule(t) == "main"]
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param(t, marks=pytest.mark.slow) if re.search(":all|[+]full|dinov2|tune|pace", t) else t
+        pytest.param(t, marks=pytest.mark.slow)
+        if re.search(":all|[+]full|dinov|tune|pace|batch_size", t)
+        else t
         for t in MAIN
     ],
 )

@@ -331,6 +331,7 @@ def test_damaged_files_of_a_workdir_are_named(tmp_path):
             path.unlink()
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     config = small_config(epochs=2, checkpoint_seconds=0.0)
     (whole,) = run(config, tmp_path)

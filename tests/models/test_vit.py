@@ -46,7 +46,14 @@ def test_gelus_differ():
     assert 1e-5 < float(jnp.abs(tanh - exact).max()) < 1e-2
 
 
-@pytest.mark.parametrize(("size", "pool"), [(48, "token"), (48, "avg"), (40, "token")])
+@pytest.mark.parametrize(
+    ("size", "pool"),
+    [
+        (48, "token"),
+        pytest.param(48, "avg", marks=pytest.mark.slow),
+        pytest.param(40, "token", marks=pytest.mark.slow),
+    ],
+)
 def test_fused_attention_is_attention(size, pool, monkeypatch):
     """With 37, 36 and 26 tokens: the same function of JAX, as XLA computes it, in cuDNN's place.
 

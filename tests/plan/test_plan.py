@@ -98,6 +98,7 @@ def planned(arg, limit, **changes):
         return groups.measured(config(arg, **changes), devices, print), devices
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_divided_and_then_computed_twice(capsys):
     arg, changes = "digits,method=rlrr", {"seeds": (0, 1, 2, 3), "model.unroll": 1}
     (whole,), _ = planned(arg, 2**34, **changes)

@@ -31,6 +31,9 @@ def run(workdir, arg, **changes):
     return rows
 
 
+pytestmark = pytest.mark.slow  # runs of a minute; test_exit_heads.py and test_leave.py are fast
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """RLRR with exits, chosen on val200; and, each alone, without a choice, and of three blocks."""

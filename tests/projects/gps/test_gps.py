@@ -115,9 +115,8 @@ def frozen():
     return {**tree, "head": jax.tree.map(jnp.zeros_like, tree["head"])}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, pytest.param(dict(entries=3), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, dict(entries=3)], ids=str)
 def test_merging_is_its_definition(options, frozen):
     contract.test_merged_equals_the_methods_own_definition("gps", options, frozen)
 
