@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlrr_jax import cards, files, hub, lookup, methods, models, run_images, run_model
 from rlrr_jax.cards import Adapter
-from rlrr_jax.data import cache, crops, resize, store
+from rlrr_jax.data import cache, resize, store
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.weights import names, reader
 
@@ -52,9 +52,7 @@ class Tuned(NamedTuple):
                 f"images must be uint8 [B, h, w, 3], not {images.dtype} {list(images.shape)}: give "
                 f"pixels from 0 to 255"
             )
-        run = self.card["config"]
-        crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
-        how = (cards.image_size(self.card), crop_from), run["precision"]
+        how = cards.pixels(self.card), self.card["config"]["precision"]
         return _logits(self.model, *how)(self.params, images)
 
 

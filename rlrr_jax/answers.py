@@ -13,7 +13,7 @@ from rlrr_jax import files, losses, methods, metrics
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, nearest
 
-BALANCED, BEST, FIT = "balanced", "best", "fit"  # values of class_weights, keep and temperature
+BALANCED, BEST = "balanced", "best"  # values of class_weights and keep
 
 
 def check(run: ConfigDict, task: Task) -> None:

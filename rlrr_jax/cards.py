@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 import rlrr_jax
 from rlrr_jax import files, hub, lookup, losses, methods, metrics, models, run_images, run_model, sides
+from rlrr_jax.data import crops
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
 from rlrr_jax.weights import names, positions, preprocessing, vit_layouts
@@ -241,6 +242,12 @@ def model_of(card: dict[str, Any]) -> Any:
 def image_size(card: dict) -> sides.Size:
     """Size of the images that the model of a card takes."""
     return run_images.size_of(ConfigDict(card["config"]))
+
+
+def pixels(card: dict) -> tuple[sides.Size, int | None]:
+    """`image_size`, and the side of what its middle is cut from on the device, or None."""
+    run = card["config"]
+    return image_size(card), run["crop_from"] if run["crop"] == crops.SQUARE else None
 
 
 def _plain_size(size):

@@ -3,7 +3,9 @@
 python -m rlrr_jax.features --config configs/own.py:/data/birds --out birds.npz
 """
 
+import contextlib
 import functools
+import io
 import os
 import sys
 import tempfile
@@ -45,13 +47,14 @@ def table(config: Any) -> dict[str, np.ndarray]:
     from rlrr_jax.runtime import mesh as mesh_lib
 
     config.method, config.runs, config.seeds, config.protocol = "linear", None, (0,), "fast"
-    config.crop = config.crop_from = config.keep = config.temperature = config.class_weights = None
+    for key in ("crop", "crop_from", "keep", "patience", "temperature", "class_weights"):
+        config[key] = None  # which change no feature
     runs = config_lib.resolve(config)
     if len(runs) > 1:
         names = ", ".join(run.task for run in runs)
         raise UserError(f"these are several tasks ({names}): name one")
     with tempfile.TemporaryDirectory() as folder:
-        (work,) = suite.locate(runs, epath.Path(folder), suite.raising)
+        (work,) = suite.locate(runs, epath.Path(folder), lambda *works: contextlib.nullcontext())
         load = suite.open_weights([work])
     run, task, found = run_lib.of(work.run), run_images.task_of(work.run), work.found
     frozen = load.load_weights(work.run, run.recipe.model)
@@ -90,8 +93,6 @@ def write(path: Any, columns: dict[str, np.ndarray]) -> None:
     from rlrr_jax import files
 
     if path.suffix == ".npz":
-        import io
-
         data = io.BytesIO()
         np.savez(data, **columns)
         files.write(path, data.getbuffer())

@@ -23,7 +23,7 @@ class Final(NamedTuple):
       number: of these images.
       metrics: name -> number or None, see `metrics`.
       settled: what images set aside decided: `temperature`, `thresholds`, and `uncalibrated` metrics.
-      labels: share of the largest class of these images, and how unequal they are; None of other kinds.
+      largest: share of the largest class of these images, and how unequal classes are; None without.
     """
 
     trained: Any
@@ -33,7 +33,7 @@ class Final(NamedTuple):
     number: int
     metrics: dict[str, float | None]
     settled: dict[str, Any]
-    labels: tuple[float, float] | None
+    largest: tuple[float, float] | None
 
 
 def settle(job: Job, progress: Any, check: Callable[[], None]) -> list[Final]:

@@ -19,6 +19,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
+import rlrr_jax
 from rlrr_jax import adapters, backend, cards, files, sides
 from rlrr_jax.data import crops, resize
 from rlrr_jax.errors import UserError, first_line
@@ -48,8 +49,7 @@ class Graph(NamedTuple):
 def shares_of(tuned: adapters.Tuned) -> Callable:
     """A function `(params, images uint8 [b, H, W, 3]) -> shares [b, C]` of a model, in float32."""
     model = tuned.model.clone(dtype=jnp.float32)
-    run, size = tuned.card["config"], cards.image_size(tuned.card)
-    crop_from = run["crop_from"] if run["crop"] == crops.SQUARE else None
+    pixels = cards.pixels(tuned.card)
     shares = {
         "class": functools.partial(jax.nn.softmax, axis=-1),
         "labels": jax.nn.sigmoid,
@@ -59,7 +59,7 @@ def shares_of(tuned: adapters.Tuned) -> Callable:
     def function(params: Any, images: jax.Array) -> jax.Array:
         # Forms that any device takes well, not those of this machine.
         with jax.default_matmul_precision("highest"), backend.compiling_for("tpu"):
-            logits = model.apply({"params": params}, resize.normalize(images, size, crop_from))
+            logits = model.apply({"params": params}, resize.normalize(images, *pixels))
             return shares(logits)
 
     return function
@@ -68,17 +68,17 @@ def shares_of(tuned: adapters.Tuned) -> Callable:
 def about(adapter: adapters.Adapter) -> dict[str, Any]:
     """What a graph takes and gives, as plain values."""
     card, run = adapter.card, adapter.run
-    size = run.crop_from if run.crop == crops.SQUARE else cards.image_size(card)
-    versions = {"jax": jax.__version__, **card["versions"]}
+    size, crop_from = cards.pixels(card)
     return {
         "classes": card["classes"],
         **cards.answers(card),
-        "image_size": list(sides.pair(size)),
+        "image_size": list(sides.pair(crop_from or size)),
         "shorter_side": run.crop_from if crops.by_host(run.crop) else None,
         "task": card["task"],
         "method": card["method"],
         "backbone": card["backbone"],
-        "versions": versions,
+        "versions": {"jax": jax.__version__, "rlrr_jax": rlrr_jax.__version__},
+        "trained_with": card["versions"],
     }
 
 
@@ -100,6 +100,8 @@ def made(name: str, adapter: adapters.Adapter, tuned: adapters.Tuned, path: path
     except (UserError, OSError, MemoryError):
         raise
     except Exception as e:  # of a converter or a runtime that does not know all operations
+        if name == "stablehlo":  # which is JAX's own
+            raise
         raise UserError(
             f"--to {name} cannot write {adapter.card['model']} with what is installed "
             f"({type(e).__name__}: {first_line(e)}): take --to stablehlo"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import blockwise, evaluate, heads, methods, prefix, sides, step
+from rlrr_jax import answers, blockwise, evaluate, heads, methods, prefix, sides, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import resize
@@ -192,6 +192,13 @@ def build(
         print(
             f"{run.label}: folds into no weight, a tuned model computes "
             f"{overhead(recipe, frozen):.1%} more for each image",
+            flush=True,
+        )
+    if run.class_weights is not None and distributed.is_process_zero():
+        (weights,) = answers.class_weights(run.class_weights, labels, run.task).values()
+        least, most = weights.min(), weights.max()
+        print(
+            f"{run.label}: images count {least:.3g} to {most:.3g} times, by their class",
             flush=True,
         )
     mesh = run_lib.mesh_of(runs, jax.devices())

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlrr_jax import adapters, cards, evaluate, metrics, models, sides
-from rlrr_jax.data import crops, resize
+from rlrr_jax.data import resize
 from rlrr_jax.errors import UserError, unknown
 from rlrr_jax.methods.sites import STACK
 
@@ -73,7 +73,8 @@ def predict(
     for name, adapter in used.items():
         if isinstance(adapter, cards.Adapter) and not adapters.fits(adapter, on):
             raise UserError(f"the backbone is not that of the adapter {name}: give that, or none")
-    largest = sides.pair(_pixels(next(iter(used.values())))[1] or _pixels(next(iter(used.values())))[0])
+    size, crop_from = cards.pixels(used[names[0]].card)  # of all
+    largest = sides.pair(crop_from or size)
     if any(a > b for a, b in zip(images.shape[1:3], largest)):
         raise UserError(
             f"images of {images.shape[1]} x {images.shape[2]} are larger than the {largest[0]} x "
@@ -145,7 +146,7 @@ def _unmerged(used: dict, images: np.ndarray, names: Sequence[str], on: Any) -> 
     values = jax.tree_util.tree_map_with_path(_stacked, *(tree["adapter"] for tree in several))
     size = 1 << (len(images) - 1).bit_length()
     first = next(iter(used.values()))
-    program = _program(cards.model(first), _pixels(first), first.run.precision)
+    program = _program(cards.model(first), cards.pixels(first.card), first.run.precision)
     frozen = {key: x for key, x in on.frozen.items() if key != "head"}
     padded = evaluate.pad(images, size), evaluate.pad(which, size)
     found = np.asarray(program(frozen, values, head, *padded))
@@ -155,12 +156,6 @@ def _unmerged(used: dict, images: np.ndarray, names: Sequence[str], on: Any) -> 
 def _stacked(path: tuple, *leaves: Any) -> np.ndarray:
     """Values of several adapters [A, ...], of a layer in each block [L, A, ...]."""
     return np.stack([np.asarray(x) for x in leaves], int(_inside(path)))
-
-
-def _pixels(adapter: Any) -> tuple:
-    run = adapter.card["config"]
-    cut = run["crop_from"] if run["crop"] == crops.SQUARE else None
-    return cards.image_size(adapter.card), cut
 
 
 @functools.lru_cache(8)

@@ -390,13 +390,6 @@ def _print(text: str) -> None:
 
 
 @contextlib.contextmanager
-def raising(*works: Work) -> Iterator[None]:
-    """What `locate` takes where an error ends all."""
-    del works
-    yield
-
-
-@contextlib.contextmanager
 def _survive(problems: dict[str, str], *works: Work, alone: bool, pass_over: bool) -> Iterator[None]:
     """Notes what goes wrong with runs, in `error.txt` too, and goes on; raises it if `alone`.
 

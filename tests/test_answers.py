@@ -245,7 +245,7 @@ def test_huber_is_squared_near_and_linear_far():
     np.testing.assert_allclose(losses.get("squared", {})(net, batch)[0], [0.25, 25.0])
 
 
-def test_balanced_runs_differ_and_weights_of_one_do_not(lists, tmp_path):
+def test_balanced_runs_differ_and_weights_of_one_do_not(lists, tmp_path, capsys):
     ones = json.dumps(dict.fromkeys(CLASSES, 1.0))
     table = tmp_path / "weights.csv"
     table.write_text("class,weight\nred,1\ndark,1\ngreen,1\n")
@@ -253,6 +253,8 @@ def test_balanced_runs_differ_and_weights_of_one_do_not(lists, tmp_path):
     entries = [{"class_weights": x} for x in ("balanced", str(table))]
     config.runs = ({"seed": 0}, *entries)
     plain, balanced, given = suite.run(config, tmp_path / "runs")[0]
+    said = re.search(r"images count (\S+) to (\S+) times, by their class", capsys.readouterr().out)
+    assert float(said[1]) < 1 < float(said[2])
     assert given["class_weights"] == ones
     assert given["train_loss"] == plain["train_loss"] != balanced["train_loss"]
     assert balanced["metrics"]["balanced_acc"] > plain["metrics"]["balanced_acc"]

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,7 +53,8 @@ def test_the_loader_needs_nothing_of_ours(adapter, tmp_path):
     export.export(adapter, "stablehlo", tmp_path / "model")
     said = json.loads((tmp_path / "model/model.json").read_text())
     assert said["classes"] == adapter.card["classes"] and said["kind"] == "class"
-    assert said["image_size"] == [32, 32] and "jax" in said["versions"]
+    assert said["image_size"] == [32, 32] and said["trained_with"] == adapter.card["versions"]
+    assert said["versions"]["jax"] == jax.__version__
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "model.stablehlo",
         "model.json",
@@ -77,9 +80,7 @@ def test_the_loader_needs_nothing_of_ours(adapter, tmp_path):
     "variant", ["swin_t", "swinv2_t", "resnet50", "bit_50x1", "convnext_t", "dinov3_s16"]
 )
 def test_every_family_traces_for_any_batch(variant):
-    """Shapes alone: whole models take minutes; `-k installed` below runs some."""
-    import jax
-
+    """Shapes alone: whole models take minutes; the slow test below runs some."""
     model = models.build(variant, 3)
     size = models.default_size(variant)
     shapes = models.shapes(model, size)
@@ -93,8 +94,6 @@ def test_every_family_traces_for_any_batch(variant):
 @pytest.mark.parametrize("variant", ["swin_t", "resnet50", "bit_50x1", "swinv2_t", "dinov3_s16"])
 @pytest.mark.slow
 def test_whole_models_of_every_family_where_installed(variant, name, adapter, tmp_path):
-    import jax
-
     need(name)
     model = models.build(variant, 3)
     size = models.default_size(variant)

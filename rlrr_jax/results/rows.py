@@ -108,8 +108,8 @@ def _outcome(run, history, end, score):
     best = max(tested, key=lambda row: row[key]) if run.protocol == "official" and end.epochs else None
     test, last = end.held_out == "test", history[end.epoch]
     more = {}
-    if end.labels is not None:
-        more = {"largest_class": end.labels[0], "class_ratio": end.labels[1]}
+    if end.largest is not None:
+        more = {"largest_class": end.largest[0], "class_ratio": end.largest[1]}
     return {
         "train_loss": last["train_loss"],
         "val_acc": last.get(f"val_{score}", run.get("val_acc")),  # "vtab": of the chosen trial
