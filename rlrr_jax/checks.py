@@ -14,6 +14,7 @@ from rlrr_jax.weights import names, positions, preprocessing
 
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
+SEARCH = ("times_own_lr", "extend", "folds")  # how it does
 CHOICES = {
     "protocol": PROTOCOLS,
     "optimizer": ("adamw", "momentum"),
@@ -87,6 +88,11 @@ def check(config: ConfigDict) -> None:
     for key in (*GRID, *searched(config)):
         if len(set(config.grid[key])) < len(config.grid[key]):
             raise UserError(f"config.grid.{key}={config.grid[key]} must be different values")
+    if not _whole(config.grid.folds) or config.grid.folds == 1:
+        raise UserError(
+            f"config.grid.folds={config.grid.folds} must be a whole number from 2 on, or 0 for the "
+            f"images that the task has for choosing"
+        )
     _check_numbers(config)
     _check_pixels(config.pretrained.mean, config.pretrained.std)
     if config.model.variant is not None:
@@ -170,9 +176,7 @@ def _check_pixels(mean, std):
 
 def searched(config: Any) -> list[str]:
     """The keys of a configuration's grid that are options of losses."""
-    return (
-        [key for key in config.grid if key not in (*GRID, "times_own_lr")] if "grid" in config else []
-    )
+    return [key for key in config.grid if key not in (*GRID, *SEARCH)] if "grid" in config else []
 
 
 def hyper(where: str, values: dict[str, Any]) -> None:

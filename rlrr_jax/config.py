@@ -25,6 +25,8 @@ DEFAULT_GRID = {
     "weight_decay": (5e-5, 5e-2),
     "drop_path": (0.0, 0.1, 0.3),
     "times_own_lr": False,
+    "extend": False,
+    "folds": 0,
 }
 SEVERAL = "({'lr': (1e-3, 3e-3)}, {'method': 'lora', 'rank': 4})"  # an example of config.runs
 NAMELESS = (
@@ -267,7 +269,8 @@ def _resolve_one(
     bundled = task_of(run).group == "bundled"
     checks.fill(run, "protocol", "fast" if bundled or run.own.path else "official")
     part = task_of(run).parts[1]
-    if run.protocol in ("vtab", "tune") and not task_of(run).number(part):
+    folds = run.protocol == "vtab" and _folds(run)
+    if run.protocol in ("vtab", "tune") and not folds and not task_of(run).number(part):
         raise UserError(
             f"config.protocol={run.protocol} needs images to choose on: raise config.own.val"
         )
@@ -303,6 +306,16 @@ def _resolve_one(
     if code := lookup.code(chosen):
         run.code = code
     return run
+
+
+def _folds(run: ConfigDict) -> int:
+    """In how many parts a search puts the training images; UserError for more than there are."""
+    if run.grid.folds > (number := task_of(run).number(task_of(run).parts[2])):
+        raise UserError(
+            f"config.grid.folds={run.grid.folds} is more than the {number} images of {run.task}: "
+            f"lower it"
+        )
+    return run.grid.folds
 
 
 def _check_family(run: ConfigDict) -> None:

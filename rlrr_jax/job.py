@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rlrr_jax import answers, blockwise, evaluate, heads, methods, prefix, sides, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax import run as run_lib
-from rlrr_jax.data import resize
+from rlrr_jax.data import folds, resize
 from rlrr_jax.errors import UserError, out_of_memory
 from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.run import Run
@@ -97,7 +97,7 @@ class Job(NamedTuple):
         """The training images on the mesh, see `methods.Training`, with a progress bar."""
         number, size = len(self.feed.labels), self.recipe.batch_size
         order = np.asarray(jax.random.permutation(self.feed.order_key, number))  # else by class
-        images, labels = Shuffled(self.feed.images, order), self.feed.labels[order]
+        images, labels = folds.Picked(self.feed.images, order), self.feed.labels[order]
         shown = distributed.is_process_zero()
         title = f"{self.runs[0].label}: training images"
         every = evaluate.batches(images, labels, size, self.mesh)
@@ -149,21 +149,6 @@ class Job(NamedTuple):
 
         with feed_lib.ahead(load, todo) as parts:
             yield parts
-
-
-class Shuffled:
-    """Images in another order; a slice of them is read when it is wanted."""
-
-    def __init__(self, images: Any, order: np.ndarray) -> None:
-        self.images, self.order = images, order
-        self.shape, self.dtype = images.shape, images.dtype
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        which = self.order[index]
-        rank = np.argsort(which)  # files are read forwards
-        out = np.empty((len(which), *self.shape[1:]), self.dtype)
-        out[rank] = self.images[which[rank]]
-        return out
 
 
 def build(

@@ -5,7 +5,7 @@ import functools
 from ml_collections import ConfigDict
 
 from rlrr_jax import checks, methods
-from rlrr_jax.data import decoding, own, sources, tasks
+from rlrr_jax.data import decoding, folds, own, sources, tasks
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError
 from rlrr_jax.sides import Size
@@ -58,6 +58,8 @@ def forget_images() -> None:
 def splits(run: ConfigDict) -> tuple[str, str]:
     """Which split a run trains on, and which it is evaluated on after its epochs."""
     train, val, both = task_of(run).parts
+    if run.get("fold"):  # of a search, see `runs.search`
+        return folds.names(both, *run.fold)
     return (train, val) if run.protocol == "tune" or fits(run) or run.get("keep") else (both, "test")
 
 

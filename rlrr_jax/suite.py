@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, heads, lookup, report, run_images, run_model
-from rlrr_jax.data import cache, crops, store
+from rlrr_jax.data import cache, crops, folds, store
 from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
@@ -250,7 +250,9 @@ def locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
             where = (run_images.pixels(r), found, r.data.cache_dir)
             if found.kind != "bundled":
                 pairs = [run_images.splits(r), *([("test",) * 2] if run_images.tested(r) else [])]
-                pairs += [run_images.task_of(r).parts[:2]] if r.protocol == "vtab" else []
+                if r.protocol == "vtab":
+                    parts_of = run_images.task_of(r).parts
+                    pairs += [parts_of[2:] * 2 if r.grid.folds else parts_of[:2]]
                 stored = {
                     part for pair in pairs for part in (pair[1:] if crops.by_host(r.crop) else pair)
                 }
@@ -373,7 +375,11 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
 def _load_data(
     task: Task, split: str, pixels: Any, found: Any, cache_dir: str | None, crop: tuple | None
 ) -> tuple:
-    """Images and labels of a split, or where `crop` says so the crops of a seed."""
+    """Images and labels of a split or a fold, or where `crop` says so the crops of a seed."""
+    if fold := folds.parse(split):
+        images, labels = _load_data(task, fold.whole, pixels, found, cache_dir, crop)
+        which = folds.pick(fold, labels)
+        return images.picked(which) if crop else folds.Picked(images, which), labels[which]
     if crop:
         return store.load_crops(task, split, pixels, crop, found)
     return store.load_split(task, split, pixels, found, cache_dir)

@@ -4,6 +4,7 @@ All pixels are what TensorFlow's resizes without antialiasing give, cut off to w
 big_vision does, since Pillow's filters are others.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +132,12 @@ class Crops:
 
     def __len__(self):
         return self.shape[0]
+
+    def picked(self, which: np.ndarray) -> "Crops":
+        """Those of some images alone."""
+        out = copy.copy(self)
+        out.read, out.shape = lambda i: self.read(which[i]), (len(which), *self.shape[1:])
+        return out
 
     def __getitem__(self, index):
         """Those of the first epoch."""

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from rlrr_jax.data import folds
+
 SPLITS = {"train800": 800, "val200": 200, "train800val200": 1000}  # of VTAB-1k, and "test"
 
 
@@ -130,7 +132,9 @@ class Task(NamedTuple):
         return hash((self.name, self.num_test, self.listing))
 
     def number(self, split: str) -> int:
-        """Number of images in a split."""
+        """Number of images in a split, or in a fold of it, see `folds`."""
+        if fold := folds.parse(split):
+            return fold.size(self.number(fold.whole))
         return self.num_test if split == "test" else (self.sizes or SPLITS)[split]
 
 

@@ -18,6 +18,7 @@ def method(
     alpha: float | None = None,
     targets: str = "query+value",
     rank_dropout: float = 0.0,
+    rank_scale: float | None = None,
 ) -> base.Method:
     """LoRA as a `Method`; no dropout of its input, which could not be folded.
 
@@ -26,6 +27,8 @@ def method(
       alpha: None is the rank, so that the product is not scaled.
       targets: Dense layers, joined by "+": query, key, value, out, Dense_0, Dense_1.
       rank_dropout: probability that a rank of a layer is left out of a training step (MLAE).
+      rank_scale: start of a factor that is trained for each rank (MLAE's lambda); None has none. MLAE
+        (Wang et al., 2024, arXiv 2405.18897) is this with `rank_dropout`.
 
     Raises UserError for other values.
     """
@@ -33,6 +36,7 @@ def method(
     names = base.names_in(targets, base.DENSE, "target of method 'lora'")
     base.number("option alpha", 0 if alpha is None else alpha)
     base.rate("option rank_dropout", rank_dropout)
+    base.number("option rank_scale", 0 if rank_scale is None else rank_scale)
     scale = 1.0 if alpha is None else alpha / rank
 
     def drop(key, adapter):
@@ -43,8 +47,15 @@ def method(
     def change(adapter):
         return lambda name, kernel, bias: (kernel + scale * product(adapter[name]), bias)
 
+    def init(key, frozen):
+        tree = factors(key, frozen, names, rank)
+        if rank_scale is None:
+            return tree
+        start = lambda node: jnp.full((len(node["down"]), rank), rank_scale, jnp.float32)
+        return {name: {**node, "scale": start(node)} for name, node in tree.items()}
+
     return base.Method(
-        lambda key, frozen: factors(key, frozen, names, rank),
+        init,
         lambda frozen, adapter: base.change_dense(frozen, names, change(adapter)),
         base.decay_of("down", "up"),
         DEFAULTS,
@@ -63,5 +74,6 @@ def factors(key: jax.Array, frozen: Any, targets: Iterable[str], rank: int) -> d
 
 
 def product(node: Any) -> jax.Array:
-    """A B of every block, [L, in, out]."""
-    return base.dot(node["down"], node["up"])
+    """A B of every block, [L, in, out]; A diag(scale) B where ranks have a scale [L, r]."""
+    down = node["down"] * node["scale"][:, None] if "scale" in node else node["down"]
+    return base.dot(down, node["up"])

@@ -84,6 +84,7 @@ def result(
         "options": run.options,
         "val_tried": list(run.get("val_tried") or ()) or None,  # by "vtab"
         "grid": run.grid.to_dict() if "grid" in run else None,  # that "vtab" chose from
+        "tried": run.tried.to_dict() if "tried" in run else None,  # with what it went on to beyond
         "init": {**methods.options(run.method), **run.method_kwargs}.get("init"),
         "source": run.data.source,
         "variant": run.data.variant,

@@ -78,7 +78,7 @@ def _line(rows: list[dict], name: str, full: int | None) -> list[str]:
         percent(row["trainable_params"] / full) if full else "",
         f"{row['head_params']:,}",
         ", ".join(dict.fromkeys(f"{lr:g}" for lr in values("lr"))) if trains else "",
-        " ".join(f"{lr:g}" for lr in row["grid"]["lr"]) if row.get("grid") else "",
+        searched(row),
         chosen(row),
         tried(row.get("val_tried")),
         f"{len(rows)}" if len(rows) > 1 else "",
@@ -170,6 +170,13 @@ def chosen(row: dict) -> str:
     """`"lam=0.1 sigma=0.5"`: options of the loss that a search chose; empty if it chose none."""
     grid, options = row.get("grid") or {}, row.get("loss_kwargs") or {}
     return " ".join(f"{key}={options[key]:g}" for key in sorted(grid) if grid[key] and key in options)
+
+
+def searched(row: dict) -> str:
+    """`"0.001 0.003 0.01"`: learning rates that a search tried, and whether it chose an end."""
+    found = (row.get("tried") or row.get("grid") or {}).get("lr") or ()
+    text = " ".join(f"{lr:g}" for lr in found)
+    return text + " (end)" * (len(found) > 1 and row["lr"] in (min(found), max(found)))
 
 
 def tried(fractions: list | None) -> str:

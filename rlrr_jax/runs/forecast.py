@@ -65,11 +65,7 @@ class Forecast:
             seen = map(which, works[: i - 1])
             searched = work.run.protocol == "vtab" and which(work) not in seen
             for w in [*(search.trials(work) if searched else ()), work]:
-                if w.finished:
-                    self.before.add(w.label)
-                else:
-                    self.left[w.label] = w.run.method, cost(w.run)
-                self.number[w.label] = len(self.number) + 1
+                self.expect([w])
         self.told = 0.0
         self.speed: dict[str, float] = {}  # training images a second, by method
         total = functools.reduce(Cost.plus, (c for _, c in self.left.values()), Cost())
@@ -82,6 +78,12 @@ class Forecast:
             * bool(before),
             flush=True,
         )
+        if any(work.run.protocol == "vtab" and work.run.grid.extend for work in works):
+            print(
+                f"a search whose best lies at an end of its grid goes on beyond it, up to "
+                f"{search.STEPS} times: that is not counted",
+                flush=True,
+            )
         share = total.evaluated / 3 / (total.passes or 1)
         often = lambda run: run.protocol == "official" and run.get("eval_every", 1) == 1
         if share > 0.5 and any(often(work.run) for work in works):
@@ -90,6 +92,17 @@ class Forecast:
                 f"tests every tenth, --config.protocol=fast the last alone",
                 flush=True,
             )
+
+    def expect(self, works: list[Work]) -> None:
+        """Counts runs among those to come that are not known yet, such as those beyond a grid."""
+        for work in works:
+            if work.label in self.number:
+                continue
+            if work.finished:
+                self.before.add(work.label)
+            else:
+                self.left[work.label] = work.run.method, cost(work.run)
+            self.number[work.label] = len(self.number) + 1
 
     def title(self, *works: Work) -> str:
         """`"[3/57] cifar rlrr seed 0"`, `"[4-6/57] dtd rlrr, 3 trials"`."""

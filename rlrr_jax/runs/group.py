@@ -38,6 +38,7 @@ class Loaders(NamedTuple):
 
 def finish(works: list[Work], load: Loaders, forecast: Forecast, stop: Stop) -> list[dict]:
     """The rows of runs that may be trained together; those that have not been are trained."""
+    forecast.expect(works)
     for work in works:
         workdir.check_folder(work, load.weights[work.run.pretrained.name][1])
     for group in waiting(works):

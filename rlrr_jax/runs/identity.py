@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rlrr_jax import lookup, losses, methods, models
-from rlrr_jax.checks import GRID
+from rlrr_jax.checks import GRID, SEARCH
 from rlrr_jax.data import crops
 from rlrr_jax.data.task import Task
 from rlrr_jax.models import vit
@@ -38,6 +38,7 @@ PLACES = (
     "searching",  # evaluated after the last epoch alone
     "val_acc",  # of the setting that "vtab" chose: a result
     "val_tried",  # of all that it tried
+    "tried",  # which values those were
     "head_classes",  # of a head that tasks of one start share, see `heads`
 )
 
@@ -60,6 +61,7 @@ def together(run: Any) -> str:
         "recipe",
         "val_acc",
         "val_tried",
+        "tried",
         *GRID,
         *(() if crops.by_host(run.crop) else ("seed",)),
     ):
@@ -96,7 +98,7 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         (model, "norm_eps", 1e-6),
         *((model, key, None) for key in (*vit.PARTS, *vit.CHOSEN)),
         (data, "upright", False),
-        (plain.get("grid") or {}, "times_own_lr", False),
+        *((plain.get("grid") or {}, key, 0) for key in SEARCH),
         *((plain.get("grid") or {}, key, ()) for key in tuple(plain.get("grid") or ())),
         (plain, "loss", "cross_entropy"),
         (plain, "loss_kwargs", {}),
@@ -155,7 +157,7 @@ def setting(values: dict) -> dict[str, Any]:
     """What the seeds of one line share: `described` without the seed and what was searched."""
     grid = values.get("grid") or {}
     leave = ("seed", "recipe", *(GRID if grid else ()))  # chosen from it
-    leave += ("loss_kwargs",) if {*grid} - {*GRID, "times_own_lr"} else ()
+    leave += ("loss_kwargs",) if {*grid} - {*GRID, *SEARCH} else ()
     return {key: value for key, value in values.items() if key not in leave}
 
 

@@ -1,7 +1,13 @@
-"""The protocol "vtab": hyper-parameters are chosen from a grid on val200, then trained on 1000."""
+"""The protocol "vtab": hyper-parameters are chosen from a grid on val200, then trained on 1000.
+
+With `grid.folds` they are chosen on all 1,000, in so many parts; with `grid.extend` a search whose best
+lies at an end of its grid goes on beyond that.
+"""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -10,6 +16,25 @@ from rlrr_jax import config as config_lib
 from rlrr_jax.errors import UserError
 from rlrr_jax.runs import workdir
 from rlrr_jax.runs.workdir import Work
+from rlrr_jax.runtime import distributed
+
+STEPS = 6  # how often a search goes beyond an end of its grid
+LIMITS = {"drop_path": 1.0}  # values are below
+
+
+class Tried(NamedTuple):
+    """A setting of a search, over its folds: what was set, and the means of what its runs gave."""
+
+    values: dict[str, float]
+    score: float | None
+    accuracy: float | None
+    loss: float
+
+    @property
+    def rank(self) -> tuple:
+        """The best setting has the smallest: ties go to the smaller loss, then to smaller values."""
+        assert self.score is not None
+        return (-self.score, self.loss, *self.values.values())
 
 
 def grid(run: ConfigDict) -> dict[str, tuple]:
@@ -20,27 +45,48 @@ def grid(run: ConfigDict) -> dict[str, tuple]:
     return given
 
 
-def settings(run: ConfigDict) -> list[ConfigDict]:
-    """The runs that the protocol "vtab" chooses from: the grid on 800 and 200 images, of seed 0."""
-    given, out = grid(run), []
-    for values in itertools.product(*given.values()):
-        change = dict(zip(given, values))
-        trial = ConfigDict(run.to_dict())
-        name = "-".join(filter(None, [run.trial, config_lib.trial_name(change)]))
-        trial.update(protocol="tune", seed=0, trial=name, searching=True)
-        for key, value in change.items():
-            node, last = checks.group(trial, key)
-            node[last] = value
-        del trial.grid
-        config_lib.set_epochs(trial)
-        out.append(trial)
-    return out
+def settings(run: ConfigDict, changes: Iterable[dict] | None = None) -> list[ConfigDict]:
+    """The runs that the protocol "vtab" chooses from, of seed 0, those of a fold together.
+
+    Args:
+      run: the run that is to choose.
+      changes: settings to try; None are all of the grid.
+    """
+    if changes is None:
+        given = grid(run)
+        changes = [dict(zip(given, values)) for values in itertools.product(*given.values())]
+    changes, folds = list(changes), run.grid.folds
+    return [
+        _trial(run, change, (i, folds) if folds else None)
+        for i in range(folds or 1)
+        for change in changes
+    ]
 
 
-def trials(work: Work) -> list[Work]:
-    """The runs on 800 and 200 images that a run of the protocol "vtab" chooses from; all of seed 0."""
+def _trial(run: ConfigDict, change: dict, fold: tuple[int, int] | None) -> ConfigDict:
+    trial = ConfigDict(run.to_dict())
+    part = f"fold{fold[0] + 1}of{fold[1]}" if fold else None
+    name = "-".join(filter(None, [run.trial, config_lib.trial_name(change), part]))
+    trial.update(protocol="tune", seed=0, trial=name, searching=True)
+    if fold:
+        trial.fold = fold
+    for key, value in change.items():
+        node, last = checks.group(trial, key)
+        node[last] = value
+    del trial.grid
+    config_lib.set_epochs(trial)
+    return trial
+
+
+def alike(runs: list[ConfigDict]) -> list[list[ConfigDict]]:
+    """What `settings` returns, in groups that train on the same images."""
+    return [list(part) for _, part in itertools.groupby(runs, lambda run: run.get("fold"))]
+
+
+def trials(work: Work, changes: Iterable[dict] | None = None) -> list[Work]:
+    """The runs that a run of the protocol "vtab" chooses from, see `settings`."""
     out = []
-    for run in settings(work.run):
+    for run in settings(work.run, changes):
         folder = work.folder.parent / "search" / workdir.run_folder(run)
         label = f"{run.task} {workdir.method_folder(run)} {workdir.run_folder(run)}"
         out.append(Work(run, folder, work.found, label))
@@ -49,10 +95,9 @@ def trials(work: Work) -> list[Work]:
 
 
 def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> list[Work]:
-    """Runs of the protocol "vtab" with their hyper-parameters, the best of the grid on val200.
+    """Runs of the protocol "vtab" with their hyper-parameters, the best of the search, see `Tried`.
 
-    Ties go to the smaller learning rate, then weight decay, then drop path. Others are returned as
-    they are.
+    Others are returned as they are.
 
     Args:
       works: runs of one setting, which differ in their seeds.
@@ -60,30 +105,108 @@ def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> 
     """
     if works[0].run.protocol != "vtab":
         return works
-    search = trials(next((work for work in works if not work.finished), works[0]))
-    with workdir.locked(search):
-        rows = train_all(search)
-    rows = [row for row in rows if row["train_loss"] is not None]  # those that did not diverge
-    if not rows:
-        raise UserError(
-            f"the loss of {works[0].run.task} {works[0].run.method} is finite at no setting of "
-            f"config.grid: put smaller learning rates into it and choose another --workdir"
-        )
-    said = works[0].run.get("class_weights")
-    score = answers.chooses(run_images.task_of(works[0].run), said)
-    found = lambda row: (row.get("metrics") or {}).get(score, row["val_acc"])
-    if not (rows := [row for row in rows if found(row) is not None and row["val_acc"] is not None]):
-        raise UserError(
-            f"no image of {works[0].run.task} to choose on says anything: give them labels or values "
-            f"that differ (config.own.val, or the split val)"
-        )
-    best = min(rows, key=lambda row: (-found(row), *(row[key] for key in checks.GRID)))
+    first = next((work for work in works if not work.finished), works[0])
+    found = _measured(first, None, train_all)
+    best = _best(first.run, found)
+    for _ in range(STEPS if first.run.grid.extend else 0):
+        if not (beyond := _beyond(best, found)):
+            break
+        if distributed.is_process_zero():
+            _say(first, best, beyond)
+        found += _measured(first, [{**best.values, **change} for change in beyond], train_all)
+        best = _best(first.run, found)
     out = []
     for work in works:
         run = ConfigDict(work.run.to_dict())
-        run.update({key: best[key] for key in checks.GRID})
-        run.loss_kwargs.update(best.get("loss_kwargs") or {})
-        run.val_acc = best["val_acc"]
-        run.val_tried = tuple(sorted(row["val_acc"] for row in rows))
+        for key, value in best.values.items():
+            node, last = checks.group(run, key)
+            node[last] = value
+        run.val_acc = best.accuracy
+        run.val_tried = tuple(sorted(t.accuracy for t in found if t.accuracy is not None))
+        tried = {key: tuple(sorted({t.values[key] for t in found})) for key in best.values}
+        run.tried = ConfigDict({key.rpartition(".")[2]: values for key, values in tried.items()})
         out.append(work._replace(run=run))
     return out
+
+
+def _measured(
+    work: Work, changes: list[dict] | None, train_all: Callable[[list[Work]], list[dict]]
+) -> list[Tried]:
+    """Settings, trained on each fold and measured."""
+    rows, works = [], trials(work, changes)
+    order = {id(w.run): w for w in works}
+    for part in alike([w.run for w in works]):
+        group = [order[id(run)] for run in part]
+        with workdir.locked(group):
+            rows += train_all(group)
+    each = len(rows) // max(work.run.grid.folds, 1)
+    keys = grid(work.run)
+    out = []
+    for i in range(each):
+        run, same = works[i].run, rows[i::each]  # one of each fold
+        values = {key: _at(run, key) for key in keys}
+        task, weights = run_images.task_of(run), run.get("class_weights")
+        out.append(Tried(values, *_means(same, answers.chooses(task, weights))))
+    return out
+
+
+def _at(run: ConfigDict, key: str) -> float:
+    node, last = checks.group(run, key)
+    return node[last]
+
+
+def _means(rows: list[dict], score: str) -> tuple[float | None, float | None, float]:
+    """Mean score, accuracy and loss of a setting's folds; None, and infinite if one diverged."""
+    metrics = [row.get("metrics") or {} for row in rows]
+    scores = [m.get(score, row["val_acc"]) for m, row in zip(metrics, rows)]
+    accuracies, losses = [row["val_acc"] for row in rows], [m.get("loss") for m in metrics]
+    mean = lambda values: None if None in values else sum(values) / len(values)
+    if any(row["train_loss"] is None for row in rows):
+        return None, None, math.inf
+    if None in (*scores, *accuracies):
+        return None, None, 0.0
+    return mean(scores), mean(accuracies), mean(losses) or 0.0
+
+
+def _best(run: ConfigDict, found: list[Tried]) -> Tried:
+    """The best setting; UserError where none says anything."""
+    if known := [tried for tried in found if tried.score is not None]:
+        return min(known, key=lambda tried: tried.rank)
+    if all(tried.loss == math.inf for tried in found):
+        raise UserError(
+            f"the loss of {run.task} {run.method} is finite at no setting of config.grid: put smaller "
+            f"learning rates into it and choose another --workdir"
+        )
+    raise UserError(
+        f"no image of {run.task} to choose on says anything: give them labels or values that differ "
+        f"(config.own.val, or the split val)"
+    )
+
+
+def _beyond(best: Tried, found: list[Tried]) -> list[dict]:
+    """For each key whose best value lies at an end of those tried, the next one beyond, by their ratio.
+
+    None beyond 0, or where the next would be one that cannot be.
+    """
+    out = []
+    for key, value in best.values.items():
+        tried = sorted({t.values[key] for t in found})
+        if len(tried) < 2 or value not in (tried[0], tried[-1]):
+            continue
+        other = tried[1] if value == tried[0] else tried[-2]
+        if not value or not other:
+            continue
+        beyond = float(f"{value * value / other:.3g}")
+        if beyond < LIMITS.get(key, math.inf):
+            out.append({key: beyond})
+    return out
+
+
+def _say(work: Work, best: Tried, beyond: list[dict]) -> None:
+    of = [f"{key}={best.values[key]:g}" for change in beyond for key in change]
+    new = [f"{key}={value:g}" for change in beyond for key, value in change.items()]
+    print(
+        f"{work.run.task} {workdir.method_folder(work.run)}: the best, {' and '.join(of)}, lies at an "
+        f"end of what was tried, so {' and '.join(new)} is tried, too",
+        flush=True,
+    )

@@ -469,6 +469,28 @@ def test_dropout_of_ranks(name, factor, frozen):
     assert not all(jax.tree.leaves(same))
 
 
+def test_scales_of_ranks_are_those_of_mlae(frozen):
+    """One of 1 is LoRA; each rank's outer product is times its own, and dropped with it."""
+    method = methods.get("lora", rank=4, rank_dropout=0.5, rank_scale=1.0)
+    adapter = moved(method.init(jax.random.key(0), frozen))
+    plain = {name: {k: node[k] for k in ("down", "up")} for name, node in adapter.items()}
+    scaled = {name: {**node, "scale": jnp.ones_like(node["scale"])} for name, node in adapter.items()}
+    same = methods.get("lora", rank=4).merge(frozen, plain)
+    jax.tree.map(np.testing.assert_array_equal, method.merge(frozen, scaled), same)
+    kernel = lambda tree: attention(tree)["query"]["kernel"]
+    attention = lambda tree: tree["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
+    change = kernel(method.merge(frozen, adapter)) - kernel(frozen)
+    node = jax.tree.map(lambda x: np.asarray(x, np.float64), adapter["query"])
+    terms = [
+        node["scale"][:, k, None, None] * node["down"][:, :, k, None] * node["up"][:, None, k]
+        for k in range(4)
+    ]
+    np.testing.assert_allclose(change.reshape(terms[0].shape), sum(terms), rtol=1e-3, atol=1e-6)
+    starts = methods.get("lora", rank_scale=0.25).init(jax.random.key(0), frozen)["value"]["scale"]
+    assert starts.shape == (len(node["down"]), 8) and (starts == 0.25).all()
+    assert not method.decay(adapter)["query"]["scale"]
+
+
 def test_the_command_lists_every_method(monkeypatch, capsys):
     """Those of projects, too, whose defaults are not numbers alone."""
     from rlrr_jax import lookup
