@@ -7,7 +7,7 @@ from squeeze import squeeze
 
 PAGES = sorted((docs.RUN / "projects").glob("**/README.md"))
 COMMANDS = list(dict.fromkeys(text for _, text in docs.commands(PAGES)))
-KINDS = ("analysis", "leakage", "exits", "peft", "main")
+KINDS = ("analysis", "leakage", "exits", "peft", "soups", "main")
 data, dinov2 = docs.data, docs.dinov2
 
 
@@ -60,6 +60,14 @@ def test_analysing(text, tuned_runs, tmp_path):
     (tmp_path / workdir).symlink_to(tuned_runs)
     out = docs.run([*words, workdir, "--out", tmp_path / "out"], tmp_path)
     assert "digits" in out and list((tmp_path / "out").iterdir())
+
+
+def test_seeds_are_put_together_as_the_page_says(tmp_path):
+    """The trained runs of the other tests have one seed each."""
+    (text,) = (t for t in COMMANDS if kind(t) == "soups")
+    words = docs.program("python -m rlrr_jax.main --config configs/vtab.py:digits,method=linear")
+    docs.run([*words, *docs.SMALL, "--config.seeds=(0,1)", "--workdir", "runs/x"], tmp_path)
+    assert "| weights, mirrored |" in squeeze(docs.run(docs.program(text), tmp_path))
 
 
 @pytest.mark.slow
