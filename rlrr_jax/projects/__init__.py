@@ -6,6 +6,7 @@ NAMES: dict[str, dict[str, str]] = {  # see lookup.py
         "gps": "rlrr_jax.projects.gps.method:method",
         "moppa": "rlrr_jax.projects.moppa.method:method",
         "met": "rlrr_jax.projects.exits.met:method",
+        "snell": "rlrr_jax.projects.snell.method:method",
     },
     "block": {"moppa": "rlrr_jax.projects.moppa.block:Block"},
     "loss": {
