@@ -258,7 +258,6 @@ def _resolve_one(
             )
     if run.own.path is not None:
         run.own.path = own.absolute(run.own.path)
-    run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
     checks.fill(run, "loss", method.DEFAULTS.get("loss", metrics.KINDS[task_of(run).kind].loss))
     checks.fill(run.model, "block", method.DEFAULTS.get("block"))
@@ -279,6 +278,8 @@ def _resolve_one(
         raise UserError(f"{run.task} has no images to choose on: raise config.own.val")
     _fill_recipe(run)
     checks.fill(run.model, "variant", "bundled" if bundled else "B/16")
+    narrow = method.DEFAULTS.get("narrow", {}) if models.is_narrow(run.model.variant) else {}
+    run.method_kwargs = ConfigDict({**narrow, **options})
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
     _check_family(run)

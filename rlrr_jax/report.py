@@ -23,13 +23,18 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
     """
     paths = [epath.Path(w).expanduser() for w in workdirs]
     out = epath.Path(out or paths[0]).expanduser()
+    folders = [path for path in paths if path.suffix != ".json"]
     found = rows.find(paths)
     if not found:
         raise UserError(f"there is no finished run in {', '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "results.json", found)
     lines = vtab_table.lines(found)
-    text = [tables.table(found), tables.caption(found), *(u for p in paths for u in rows.unfinished(p))]
+    text = [
+        tables.table(found),
+        tables.caption(found),
+        *(u for p in folders for u in rows.unfinished(p)),
+    ]
     if len(rows.fold(found)) < len(found):
         text += ["Each run:", tables.grouped([[row] for row in found])]
     if lines:
@@ -43,7 +48,7 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
         plots.save(out / "comparison.png", plots.comparison, tested)
     if lines:
         plots.save(out / "summary.png", vtab_table.picture, lines)
-    if len(paths) == 1 and len(found) <= MOST_CURVES:
+    if paths == folders[:1] and len(found) <= MOST_CURVES:
         plots.save(out / "curves.png", plots.curves, plots.histories(paths[0], found))
     return found
 
@@ -68,19 +73,24 @@ def _others(found: list[dict]) -> list[str]:
 def main() -> None:
     """The command."""
     parser = Parser(description="Makes the tables of finished runs again.")
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="several are merged")
+    parser.add_argument(
+        "workdirs", nargs="+", metavar="WORKDIR", help="several are merged; or a results.json"
+    )
     parser.add_argument("--out", help="folder of the files; WORKDIR if it is one, else ./report")
     parser.add_argument("--against", help="a method: paired differences to it, with intervals")
     args = parser.parse_args()
-    out = args.out or (args.workdirs[0] if len(args.workdirs) == 1 else "report")
+    folders = [w for w in args.workdirs if not w.endswith(".json")]
+    out = args.out or (folders[0] if args.workdirs == folders[:1] else "report")
     found = collect(*args.workdirs, out=out)
     print(show(found))
     if args.against:
         text = paired.table(found, args.against)
+        if len({row["task"] for row in found}) > 1:
+            text = f"{paired.by_task(found, args.against)}\n\n{text}"
         print(f"\n{text}")
         with (epath.Path(out).expanduser() / "results.md").open("a") as file:
             file.write(f"\n{text}\n")
-    for workdir in args.workdirs:
+    for workdir in folders:
         print(*rows.unfinished(epath.Path(workdir).expanduser()), sep="\n", end="")
     print(f"\nfiles: {out}")
 

@@ -32,7 +32,7 @@ from rlrr_jax.methods.sites import HEADS
 
 FORMULA = "W' = W + W * (s_in s_out), b' = b + f; LayerNorms and patch embedding: s * y + f"
 # The values the authors use most; each task of theirs brings its own.
-DEFAULTS = dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1)
+DEFAULTS = dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1, narrow={"init": "scaled"})
 STARTS = ("paper", "scaled", "damped", "identity", "normal", "zero", "constant", "uniform")
 SIDES = {"both": ("scale_in", "scale_out"), "left": ("scale_in",), "right": ("scale_out",)}
 WIDE = 768  # inputs of a kernel for which "scaled" is the paper's start

@@ -37,7 +37,7 @@ class Difference(NamedTuple):
 # What a method brings; any other setting that differs is named.
 _OF_METHODS: tuple[str, ...] = (
     *("method", "loss", "grid.", "options", "trial", "schedule", "restarts", "average", *GRID),
-    *("mixup", "cutmix", "label_smoothing", "gradients", "val_acc", "val_tried"),
+    *("mixup", "cutmix", "label_smoothing", "gradients", "val_acc", "val_tried", "tried"),
 )
 
 
@@ -136,6 +136,39 @@ def table(rows: list[dict], against: str) -> str:
     if not any(d.other for d in found):
         head, lines = head[:-1], [line[:-1] for line in lines]
     return tables.markdown(head, lines)
+
+
+def by_task(rows: list[dict], against: str) -> str:
+    """A Markdown table with a line for each method and, of each task, its score and the difference.
+
+    Args:
+      rows: rows of `results.json`, each line with seeds of its own.
+      against: a method, or a whole label, as in `differences`.
+    """
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    head = ["method", "params"]
+    cells: dict[str, list[str]] = {}
+    for name in names:
+        mine = [row for row in rows if row["task"] == name]
+        groups = rows_lib.fold(mine)
+        head += [name, f"{name} against {against}"]
+        labels = tables.labels(groups, seed=False)
+        for label, group in zip(labels, groups):
+            cells.setdefault(label, [label, f"{group[0]['trainable_params']:,}"])
+            cells[label] += [""] * (len(head) - 2 - len(cells[label])) + [tables.accuracy(group)]
+        there = len(groups) > 1 and any(against in (x, x.split(" ")[0]) for x in labels)
+        for d in differences(mine, against) if there else ():
+            cells[d.label].append(_between(d))
+    lines = [line + [""] * (len(head) - len(line)) for line in cells.values()]
+    return tables.markdown(head, lines)
+
+
+def _between(d: Difference) -> str:
+    """`"+0.60 (+0.21 to +0.99)"`: a difference in points with its interval."""
+    text = f"{100 * d.mean:+.2f}"
+    if d.half is None:
+        return text
+    return f"{text} ({100 * (d.mean - d.half):+.2f} to {100 * (d.mean + d.half):+.2f})"
 
 
 def _base(labels: list[str], against: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from rlrr_jax import files, methods, metrics
 from rlrr_jax.data import tasks
-from rlrr_jax.errors import UserError
+from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.recipe import Recipe
 from rlrr_jax.runs import identity
 from rlrr_jax.runs import workdir as workdir_lib
@@ -143,12 +144,14 @@ def _effort(job: Any, clock: Any) -> dict:
 def find(workdirs: list) -> list[dict]:
     """Rows of all finished runs below workdirs, each once, in the order of tasks.
 
+    Args:
+      workdirs: folders, or files such as `results.json` that have the rows of some.
+
     Raises UserError if two workdirs disagree about one.
     """
     found: dict[str, tuple[dict, Any]] = {}
     for workdir in workdirs:
-        for path in files.below(workdir, "*", "*", "seed*", "result.json"):
-            row = read(path)
+        for row, path in _rows_of(epath.Path(workdir)):
             other, where = found.setdefault(row["identity"], (row, path))
             if any(other[key] != row[key] for key in COMPARED):
                 raise UserError(
@@ -160,9 +163,25 @@ def find(workdirs: list) -> list[dict]:
     return sorted((row for row, _ in found.values()), key=key)
 
 
+def _rows_of(workdir: Any) -> list[tuple[dict, Any]]:
+    """The rows of a workdir, or of a file of rows, and where each is."""
+    if workdir.suffix != ".json":
+        return [(read(p), p) for p in files.below(workdir, "*", "*", "seed*", "result.json")]
+    try:
+        rows = json.loads(workdir.read_text())
+        return [(_whole(dict(row), workdir), workdir) for row in rows]
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(
+            f"{workdir} has no rows of results ({first_line(e)}): name a results.json"
+        ) from e
+
+
 def read(path: Any) -> dict:
     """The row in a `result.json`; UserError for one that lacks what tables are made of."""
-    row = files.read_json(path)
+    return _whole(files.read_json(path), path)
+
+
+def _whole(row: dict, path: Any) -> dict:
     if missing := {"identity", "config", "setting", "line", *COMPARED} - row.keys():
         raise UserError(
             f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete {path.parent} to start "

@@ -71,7 +71,7 @@ def _line(rows: list[dict], name: str, full: int | None) -> list[str]:
         row["task"],
         name,
         row["protocol"],
-        _accuracy(rows),
+        accuracy(rows),
         spread(values("test_acc_best")),
         *_judged(rows),
         f"{row['trainable_params']:,}",
@@ -110,7 +110,7 @@ def _judged(rows: list[dict]) -> list[str]:
     ]
 
 
-def _accuracy(rows: list[dict]) -> str:
+def accuracy(rows: list[dict]) -> str:
     """The score of runs, without those that diverged, which are counted."""
     alive = [row for row in rows if not rows_lib.diverged(row)]
     key = "val_acc" if rows[0]["test_acc_final"] is None else "test_acc_final"

@@ -1,12 +1,17 @@
 """Paired differences against SciPy and numbers worked out by hand."""
 
+import json
+
 import numpy as np
+import pictures
 import pytest
 from rows import row
 from scipy import stats
 
+from rlrr_jax import report
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import paired
+from rlrr_jax.results import rows as rows_lib
 
 
 def rows(method, values, **changes):
@@ -91,3 +96,51 @@ def test_lines_are_named():
         paired.differences(two, "rlrr")
     with pytest.raises(UserError, match="nothing ran on the tasks and seeds of lora"):
         paired.differences(rows("lora", A), "lora")
+
+
+def test_a_table_of_tasks_has_scores_and_differences_of_each():
+    more = {("dtd", 0): 0.70, ("dtd", 1): 0.74}
+    less = {("dtd", 0): 0.69, ("dtd", 1): 0.71}
+    alone = rows("ssf", {("dtd", 0): 0.6})
+    text = paired.by_task(rows("rlrr", B | more) + rows("lora", A | less) + alone, "lora")
+    head, _, *lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+    assert head == ["method", "params", "kitti", "kitti against lora", "dtd", "dtd against lora"]
+    found = {line[0]: line[2:] for line in lines}
+    assert found["lora"] == ["52.00 ± 2.00 %", "", "70.00 ± 1.41 %", ""]
+    assert found["rlrr"][:3] == ["55.00 ± 2.65 %", "+3.00 (+0.52 to +5.48)", "72.00 ± 2.83 %"]
+    low, high = stats.ttest_rel([0.70, 0.74], [0.69, 0.71]).confidence_interval(0.95)
+    assert found["rlrr"][3] == f"+2.00 ({100 * low:+.2f} to {100 * high:+.2f})"
+    assert found["ssf"] == ["", "", "60.00 %", "-9.00"]
+    # A task without the line that is compared to has scores alone.
+    only = paired.by_task(rows("rlrr", B | more) + rows("lora", A), "lora")
+    assert only.splitlines()[2].split("|")[-2].strip() == ""
+
+
+def test_rows_are_read_from_a_file_as_from_a_workdir(tmp_path):
+    every = rows("rlrr", B) + rows("lora", A)
+    (tmp_path / "settled.json").write_text(json.dumps(every))
+    found = rows_lib.find([tmp_path / "settled.json"])
+    assert paired.table(found, "lora") == paired.table(every, "lora")
+    for text, why in [("[1]", "'int' object is not iterable"), ("{", "Expecting property name")]:
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match=f"bad.json has no rows of results .*{why}.*: name a"):
+            rows_lib.find([tmp_path / "bad.json"])
+    with pytest.raises(UserError, match="no.json has no rows of results"):
+        rows_lib.find([tmp_path / "no.json"])
+    (tmp_path / "half.json").write_text(json.dumps([{"identity": "a"}]))
+    with pytest.raises(UserError, match="half.json is damaged"):
+        rows_lib.find([tmp_path / "half.json"])
+
+
+def test_the_command_reads_files_and_writes_beside_none(tmp_path, monkeypatch, capsys):
+    every = rows("rlrr", B | {("dtd", 0): 0.7}) + rows("lora", A | {("dtd", 0): 0.6})
+    (tmp_path / "settled.json").write_text(json.dumps(every))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", "settled.json", "--against", "lora"])
+    with pictures.drawn():
+        report.main()
+    said = capsys.readouterr().out
+    assert "dtd against lora |" in said and "files: report" in said
+    assert json.loads((tmp_path / "report/results.json").read_text()) == rows_lib.find(
+        [tmp_path / "settled.json"]
+    )

@@ -1,7 +1,7 @@
 """SNELL: the change of a kernel is a difference of distances, of which the largest entries stay.
 
-Shen et al., NeurIPS 2024; formulas after the authors' model/vision_transformer_timm.py (ssfgunner/SNELL,
-commit e9d5185), those of SNELLA (2025, arXiv 2510.27359) too.
+Shen et al., NeurIPS 2024; formulas after the authors' model/vision_transformer_timm.py
+(ssfgunner/SNELL, commit e9d5185), those of SNELLA (2025, arXiv 2510.27359) too.
 """
 
 from typing import Any

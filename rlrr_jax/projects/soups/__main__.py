@@ -1,9 +1,9 @@
-"""Seeds together: `python -m rlrr_jax.projects.soups WORKDIR...` of finished runs on VTAB or own images.
+"""Seeds together: `python -m rlrr_jax.projects.soups WORKDIR...` of finished runs.
 
 Every adapter folds into its backbone, so the mean of several seeds' merged weights is one model again,
-and costs what one costs (Wortsman et al., ICML 2022, "model soups"). Beside it stand the mean of the seeds'
-shares, which costs as many models, and both with mirrored images, which costs twice as much. Nothing is
-chosen: every seed goes in. Writes `soups.md` and `soups.json`.
+and costs what one costs (Wortsman et al., ICML 2022, "model soups"). Beside it stand the mean of the
+seeds' shares, which costs as many models, and both with mirrored images, which costs twice as much.
+Nothing is chosen: every seed goes in. Writes `soups.md` and `soups.json`.
 """
 
 import functools
@@ -25,9 +25,9 @@ from rlrr_jax.results import tables
 COLUMNS = ["task", "method", "seeds", "each alone", "mean of weights", "mean of answers"]
 MIRRORED = ["each, mirrored", "weights, mirrored", "answers, mirrored"]
 CAPTION = """\
-Test scores. Each alone: mean and deviation over seeds. Mean of weights: one model, whose every weight is the
-mean of the seeds', heads too. Mean of answers: of the seeds' shares, as many times the work. Mirrored: the mean
-of the shares of an image and its mirror image, twice the work."""
+Test scores. Each alone: mean and deviation over seeds. Mean of weights: one model, whose every weight
+is the mean of the seeds', heads too. Mean of answers: of the seeds' shares, as many times the work.
+Mirrored: the mean of the shares of an image and its mirror image, twice the work."""
 
 
 class Soup(NamedTuple):
@@ -152,7 +152,10 @@ def markdown(soups: list[Soup]) -> str:
 
 def _line(s: Soup, mirror: bool) -> list[str]:
     cells = [s.task, s.label, str(len(s.seeds))]
-    for alone, weights, together in [(s.alone, s.weights, s.answers), *([s.mirrored] if mirror else [])]:
+    for alone, weights, together in [
+        (s.alone, s.weights, s.answers),
+        *([s.mirrored] if mirror else []),
+    ]:
         cells += [tables.scores(s.score, v) for v in (alone, [weights], [together])]
     return cells
 

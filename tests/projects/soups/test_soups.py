@@ -33,7 +33,9 @@ def test_means_of_weights_and_of_answers_by_hand(workdir):
     shares = special.softmax(logits.astype(np.float64), -1)  # [seed, view, image, class]
     right = lambda shares: float((shares.argmax(-1) == labels).mean())
     assert found.alone == pytest.approx([right(x) for x in shares[:, 0]])
-    assert found.alone == [files.read_json(p.parent / "result.json")["test_acc_final"] for p in files_of]
+    assert found.alone == [
+        files.read_json(p.parent / "result.json")["test_acc_final"] for p in files_of
+    ]
     assert found.answers == pytest.approx(right(shares[:, 0].mean(0)), abs=0.002)
     # Only heads differ, and they are linear: the mean of weights has the mean of logits.
     assert found.weights == pytest.approx(right(logits[:, 0].mean(0)), abs=0.002)
