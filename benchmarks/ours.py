@@ -1,5 +1,6 @@
 """Our train and eval steps as a run calls them, on random weights and images: what is measured."""
 
+import ast
 import functools
 import time
 
@@ -15,11 +16,20 @@ from rlrr_jax.runtime import mesh as mesh_lib
 CLASSES = 100
 
 
+def literal(text):
+    """`"4"` -> 4; other words stay text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 class Ours:
     """Compiled programs and their arguments.
 
     Args:
-      method, variant, dtype, batch, size, trials: as in a configuration.
+      method: a name, with options behind it: `"rlrr/rank=4/init=scaled"`.
+      variant, dtype, batch, size, trials: as in a configuration.
       steps: the most that one call will do.
       drop_path: rate; 0 leaves drop path out of the program, and flips nothing.
       unroll, remat, attention: as in `config.model`.
@@ -56,7 +66,9 @@ class Ours:
         )
         self.precision = precision or ("highest" if dtype == "float32" else "default")
         self.mesh = mesh_lib.make_mesh(jax.devices(), trials)
-        self.method = methods.get(method)
+        name, *options = method.split("/")
+        pairs = [option.split("=") for option in options]
+        self.method = methods.get(name, **{key: literal(value) for key, value in pairs})
         net = self.model, self.method, models.shapes(self.model, size)
         self.recipe = Recipe(
             model=self.model,

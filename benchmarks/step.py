@@ -59,7 +59,7 @@ def arguments():
     several = lambda kind: lambda text: [kind(x) for x in text.split(",")]
     cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--method", type=several(str), default=["rlrr", "full"])
+    parser.add_argument("--method", type=several(str), default=["rlrr", "full"], help="or rlrr/rank=4")
     parser.add_argument("--variant", type=several(str), default=["B/16"], help="or bundled")
     parser.add_argument("--dtype", type=several(str), default=["float32" if cpu else "bfloat16"])
     parser.add_argument("--precision", type=several(str), default=[None], help="as config.precision")

@@ -32,8 +32,9 @@ def get_config(arg=None):
     config.protocol = placeholder(str)
     config.eval_every = 1  # epochs between the tests of "official" and "tune"; the last is always one
     # lr, weight_decay and drop_path of "vtab"; one that is set below is fixed instead, and () is the
-    # method's own value. With times_own_lr, those of lr are multiples of the method's own. And values
-    # of options of the loss. loss_kwargs: such options; None: the default of the loss.
+    # method's own value. With times_own_lr, those of lr are multiples of the method's own; with extend,
+    # a search whose best is at an end goes on beyond; folds=5 chooses on all images, in five parts. And
+    # values of options of the loss. loss_kwargs: such options; None: the default of the loss.
     config.loss_kwargs, config.grid = loss_options({key: value for key, _, value in items}.get("loss"))
     config.epochs = placeholder(int)
     config.batch_size = 32

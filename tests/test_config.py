@@ -151,7 +151,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
             "config.grid is only searched by config.protocol=vtab: add that",
         ),
         ({"grad_clip": 0.0}, "config.grad_clip=0.0 must be greater than 0"),
-        ({"method_kwargs": {"init": "zeros"}}, "use paper, damped, identity"),
+        ({"method_kwargs": {"init": "zeros"}}, "use paper, scaled, damped, identity"),
     ],
 )
 def test_impossible_values(changes, message):

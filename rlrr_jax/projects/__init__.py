@@ -4,6 +4,7 @@ _DATA, _DEFENCES = "rlrr_jax.projects.fgvc.data", "rlrr_jax.projects.leakage.def
 NAMES: dict[str, dict[str, str]] = {  # see lookup.py
     "method": {
         "gps": "rlrr_jax.projects.gps.method:method",
+        "gps_layers": "rlrr_jax.projects.gps.layers:method",
         "moppa": "rlrr_jax.projects.moppa.method:method",
         "met": "rlrr_jax.projects.exits.met:method",
         "snell": "rlrr_jax.projects.snell.method:method",

@@ -147,3 +147,21 @@ def test_layers_of_any_network():
     ):
         methods.check("rlrr", method, norm)
     methods.check("rlrr", methods.get("rlrr", where="conv+dense"), norm)
+
+
+def test_scaled_is_the_paper_start_less_where_a_kernel_is_narrow(frozen):
+    """So on a backbone as wide as ViT-B the two are one."""
+    paper, scaled = (
+        flatten_dict(methods.get("rlrr", init=i, rank=2).init(jax.random.key(0), frozen), sep="/")
+        for i in ("paper", "scaled")
+    )
+    for name, x in paper.items():
+        inputs = 64 if "Dense_1" in name else 32  # of the kernels here
+        factor = inputs / 768 if name.endswith("scale_in") else 1.0
+        np.testing.assert_allclose(scaled[name], factor * x, rtol=1e-6, err_msg=name)
+    wide = {"Dense_0": {"kernel": jnp.ones((768, 3)), "bias": jnp.ones(3)}}
+    starts = [
+        methods.get("rlrr", init=i, where="ffn").init(jax.random.key(0), wide)
+        for i in ("paper", "scaled")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *starts)

@@ -32,33 +32,32 @@ def method(entries: int = 1) -> base.Method:
 
     def init(key, frozen, training=None):
         del key
-        layers = _layers(frozen, entries)
         if training is None:
             first = lambda site: jnp.broadcast_to(jnp.arange(entries), _shape(site, entries))
-            return _adapter(frozen, {site.path: first(site) for site in layers})
+            return _adapter(frozen, {site.path: first(site) for site in layers(frozen, entries)})
         return _chosen(frozen, training.once(sensitivity.gradient))
 
     @jax.jit
     def _chosen(frozen, grads):
-        largest = lambda site: jax.lax.top_k(_columns(jnp.abs(_kernel(grads, site)), site), entries)[1]
-        return _adapter(frozen, {site.path: largest(site) for site in _layers(frozen, entries)})
+        largest = lambda site: jax.lax.top_k(columns(jnp.abs(kernel(grads, site)), site), entries)[1]
+        return _adapter(frozen, {site.path: largest(site) for site in layers(frozen, entries)})
 
     def merge(frozen, adapter):
         tree = frozen
-        for site in _layers(frozen, entries):
+        for site in layers(frozen, entries):
             of = lambda kind, site=site: base.subtree(adapter[kind], site.path)
             rows = jax.lax.stop_gradient(of(base.FIXED)).astype(jnp.int32)
-            columns = _columns(_kernel(frozen, site), site)
-            columns = jnp.put_along_axis(columns, rows, of("values"), -1, inplace=False)
-            kernel = columns.swapaxes(-1, -2).reshape(_kernel(frozen, site).shape)
+            old = kernel(frozen, site)
+            new = jnp.put_along_axis(columns(old, site), rows, of("values"), -1, inplace=False)
             bias = {"bias": of("biases")} if site.bias else {}
-            tree = base.replaced(tree, site.path, {"kernel": kernel, **bias})
+            new = {"kernel": new.swapaxes(-1, -2).reshape(old.shape), **bias}
+            tree = base.replaced(tree, site.path, new)
         return tree
 
     return base.Method(init, merge, base.decay_of(), DEFAULTS)
 
 
-def _layers(frozen: Any, entries: int) -> list[Site]:
+def layers(frozen: Any, entries: int) -> list[Site]:
     """Every layer with a kernel; UserError if one has too few inputs."""
     found = [site for site in base.sites(frozen) if not site.role.endswith("norm")]
     if (least := min(site.inputs for site in found)) < entries:
@@ -71,14 +70,15 @@ def _shape(site: Site, entries: int) -> tuple:
     return (*lead, site.outputs, entries)
 
 
-def _kernel(tree: Any, site: Site) -> jax.Array:
+def kernel(tree: Any, site: Site) -> jax.Array:
+    """The kernel of a layer."""
     return base.subtree(tree, site.path)["kernel"]
 
 
-def _columns(kernel: jax.Array, site: Site) -> jax.Array:
+def columns(weights: jax.Array, site: Site) -> jax.Array:
     """A kernel as [..., out, in]."""
     lead = () if site.depth is None else (site.depth,)
-    return kernel.reshape(*lead, site.inputs, site.outputs).swapaxes(-1, -2)
+    return weights.reshape(*lead, site.inputs, site.outputs).swapaxes(-1, -2)
 
 
 def _adapter(frozen: Any, rows: dict[tuple, jax.Array]) -> dict:
@@ -86,9 +86,9 @@ def _adapter(frozen: Any, rows: dict[tuple, jax.Array]) -> dict:
     out: dict = {"biases": {}, "values": {}, base.FIXED: {}}
     for site in base.sites(frozen):
         if (which := rows.get(site.path)) is not None:
-            path, columns = site.path, _columns(_kernel(frozen, site), site)
+            path, old = site.path, columns(kernel(frozen, site), site)
             if site.bias:
                 out["biases"][path] = jnp.array(base.subtree(frozen, path)["bias"])
-            out["values"][path] = jnp.take_along_axis(columns, which, -1)
+            out["values"][path] = jnp.take_along_axis(old, which, -1)
             out[base.FIXED][path] = which.astype(jnp.float32)  # whole numbers, exact
     return {kind: unflatten_dict(leaves) for kind, leaves in out.items()}
