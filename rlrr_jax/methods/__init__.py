@@ -14,7 +14,6 @@ from rlrr_jax.methods.base import (
     Method,
     Training,
     asks_training,
-    check,
     decay,
     head_count,
     merge,
@@ -22,6 +21,7 @@ from rlrr_jax.methods.base import (
     trainable_count,
     trained,
 )
+from rlrr_jax.methods.contract import check
 
 METHODS = tuple(lookup.NAMES["method"])  # ours, which all fold into the weights
 
