@@ -1,6 +1,5 @@
 """Our train and eval steps as a run calls them, on random weights and images: what is measured."""
 
-import ast
 import functools
 import time
 
@@ -9,19 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from rlrr_jax import evaluate, losses, methods, models, step
+from rlrr_jax import config, evaluate, losses, methods, models, step
 from rlrr_jax.recipe import Hyper, Recipe
 from rlrr_jax.runtime import mesh as mesh_lib
 
 CLASSES = 100
-
-
-def literal(text):
-    """`"4"` -> 4; other words stay text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 class Ours:
@@ -67,8 +58,8 @@ class Ours:
         self.precision = precision or ("highest" if dtype == "float32" else "default")
         self.mesh = mesh_lib.make_mesh(jax.devices(), trials)
         name, *options = method.split("/")
-        pairs = [option.split("=") for option in options]
-        self.method = methods.get(name, **{key: literal(value) for key, value in pairs})
+        pairs = [option.partition("=") for option in options]
+        self.method = methods.get(name, **{key: config._literal(value) for key, _, value in pairs})
         net = self.model, self.method, models.shapes(self.model, size)
         self.recipe = Recipe(
             model=self.model,

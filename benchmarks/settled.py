@@ -23,7 +23,10 @@ def main():
     cost = costs(json.loads(args.cost.read_text())["rows"], args.images)
     table = paired.by_task(found, args.against).splitlines()
     head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    by_label = dict(zip(map(tables.label, rows.fold(found)), rows.fold(found)))
+    by_label = {}
+    for name in dict.fromkeys(row["task"] for row in found):
+        groups = rows.fold([row for row in found if row["task"] == name])
+        by_label |= dict(zip(tables.labels(groups, seed=False), groups))
     for line in lines:
         seconds, memory = cost.get(key(by_label[line[0]][0]), (None, None))
         line[2:2] = [f"{seconds:.0f} s", f"{memory:.2f} GiB"] if seconds else ["", ""]
@@ -52,7 +55,8 @@ def key(row):
 def costs(cases, images):
     """Method -> seconds of so many training images, and GiB of its training program."""
     speed = lambda case: images / statistics.median(case["train"])
-    return {case["method"]: (speed(case), case["train_gib"]) for case in cases}
+    name = lambda text: "/".join([text.split("/")[0], *sorted(text.split("/")[1:])])
+    return {name(case["method"]): (speed(case), case["train_gib"]) for case in cases}
 
 
 def picture(groups, cost):

@@ -258,6 +258,7 @@ def _resolve_one(
             )
     if run.own.path is not None:
         run.own.path = own.absolute(run.own.path)
+    run.method_kwargs = ConfigDict(options)
     given = {key: value for key, value in run.loss_kwargs.items() if value is not None}
     checks.fill(run, "loss", method.DEFAULTS.get("loss", metrics.KINDS[task_of(run).kind].loss))
     checks.fill(run.model, "block", method.DEFAULTS.get("block"))
@@ -278,8 +279,6 @@ def _resolve_one(
         raise UserError(f"{run.task} has no images to choose on: raise config.own.val")
     _fill_recipe(run)
     checks.fill(run.model, "variant", "bundled" if bundled else "B/16")
-    narrow = method.DEFAULTS.get("narrow", {}) if models.is_narrow(run.model.variant) else {}
-    run.method_kwargs = ConfigDict({**narrow, **options})
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
     _check_family(run)
@@ -311,7 +310,7 @@ def _resolve_one(
 
 def _folds(run: ConfigDict) -> int:
     """In how many parts a search puts the training images; UserError for more than there are."""
-    if run.grid.folds > (number := task_of(run).number(task_of(run).parts[2])):
+    if run.grid.folds > (number := task_of(run).number(splits(run)[0])):
         raise UserError(
             f"config.grid.folds={run.grid.folds} is more than the {number} images of {run.task}: "
             f"lower it"

@@ -18,12 +18,13 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
 
     These are `results.json` (all rows), `results.md` (what the screen shows, and each run), where there
     is a VTAB task, `summary.{csv,json,png}`, where there are several methods, `comparison.png`, and
-    with one workdir of few runs, `curves.png`. With one workdir, `out` is that one.
+    with one workdir of few runs, `curves.png`. Without `out`, in the first workdir. A workdir may be a
+    `results.json`; where all are, `out` is `report`.
     Raises UserError if there is no finished run, or if two workdirs disagree about one.
     """
     paths = [epath.Path(w).expanduser() for w in workdirs]
-    out = epath.Path(out or paths[0]).expanduser()
     folders = [path for path in paths if path.suffix != ".json"]
+    out = epath.Path(out or (folders[0] if folders else "report")).expanduser()
     found = rows.find(paths)
     if not found:
         raise UserError(f"there is no finished run in {', '.join(map(str, paths))}")

@@ -59,7 +59,7 @@ def splits(run: ConfigDict) -> tuple[str, str]:
     """Which split a run trains on, and which it is evaluated on after its epochs."""
     train, val, both = task_of(run).parts
     if run.get("fold"):  # of a search, see `runs.search`
-        return folds.names(both, *run.fold)
+        return folds.names(*run.fold)
     return (train, val) if run.protocol == "tune" or fits(run) or run.get("keep") else (both, "test")
 
 

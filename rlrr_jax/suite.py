@@ -251,8 +251,7 @@ def locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
             if found.kind != "bundled":
                 pairs = [run_images.splits(r), *([("test",) * 2] if run_images.tested(r) else [])]
                 if r.protocol == "vtab":
-                    parts_of = run_images.task_of(r).parts
-                    pairs += [parts_of[2:] * 2 if r.grid.folds else parts_of[:2]]
+                    pairs += [] if r.grid.folds else [run_images.task_of(r).parts[:2]]
                 stored = {
                     part for pair in pairs for part in (pair[1:] if crops.by_host(r.crop) else pair)
                 }
@@ -343,7 +342,8 @@ def open_weights(works: list[Work]) -> group.Loaders:
         workdir.check_folder(work, weights[work.run.pretrained.name][1])
     load_weights = weights_reader(weights)
     load_weights(works[0].run, run_model.build_model(works[0].run))  # a misfit is no task's fault
-    return group.Loaders(weights, load_weights, functools.lru_cache(8)(_load_data), {})
+    folds_of = max(work.run.grid.folds if "grid" in work.run else 0 for work in works)
+    return group.Loaders(weights, load_weights, _data_loader(8 + 2 * folds_of), {})
 
 
 def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
@@ -372,17 +372,23 @@ def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
     return read
 
 
-def _load_data(
-    task: Task, split: str, pixels: Any, found: Any, cache_dir: str | None, crop: tuple | None
-) -> tuple:
-    """Images and labels of a split or a fold, or where `crop` says so the crops of a seed."""
-    if fold := folds.parse(split):
-        images, labels = _load_data(task, fold.whole, pixels, found, cache_dir, crop)
-        which = folds.pick(fold, labels)
-        return images.picked(which) if crop else folds.Picked(images, which), labels[which]
-    if crop:
-        return store.load_crops(task, split, pixels, crop, found)
-    return store.load_split(task, split, pixels, found, cache_dir)
+def _data_loader(most: int) -> Callable:
+    """A function that gives images and labels of a split or a fold, and keeps the last so many."""
+
+    @functools.lru_cache(most)
+    def load(
+        task: Task, split: str, pixels: Any, found: Any, cache_dir: str | None, crop: tuple | None
+    ) -> tuple:
+        """Where `crop` says so, the crops of a seed."""
+        if fold := folds.parse(split):
+            images, labels = load(task, fold.whole, pixels, found, cache_dir, crop)
+            which = folds.pick(fold, labels)
+            return images.picked(which) if crop else folds.Picked(images, which), labels[which]
+        if crop:
+            return store.load_crops(task, split, pixels, crop, found)
+        return store.load_split(task, split, pixels, found, cache_dir)
+
+    return load
 
 
 @functools.cache

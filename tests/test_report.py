@@ -42,7 +42,7 @@ def test_table_is_aligned_markdown_without_empty_columns():
     assert cells == [
         *(
             "hearts",
-            "rlrr init=scaled",
+            "rlrr",
             "fast",
             "79.55 %",
             "18,240",
@@ -65,15 +65,15 @@ def test_lines_of_several_settings_are_told_apart():
     lines = tables.table([ROW, other, FULL, larger]).splitlines()[2:]
     names = [line.split("|")[2].strip() for line in lines]
     assert names == [
-        "rlrr init=scaled image_size=32",
-        "rlrr init=scaled image_size=64",
+        "rlrr image_size=32",
+        "rlrr image_size=64",
         "full variant=bundled",
         "full variant=B/16",
     ]
     shares = [line.split("|")[6].strip() for line in lines]
     assert shares == ["2.64 %", "2.64 %", "100.00 %", "100.00 %"]
     twice = tables.labels([[ROW], [{**ROW, "epochs": 6, "config": {**ROW["config"], "epochs": 6}}]])
-    assert twice == ["rlrr init=scaled epochs=12", "rlrr init=scaled epochs=6"]
+    assert twice == ["rlrr epochs=12", "rlrr epochs=6"]
 
 
 def test_best_and_validation_accuracy_are_named_as_such():

@@ -26,7 +26,7 @@ def main() -> None:
         module: Any = inspect.getmodule(methods.find(name))
         print(f"{name}: {str(module.__doc__).splitlines()[0].partition(': ')[2]}")
         print(f"    {methods.formula(name)}")
-        defaults = ", ".join(f"{k} {v}" for k, v in methods.get(name).DEFAULTS.items() if k != "narrow")
+        defaults = ", ".join(f"{k} {v}" for k, v in methods.get(name).DEFAULTS.items())
         print(f"    {number}; {defaults}")
         if options := methods.options(name):
             print("    options:", ", ".join(f"{k}={v}" for k, v in options.items()))

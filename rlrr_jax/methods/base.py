@@ -54,8 +54,7 @@ class Method(NamedTuple):
       decay: function `adapter -> tree of bools`, which leaves get weight decay.
       DEFAULTS: the method's own `lr`, `weight_decay` and `drop_path`, used where neither the config
         nor the task's recipe says otherwise; and where it needs others than the plain ones, the names
-        of a `loss` and of a `block` that the model is built with, and as `narrow` options for ViTs
-        narrower than ViT-B, see `models.is_narrow`.
+        of a `loss` and of a `block` that the model is built with.
       drop: function `(key, adapter) -> adapter` of each training step, such as dropout of ranks; None
         for most methods.
       untouched: function `number of blocks -> how many of the first are not changed`, nor what comes

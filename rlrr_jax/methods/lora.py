@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 
 FORMULA = "W' = W + (alpha / r) A B"
@@ -36,7 +37,9 @@ def method(
     names = base.names_in(targets, base.DENSE, "target of method 'lora'")
     base.number("option alpha", 0 if alpha is None else alpha)
     base.rate("option rank_dropout", rank_dropout)
-    base.number("option rank_scale", 0 if rank_scale is None else rank_scale)
+    base.number("option rank_scale", 1 if rank_scale is None else rank_scale)
+    if rank_scale == 0:
+        raise UserError("option rank_scale=0 would leave every rank at 0: start it elsewhere")
     scale = 1.0 if alpha is None else alpha / rank
 
     def drop(key, adapter):

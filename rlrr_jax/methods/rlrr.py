@@ -32,7 +32,7 @@ from rlrr_jax.methods.sites import HEADS
 
 FORMULA = "W' = W + W * (s_in s_out), b' = b + f; LayerNorms and patch embedding: s * y + f"
 # The values the authors use most; each task of theirs brings its own.
-DEFAULTS = dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1, narrow={"init": "scaled"})
+DEFAULTS = dict(lr=3e-3, weight_decay=5e-5, drop_path=0.1)
 STARTS = ("paper", "scaled", "damped", "identity", "normal", "zero", "constant", "uniform")
 SIDES = {"both": ("scale_in", "scale_out"), "left": ("scale_in",), "right": ("scale_out",)}
 WIDE = 768  # inputs of a kernel for which "scaled" is the paper's start
@@ -72,9 +72,9 @@ def method(
 
     Args:
       init: start of the scales. "paper", the authors', which is not the identity: `scale_in` is
-        U(+-sqrt(6 / in)), `scale_out` U(+-sqrt(6)). "scaled": the same with `scale_in` times in / 768
+        U(+-sqrt(6 / in)), `scale_out` U(+-sqrt(6)). "scaled": the first scale times in / 768
         where a kernel has fewer inputs, so that narrow backbones move less, not more, than ViT-B.
-        "damped": `scale_in` times 0.1.
+        "damped": the first scale times 0.1.
         "identity": merging changes nothing; `scale_in` is 0, those of LayerNorms and patches are 1.
         The others are rows of the paper's table 10, which names them without their values: "zero"
         (`scale_in` is 0), "normal", "constant" and "uniform" (both scales alike, their product as

@@ -49,11 +49,6 @@ def is_vit(variant: str) -> bool:
     return issubclass(_network(variant), vit.ViT)
 
 
-def is_narrow(variant: str) -> bool:
-    """Whether a variant is a ViT narrower than ViT-B, for which most methods were made."""
-    return is_vit(variant) and sizes(variant).get("width", 768) < 768
-
-
 def embeds_positions(variant: str) -> bool:
     """Whether a variant's model has a position embedding of each patch."""
     rotary = family(variant) == "rope_vit"

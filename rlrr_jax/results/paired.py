@@ -85,9 +85,14 @@ def differences(rows: list[dict], against: str) -> list[Difference]:
 
 
 def _pairs(mine: list[dict], first: list[dict]) -> list[float]:
-    """Differences of the accuracies of the same seeds."""
-    base = {row["seed"]: row["test_acc_final"] for row in first}
-    return [row["test_acc_final"] - base[row["seed"]] for row in mine if row["seed"] in base]
+    """Differences of the accuracies of the same seeds, of runs that were tested and did not diverge."""
+    of = lambda rows: {
+        row["seed"]: row["test_acc_final"]
+        for row in rows
+        if row["test_acc_final"] is not None and not rows_lib.diverged(row)
+    }
+    base = of(first)
+    return [value - base[seed] for seed, value in of(mine).items() if seed in base]
 
 
 def _others(mine: list[dict], first: list[dict]) -> list[str]:
@@ -141,34 +146,41 @@ def table(rows: list[dict], against: str) -> str:
 def by_task(rows: list[dict], against: str) -> str:
     """A Markdown table with a line for each method and, of each task, its score and the difference.
 
+    A task that the line compared to did not run, or ran in several ways, has scores alone.
+
     Args:
-      rows: rows of `results.json`, each line with seeds of its own.
+      rows: rows of `results.json`.
       against: a method, or a whole label, as in `differences`.
     """
     names = list(dict.fromkeys(row["task"] for row in rows))
-    head = ["method", "params"]
     cells: dict[str, list[str]] = {}
-    for name in names:
-        mine = [row for row in rows if row["task"] == name]
-        groups = rows_lib.fold(mine)
-        head += [name, f"{name} against {against}"]
-        labels = tables.labels(groups, seed=False)
-        for label, group in zip(labels, groups):
-            cells.setdefault(label, [label, f"{group[0]['trainable_params']:,}"])
-            cells[label] += [""] * (len(head) - 2 - len(cells[label])) + [tables.accuracy(group)]
-        there = len(groups) > 1 and any(against in (x, x.split(" ")[0]) for x in labels)
-        for d in differences(mine, against) if there else ():
-            cells[d.label].append(_between(d))
-    lines = [line + [""] * (len(head) - len(line)) for line in cells.values()]
-    return tables.markdown(head, lines)
+    for i, name in enumerate(names):
+        groups = rows_lib.fold([row for row in rows if row["task"] == name])
+        lines = dict(zip(tables.labels(groups, seed=False), groups))
+        called = [x for x in lines if x == against] or [x for x in lines if x.split(" ")[0] == against]
+        for label, group in lines.items():
+            first = [label, f"{group[0]['trainable_params']:,}"]
+            line = cells.setdefault(label, first + [""] * 2 * len(names))
+            line[2 + 2 * i] = tables.accuracy(group)
+            if len(called) == 1 and label != called[0]:
+                line[3 + 2 * i] = _between(_pairs(group, lines[called[0]]))
+    head = [
+        "method",
+        "params",
+        *(text for name in names for text in (name, f"{name} against {against}")),
+    ]
+    return tables.markdown(head, list(cells.values()))
 
 
-def _between(d: Difference) -> str:
-    """`"+0.60 (+0.21 to +0.99)"`: a difference in points with its interval."""
-    text = f"{100 * d.mean:+.2f}"
-    if d.half is None:
+def _between(values: list[float]) -> str:
+    """`"+0.60 (+0.21 to +0.99)"`: the mean of differences in points with its interval; "" for none."""
+    if not values:
+        return ""
+    mean, half = statistics.mean(values), interval(values)
+    text = f"{100 * mean:+.2f}"
+    if half is None:
         return text
-    return f"{text} ({100 * (d.mean - d.half):+.2f} to {100 * (d.mean + d.half):+.2f})"
+    return f"{text} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
 
 
 def _base(labels: list[str], against: str) -> str:

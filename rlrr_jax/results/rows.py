@@ -22,6 +22,9 @@ from rlrr_jax.runtime import memory
 COMPARED = ("test_acc_final", "test_acc_best", "val_acc", "train_loss")  # of two results of a run
 
 
+_NEEDED = {"identity", "config", "setting", "line", *COMPARED}  # by tables
+
+
 def number(x: Any) -> float | None:
     """A float, None if it is not finite: JSON has no such numbers."""
     return float(x) if math.isfinite(x) else None
@@ -168,21 +171,19 @@ def _rows_of(workdir: Any) -> list[tuple[dict, Any]]:
     if workdir.suffix != ".json":
         return [(read(p), p) for p in files.below(workdir, "*", "*", "seed*", "result.json")]
     try:
-        rows = json.loads(workdir.read_text())
-        return [(_whole(dict(row), workdir), workdir) for row in rows]
+        rows = [dict(row) for row in json.loads(workdir.read_text())]
     except (OSError, ValueError, TypeError) as e:
-        raise UserError(
-            f"{workdir} has no rows of results ({first_line(e)}): name a results.json"
-        ) from e
+        why = first_line(e)
+        raise UserError(f"{workdir} has no rows of results ({why}): name a results.json") from e
+    if any(_NEEDED - row.keys() for row in rows):
+        raise UserError(f"{workdir} has rows that no run wrote whole: name a results.json")
+    return [(row, workdir) for row in rows]
 
 
 def read(path: Any) -> dict:
     """The row in a `result.json`; UserError for one that lacks what tables are made of."""
-    return _whole(files.read_json(path), path)
-
-
-def _whole(row: dict, path: Any) -> dict:
-    if missing := {"identity", "config", "setting", "line", *COMPARED} - row.keys():
+    row = files.read_json(path)
+    if missing := _NEEDED - row.keys():
         raise UserError(
             f"{path} is damaged (it lacks {', '.join(sorted(missing))}): delete {path.parent} to start "
             f"that run again"

@@ -78,7 +78,7 @@ class Forecast:
             * bool(before),
             flush=True,
         )
-        if any(work.run.protocol == "vtab" and work.run.grid.extend for work in works):
+        if any(search.extends(work.run) for work in works if not work.finished):
             print(
                 f"a search whose best lies at an end of its grid goes on beyond it, up to "
                 f"{search.STEPS} times: that is not counted",

@@ -45,7 +45,7 @@ PLACES = (
 
 def recipe(task: Task, method_name: str) -> dict[str, Any]:
     """What a task and a method bring where the configuration says nothing."""
-    own = {key: methods.get(method_name).DEFAULTS[key] for key in GRID}
+    own = {k: v for k, v in methods.get(method_name).DEFAULTS.items() if k not in ("loss", "block")}
     recipe = dict(epochs=task.epochs, schedule=task.schedule, flip=task.flip)
     return {**recipe, **task.extra, **own, **task.recipes.get(method_name, {})}
 

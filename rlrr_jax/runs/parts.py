@@ -5,6 +5,7 @@ costs is known from the configuration alone, so that every process deals alike, 
 a word between them: the dearest first, each to the part that has least.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ def share(runs: list[ConfigDict], part: Part) -> list[ConfigDict]:
         number = 1.0
         if run.protocol == "vtab" and setting not in searched:  # seeds share a search
             searched.add(setting)
-            number += TRIAL * len(search.settings(run))
+            number += TRIAL * math.prod(map(len, search.grid(run).values())) * max(run.grid.folds, 1)
         costs[unit] = costs.get(unit, 0) + number * passes(run)
     loads, mine = [0.0] * part.of, set()
     for unit in sorted(costs, key=lambda unit: -costs[unit]):

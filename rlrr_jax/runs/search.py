@@ -1,7 +1,7 @@
 """The protocol "vtab": hyper-parameters are chosen from a grid on val200, then trained on 1000.
 
-With `grid.folds` they are chosen on all 1,000, in so many parts; with `grid.extend` a search whose best
-lies at an end of its grid goes on beyond that.
+With `grid.folds` they are chosen on all images that are trained on in the end, in so many parts; with
+`grid.extend` a search whose best lies at an end of its grid goes on beyond that.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlrr_jax import answers, checks, run_images
+from rlrr_jax import answers, checks, files, run_images
 from rlrr_jax import config as config_lib
 from rlrr_jax.errors import UserError
 from rlrr_jax.runs import workdir
@@ -19,7 +19,7 @@ from rlrr_jax.runs.workdir import Work
 from rlrr_jax.runtime import distributed
 
 STEPS = 6  # how often a search goes beyond an end of its grid
-LIMITS = {"drop_path": 1.0}  # values are below
+LIMITS = {"drop_path": 1.0, "weight_decay": 1.0}  # it stays below
 
 
 class Tried(NamedTuple):
@@ -56,16 +56,22 @@ def settings(run: ConfigDict, changes: Iterable[dict] | None = None) -> list[Con
         given = grid(run)
         changes = [dict(zip(given, values)) for values in itertools.product(*given.values())]
     changes, folds = list(changes), run.grid.folds
+    whole = run_images.splits(run)[0]
     return [
-        _trial(run, change, (i, folds) if folds else None)
+        _trial(run, change, (whole, i, folds) if folds else None)
         for i in range(folds or 1)
         for change in changes
     ]
 
 
-def _trial(run: ConfigDict, change: dict, fold: tuple[int, int] | None) -> ConfigDict:
+def extends(run: ConfigDict) -> bool:
+    """Whether the search of a run may go on beyond its grid."""
+    return run.protocol == "vtab" and run.grid.extend and max(map(len, grid(run).values())) > 1
+
+
+def _trial(run: ConfigDict, change: dict, fold: tuple[str, int, int] | None) -> ConfigDict:
     trial = ConfigDict(run.to_dict())
-    part = f"fold{fold[0] + 1}of{fold[1]}" if fold else None
+    part = f"fold{fold[1] + 1}of{fold[2]}" if fold else None
     name = "-".join(filter(None, [run.trial, config_lib.trial_name(change), part]))
     trial.update(protocol="tune", seed=0, trial=name, searching=True)
     if fold:
@@ -105,6 +111,8 @@ def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> 
     """
     if works[0].run.protocol != "vtab":
         return works
+    if before := _chosen_before(works):
+        return [work._replace(run=_with(work.run, before)) for work in works]
     first = next((work for work in works if not work.finished), works[0])
     found = _measured(first, None, train_all)
     best = _best(first.run, found)
@@ -115,18 +123,37 @@ def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> 
             _say(first, best, beyond)
         found += _measured(first, [{**best.values, **change} for change in beyond], train_all)
         best = _best(first.run, found)
-    out = []
+    tried = {key: tuple(sorted({t.values[key] for t in found})) for key in best.values}
+    chosen = {
+        **best.values,
+        "val_acc": best.accuracy,
+        "val_tried": tuple(sorted(t.accuracy for t in found if t.accuracy is not None)),
+        "tried": ConfigDict({key.rpartition(".")[2]: values for key, values in tried.items()}),
+    }
+    return [work._replace(run=_with(work.run, chosen)) for work in works]
+
+
+def _with(run: ConfigDict, chosen: dict) -> ConfigDict:
+    """A run with what a search chose."""
+    run = ConfigDict(run.to_dict())
+    for key, value in chosen.items():
+        node, last = checks.group(run, key)
+        node[last] = value
+    return run
+
+
+def _chosen_before(works: list[Work]) -> dict:
+    """What an earlier start chose for these runs, as one of them has it; nothing if none was begun."""
     for work in works:
-        run = ConfigDict(work.run.to_dict())
-        for key, value in best.values.items():
-            node, last = checks.group(run, key)
-            node[last] = value
-        run.val_acc = best.accuracy
-        run.val_tried = tuple(sorted(t.accuracy for t in found if t.accuracy is not None))
-        tried = {key: tuple(sorted({t.values[key] for t in found})) for key in best.values}
-        run.tried = ConfigDict({key.rpartition(".")[2]: values for key, values in tried.items()})
-        out.append(work._replace(run=run))
-    return out
+        if (path := work.folder / "config.json").exists():
+            saved = files.read_json(path)
+            if saved.get("val_acc") is not None:
+                options = {
+                    f"loss_kwargs.{key}": x for key, x in (saved.get("loss_kwargs") or {}).items()
+                }
+                keys = (*checks.GRID, "val_acc", "val_tried", "tried")
+                return {**{key: saved[key] for key in keys if key in saved}, **options}
+    return {}
 
 
 def _measured(
@@ -134,9 +161,8 @@ def _measured(
 ) -> list[Tried]:
     """Settings, trained on each fold and measured."""
     rows, works = [], trials(work, changes)
-    order = {id(w.run): w for w in works}
-    for part in alike([w.run for w in works]):
-        group = [order[id(run)] for run in part]
+    for _, part in itertools.groupby(works, lambda work: work.run.get("fold")):
+        group = list(part)
         with workdir.locked(group):
             rows += train_all(group)
     each = len(rows) // max(work.run.grid.folds, 1)
@@ -165,7 +191,8 @@ def _means(rows: list[dict], score: str) -> tuple[float | None, float | None, fl
         return None, None, math.inf
     if None in (*scores, *accuracies):
         return None, None, 0.0
-    return mean(scores), mean(accuracies), mean(losses) or 0.0
+    loss = mean(losses)
+    return mean(scores), mean(accuracies), math.inf if loss is None else loss
 
 
 def _best(run: ConfigDict, found: list[Tried]) -> Tried:
@@ -177,9 +204,10 @@ def _best(run: ConfigDict, found: list[Tried]) -> Tried:
             f"the loss of {run.task} {run.method} is finite at no setting of config.grid: put smaller "
             f"learning rates into it and choose another --workdir"
         )
+    way = "lower config.grid.folds" if run.grid.folds else "config.own.val, or the split val"
     raise UserError(
         f"no image of {run.task} to choose on says anything: give them labels or values that differ "
-        f"(config.own.val, or the split val)"
+        f"({way})"
     )
 
 
@@ -197,7 +225,7 @@ def _beyond(best: Tried, found: list[Tried]) -> list[dict]:
         if not value or not other:
             continue
         beyond = float(f"{value * value / other:.3g}")
-        if beyond < LIMITS.get(key, math.inf):
+        if beyond < LIMITS.get(key, math.inf) and beyond not in tried:
             out.append({key: beyond})
     return out
 

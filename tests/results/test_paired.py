@@ -128,7 +128,7 @@ def test_rows_are_read_from_a_file_as_from_a_workdir(tmp_path):
     with pytest.raises(UserError, match="no.json has no rows of results"):
         rows_lib.find([tmp_path / "no.json"])
     (tmp_path / "half.json").write_text(json.dumps([{"identity": "a"}]))
-    with pytest.raises(UserError, match="half.json is damaged"):
+    with pytest.raises(UserError, match="half.json has rows that no run wrote whole"):
         rows_lib.find([tmp_path / "half.json"])
 
 
@@ -144,3 +144,17 @@ def test_the_command_reads_files_and_writes_beside_none(tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "report/results.json").read_text()) == rows_lib.find(
         [tmp_path / "settled.json"]
     )
+
+
+def test_a_table_of_tasks_survives_what_diverged_or_is_there_twice():
+    """Numbers stood in the wrong column, and report ended in an error."""
+    gone = rows("rlrr", {("dtd", 0): 0.1}, image_size=64, train_loss=None)
+    both = rows("lora", {("dtd", 0): 0.6}, image_size=64) + rows("lora", {("dtd", 0): 0.5})
+    text = paired.by_task(rows("rlrr", B | {("dtd", 0): 0.7}) + rows("lora", A) + both + gone, "lora")
+    found = {line.split("|")[1].strip(): line.split("|")[3:-1] for line in text.splitlines()[2:]}
+    strip = {label: [cell.strip() for cell in cells] for label, cells in found.items()}
+    assert strip["rlrr"] == ["55.00 ± 2.65 %", "+3.00 (+0.52 to +5.48)", "", ""]
+    assert strip["rlrr image_size=64"] == ["", "", "diverged", ""]
+    assert strip["rlrr image_size=224"] == ["", "", "70.00 %", ""]  # against which lora?
+    other = rows("lora", {("kitti", 7): 0.9})
+    assert "55.00 ± 2.65 %" in paired.by_task(rows("rlrr", B) + other, "lora")  # no seed in common

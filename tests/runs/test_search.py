@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, suite
+from rlrr_jax import files, run_images, suite
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import crops, folds, tasks
 from rlrr_jax.errors import UserError
@@ -97,12 +97,12 @@ def test_ties_go_to_the_smaller_loss_and_then_to_the_smaller_rate(tmp_path):
 
 def test_a_choice_over_folds_goes_by_their_mean(tmp_path):
     def judge(run):
-        first = run.fold[0] == 0  # where the larger rate is much better; not so in the other two
+        first = run.fold[1] == 0  # where the larger rate is much better; not so in the other two
         return (0.9 if first else 0.6, 1.0) if run.lr == 0.03 else (0.71, 1.0)
 
     run, groups = chosen(tmp_path, judge, lr=(0.01, 0.03), folds=3)
     assert [[(tuple(r.fold), r.lr) for r in group] for group in groups] == [
-        [((i, 3), 0.01), ((i, 3), 0.03)] for i in range(3)
+        [(("train800val200", i, 3), lr) for lr in (0.01, 0.03)] for i in range(3)
     ]
     assert run.lr == 0.01 and run.val_acc == pytest.approx(0.71)
     assert run.val_tried == pytest.approx((0.7, 0.71))
@@ -150,7 +150,7 @@ def test_a_search_in_folds_trains_on_the_others_and_ends_on_all(tmp_path, capsys
     assert not problems and rows[0]["lr"] == 0.03
     found = [files.read_json(p) for p in sorted(tmp_path.glob("digits/linear/search/*/result.json"))]
     assert [(r["lr"], r["num_val"], tuple(r["config"]["fold"])) for r in found] == [
-        *((lr, 500, (i, 2)) for lr in (0.003, 0.03) for i in (0, 1)),
+        *((lr, 500, ("train800val200", i, 2)) for lr in (0.003, 0.03) for i in (0, 1)),
     ]
     means = [np.mean([r["val_acc"] for r in found if r["lr"] == lr]) for lr in (0.003, 0.03)]
     assert rows[0]["val_acc"] == pytest.approx(means[1]) and means[1] > means[0]
@@ -194,3 +194,53 @@ def test_a_forecast_counts_what_a_search_adds(tmp_path, capsys):
     assert told.title(*more) == "[4/4] digits linear seed0-lr0.09-weight_decay0-drop_path0"
     told.expect(more)
     assert len(told.number) == 4 and ConfigDict(more[0].run.to_dict()).searching
+
+
+def test_what_an_earlier_start_chose_is_not_chosen_again(tmp_path):
+    """Ties went to the smaller rate once: such a workdir goes on with what it has."""
+    (run,) = config_lib.resolve(resolved(lr=(0.01, 0.03)))
+    work = Work(run, tmp_path / "seed0", None, "x")
+    saved = {**run.to_dict(), "lr": 0.01, "val_acc": 0.9, "val_tried": [0.9, 0.9]}
+    work.folder.mkdir()
+    files.write_json(work.folder / "config.json", saved)
+    seed = run.copy_and_resolve_references()
+    seed.seed = 1
+    never = lambda works: pytest.fail("a search")
+    first, second = search.choose([Work(seed, tmp_path / "seed1", None, "y"), work], never)
+    for chosen in (first.run, second.run):
+        assert (chosen.lr, chosen.val_acc, list(chosen.val_tried)) == (0.01, 0.9, [0.9, 0.9])
+
+
+def test_a_setting_without_a_loss_wins_no_tie(tmp_path):
+    losses = {0.01: None, 0.03: 0.4}
+    run, _ = chosen(tmp_path, lambda run: (0.9, losses[run.lr]), lr=(0.01, 0.03))
+    assert run.lr == 0.03
+
+
+def test_what_rounds_to_a_tried_value_is_not_tried_again(tmp_path):
+    run, groups = chosen(tmp_path, near(1.0), lr=(0.00999, 0.01), extend=True)
+    assert lrs(groups) == [[0.00999, 0.01]] and run.lr == 0.01
+
+
+def test_folds_are_of_the_images_that_are_trained_on_in_the_end():
+    config = resolved(folds=4)
+    config.keep = "best"
+    (run,) = config_lib.resolve(config)
+    assert {next(iter(trial.fold)) for trial in search.settings(run)} == {"train800"}
+    assert run_images.splits(search.settings(run)[0]) == (
+        "train800, not fold 1/4",
+        "train800, fold 1/4",
+    )
+
+
+def test_a_split_is_read_once_for_all_its_folds(monkeypatch):
+    read = []
+    images = np.zeros((10, 2, 2, 3), np.uint8)
+    labels = np.arange(10) % 2
+    monkeypatch.setattr(suite.store, "load_split", lambda *_: (read.append(1), (images, labels))[1])
+    load = suite._data_loader(20)
+    for i in range(3):
+        for name in folds.names("train", i, 3):
+            found = load(tasks.get("digits"), name, None, None, None, None)
+            assert found is load(tasks.get("digits"), name, None, None, None, None)
+    assert len(read) == 1

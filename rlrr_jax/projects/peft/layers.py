@@ -61,9 +61,9 @@ def of_adapter(name: str, options: dict, adapter: Any, frozen: Any) -> tuple[str
     given = {**methods.options(name), **options}
     if name == "lora":
         scale = (given["alpha"] or given["rank"]) / given["rank"]
-        return "LORA", {
-            k: Low(*map(np.asarray, (x["down"], scale * x["up"]))) for k, x in adapter.items()
-        }
+        of_ranks = lambda x: x["scale"][..., None] if "scale" in x else 1.0
+        low = lambda x: Low(np.asarray(x["down"]), np.asarray(scale * of_ranks(x) * x["up"]))
+        return "LORA", {name: low(x) for name, x in adapter.items()}
     if name == "hira":
         return "HIRA", {k: Low(np.asarray(x["down"]), x["up"]) for k, x in adapter.items()}
     if name != "rlrr":

@@ -141,7 +141,13 @@ def lines(workdirs: list, mirror: bool, **where: Any) -> list[Soup]:
 def _folder(workdirs: list, row: dict) -> Any:
     """The folder of a row's run."""
     found = [rows_lib.folder(workdir, row) for workdir in workdirs]
-    return next(f for f in found if (f / "adapter.safetensors").exists())
+    there = [folder for folder in found if (folder / "adapter.safetensors").exists()]
+    if not there:
+        raise UserError(
+            f"there is no adapter of {row['task']} {row['method']} seed {row['seed']} below "
+            f"{', '.join(map(str, workdirs))}: name the workdir of its run"
+        )
+    return there[0]
 
 
 def markdown(soups: list[Soup]) -> str:

@@ -78,3 +78,14 @@ def test_one_seed_is_no_soup(workdir, tmp_path):
 )
 def test_scores_of_other_kinds(kind, shares, labels, score):
     assert soups._score(kind, np.array(labels), np.array(shares)) == score
+
+
+def test_an_adapter_that_has_gone(workdir, tmp_path):
+    for seed in (0, 1):
+        folder = tmp_path / f"digits/linear/seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_bytes(
+            (workdir / f"digits/linear/seed{seed}/result.json").read_bytes()
+        )
+    with pytest.raises(UserError, match="there is no adapter of digits linear seed 0 below"):
+        soups.lines([tmp_path], mirror=False)
