@@ -49,6 +49,7 @@ def defined(said, flat, state):
     [
         ("lora", dict(rank=2, alpha=6, targets="query+value+Dense_0")),
         ("lora", dict(rank=3, targets="key+out+Dense_1")),
+        ("lora", dict(rank=3, alpha=6, rank_scale=1.0)),
         ("hira", dict(rank=2)),
         ("rlrr", dict(rank=2, shift=False, where="mha+ffn")),
         ("rlrr", dict(shift=False, where="ffn", sides="left")),
