@@ -19,7 +19,7 @@ from rlrr_jax import files, hub, lookup, losses, methods, metrics, models, run_i
 from rlrr_jax.data import crops
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.models import vit
-from rlrr_jax.weights import names, positions, preprocessing, vit_layouts
+from rlrr_jax.weights import names, positions, values, vit_layouts
 
 FORMAT = 1  # of the card
 
@@ -210,7 +210,7 @@ def _check_answers(card):
 def _check_run(card):
     """ValueError (or whatever a strange card raises) unless images can be brought to the model."""
     run = ConfigDict(card["config"])
-    preprocessing.check(run.model.gelu or "exact", run.pretrained.mean, run.pretrained.std)
+    values.check(run.model.gelu or "exact", run.pretrained.mean, run.pretrained.std)
     if not isinstance(run.pretrained.name, str) or not isinstance(card["accuracy"], dict):
         raise ValueError("its backbone has no name, or its accuracies are none")
     if not card["classes"] or not all(isinstance(name, str) for name in card["classes"]):

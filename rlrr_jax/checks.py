@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from rlrr_jax import backend, lookup, losses, models, optim
 from rlrr_jax.data import crops, decoding, sources
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.weights import names, positions, preprocessing
+from rlrr_jax.weights import names, positions, values
 
 PROTOCOLS = ("official", "fast", "vtab", "tune")
 GRID = ("lr", "weight_decay", "drop_path")  # what the protocol "vtab" chooses
@@ -169,7 +169,7 @@ def _check_pixels(mean, std):
         raise UserError("config.pretrained.mean and config.pretrained.std go together: set both")
     if mean is not None:
         try:
-            preprocessing.check("exact", mean, std)
+            values.check("exact", mean, std)
         except ValueError as e:
             raise UserError(f"config.pretrained: {e} (of red, green and blue): set them so") from e
 
@@ -235,6 +235,34 @@ def has(config: Any, key: str) -> bool:
             return False
         config = config[name]
     return last in config and not isinstance(config[last], ConfigDict)
+
+
+def family(run: ConfigDict) -> None:
+    """UserError for a key that does nothing for models of the variant's family."""
+    variant = run.model.variant
+    unused = [] if models.is_vit(variant) else ["model.depth"]
+    unused += [] if models.embeds_positions(variant) else ["pretrained.grid", "pretrained.resize"]
+    unused += [] if models.family(variant) == "vit" else ["pretrained.resize_patch"]
+    for key in unused:
+        node, last = group(run, key)
+        if node[last]:
+            raise UserError(f"config.{key} is of no use for {variant}: leave it out")
+    if run.model.block is not None and not models.is_vit(variant):
+        raise UserError(
+            f"the block {run.model.block} (config.model.block, or method {run.method}) is of ViTs: "
+            f"take one, or another method for {variant}"
+        )
+    if variant.startswith("resnet") and run.model.norm_eps is not None:
+        raise UserError(f"config.model.norm_eps is of no use for {variant}: leave it out")
+
+
+def depth(run: ConfigDict) -> None:
+    """UserError unless the number of blocks fits the model."""
+    variant, number = run.model.variant, run.model.depth
+    if number is not None and number >= (blocks := models.sizes(variant)["depth"]):
+        raise UserError(
+            f"config.model.depth={number} must be less than the {blocks} of {variant}: leave it out"
+        )
 
 
 def heads(variant: str, number: int | None) -> None:

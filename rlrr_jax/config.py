@@ -281,8 +281,8 @@ def _resolve_one(
     checks.fill(run.model, "variant", "bundled" if bundled else "B/16")
     if run.pretrained.name is None:
         run.pretrained.name = _default_weights(run.model.variant)
-    _check_family(run)
-    _check_depth(run)
+    checks.family(run)
+    checks.depth(run)
     # Others than the JAX weights say their GELU when they are there: `follow`.
     if "gelu" in models.attributes(run.model.variant) and preprocessing.of_jax(run.pretrained.name):
         checks.fill(run.model, "gelu", preprocessing.JAX.gelu)
@@ -316,34 +316,6 @@ def _folds(run: ConfigDict) -> int:
             f"lower it"
         )
     return run.grid.folds
-
-
-def _check_family(run: ConfigDict) -> None:
-    """UserError for a key that does nothing for models of the variant's family."""
-    variant = run.model.variant
-    unused = [] if models.is_vit(variant) else ["model.depth"]
-    unused += [] if models.embeds_positions(variant) else ["pretrained.grid", "pretrained.resize"]
-    unused += [] if models.family(variant) == "vit" else ["pretrained.resize_patch"]
-    for key in unused:
-        node, last = checks.group(run, key)
-        if node[last]:
-            raise UserError(f"config.{key} is of no use for {variant}: leave it out")
-    if run.model.block is not None and not models.is_vit(variant):
-        raise UserError(
-            f"the block {run.model.block} (config.model.block, or method {run.method}) is of ViTs: "
-            f"take one, or another method for {variant}"
-        )
-    if variant.startswith("resnet") and run.model.norm_eps is not None:
-        raise UserError(f"config.model.norm_eps is of no use for {variant}: leave it out")
-
-
-def _check_depth(run: ConfigDict) -> None:
-    """UserError unless the number of blocks fits the model."""
-    variant, depth = run.model.variant, run.model.depth
-    if depth is not None and depth >= (blocks := models.sizes(variant)["depth"]):
-        raise UserError(
-            f"config.model.depth={depth} must be less than the {blocks} of {variant}: leave it out"
-        )
 
 
 def _fill_recipe(run: ConfigDict) -> None:

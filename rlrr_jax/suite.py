@@ -14,19 +14,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import files, heads, lookup, report, run_images, run_model
-from rlrr_jax.data import cache, crops, folds, store
+from rlrr_jax import files, heads, report, run_images, run_model
+from rlrr_jax.data import cache, crops, store
 from rlrr_jax.data.examples import SHOWN, Unusable
 from rlrr_jax.data.task import Task
 from rlrr_jax.errors import UserError, first_line
 from rlrr_jax.results import logs
 from rlrr_jax.results import rows as rows_lib
-from rlrr_jax.runs import group, identity, parts, search, workdir
+from rlrr_jax.runs import group, identity, loaders, parts, search, workdir
 from rlrr_jax.runs.forecast import Forecast
 from rlrr_jax.runs.parts import Part
 from rlrr_jax.runs.workdir import Work
@@ -340,55 +339,10 @@ def open_weights(works: list[Work]) -> group.Loaders:
     _check_alike(mine, _OTHER_WEIGHTS)
     for work in works:
         workdir.check_folder(work, weights[work.run.pretrained.name][1])
-    load_weights = weights_reader(weights)
+    load_weights = loaders.weights_reader(weights, _print)
     load_weights(works[0].run, run_model.build_model(works[0].run))  # a misfit is no task's fault
     folds_of = max(work.run.grid.folds if "grid" in work.run else 0 for work in works)
-    return group.Loaders(weights, load_weights, _data_loader(8 + 2 * folds_of), {})
-
-
-def weights_reader(weights: dict[str, tuple[str, str]]) -> Callable:
-    """A function `(run, model) -> frozen` that reads each file once, though heads differ by task.
-
-    Args:
-      weights: name -> path and SHA-256.
-    """
-    last: dict = {}  # of one file, which most suites have
-
-    def read(run: Any, model: Any) -> dict:
-        path, _ = weights[run.pretrained.name]
-        headless = model.clone(num_classes=1)
-        key = path, run_images.size_of(run), run.pretrained.to_json(), headless
-        if key not in last:
-            last.clear()
-            last[key] = run_model.load_weights(run, path, headless, note=_print)
-            for name in lookup.names("weights"):
-                if text := lookup.find("weights", name)(last[key]):
-                    _print(f"warning: {run.pretrained.name} {text}")
-        width = len(last[key]["head"]["kernel"])
-        head: dict = {"kernel": np.zeros((width, model.num_classes), np.float32)}
-        head["bias"] = np.zeros(model.num_classes, np.float32)
-        return {**last[key], "head": head}
-
-    return read
-
-
-def _data_loader(most: int) -> Callable:
-    """A function that gives images and labels of a split or a fold, and keeps the last so many."""
-
-    @functools.lru_cache(most)
-    def load(
-        task: Task, split: str, pixels: Any, found: Any, cache_dir: str | None, crop: tuple | None
-    ) -> tuple:
-        """Where `crop` says so, the crops of a seed."""
-        if fold := folds.parse(split):
-            images, labels = load(task, fold.whole, pixels, found, cache_dir, crop)
-            which = folds.pick(fold, labels)
-            return images.picked(which) if crop else folds.Picked(images, which), labels[which]
-        if crop:
-            return store.load_crops(task, split, pixels, crop, found)
-        return store.load_split(task, split, pixels, found, cache_dir)
-
-    return load
+    return group.Loaders(weights, load_weights, loaders.images_reader(8 + 2 * folds_of), {})
 
 
 @functools.cache

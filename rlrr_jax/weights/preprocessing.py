@@ -12,7 +12,7 @@ import safetensors
 from rlrr_jax import models
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit
-from rlrr_jax.weights import architectures, positions, state_dicts
+from rlrr_jax.weights import architectures, positions, state_dicts, values
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -180,17 +180,6 @@ def _by_name(texts: list[str], path: pathlib.Path, heads: int | None) -> Card:
     return card._replace(by_name=mean is not None, variant=(found and found.variant) or None)
 
 
-def check(gelu: str, mean: Any, std: Any) -> None:
-    """ValueError unless these can be a GELU, and three means and standard deviations."""
-    if gelu not in ("tanh", "exact", "quick"):
-        raise ValueError(f"unknown GELU {gelu!r}")
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
-    for what, values in {"mean": mean, "std": std}.items():
-        good = isinstance(values, list | tuple) and len(values) == 3 and all(map(number, values))
-        if not good or (what == "std" and min(values) <= 0):
-            raise ValueError(f"{what} {values!r} is not three numbers")
-
-
 def _header(path):
     """What our own export wrote into a file."""
     try:
@@ -203,9 +192,9 @@ def _header(path):
     card = _card(said.get("gelu") or "exact", said, path, "its header")
     heads, eps = said.get("num_heads"), said.get("norm_eps")
     try:
-        heads = heads if heads is None else _whole(heads, "num_heads")
-        eps = eps if eps is None else _epsilon(eps)
-        size = _size(said.get("image_size"))
+        heads = heads if heads is None else values.whole(heads, "num_heads")
+        eps = eps if eps is None else values.epsilon(eps)
+        size = values.size(said.get("image_size"))
     except (ValueError, TypeError) as e:
         raise UserError(f"what its header says of {path} is damaged ({e}): export it again") from e
     return card._replace(image_size=size, num_heads=heads, norm_eps=eps)
@@ -319,9 +308,9 @@ def _timm(said, config):
     if heads is None and found and found.variant and models.is_vit(found.variant):
         heads = found.num_heads or models.sizes(found.variant)["num_heads"]
     return card._replace(
-        image_size=_size(size and list(size)[1:]),
+        image_size=values.size(size and list(size)[1:]),
         pooling=model.get("global_pool", said.get("global_pool")),
-        num_heads=heads if heads is None else _whole(heads, "num_heads"),
+        num_heads=heads if heads is None else values.whole(heads, "num_heads"),
         resize="bicubic",
         norm_eps=found and found.norm_eps,
         variant=(found and found.variant) or None,
@@ -341,15 +330,15 @@ def _hf(said, config):
     gelu = "exact" if gated else _activation(said.get("hidden_act", default.gelu), config)
     mean, std = _processor(config)
     size = said.get("image_size")
-    eps, notes = _epsilon(said.get("layer_norm_eps", default.eps)), ()
+    eps, notes = values.epsilon(said.get("layer_norm_eps", default.eps)), ()
     if kind == "convnext" and eps != default.eps:  # which is its last norm's alone
         text = f"{config} gives the last norm an epsilon of {eps:g}: {default.eps:g} is taken for all"
         eps, notes = default.eps, (f"{text}, as in the original",)
     heads = said.get("num_heads" if kind in ("swin", "swinv2") else "num_attention_heads", 12)
     return Card(
         *(gelu, mean, std, f"{config.name} says so"),
-        image_size=_size(size),
-        num_heads=heads if isinstance(heads, list) else _whole(heads, "num_attention_heads"),
+        image_size=values.size(size),
+        num_heads=heads if isinstance(heads, list) else values.whole(heads, "num_attention_heads"),
         norm_eps=eps,
         resize=default.resize,
         notes=notes,
@@ -375,7 +364,7 @@ def _processor(config):
             three(0.0 if plain else said["image_mean"]),
             three(1.0 if plain else said.get("image_std")),
         )
-        check("exact", mean, std)
+        values.check("exact", mean, std)
         if not isinstance(factor, int | float) or not 0 < factor < 1e9:
             raise ValueError(f"its rescale_factor is {factor!r}")
     except (ValueError, AttributeError, TypeError, RecursionError) as e:
@@ -391,33 +380,10 @@ def _activation(name, config):
     return _ACTIVATIONS[name]
 
 
-def _whole(value, what):
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1000:
-        raise ValueError(f"{what} {value!r} is no number of heads")
-    return value
-
-
-def _epsilon(value):
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1:
-        raise ValueError(f"epsilon {value!r} is no small number above 0")
-    return float(value)
-
-
-def _size(value):
-    """A side, or (height, width) where they differ; None for none. ValueError for what is no size."""
-    sides = list(value) if isinstance(value, list | tuple) else [value]
-    if value is None or not sides:
-        return None
-    whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 < x <= 1 << 14 for x in sides)
-    if not whole or len(sides) > 2:
-        raise ValueError(f"image size {value!r} is no size in pixels")
-    return sides[0] if len(set(sides)) == 1 else tuple(sides)
-
-
 def _card(gelu, pixels, path, source):
     try:
         mean, std = pixels.get("mean"), pixels.get("std")
-        check(gelu, mean, std)
+        values.check(gelu, mean, std)
     except (ValueError, AttributeError) as e:
         raise UserError(f"what {source} says of {path} is damaged ({e}): replace or remove it") from e
     return Card(gelu, tuple(mean), tuple(std), f"{source} says so")

@@ -10,7 +10,7 @@ from rlrr_jax.configs import vtab
 from rlrr_jax.data import crops, folds, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import tables
-from rlrr_jax.runs import forecast, search
+from rlrr_jax.runs import forecast, loaders, search
 from rlrr_jax.runs.workdir import Work
 
 
@@ -237,8 +237,8 @@ def test_a_split_is_read_once_for_all_its_folds(monkeypatch):
     read = []
     images = np.zeros((10, 2, 2, 3), np.uint8)
     labels = np.arange(10) % 2
-    monkeypatch.setattr(suite.store, "load_split", lambda *_: (read.append(1), (images, labels))[1])
-    load = suite._data_loader(20)
+    monkeypatch.setattr(loaders.store, "load_split", lambda *_: (read.append(1), (images, labels))[1])
+    load = loaders.images_reader(20)
     for i in range(3):
         for name in folds.names("train", i, 3):
             found = load(tasks.get("digits"), name, None, None, None, None)
