@@ -268,6 +268,9 @@ def test_planning(text, tmp_path):
 
 @pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "report"])
 def test_commands_on_finished_runs(text, tuned_runs, tmp_path):
+    if text.endswith(".json"):  # rows that are here
+        assert " against rlrr" in run([*program(text), "--out", tmp_path], ROOT)
+        return
     *words, workdir = [word.replace(" precision=bfloat16", "") for word in program(text)]
     (tmp_path / workdir).parent.mkdir(parents=True)
     (tmp_path / workdir).symlink_to(tuned_runs)

@@ -62,6 +62,7 @@ def test_analysing(text, tuned_runs, tmp_path):
     assert "digits" in out and list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_seeds_are_put_together_as_the_page_says(tmp_path):
     """The trained runs of the other tests have one seed each."""
     (text,) = (t for t in COMMANDS if kind(t) == "soups")
