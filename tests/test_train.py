@@ -65,6 +65,7 @@ KEYS = {
         "restarts",
         "warmup_epochs",
         "val_tried",
+        "tried",
     ),
     *("options", "grid", "model", "attention", "resize", "config", "setting", "line", "cores"),
     *("head_params", "train_loss", "val_acc", "test_acc_final", "test_acc_best", "best_epoch"),

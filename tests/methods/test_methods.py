@@ -53,7 +53,7 @@ OPTIONS = [
     ("pissa", dict(rank=3, targets="key+Dense_0")),
     ("hira", dict(rank=3, targets="query+Dense_1")),
 ]
-QUICK = (0, 5, 12)  # of the options; the others with -m slow
+QUICK = (0, 12)  # of the options; the others with -m slow
 OPTIONS = [
     case if i in QUICK else pytest.param(*case, marks=pytest.mark.slow)
     for i, case in enumerate(OPTIONS)
@@ -323,7 +323,7 @@ def test_unknown_names_are_answered_with_the_nearest():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("rlrr", dict(init="zeros"), "unknown init 'zeros' of method 'rlrr': use paper, damped"),
+        ("rlrr", dict(init="zeros"), "unknown init 'zeros' of method 'rlrr': use paper, scaled"),
         ("rlrr", dict(sides="up"), "use both, left, right"),
         ("rlrr", dict(rank=0), "option rank=0 must be a whole number greater than 0"),
         ("rlrr", dict(rank=2, sides="left"), "rank=2 needs both sides"),
