@@ -48,14 +48,16 @@ def arguments():
 
 
 def key(row):
-    """A line's method as benchmarks/step.py names it: `"rlrr/init=scaled/rank=4"`."""
-    return "/".join([row["method"], *(f"{k}={v}" for k, v in sorted(row["method_kwargs"].items()))])
+    """A line's method as benchmarks/step.py names it, `"rlrr/rank=4"`; its start costs nothing."""
+    options = [f"{k}={v}" for k, v in sorted(row["method_kwargs"].items()) if k != "init"]
+    return "/".join([row["method"], *options])
 
 
 def costs(cases, images):
     """Method -> seconds of so many training images, and GiB of its training program."""
     speed = lambda case: images / statistics.median(case["train"])
-    name = lambda text: "/".join([text.split("/")[0], *sorted(text.split("/")[1:])])
+    plain = lambda words: [word for word in sorted(words) if not word.startswith("init=")]
+    name = lambda text: "/".join([text.split("/")[0], *plain(text.split("/")[1:])])
     return {name(case["method"]): (speed(case), case["train_gib"]) for case in cases}
 
 
