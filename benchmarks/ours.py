@@ -59,7 +59,7 @@ class Ours:
         self.mesh = mesh_lib.make_mesh(jax.devices(), trials)
         name, *options = method.split("/")
         pairs = [option.partition("=") for option in options]
-        self.method = methods.get(name, **{key: config._literal(value) for key, _, value in pairs})
+        self.method = methods.get(name, **{key: config.literal(value) for key, _, value in pairs})
         net = self.model, self.method, models.shapes(self.model, size)
         self.recipe = Recipe(
             model=self.model,

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlrr_jax import cards, files, hub, lookup, methods, models, run_images, run_model
+from rlrr_jax import cards, evaluate, files, hub, lookup, methods, models, run_images, run_model
 from rlrr_jax.cards import Adapter
 from rlrr_jax.data import cache, resize, store
 from rlrr_jax.errors import UserError, first_line
@@ -54,6 +55,23 @@ class Tuned(NamedTuple):
             )
         how = cards.pixels(self.card), self.card["config"]["precision"]
         return _logits(self.model, *how)(self.params, images)
+
+    def every(
+        self, images: Any, size: int, done: Callable[[int], Any] = lambda number: None
+    ) -> np.ndarray:
+        """Logits [N, classes] of many images, in batches of one shape.
+
+        Args:
+          images: uint8 [N, h, w, 3], of which slices are read.
+          size: number of images in a batch.
+          done: function called after each batch with its number of images.
+        """
+        found, size = [], min(size, len(images))
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            found.append(np.asarray(self.logits(evaluate.pad(batch, size)))[: len(batch)])
+            done(len(batch))
+        return np.concatenate(found)
 
 
 @functools.lru_cache(16)

@@ -59,11 +59,11 @@ def check(config: ConfigDict) -> None:
         if config[key] is None:
             raise UserError(f"config.{key} must have a value: leave it as it is, or set one")
     for key, allowed in CHOICES.items():
-        value = _at(config, key)
+        value = at(config, key)
         if value is not None and value not in allowed:
             raise unknown(f"value of config.{key}", value, allowed)
     for key in POSITIVE:
-        value = _at(config, key)
+        value = at(config, key)
         if value is not None and not value > 0:  # NaN is not, either
             raise UserError(f"config.{key}={value} must be greater than 0")
     hyper("config", {key: config[key] for key in GRID if config[key] is not None})
@@ -202,7 +202,8 @@ def _whole(value):
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _at(config, key):
+def at(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
     node, last = group(config, key)
     return node[last]
 

@@ -118,7 +118,7 @@ def _names(text: str | None) -> list[str]:
     return list(dict.fromkeys(name for name in re.split(r"[+,]", text or "") if name))
 
 
-def _literal(text: Any) -> Any:
+def literal(text: Any) -> Any:
     """`"4"` -> 4, `"(1, 2)"` -> (1, 2); other strings stay."""
     try:
         return ast.literal_eval(text)
@@ -128,7 +128,7 @@ def _literal(text: Any) -> Any:
 
 def _overrides(config: ConfigDict, chosen: list[str]) -> list[tuple[str, dict, dict]]:
     """Methods with their options and changed keys: an item for each combination in `config.runs`."""
-    shared = {key: _literal(value) for key, value in config.method_kwargs.items()}
+    shared = {key: literal(value) for key, value in config.method_kwargs.items()}
     entries = ({},) if config.runs is None else config.runs
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(
@@ -363,6 +363,7 @@ def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
       mine: the method's own values for the task.
     """
     grid = run.grid.to_dict()
+    grid["times_own_lr"] = grid["times_own_lr"] and run.lr is None
     if grid["times_own_lr"]:
         grid["times_own_lr"] = grid["lr"]
         grid["lr"] = tuple(float(f"{mine['lr'] * times:.3g}") for times in grid["lr"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rlrr_jax import adapters, cards, evaluate, files, metrics, run_images
+from rlrr_jax import adapters, cards, files, metrics, run_images
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results import sections, tables
@@ -39,15 +39,11 @@ def answer(folder: Any, progress: bool = True, **where: Any) -> Answers:
     split = run_images.tested(run) or run_images.splits(run)[1]
     images, labels = adapters.images(adapter, split)
     tuned, task = adapters.load(adapter, None, **where), run_images.task_of(run)
-    size, found = min(run.eval_batch_size, len(labels)), []
     with tqdm(total=len(labels), desc=str(folder), unit="img", disable=not progress) as bar:
-        for start in range(0, len(labels), size):
-            batch = images[start : start + size]
-            found.append(np.asarray(tuned.logits(evaluate.pad(batch, size)))[: len(batch)])
-            bar.update(len(batch))
+        logits = tuned.every(images, run.eval_batch_size, bar.update)
     said, (deviation, mean) = cards.answers(card), task.unit
     labels = np.float64(labels) * deviation + mean if task.kind == "value" else labels
-    shares = metrics.KINDS[task.kind].shares(np.concatenate(found))
+    shares = metrics.KINDS[task.kind].shares(logits)
     given = np.array(said["thresholds"]), lambda i: images[i : i + 1][0]
     return Answers(task.kind, np.asarray(labels), shares, card["classes"], *given)
 

@@ -23,9 +23,9 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
     Raises UserError if there is no finished run, or if two workdirs disagree about one.
     """
     paths = [epath.Path(w).expanduser() for w in workdirs]
-    folders = [path for path in paths if path.suffix != ".json"]
+    folders = _folders(paths)
     out = epath.Path(out or (folders[0] if folders else "report")).expanduser()
-    found = rows.find(paths)
+    found = rows.find(folders, [path for path in paths if path not in folders])
     if not found:
         raise UserError(f"there is no finished run in {', '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
@@ -54,6 +54,11 @@ def collect(*workdirs: Any, out: Any = None) -> list[dict]:
     return found
 
 
+def _folders(paths: list) -> list:
+    """Those that are workdirs, and no files of rows."""
+    return [path for path in paths if path.suffix != ".json" or path.is_dir()]
+
+
 def show(found: list[dict]) -> str:
     """What is printed at the end: the table of tasks where there are several, else of runs."""
     lines = vtab_table.lines(found)
@@ -80,8 +85,8 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the files; WORKDIR if it is one, else ./report")
     parser.add_argument("--against", help="a method: paired differences to it, with intervals")
     args = parser.parse_args()
-    folders = [w for w in args.workdirs if not w.endswith(".json")]
-    out = args.out or (folders[0] if args.workdirs == folders[:1] else "report")
+    folders = _folders([epath.Path(w).expanduser() for w in args.workdirs])
+    out = args.out or (folders[0] if len(args.workdirs) == len(folders) == 1 else "report")
     found = collect(*args.workdirs, out=out)
     print(show(found))
     if args.against:
@@ -92,7 +97,7 @@ def main() -> None:
         with (epath.Path(out).expanduser() / "results.md").open("a") as file:
             file.write(f"\n{text}\n")
     for workdir in folders:
-        print(*rows.unfinished(epath.Path(workdir).expanduser()), sep="\n", end="")
+        print(*rows.unfinished(workdir), sep="\n", end="")
     print(f"\nfiles: {out}")
 
 

@@ -67,7 +67,8 @@ def together(runs: list[ConfigDict]) -> Iterator[list[ConfigDict]]:
         for _, part in itertools.groupby(alike, lambda run: run.trial):
             first = next(part)
             if first.protocol == "vtab":
-                yield from search.alike(search.settings(first))
+                folds = itertools.groupby(search.settings(first), lambda run: run.get("fold"))
+                yield from (list(fold) for _, fold in folds)
         for run in alike:
             if run.protocol == "vtab":  # which it chooses; no program depends on it
                 run.update({key: run.grid[key][0] for key in GRID})

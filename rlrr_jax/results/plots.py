@@ -4,6 +4,7 @@ import io
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rlrr_jax import files
@@ -122,14 +123,18 @@ def histories(workdir: Any, rows: list[dict]) -> dict[str, list[dict]]:
     return {f"{row['task']} {name}": read(row) for row, name in zip(rows, names)}
 
 
-def comparison(groups: list[list[dict]]) -> bytes:
+def comparison(groups: list[list[dict]], seconds: Callable | None = None) -> bytes:
     """A PNG with test accuracy against the number of trained values, for each task.
 
     Args:
       groups: lists of rows, see `rows.fold`.
+      seconds: function from a row to the seconds of its training, or None where they are not known: a
+        second line of panels shows them.
     """
     names = list(dict.fromkeys(group[0]["task"] for group in groups))
-    figure, axes = subplots(1, len(names), (2.5 + 4.5 * len(names), 4.5))
+    places = [lambda row: row["trainable_params"], *([seconds] if seconds else [])]
+    size = 2.5 + 4.5 * len(names), 4.5 * len(places)
+    figure, axes = subplots(len(places), len(names), size)
     order = lambda group: group[0]["trainable_params"]
     groups = sorted(groups, key=order)
     labels = tables.labels(groups)
@@ -138,14 +143,16 @@ def comparison(groups: list[list[dict]]) -> bytes:
     }
     drawn = {}
     for group, label in zip(groups, labels):
-        axis = axes[0][names.index(group[0]["task"])]
+        column = names.index(group[0]["task"])
         values = [100 * row["test_acc_final"] for row in group if row["test_acc_final"] is not None]
         if not values:
             continue
         error = statistics.stdev(values) if len(values) > 1 else None
         colour, mark = styles[label]
         style = dict(color=colour, fmt=mark, ms=6, capsize=2)
-        drawn[label] = axis.errorbar(order(group), statistics.mean(values), error, **style)
+        for line, place in zip(axes, places):
+            if (x := place(group[0])) is not None:
+                drawn[label] = line[column].errorbar(x, statistics.mean(values), error, **style)
     for axis, name in zip(axes[0], names):
         axis.set_xscale("symlog", linthresh=1000, linscale=0.5)
         axis.set_xticks([0, *(10**k for k in range(3, 9) if 10**k <= 3 * max(map(order, groups)))])
@@ -154,6 +161,10 @@ def comparison(groups: list[list[dict]]) -> bytes:
         what = {"map": "test mAP", "r2": "100 x test R²"}.get(score or "", "test accuracy")
         unit = "" if score == "r2" else " [%]"
         axis.set(title=name, xlabel="trained values without the head", ylabel=f"{what}{unit}")
+        axis.grid(alpha=0.3)
+    for above, axis in zip(axes[0], axes[-1] if seconds else ()):
+        axis.set(xlabel="seconds of training, a run", ylabel=above.get_ylabel())
+        axis.margins(x=0.1)
         axis.grid(alpha=0.3)
     figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=9)
     return png(figure)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -144,40 +145,43 @@ def _effort(job: Any, clock: Any) -> dict:
     }
 
 
-def find(workdirs: list) -> list[dict]:
+def find(workdirs: list, saved: Iterable = ()) -> list[dict]:
     """Rows of all finished runs below workdirs, each once, in the order of tasks.
 
     Args:
-      workdirs: folders, or files such as `results.json` that have the rows of some.
+      workdirs: folders.
+      saved: files such as `results.json` that have the rows of some.
 
-    Raises UserError if two workdirs disagree about one.
+    Raises UserError if two disagree about one.
     """
+    every = [(read(p), p) for w in workdirs for p in files.below(w, "*", "*", "seed*", "result.json")]
+    every += [(row, path) for path in saved for row in _saved(path)]
     found: dict[str, tuple[dict, Any]] = {}
-    for workdir in workdirs:
-        for row, path in _rows_of(epath.Path(workdir)):
-            other, where = found.setdefault(row["identity"], (row, path))
-            if any(other[key] != row[key] for key in COMPARED):
-                raise UserError(
-                    f"{where} and {path} are results of the same run that differ: leave one out"
-                )
+    for row, path in every:
+        other, where = found.setdefault(row["identity"], (row, path))
+        if any(other[key] != row[key] for key in COMPARED):
+            raise UserError(
+                f"{where} and {path} are results of the same run that differ: leave one out"
+            )
     order = {name: i for i, name in enumerate(tasks.TASKS)}
     rank = lambda row: order.get(row["task"], len(order))
     key = lambda row: (rank(row), row["method"], row["seed"], row["identity"])
     return sorted((row for row, _ in found.values()), key=key)
 
 
-def _rows_of(workdir: Any) -> list[tuple[dict, Any]]:
-    """The rows of a workdir, or of a file of rows, and where each is."""
-    if workdir.suffix != ".json":
-        return [(read(p), p) for p in files.below(workdir, "*", "*", "seed*", "result.json")]
+def _saved(path: Any) -> list[dict]:
+    """The rows in a file."""
+    path = epath.Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: name a results.json, or a workdir")
     try:
-        rows = [dict(row) for row in json.loads(workdir.read_text())]
-    except (OSError, ValueError, TypeError) as e:
-        why = first_line(e)
-        raise UserError(f"{workdir} has no rows of results ({why}): name a results.json") from e
-    if any(_NEEDED - row.keys() for row in rows):
-        raise UserError(f"{workdir} has rows that no run wrote whole: name a results.json")
-    return [(row, workdir) for row in rows]
+        rows = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is no JSON ({first_line(e)}): name a results.json") from e
+    whole = lambda row: isinstance(row, dict) and row.keys() >= _NEEDED
+    if not isinstance(rows, list) or not rows or not all(map(whole, rows)):
+        raise UserError(f"{path} is no list of rows that runs wrote: name a results.json")
+    return rows
 
 
 def read(path: Any) -> dict:

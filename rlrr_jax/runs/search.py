@@ -84,11 +84,6 @@ def _trial(run: ConfigDict, change: dict, fold: tuple[str, int, int] | None) -> 
     return trial
 
 
-def alike(runs: list[ConfigDict]) -> list[list[ConfigDict]]:
-    """What `settings` returns, in groups that train on the same images."""
-    return [list(part) for _, part in itertools.groupby(runs, lambda run: run.get("fold"))]
-
-
 def trials(work: Work, changes: Iterable[dict] | None = None) -> list[Work]:
     """The runs that a run of the protocol "vtab" chooses from, see `settings`."""
     out = []
@@ -170,15 +165,10 @@ def _measured(
     out = []
     for i in range(each):
         run, same = works[i].run, rows[i::each]  # one of each fold
-        values = {key: _at(run, key) for key in keys}
+        values = {key: checks.at(run, key) for key in keys}
         task, weights = run_images.task_of(run), run.get("class_weights")
         out.append(Tried(values, *_means(same, answers.chooses(task, weights))))
     return out
-
-
-def _at(run: ConfigDict, key: str) -> float:
-    node, last = checks.group(run, key)
-    return node[last]
 
 
 def _means(rows: list[dict], score: str) -> tuple[float | None, float | None, float]:

@@ -119,17 +119,23 @@ def test_a_table_of_tasks_has_scores_and_differences_of_each():
 def test_rows_are_read_from_a_file_as_from_a_workdir(tmp_path):
     every = rows("rlrr", B) + rows("lora", A)
     (tmp_path / "settled.json").write_text(json.dumps(every))
-    found = rows_lib.find([tmp_path / "settled.json"])
+    found = rows_lib.find([], [tmp_path / "settled.json"])
     assert paired.table(found, "lora") == paired.table(every, "lora")
-    for text, why in [("[1]", "'int' object is not iterable"), ("{", "Expecting property name")]:
+    for text in ("[1]", "[]", "{}", '[{"identity": "a"}]'):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match=f"bad.json has no rows of results .*{why}.*: name a"):
-            rows_lib.find([tmp_path / "bad.json"])
-    with pytest.raises(UserError, match="no.json has no rows of results"):
-        rows_lib.find([tmp_path / "no.json"])
-    (tmp_path / "half.json").write_text(json.dumps([{"identity": "a"}]))
-    with pytest.raises(UserError, match="half.json has rows that no run wrote whole"):
-        rows_lib.find([tmp_path / "half.json"])
+        with pytest.raises(UserError, match="bad.json is no list of rows that runs wrote: name a"):
+            rows_lib.find([], [tmp_path / "bad.json"])
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="bad.json is no JSON .*: name a results.json"):
+        rows_lib.find([], [tmp_path / "bad.json"])
+    with pytest.raises(
+        UserError, match="there is no file .*no.json: name a results.json, or a workdir"
+    ):
+        rows_lib.find([], [tmp_path / "no.json"])
+    with pytest.raises(UserError, match="are results of the same run that differ"):
+        other = [{**every[0], "test_acc_final": 0.1}]
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        rows_lib.find([], [tmp_path / "settled.json", tmp_path / "other.json"])
 
 
 def test_the_command_reads_files_and_writes_beside_none(tmp_path, monkeypatch, capsys):
@@ -142,7 +148,7 @@ def test_the_command_reads_files_and_writes_beside_none(tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     assert "dtd against lora |" in said and "files: report" in said
     assert json.loads((tmp_path / "report/results.json").read_text()) == rows_lib.find(
-        [tmp_path / "settled.json"]
+        [], [tmp_path / "settled.json"]
     )
 
 

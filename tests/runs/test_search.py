@@ -10,7 +10,7 @@ from rlrr_jax.configs import vtab
 from rlrr_jax.data import crops, folds, tasks
 from rlrr_jax.errors import UserError
 from rlrr_jax.results import tables
-from rlrr_jax.runs import forecast, loaders, search
+from rlrr_jax.runs import forecast, identity, loaders, search
 from rlrr_jax.runs.workdir import Work
 
 
@@ -244,3 +244,15 @@ def test_a_split_is_read_once_for_all_its_folds(monkeypatch):
             found = load(tasks.get("digits"), name, None, None, None, None)
             assert found is load(tasks.get("digits"), name, None, None, None, None)
     assert len(read) == 1
+
+
+def test_a_given_learning_rate_is_another_line_than_a_searched_one():
+    """Both were put into one line of a suite's table, which ended a finished start in an error."""
+    lines = []
+    for lr in (None, 0.01):
+        config = resolved(times_own_lr=True, lr=(1.0, 3.0))
+        config.lr = lr
+        (run,) = config_lib.resolve(config)
+        lines.append(identity.digests(identity.described(run))["line"])
+        assert bool(run.grid.times_own_lr) == (lr is None)
+    assert lines[0] != lines[1] and list(run.grid.lr) == [0.01]

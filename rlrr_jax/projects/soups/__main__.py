@@ -8,7 +8,6 @@ Nothing is chosen: every seed goes in. Writes `soups.md` and `soups.json`.
 
 import functools
 import statistics
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from etils import epath
 from scipy import special
 from tqdm import tqdm
 
-from rlrr_jax import adapters, evaluate, files, metrics, run_images
+from rlrr_jax import adapters, files, metrics, run_images
 from rlrr_jax.errors import Parser, UserError, one_sentence
 from rlrr_jax.results import rows as rows_lib
 from rlrr_jax.results import tables
@@ -54,6 +53,19 @@ class Soup(NamedTuple):
     mirrored: list | None
 
 
+class Mirrored:
+    """Images [N, h, w, 3], left to right; a slice of them is read when it is wanted."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return self.images[index][:, :, ::-1]
+
+
 def soup(label: str, folders: list, mirror: bool, **where: Any) -> Soup:
     """The `Soup` of the runs in some folders.
 
@@ -70,17 +82,13 @@ def soup(label: str, folders: list, mirror: bool, **where: Any) -> Soup:
     task, backbone = run_images.task_of(run), adapters.backbone(trained[0], **where)
     images, labels = adapters.images(trained[0], "test")
     shares = metrics.KINDS[task.kind].shares
-    views = [lambda x: x, lambda x: np.ascontiguousarray(x[:, :, ::-1])][: 1 + mirror]
+    views = [images, Mirrored(images)][: 1 + mirror]
     total, each = None, []
     with tqdm(total=len(views) * len(labels) * (len(trained) + 1), unit="img", desc=label) as bar:
 
         def answered(tuned: adapters.Tuned) -> list[np.ndarray]:
-            found = []
-            for view in views:
-                batches = _batches(images, run.eval_batch_size, bar)
-                logits = [np.asarray(tuned.logits(view(x)))[:n] for x, n in batches]
-                found.append(shares(np.float64(np.concatenate(logits))))
-            return found
+            every = [tuned.every(view, run.eval_batch_size, bar.update) for view in views]
+            return [shares(np.float64(logits)) for logits in every]
 
         for adapter in trained:
             tuned = adapters.load(adapter, backbone)
@@ -98,15 +106,6 @@ def soup(label: str, folders: list, mirror: bool, **where: Any) -> Soup:
     seeds = [adapter.run.seed for adapter in trained]
     name = metrics.KINDS[task.kind].score
     return Soup(run.task, label, seeds, name, *rows[0], rows[1] if mirror else None)
-
-
-def _batches(images: Any, size: int, bar: tqdm) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of one shape, and how many of each are images."""
-    size = min(size, len(images))
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        yield evaluate.pad(batch, size), len(batch)
-        bar.update(len(batch))
 
 
 def _score(kind: str, labels: np.ndarray, shares: np.ndarray) -> float | None:
