@@ -104,7 +104,9 @@ def _finish(works: list[Work], survive: Callable, stop: Stop, part: Part | None)
     if not all(work.finished for work in works):
         _say_devices(works[0].run.num_devices)
     left = [work.run for work in works if not work.finished]
-    for line in dict.fromkeys(text(run) for text in (_augmentation, _set_aside) for run in left):
+    for line in dict.fromkeys(
+        text(run) for text in (_augmentation, _set_aside, _folds) for run in left
+    ):
         if line:
             _print(line)
     forecast = Forecast(works, str(part or ""))
@@ -294,6 +296,17 @@ def _set_aside(run: Any) -> str:
         return ""
     of = ["the best epoch"] * bool(run.keep) + [f"the {key}" for key in run_images.fits(run)]
     return f"{run.task}: {number(split)} images are set aside, and choose {' and '.join(of)}"
+
+
+def _folds(run: Any) -> str:
+    """What a search averages, in words; "" for nothing."""
+    folds = run.grid.folds if run.protocol == "vtab" else 0
+    if not folds:
+        return ""
+    split, number = run_images.splits(run)[0], run_images.task_of(run).number
+    return (
+        f"{run.task}: settings are chosen by their means over {folds} folds of {number(split):,} images"
+    )
 
 
 def _augmentation(run: Any) -> str:

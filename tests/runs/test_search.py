@@ -157,6 +157,7 @@ def test_a_search_in_folds_trains_on_the_others_and_ends_on_all(tmp_path, capsys
     assert rows[0]["val_tried"] == pytest.approx(sorted(means)) and rows[0]["num_test"] == 797
     said = capsys.readouterr().out
     assert "5 run(s): 96 steps on 3,000 training images" in said
+    assert "digits: settings are chosen by their means over 2 folds of 1,000 images" in said
     assert suite.run(config, tmp_path)[0] == rows  # nothing is trained again
 
 
