@@ -27,15 +27,7 @@ from rlrr_jax.data.examples import some
 from rlrr_jax.errors import Parser, UserError, one_sentence, unknown
 from rlrr_jax.models import vit
 from rlrr_jax.results import model_card, tables
-from rlrr_jax.weights import (
-    convnext_layouts,
-    reader,
-    resnet_layouts,
-    rope_layouts,
-    swin_layouts,
-    swinv2_layouts,
-    vit_writers,
-)
+from rlrr_jax.weights import reader, vit_writers
 
 FORMATS = {  # endings of files; folders have none
     "big_vision": ".npz",
@@ -50,18 +42,12 @@ FORMATS = {  # endings of files; folders have none
 }
 TRAINED = ("adapter", "hub")  # formats of the trained values alone, of every model
 # What the others are made by, for each family of models.
-LAYOUTS = {
-    "vit": {
-        "big_vision": vit_writers.to_big_vision,
-        "vit_jax": vit_writers.to_vit_jax,
-        "timm": vit_writers.to_timm,
-        "transformers": vit_writers.to_transformers,
-    },
-    "rope_vit": {"timm": rope_layouts.to_timm},
-    "swin": {"timm": swin_layouts.to_timm},
-    "swinv2": {"timm": swinv2_layouts.to_timm},
-    "resnet": {"timm": resnet_layouts.to_timm},
-    "convnext": {"timm": convnext_layouts.to_timm},
+LAYOUTS = {k: {"timm": x.to_timm} for k, x in reader.LAYOUTS.items() if hasattr(x, "to_timm")}
+LAYOUTS["vit"] = {
+    "big_vision": vit_writers.to_big_vision,
+    "vit_jax": vit_writers.to_vit_jax,
+    "timm": vit_writers.to_timm,
+    "transformers": vit_writers.to_transformers,
 }
 FOLDERS = {  # formats that are folders, and their files, the weights first
     "hub": (model_card.FILE, model_card.NAME),
@@ -127,13 +113,17 @@ def export(adapter: Any, to: str, out: Any, **where: Any) -> float:
         if to in graphs.FORMATS:
             made = made / "graph" if to in FOLDERS else made
             difference = graphs.made(to, adapter, tuned, made if to in FOLDERS else weights)
-            _check_difference(difference, graphs.TOLERANCE, out)
         elif layout is None:
             adapters.write(weights, adapter)
-            difference = _same_logits(tuned, adapters.load(weights, backbone), out)
+            difference = compare(tuned, adapters.load(weights, backbone))
         else:
             write(weights, layout(tuned.params), card(adapter))
-            difference = _same_logits(tuned, tuned._replace(params=read(weights, tuned)), out)
+            difference = compare(tuned, tuned._replace(params=read(weights, tuned)))
+        if not difference <= (graphs.TOLERANCE if to in graphs.FORMATS else TOLERANCE):
+            raise UserError(
+                f"the answers of {out} would differ by {difference:.1g} from the model's: it was not "
+                f"kept; please report this"
+            )
         _write_beside(adapter, to, made, out)
         if to in FOLDERS:
             target.mkdir(exist_ok=True)
@@ -199,27 +189,6 @@ def _one_head(tuned):
     kernel = np.float64(tuned.params["projection"]["kernel"]) @ np.float64(params["head"]["kernel"])
     params["head"] = {**params["head"], "kernel": np.float32(kernel)}
     return tuned._replace(model=tuned.model.clone(projection=0), params=params)
-
-
-def drops_values(to: str, adapter: Any) -> bool:
-    """Whether an adapter has values that its loss trained, for which a format has no place."""
-    return "loss" in adapter.trainable and to not in TRAINED
-
-
-def _same_logits(tuned, again, out):
-    """The largest difference between logits; UserError if it is too large."""
-    difference = compare(tuned, again)
-    _check_difference(difference, TOLERANCE, out)
-    return difference
-
-
-def _check_difference(difference, tolerance, out):
-    """UserError if what was read back differs too much."""
-    if not difference <= tolerance:
-        raise UserError(
-            f"the answers of {out} would differ by {difference:.1g} from the model's: it was not "
-            f"kept; please report this"
-        )
 
 
 _HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
@@ -342,7 +311,7 @@ def main() -> None:
         + f", {_size(files.local(args.out)) / 1e6:.1f} MB; read back, its "
         f"{'shares' if args.to in graphs.FORMATS else 'logits'} differ by at most {difference:.1g}"
     )
-    if drops_values(args.to, adapter):
+    if "loss" in adapter.trainable and args.to not in TRAINED:  # which have no place for it
         print(f"note: what config.loss={adapter.run.loss} trained beside the head is left out")
     if args.push:
         card = cards.portable(adapter).card

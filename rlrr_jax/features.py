@@ -1,26 +1,4 @@
-"""What a backbone's head would get, of all images of a task, in a file for anybody's code.
-
-python -m rlrr_jax.features --config configs/own.py:/data/birds --out birds.npz
-"""
-
-import contextlib
-import functools
-import io
-import os
-import sys
-import tempfile
-from typing import Any
-
-import numpy as np
-from absl import app, flags
-from etils import epath
-
-from rlrr_jax import main as main_lib
-from rlrr_jax.errors import UserError, one_sentence
-
-_OUT = flags.DEFINE_string("out", None, "file to write, .npz or .parquet")
-HELP = """\
-Writes what a backbone gives its head for every image of a task: features, path, label, split.
+"""Writes what a backbone gives its head for every image of a task: features, path, label, split.
 
   python -m rlrr_jax.features --config configs/own.py:/data/birds --out birds.npz
   python -m rlrr_jax.features --config configs/vtab.py:cifar --out cifar.parquet
@@ -30,6 +8,21 @@ Writes what a backbone gives its head for every image of a task: features, path,
 
 Images are not flipped; labels are names, several of them between semicolons, or values.
 """
+
+import contextlib
+import io
+import os
+import tempfile
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from rlrr_jax import main as main_lib
+from rlrr_jax.errors import UserError
+
+_OUT = flags.DEFINE_string("out", None, "file to write, .npz or .parquet")
 
 
 def table(config: Any) -> dict[str, np.ndarray]:
@@ -143,10 +136,8 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command line."""
-    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-        one_sentence(lambda: print(HELP, end=""))
-        return
-    one_sentence(functools.partial(app.run, main, flags_parser=main_lib.parse_flags))
+    assert __doc__ is not None
+    main_lib.command(main, __doc__)
 
 
 if __name__ == "__main__":

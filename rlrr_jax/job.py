@@ -182,10 +182,7 @@ def build(
     if run.class_weights is not None and distributed.is_process_zero():
         (weights,) = answers.class_weights(run.class_weights, labels, run.task).values()
         least, most = weights.min(), weights.max()
-        print(
-            f"{run.label}: images count {least:.3g} to {most:.3g} times, by their class",
-            flush=True,
-        )
+        print(f"{run.label}: images count {least:.3g} to {most:.3g} times, by their class", flush=True)
     mesh = run_lib.mesh_of(runs, jax.devices())
     known, every = {} if known is None else known, (images, *(x for x, _ in held_out))
     recipe, frozen, every = prefix.applied(recipe, frozen, every, mesh, run, known)

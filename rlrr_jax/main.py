@@ -19,6 +19,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -177,12 +178,17 @@ def _replace_damaged(folder):
     warnings.showwarning = heard
 
 
+def command(program: Callable, text: str, interrupted: str = "interrupted") -> None:
+    """Runs a program with the flags of the command line; --help prints a text instead."""
+    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+        one_sentence(lambda: print(text, end=""))
+    else:
+        one_sentence(lambda: app.run(program, flags_parser=parse_flags), interrupted)
+
+
 def run() -> None:
     """The command."""
-    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-        one_sentence(lambda: print(HELP, end=""))
-        return
-    one_sentence(lambda: app.run(main, flags_parser=parse_flags), INTERRUPTED)
+    command(main, HELP, INTERRUPTED)
 
 
 def find_config(text: str) -> str:

@@ -28,7 +28,7 @@ STEPS = {
 }
 NOTES = {
     "caltech101": "its split depends on the order in which this machine lists files, so copy the "
-    "prepared folder instead of preparing it twice",
+    "prepared folder instead of preparing it twice"
 }
 
 

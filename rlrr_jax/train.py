@@ -16,13 +16,7 @@ from rlrr_jax import answers, evaluate, final, keeping, step
 from rlrr_jax.errors import UserError
 from rlrr_jax.job import Job
 from rlrr_jax.results import logs, rows
-from rlrr_jax.results.outputs import (
-    Outputs,
-    print_resumed,
-    write_configs,
-    write_metrics,
-    write_results,
-)
+from rlrr_jax.results.outputs import Outputs, print_resumed, write_configs, write_metrics, write_results
 from rlrr_jax.runtime import checkpoint, distributed
 from rlrr_jax.runtime import mesh as mesh_lib
 from rlrr_jax.runtime.clock import Clock

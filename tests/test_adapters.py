@@ -80,19 +80,13 @@ def with_nan(flat):
 BAD = {
     "another format": (dict(format=2), "has format 2, this version of rlrr_jax reads 1"),
     "no classes": (dict(classes=None), "the card of {} lacks classes: export it again"),
-    "another formula": (
-        dict(formula="W"),
-        "{} is of another version of method rlrr (trained as 'W'",
-    ),
+    "another formula": (dict(formula="W"), "{} is of another version of method rlrr (trained as 'W'"),
     "unknown method": (
         dict(method="rlr"),
         "of another version of method rlr (unknown method 'rlr': did",
     ),
     "unknown option": (dict(method_kwargs={"x": 1}), "unknown option of method 'rlrr' 'x'"),
-    "another rank": (
-        dict(method_kwargs={"rank": 2}),
-        "is no adapter of method rlrr on bundled (wrong",
-    ),
+    "another rank": (dict(method_kwargs={"rank": 2}), "is no adapter of method rlrr on bundled (wrong"),
     "other classes": (
         dict(classes=["a"]),
         "head/bias is ((10,), 'float32') instead of ((1,), 'float32')",

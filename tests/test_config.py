@@ -135,10 +135,7 @@ def test_dtype_goes_by_the_platform(monkeypatch):
         ({"restarts": (3,)}, "config.restarts=.* must be two whole numbers, such as"),
         ({"restarts": (3, 2)}, "config.restarts is only used by config.schedule=restarts"),
         ({"warmup_epochs": 3, "schedule": "cosine"}, "config.warmup_epochs is only used by"),
-        (
-            {"warmup_epochs": 10, "epochs": 20},
-            "and as many at the end, leave nothing of 20",
-        ),
+        ({"warmup_epochs": 10, "epochs": 20}, "and as many at the end, leave nothing of 20"),
         ({"data": {"device_gb": 0.0}}, "config.data.device_gb=0.0 must be greater than 0"),
         ({"data": {"device_gb": float("nan")}}, "device_gb=nan must be greater than 0"),
         ({"grad_clip": float("nan")}, "config.grad_clip=nan must be greater than 0"),

@@ -55,10 +55,7 @@ def pretrain(steps=STEPS, seed=0):
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            schedule,
-            b2=0.98,
-            weight_decay=0.03,
-            mask=lambda t: jax.tree.map(lambda x: x.ndim > 1, t),
+            schedule, b2=0.98, weight_decay=0.03, mask=lambda t: jax.tree.map(lambda x: x.ndim > 1, t)
         ),
     )
 

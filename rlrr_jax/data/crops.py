@@ -81,22 +81,15 @@ def inception_crop(rng: np.random.Generator, image: Any, size: int) -> np.ndarra
     return resample(part, bilinear(height, size), bilinear(width, size))
 
 
-def inception_box(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    least: Any = 0.05,
-    aspects: tuple = (0.75, 1.33),
-    attempts: int = 100,
-) -> tuple:
+def inception_box(rng: np.random.Generator, height: int, width: int) -> tuple:
     """(top, left, height, width) as TensorFlow's `sample_distorted_bounding_box` draws it.
 
     The aspect ratio is uniform, and so is the height among those that fit, not the area. The whole
     image if no attempt succeeds.
     """
-    smallest = least * height * width
-    for _ in range(attempts):
-        aspect = rng.uniform(*aspects)
+    smallest = 0.05 * height * width
+    for _ in range(100):
+        aspect = rng.uniform(0.75, 1.33)
         low = round((smallest / aspect) ** 0.5)
         high = min(round((height * width / aspect) ** 0.5), height, int((width + 0.4999) / aspect))
         if low > high:

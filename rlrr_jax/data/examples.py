@@ -1,6 +1,7 @@
 """Labelled images of one's own as values, and how their bytes are reached."""
 
 import collections
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -145,7 +146,8 @@ def of_pixels(images: Files, examples: list[Example]) -> list[str]:
     """Notes on images that are transparent, that have 16 bits and use few of them, or several pages."""
 
     def kind(example: Example) -> str | None:
-        with images.open(example) as file, Image.open(file) as image:
+        # Where Pillow cannot say, decoding says what is wrong.
+        with contextlib.suppress(Exception), images.open(example) as file, Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
                 return "pages"
             top: Any = image.getextrema() if image.mode.startswith("I") else None
@@ -154,12 +156,12 @@ def of_pixels(images: Files, examples: list[Example]) -> list[str]:
             if image.mode in ("RGBA", "LA", "PA", "P") and image.has_transparency_data:
                 alpha: Any = image.convert("RGBA").getchannel("A").getextrema()
                 return "transparent" if alpha[0] < 255 else None
-            return None
+        return None
 
     found = collections.defaultdict(list)
     ends = (".png", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm", ".avif", ".tga", ".bmp", ".jp2")
     maybe = [e for e in examples if pathlib.PurePath(e.path).suffix.lower() in ends]
-    for example, what in zip(maybe, in_threads(_safely(kind), maybe)):
+    for example, what in zip(maybe, in_threads(kind, maybe)):
         found[what].append(example.path)
     texts = {
         "transparent": "are transparent, and are laid on white",
@@ -173,18 +175,6 @@ def of_pixels(images: Files, examples: list[Example]) -> list[str]:
         for what, text in texts.items()
         if found[what]
     ]
-
-
-def _safely(function: Callable) -> Callable:
-    """A function that returns None where Pillow cannot say: decoding says what is wrong."""
-
-    def safe(item: Any) -> Any:
-        try:
-            return function(item)
-        except Exception:
-            return None
-
-    return safe
 
 
 def copies(images: Files, examples: list[Example]) -> list[list[int]]:

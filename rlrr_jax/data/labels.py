@@ -77,18 +77,8 @@ def coded(kind: str, every: Iterable[str], trained: Iterable[str], where: object
                 f"float32: subtract a number from all of them"
             )
         values = (np.array([float(label) for label in labels]) - unit[1]) / unit[0]
-        return Coded(codes, (VALUE,), _Table(values.astype(np.float32)), unit)
+        return Coded(codes, (VALUE,), values.astype(np.float32).__getitem__, unit)
     every_name = sorted({name for label in labels for name in names(label)})
     sets = [set(names(label)) for label in labels]
     hot = [[name in mine for name in every_name] for mine in sets]
-    return Coded(codes, tuple(every_name), _Table(np.array(hot, np.float32)), (1.0, 0.0))
-
-
-class _Table:
-    """A function from numbers of labels to rows of a table."""
-
-    def __init__(self, table: np.ndarray) -> None:
-        self.table = table
-
-    def __call__(self, labels: np.ndarray) -> np.ndarray:
-        return self.table[labels]
+    return Coded(codes, tuple(every_name), np.array(hot, np.float32).__getitem__, (1.0, 0.0))

@@ -21,16 +21,7 @@ from typing import Any, NamedTuple
 from rlrr_jax import files, hub, lookup
 from rlrr_jax.data import huggingface, labels, listed, own_tfds, tasks
 from rlrr_jax.data.division import PARTS, Options, assign, oddities
-from rlrr_jax.data.examples import (
-    UNREAD,
-    Example,
-    Files,
-    check,
-    kinds,
-    of_pixels,
-    on_disk,
-    some,
-)
+from rlrr_jax.data.examples import UNREAD, Example, Files, check, kinds, of_pixels, on_disk, some
 from rlrr_jax.data.task import Found, Source, Split, Task, epochs_for
 from rlrr_jax.errors import UserError
 
@@ -152,14 +143,11 @@ def _check_splits(path, splits, kind):
     both = splits["train"] + splits["val"]
     if not splits["train"] or not splits["test"]:
         lacking = "train" if not splits["train"] else "test"
-        given = any(e.split for part in splits.values() for e in part)
-        most = (
-            2
-            if given
-            else max(collections.Counter(e.label for part in splits.values() for e in part).values())
-        )
-        way = "raise the fractions (config.own.test, config.own.val)"
-        way = "a class needs two images and more" if most < 2 else f"add some, or {way}"
+        every = [e for part in splits.values() for e in part]
+        alone = max(collections.Counter(e.label for e in every).values()) < 2
+        way = "add some, or raise the fractions (config.own.test, config.own.val)"
+        if alone and not any(e.split for e in every):
+            way = "a class needs two images and more"
         raise UserError(f"{path} has no image to {lacking} on: {way}")
     names = {*_names(both, kind)} & {*_names(splits["test"], kind)}
     if kind != "value" and not names:
@@ -167,9 +155,6 @@ def _check_splits(path, splits, kind):
             f"{path}: no class has both training and test images, so nothing learnt could be tested: "
             f"name the classes of both splits alike"
         )
-
-
-# Dividing -------------------------------------------------------------------------------------
 
 
 # A task ---------------------------------------------------------------------------------------
@@ -230,12 +215,9 @@ def _finder(images: Images) -> Callable:
     every = [e for part in images.splits.values() for e in part]
     lengths = [images.files.size(e) for e in every]
     digest = hashlib.sha256(f"{listing(images)}{lengths}".encode()).hexdigest()[:8]
-    number = len(every)
-
-    def find(task: Task, data_dir: Any, kind: str | None) -> Found:
-        return Found("own", images.files.root, f"{task.name}, {number} images {digest}")
-
-    return find
+    return lambda task, *_: Found(
+        "own", images.files.root, f"{task.name}, {len(every)} images {digest}"
+    )
 
 
 def _opener(images: Images, codes: dict[str, int]) -> Callable:

@@ -280,7 +280,7 @@ def build(entry: Any, task: Task, split: str, alone: bool = True) -> None:
         np.lib.format.write_array_header_1_0(f, header)
         for start in range(0, number, _BLOCK):
             examples = _examples(entry, task, start, min(start + _BLOCK, number))
-            put = functools.partial(_attempt, entry, task)
+            put = functools.partial(_attempt, entry)
             decoded = list(pool.map(put, enumerate(examples, start)))
             failed = [(i, e) for i, e in enumerate(decoded, start) if isinstance(e, UserError)]
             bad += failed
@@ -335,26 +335,20 @@ def _examples(entry, task, start, stop):
     return found
 
 
-def _attempt(entry, task, item):
-    """An image, or the UserError of one that cannot be decoded."""
-    try:
-        return _decode(entry, task, item)
-    except UserError as e:
-        return e
-
-
 _HOW = {"shorter": None, "upright": False, "white": False}  # keys of an entry, in the order of `Pixels`
 
 
-def _decode(entry, task, item):
-    i, (image, _) = item
-    with readable(entry.split, i):
-        if entry.key["native"] and Image.open(io.BytesIO(image)).size != (entry.side,) * 2:
-            raise OSError(f"its size is not {entry.side} x {entry.side}")
-        key = entry.key
-        how = (key.get(name, default) for name, default in _HOW.items())
-        pixels = Pixels(entry.side, key["variant"], *how)
-        return decode(image, pixels, key["scale"])
+def _attempt(entry, item):
+    """An image, or the UserError of one that cannot be decoded."""
+    (i, (image, _)), key = item, entry.key
+    try:
+        with readable(entry.split, i):
+            if key["native"] and Image.open(io.BytesIO(image)).size != (entry.side,) * 2:
+                raise OSError(f"its size is not {entry.side} x {entry.side}")
+            how = (key.get(name, default) for name, default in _HOW.items())
+            return decode(image, Pixels(entry.side, key["variant"], *how), key["scale"])
+    except UserError as e:
+        return e
 
 
 def _check_labels(task, split, labels):

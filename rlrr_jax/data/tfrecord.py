@@ -6,6 +6,7 @@ checked, that of the data is not (in Python it would take longer than decoding):
 fails to decode, but a flipped bit in a label goes unnoticed. array_record checks its data itself.
 """
 
+import itertools
 import os
 import struct
 from typing import Any
@@ -62,16 +63,10 @@ def index(path: Any, skip: int, take: int) -> list:
 
 def read(records: Any) -> list:
     """The data of records of an `index`; consecutive ones of a file share an open file."""
-    out, f, at = [], None, None
-    try:
-        for path, offset, length in records:
-            if path != at:
-                if f:
-                    f.close()
-                f, at = path.open("rb"), path
-            f.seek(offset)
-            out.append(f.read(length))
-    finally:
-        if f:
-            f.close()
+    out = []
+    for path, several in itertools.groupby(records, lambda record: record[0]):
+        with path.open("rb") as f:
+            for _, offset, length in several:
+                f.seek(offset)
+                out.append(f.read(length))
     return out

@@ -27,11 +27,7 @@ SIZES = {
     "patch_camelyon": {"train": 262144, "validation": 32768, "test": 32768},
     "eurosat/rgb": {"train": 27000},
     "resisc45": {"train": 31500},
-    "diabetic_retinopathy_detection/btgraham-300": {
-        "train": 35126,
-        "validation": 10906,
-        "test": 42670,
-    },
+    "diabetic_retinopathy_detection/btgraham-300": {"train": 35126, "validation": 10906, "test": 42670},
     "clevr": {"train": 70000, "validation": 15000},
     "dmlab": {"train": 65550, "validation": 22628, "test": 22735},
     "kitti": {"train": 6347, "validation": 423, "test": 711},

@@ -52,10 +52,7 @@ def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array, number: 
     # Of the queries, so that trials have them, too: JAX's rule for `vmap` asks for that.
     real = number + (jnp.isnan(query[:, 0, 0, 0]) & False).astype(jnp.int32)
     return jax.nn.dot_product_attention(
-        *(query, key, value),
-        query_seq_lengths=real,
-        key_value_seq_lengths=real,
-        implementation="cudnn",
+        *(query, key, value), query_seq_lengths=real, key_value_seq_lengths=real, implementation="cudnn"
     )
 
 

@@ -6,6 +6,7 @@ and so on are big_vision's (models/bit_paper.py): pre-activation, GroupNorm, sta
 padding is symmetric, as in PyTorch. The stem is padded, so that pixels cannot be folded into it.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -18,19 +19,14 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.models.noise import drop_path, drop_path_masks
 from rlrr_jax.sides import Size, pair
 
-DEPTHS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXAMPLES = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("bit_50x1", "bit_50x3", "bit_101x1", "bit_101x3", "bit_152x2", "bit_152x4"),
 )
 SMALLEST = 32  # pixels: one value of the last stage
 HALF = (0.5, 0.5, 0.5)
+GroupNorm = functools.partial(nn.GroupNorm, 32, use_fast_variance=False)
 
 
 def parse_variant(variant: str) -> dict[str, Any] | None:
@@ -65,22 +61,18 @@ def by_xla(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pad, dimension_numbers=names)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
 def by_matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """The same as one matmul of patches, whose gradient takes a ninth of the time of XLA's on CPUs.
 
     The patches are made again for the gradient instead of being kept.
     """
-
-    @jax.checkpoint
-    def multiply(x, kernel):
-        size, pad = len(kernel), len(kernel) // 2
-        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        ends = [side - size + 1 for side in x.shape[1:3]]
-        cut = lambda i, j: x[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
-        patches = jnp.concatenate([cut(i, j) for i in range(size) for j in range(size)], -1)
-        return patches @ kernel.reshape(-1, kernel.shape[-1])
-
-    return multiply(x, kernel)
+    size, pad = len(kernel), len(kernel) // 2
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    ends = [side - size + 1 for side in x.shape[1:3]]
+    cut = lambda i, j: x[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
+    patches = jnp.concatenate([cut(i, j) for i in range(size) for j in range(size)], -1)
+    return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class Conv(nn.Module):
@@ -98,10 +90,8 @@ class Conv(nn.Module):
         start = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
         kernel = self.param("kernel", start, shape)
         kernel = standardised(kernel) if self.standardise else kernel
-        on_cpu = backend.platform() == "cpu"
-        return (by_matmul if on_cpu else by_xla)(
-            x.astype(self.dtype), kernel.astype(self.dtype), self.stride
-        )
+        convolve = by_matmul if backend.platform() == "cpu" else by_xla
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
 
 
 class Affine(nn.Module):
@@ -145,13 +135,7 @@ class Unit(nn.Module):
 
         def norm(number):
             if self.bit:
-                return nn.GroupNorm(
-                    32,
-                    epsilon=self.norm_eps,
-                    use_fast_variance=False,
-                    dtype=self.dtype,
-                    name=f"gn{number}",
-                )
+                return GroupNorm(epsilon=self.norm_eps, dtype=self.dtype, name=f"gn{number}")
             return Affine(self.dtype, name=f"bn{number}")
 
         y = nn.relu(norm(1)(x)) if self.bit else x
@@ -167,9 +151,8 @@ class Unit(nn.Module):
                 y = norm(i)(y)
                 y = nn.relu(y) if i < len(sizes) else y
         if keep is not None:
-            y = drop_path(
-                y, rate, keep.reshape(len(y), *(y.shape[1:3] if keep.shape[1] > 1 else (1, 1)), -1)
-            )
+            grid = y.shape[1:3] if keep.shape[1] > 1 else (1, 1)
+            y = drop_path(y, rate, keep.reshape(len(y), *grid, -1))
         return shortcut + y if self.bit else nn.relu(shortcut + y)
 
 
@@ -238,11 +221,7 @@ class ResNet(nn.Module):
                 x = module(x, rates[number], keep)
                 number += 1
         if self.bit:
-            x = nn.relu(
-                nn.GroupNorm(
-                    32, epsilon=self.norm_eps, use_fast_variance=False, dtype=self.dtype, name="gn_head"
-                )(x)
-            )
+            x = nn.relu(GroupNorm(epsilon=self.norm_eps, dtype=self.dtype, name="gn_head")(x))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         self.sow("intermediates", "encoded", x)
         high = jnp.promote_types(self.dtype, jnp.float32)
@@ -257,9 +236,8 @@ class ResNet(nn.Module):
             return None
         h, w = (-(-side // stride) for side in x.shape[1:3])
         shape = h * w, width * (4 if self.bottleneck else 1)
-        return drop_path_masks(keys, rates[number : number + 1], shape, self.drop_path_mode, number)[
-            0, 0
-        ]
+        masks = drop_path_masks(keys, rates[number : number + 1], shape, self.drop_path_mode, number)
+        return masks[0, 0]
 
 
 Model = ResNet

@@ -63,27 +63,17 @@ def grids(image_size: int, model: "Swin") -> list[int]:
     In a grid that is smaller than the window the window is as large as the grid.
     """
     stages, step = len(model.depths), model.patch_size * 2 ** (len(model.depths) - 1)
-    fits = lambda size: (
-        size > 0
-        and size % step == 0
-        and all(
-            grid % min(model.window, grid) == 0 for grid in _halved(size // model.patch_size, stages)
-        )
-    )
+    halved = lambda size: [size // model.patch_size >> stage for stage in range(stages)]
+    filled = lambda size: all(grid % min(model.window, grid) == 0 for grid in halved(size))
+    fits = lambda size: size > 0 and size % step == 0 and filled(size)
     if not fits(image_size):
-        near = min(
-            filter(fits, range(step, 4 * image_size + 64 * step, step)),
-            key=lambda s: abs(s - image_size),
-        )
+        every = filter(fits, range(step, 4 * image_size + 64 * step, step))
+        near = min(every, key=lambda side: abs(side - image_size))
         raise UserError(
             f"image size {image_size} does not fill windows of {model.window} patches of "
             f"{model.patch_size} pixels in {stages} stages: set config.image_size to {near}"
         )
-    return _halved(image_size // model.patch_size, stages)
-
-
-def _halved(grid: int, stages: int) -> list[int]:
-    return [grid >> stage for stage in range(stages)]
+    return halved(image_size)
 
 
 def relative_index(window: int) -> np.ndarray:

@@ -1,30 +1,5 @@
 """Compiles what a configuration would run, for devices that are not there, and says what it needs.
 
-python -m rlrr_jax.plan --config configs/vtab.py:all --topology v5e:4x4
-"""
-
-import os
-import sys
-
-if __name__ == "__main__":  # before JAX: nothing is run, and nobody's device is taken
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")
-
-import functools
-import pathlib
-
-from absl import app, flags
-
-from rlrr_jax import main as main_lib
-from rlrr_jax.errors import UserError, one_sentence
-
-_TOPOLOGY = flags.DEFINE_string("topology", None, "devices, such as v5e:4x4, h100:1 or cpu:8")
-_PARTS = flags.DEFINE_integer("parts", 1, "processes to which runs are dealt out", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "folder for plan.md and plan.json")
-HELP = """\
-Compiles what a configuration would run, for devices that are not there, and says what it needs.
-
   python -m rlrr_jax.plan --config configs/vtab.py:all --topology v5e:4x4
   python -m rlrr_jax.plan --config configs/vtab.py:cifar,method=full --topology h100:1 --out plan
 
@@ -35,6 +10,25 @@ Compiles what a configuration would run, for devices that are not there, and say
 Weights and images are not read. Seconds are a bound, the roofline's: bytes moved at full bandwidth or
 matmuls at full speed, whichever takes longer. A real run takes longer.
 """
+
+import os
+
+if __name__ == "__main__":  # before JAX: nothing is run, and nobody's device is taken
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")
+
+import functools
+import pathlib
+
+from absl import flags
+
+from rlrr_jax import main as main_lib
+from rlrr_jax.errors import UserError
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "devices, such as v5e:4x4, h100:1 or cpu:8")
+_PARTS = flags.DEFINE_integer("parts", 1, "processes to which runs are dealt out", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "folder for plan.md and plan.json")
 
 
 def main(argv: list[str]) -> None:
@@ -61,10 +55,8 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command."""
-    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-        one_sentence(lambda: print(HELP, end=""))
-        return
-    one_sentence(lambda: app.run(main, flags_parser=main_lib.parse_flags))
+    assert __doc__ is not None
+    main_lib.command(main, __doc__)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ _OTHERS = (
     (r"(?:layernorm|layer_norm|norm)\.", "head.norm."),
     (r"(?:classifier|head)\.(weight|bias)", r"head.fc.\1"),
 )
-_UNUSED = re.compile(r"norms\..*|projectors\..*|head\.pre_logits\..*")
+UNUSED = re.compile(r"norms\..*|projectors\..*|head\.pre_logits\..*")
 
 
 def numbered(params: Any) -> dict:
@@ -68,12 +68,6 @@ def stacked(flat: dict) -> dict:
         return found and (key.replace(found[0], f"{found[1]}/encoderblock/"), int(found[2]))
 
     return vit_layouts.gathered(flat, place)
-
-
-def passed_over(flat: dict, wanted: Any) -> tuple:
-    """See `vit_layouts.passed_over`: norms of features between, other heads."""
-    unused = sorted(key for key in flat if key not in wanted and _UNUSED.fullmatch(key))
-    return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
 def from_torch(flat: dict, model: Any, path: Any) -> tuple:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlrr_jax import files, hub
 from rlrr_jax.errors import UserError, unknown
-from rlrr_jax.weights import download
+from rlrr_jax.weights import architectures, download
 from rlrr_jax.weights.state_dicts import INDEX
 
 ADDRESS = "https://storage.googleapis.com/vit_models/"
@@ -41,49 +41,26 @@ ALIASES = {
 }
 
 
-# Swin was pretrained on ImageNet-22k at 224 or 384 pixels (Liu et al., 2021), ResNets on ImageNet-1k:
-# those of torchvision that the authors of RLRR took. timm's names.
-OTHERS = {f"resnet{depth}": f"hf:timm/resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101, 152)}
-OTHERS |= {
-    f"swin_{size[0]}{window}": f"hf:timm/swin_{size}_patch4_window{pixels}.ms_in22k"
-    for size in ("tiny", "small", "base", "large")
-    for window, pixels in (("", "7_224"), ("_12", "12_384"))
-    if not window or size in ("base", "large")
-}
-OTHERS |= {
-    f"swinv2_{size[0]}{ours}": f"hf:timm/swinv2_{size}_window{name}"
-    for name, ours, sizes in (
-        ("8_256.ms_in1k", "", ("tiny", "small", "base")),
-        ("16_256.ms_in1k", "_16", ("tiny", "small", "base")),
-        ("12_192.ms_in22k", "_12", ("base", "large")),
-        ("12to16_192to256.ms_in22k_ft_in1k", "_12to16", ("base", "large")),
-        ("12to24_192to384.ms_in22k_ft_in1k", "_12to24", ("base", "large")),
-    )
-    for size in sizes
-}
-OTHERS |= {
-    f"convnext_{size[0]}": f"hf:timm/convnext_{size}.fb_in22k"
-    for size in ("tiny", "small", "base", "large")
-}
+# What follows timm's name of an architecture on the Hub. Swin was pretrained on ImageNet-22k at 224 or
+# 384 pixels (Liu et al., 2021), ResNets on ImageNet-1k: torchvision's, which the authors of RLRR took.
 # DINOv3's are of its web images (LVD-1689M), under the DINOv3 licence; the smallest is EUPE's.
-OTHERS |= {
-    f"dinov3_{variant}": f"hf:timm/vit_{size}_patch16_dinov3.lvd1689m"
-    for variant, size in (
-        *(("s16", "small"), ("s16plus", "small_plus"), ("b16", "base"), ("l16", "large")),
-        *(("h16plus", "huge_plus"), ("7b16", "7b")),
-    )
+_TAGS = {
+    r"resnet\d+": "tv_in1k",
+    r"swin_\w+": "ms_in22k",
+    r"swinv2_\w+_window(8|16)_256": "ms_in1k",
+    r"swinv2_\w+_window12_192": "ms_in22k",
+    r"swinv2_\w+to\d+": "ms_in22k_ft_in1k",
+    r"convnext_\w+": "fb_in22k",
+    r"vit_(?!tiny)\w+_dinov3": "lvd1689m",
+    r"vit_tiny_patch16_dinov3_qkvb": "eupe_lvd1689m",
+    r"vit_pe_core_\w+": "fb",
+    r"eva02_\w+_224": "mim_in22k",
 }
-OTHERS["dinov3_t16"] = "hf:timm/vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
-OTHERS |= {
-    f"pe_core_{size[0]}{patch}": f"hf:timm/vit_pe_core_{size}_patch{patch}_{pixels}.fb"
-    for size, patch, pixels in (
-        *(("tiny", 16, 384), ("small", 16, 384), ("base", 16, 224)),
-        *(("large", 14, 336), ("gigantic", 14, 448)),
-    )
-}
-OTHERS |= {
-    f"eva02_{size[0]}14": f"hf:timm/eva02_{size}_patch14_224.mim_in22k"
-    for size in ("tiny", "small", "base", "large")
+OTHERS = {
+    found.variant: f"hf:timm/{name}.{tag}"
+    for pattern, tag in _TAGS.items()
+    for name, found in architectures.TIMM.items()
+    if re.fullmatch(pattern, name)
 }
 
 

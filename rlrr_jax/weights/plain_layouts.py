@@ -6,6 +6,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 STEM = None  # pixels are not folded: the network takes what it was trained on
+UNUSED = re.compile(r"(?!)")  # no array: each of the file must be one of the network's
 
 
 def read(flat: dict) -> dict:
@@ -21,9 +22,3 @@ def numbered(params: Any) -> dict:
 def stacked(flat: dict) -> dict:
     """What `numbered` undoes: nothing."""
     return flat
-
-
-def passed_over(flat: dict, wanted: Any) -> tuple:
-    """Nothing: each array of the file must be one of the network's."""
-    del wanted
-    return flat, []

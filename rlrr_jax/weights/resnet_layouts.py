@@ -8,34 +8,19 @@ import re
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.weights import state_dicts
+from rlrr_jax.weights.plain_layouts import numbered, stacked
+
+__all__ = ["STEM", "UNUSED", "numbered", "stacked"]  # what `reader` asks a module of layouts for
 
 STEM = None  # pixels cannot be folded: it is padded
 _EPS = 1e-5  # of torchvision's BatchNorm
-_STATISTICS = ("running_mean", "running_var")
 # Counters, and what training put behind the network.
-_UNUSED = re.compile(
+UNUSED = re.compile(
     r".*num_batches_tracked|(fc|head|projection_head|projector|predictor|prototypes|queue|queue_ptr)\b.*"
 )
-
-
-def numbered(params: Any) -> dict:
-    """The flat dict of a tree; nothing is stacked here."""
-    return flatten_dict(params, sep="/")
-
-
-def stacked(flat: dict) -> dict:
-    """What `numbered` undoes: nothing."""
-    return flat
-
-
-def passed_over(flat: dict, wanted: Any) -> tuple:
-    """See `vit_layouts.passed_over`: counters of batches, other heads."""
-    unused = sorted(key for key in flat if key not in wanted and _UNUSED.fullmatch(key))
-    return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
 def from_torch(flat: dict, model: Any, path: Any) -> tuple:

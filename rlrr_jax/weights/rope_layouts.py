@@ -15,7 +15,7 @@ from rlrr_jax.weights import state_dicts, vit_layouts
 from rlrr_jax.weights.vit_layouts import ATTENTION, MLP, QKV, numbered, stacked
 from rlrr_jax.weights.vit_writers import timm_outside, timm_rows, to_timm_layer
 
-__all__ = ["STEM", "numbered", "passed_over", "stacked"]  # what `reader` asks a module of layouts for
+__all__ = ["STEM", "UNUSED", "numbered", "stacked"]  # what `reader` asks a module of layouts for
 STEM = vit_layouts.STEM
 _BLOCK = {
     "norm1": "LayerNorm_0",
@@ -50,7 +50,9 @@ _TRANSFORMERS = (
 _TOKENS = {"cls_token": "cls", "reg_token": "registers"}
 _STEM, _HF_STEM = "patch_embed.proj.weight", "embeddings.patch_embeddings.weight"
 # Of pre-training, and buffers: `local_cls_norm` is for the class tokens of small crops.
-_UNUSED = re.compile(r"mask_token|rope_embed\.periods|local_cls_norm\..*|projectors\..*")
+UNUSED = re.compile(
+    rf"{vit_layouts.UNUSED.pattern}|mask_token|rope_embed\.periods|local_cls_norm\..*|projectors\..*"
+)
 # Names that only a model with rotary positions has.
 _OWN = re.compile(
     r"(.*\.)?(rope_embed\.periods|storage_tokens|embeddings\.patch_embeddings\.weight"
@@ -195,13 +197,6 @@ def _heads(name: str, array: Any, number: int) -> Any:
     if (layer, part) == ("out", "kernel") and len(array) % number == 0:
         return array.reshape(number, -1, array.shape[-1])
     return array
-
-
-def passed_over(flat: dict, wanted: Any) -> tuple:
-    """See `vit_layouts.passed_over`; and what only DINOv3's pre-training has."""
-    flat, unused = vit_layouts.passed_over(flat, wanted)
-    mine = sorted(key for key in flat if key not in wanted and _UNUSED.fullmatch(key))
-    return {key: value for key, value in flat.items() if key not in set(mine)}, [*unused, *mine]
 
 
 def to_timm(params: Any) -> dict:

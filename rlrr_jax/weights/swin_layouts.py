@@ -39,8 +39,10 @@ REST = {
     "head.fc": "head",
 }
 _STEM = "patch_embed.proj.weight"
-_BUFFERS = re.compile(
-    r".*[./](relative_position_index|attn_mask|mask_token)|decoder\..*|hidden_states_norms\..*"
+# Buffers that can be computed (the second is of Swin V2), and what pre-training had besides.
+UNUSED = re.compile(
+    r".*[./](relative_position_index|relative_coords_table|attn_mask|mask_token)"
+    r"|decoder\..*|hidden_states_norms\..*"
 )
 # transformers' names -> timm's older ones.
 _HF = (
@@ -88,12 +90,6 @@ def stacked(flat: dict) -> dict:
         return None
 
     return gathered(flat, place)
-
-
-def passed_over(flat: dict, wanted: Any) -> tuple:
-    """See `vit_layouts.passed_over`: buffers that can be computed, and counters."""
-    unused = sorted(key for key in flat if key not in wanted and _BUFFERS.fullmatch(key))
-    return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
 def from_torch(flat: dict, model: Any, path: Any) -> tuple:

@@ -11,21 +11,13 @@ import numpy as np
 from rlrr_jax.errors import UserError
 from rlrr_jax.models.swinv2 import coordinates
 from rlrr_jax.weights import swin_layouts
-from rlrr_jax.weights.swin_layouts import STEM, numbered, stacked
+from rlrr_jax.weights.swin_layouts import STEM, UNUSED, numbered, stacked
 from rlrr_jax.weights.vit_layouts import QKV
 from rlrr_jax.weights.vit_writers import timm_rows, to_timm_layer
 
-__all__ = ["STEM", "numbered", "passed_over", "stacked"]  # what `reader` asks a module of layouts for
+__all__ = ["STEM", "UNUSED", "numbered", "stacked"]  # what `reader` asks a module of layouts for
 _ATTENTION, _CPB = "WindowAttention_0", {"0": "cpb_0", "2": "cpb_1"}
-_BUFFERS = re.compile(r".*[./](relative_coords_table|relative_position_index|attn_mask|mask_token)")
 _HF_PREFIX, _HF_MLP = "swinv2.", "continuous_position_bias_mlp"
-
-
-def passed_over(flat: dict, wanted: Any) -> tuple:
-    """See `vit_layouts.passed_over`: buffers that can be computed."""
-    flat, unused = swin_layouts.passed_over(flat, wanted)
-    mine = sorted(key for key in flat if key not in wanted and _BUFFERS.fullmatch(key))
-    return {key: value for key, value in flat.items() if key not in set(mine)}, [*unused, *mine]
 
 
 def from_torch(flat: dict, model: Any, path: Any) -> tuple:

@@ -30,7 +30,7 @@ TIMM = {"patch_embed.proj": "embedding", "norm": "Transformer/encoder_norm", "he
 STEM = "embedding"  # what takes the pixels
 _TIMM_STEM = "patch_embed.proj.weight"
 # Of other heads, of pre-training and of trainers: the class token's path does not use them.
-_UNUSED = re.compile(
+UNUSED = re.compile(
     r"(pre_logits|head_dist|head[./](\d+|mlp|last_layer|fc)|fc_norm|pooler|mask_token|decoder|predictor"
     r"|projector|projection|dino_head|ibot_head|optimizer|opt)\b.*|decoder_.*|(.*[./])?position_ids"
     r"|epoch|step|global_step|iteration"
@@ -53,10 +53,7 @@ TIMM |= {
     "attn_pool.mlp.fc1": f"MAPHead_0/{MLP}/Dense_0",
     "attn_pool.mlp.fc2": f"MAPHead_0/{MLP}/Dense_1",
 }
-TIMM_BLOCK |= {
-    "attn.q_norm": f"{ATTENTION}/query_norm",
-    "attn.k_norm": f"{ATTENTION}/key_norm",
-}
+TIMM_BLOCK |= {"attn.q_norm": f"{ATTENTION}/query_norm", "attn.k_norm": f"{ATTENTION}/key_norm"}
 _REFUSED = {
     r"rope\b.*|.*rope_embeddings.*|.*\.rotary.*": "rotary positions",
     r"blocks\.\d+\.attn\.(relative_position|rel_pos).*|.*relative_position_bias.*": (
@@ -108,16 +105,6 @@ def gathered(flat: dict, place: Callable) -> dict:
 
 
 # From -----------------------------------------------------------------------------------------
-
-
-def passed_over(flat: dict, wanted: Any) -> tuple:
-    """Arrays by our names without those that are known to be of no use here, and what these are.
-
-    Args:
-      wanted: names that the model has.
-    """
-    unused = sorted(key for key in flat if key not in wanted and _UNUSED.fullmatch(key))
-    return {key: value for key, value in flat.items() if key not in set(unused)}, unused
 
 
 def from_jax(flat: dict, subtree: str, path: Any) -> tuple:

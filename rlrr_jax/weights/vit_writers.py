@@ -24,7 +24,10 @@ def to_vit_jax(params: Any) -> dict:
         key = key.replace(f"{ATTENTION}/", "MultiHeadDotProductAttention_1/")
         key = key.replace("/LayerNorm_1/", "/LayerNorm_2/").replace(f"/{MLP}/", "/MlpBlock_3/")
         if key == "pos_embedding":
-            key, value = "Transformer/posembed_input/pos_embedding", _with_class_row(value)
+            key, value = (
+                "Transformer/posembed_input/pos_embedding",
+                np.pad(value, ((0, 0), (1, 0), (0, 0))),
+            )
         out[key] = np.asarray(value, np.float32)
     return out
 
@@ -58,8 +61,9 @@ def timm_outside(flat: dict) -> dict:
         if f"{ours}/kernel" in flat or f"{ours}/scale" in flat:
             out |= to_timm_layer(flat, ours, theirs)
     if "pre_norm/scale" in flat:
-        bias, first = out.pop("patch_embed.proj.bias"), int("cls" in flat)
-        out["pos_embed"] = _plus_bias(out["pos_embed"], bias, first)
+        place = np.array(out["pos_embed"])  # the patches' rows are behind the class token's
+        place[:, int("cls" in flat) :] += out.pop("patch_embed.proj.bias")
+        out["pos_embed"] = place
     if "dist" in flat:  # two heads, whose mean ours is
         first, second = np.split(out["head.weight"], 2, axis=1)
         out |= {"head.weight": first, "head_dist.weight": second, "head_dist.bias": out["head.bias"]}
@@ -91,13 +95,6 @@ def _to_timm_tokens(flat):
     return {**out, "pos_embed": np.pad(position, ((0, 0), (rows, 0), (0, 0)))}
 
 
-def _plus_bias(position, bias, first):
-    """A position embedding with the patches' bias in the rows of patches: all behind a number."""
-    out = np.array(position)
-    out[:, first:] += bias
-    return out
-
-
 def to_timm_layer(flat: dict, ours: str, theirs: str) -> dict:
     """Weight and bias of a Dense, LayerNorm or patch embedding."""
     bias = np.asarray(flat.get(f"{ours}/bias", ()))
@@ -108,12 +105,6 @@ def to_timm_layer(flat: dict, ours: str, theirs: str) -> dict:
         kernel = kernel.reshape(-1, kernel.shape[-1])
     axes = (3, 2, 0, 1) if kernel.ndim == 4 else None  # the patch embedding [p, p, 3, D]
     return {f"{theirs}.weight": kernel.transpose(axes), f"{theirs}.bias": bias}
-
-
-def _with_class_row(position):
-    """A position embedding [1, 1 + h*w, D] whose first row, the class token's, is zero."""
-    position = np.asarray(position)
-    return np.concatenate([np.zeros_like(position[:, :1]), position], axis=1)
 
 
 def to_transformers(params: Any) -> dict:

@@ -37,10 +37,7 @@ def logits(model, tree, images):
 
 
 # Values with a 100-way head: RLRR of rank 1 and 10, and all (supplement G, table 12).
-PAPER = {
-    "resnet18": (74_809, 286_390, 11_227_812),
-    "resnet50": (269_497, 850_870, 23_712_932),
-}
+PAPER = {"resnet18": (74_809, 286_390, 11_227_812), "resnet50": (269_497, 850_870, 23_712_932)}
 
 
 @pytest.mark.parametrize("variant", PAPER)

@@ -150,7 +150,7 @@ def test_a_search_in_folds_trains_on_the_others_and_ends_on_all(tmp_path, capsys
     assert not problems and rows[0]["lr"] == 0.03
     found = [files.read_json(p) for p in sorted(tmp_path.glob("digits/linear/search/*/result.json"))]
     assert [(r["lr"], r["num_val"], tuple(r["config"]["fold"])) for r in found] == [
-        *((lr, 500, ("train800val200", i, 2)) for lr in (0.003, 0.03) for i in (0, 1)),
+        *((lr, 500, ("train800val200", i, 2)) for lr in (0.003, 0.03) for i in (0, 1))
     ]
     means = [np.mean([r["val_acc"] for r in found if r["lr"] == lr]) for lr in (0.003, 0.03)]
     assert rows[0]["val_acc"] == pytest.approx(means[1]) and means[1] > means[0]

@@ -63,10 +63,7 @@ CASES = {
         lambda t: dict(code=(ROOT, other_code(t))),
         "the processes run different code: bring rlrr_jax",
     ),
-    "workdir": (
-        lambda t: dict(workdirs=[t / "n0", t / "n1"]),
-        "not every process sees the workdir",
-    ),
+    "workdir": (lambda t: dict(workdirs=[t / "n0", t / "n1"]), "not every process sees the workdir"),
     "devices": (lambda t: dict(devices=(1, 3)), "the processes have 1, 3 devices: give each as many"),
 }
 

@@ -15,10 +15,7 @@ def test_tasks_are_made_again_bit_for_bit(name, tmp_path):
     rng = np.random.default_rng(0)
     made = make.hearts(3000, rng) if name == "hearts" else make.digits(rng)
     make.save_task(tmp_path / "task.npz", *made)
-    with (
-        np.load(tmp_path / "task.npz") as new,
-        np.load(names.BUNDLED.parent / f"{name}.npz") as old,
-    ):
+    with np.load(tmp_path / "task.npz") as new, np.load(names.BUNDLED.parent / f"{name}.npz") as old:
         assert set(new.files) == set(old.files)
         for key in new.files:
             np.testing.assert_array_equal(new[key], old[key])

@@ -35,12 +35,7 @@ def init(key: jax.Array, frozen: Any, classes: int, at: tuple = (), **options: A
 
 
 def exits(
-    net: Net,
-    batch: Batch,
-    at: tuple = (),
-    early: float = 1.0,
-    distill: float = 1.0,
-    graph: float = 0.1,
+    net: Net, batch: Batch, at: tuple = (), early: float = 1.0, distill: float = 1.0, graph: float = 0.1
 ) -> Values:
     """Cross-entropies of all exits of a ViT, distillation from the last, and a graph of labels.
 
@@ -64,11 +59,7 @@ def exits(
     divergence = (jnp.exp(wanted) * (wanted - found)).sum(-1)
     distance = _to_own_class(features, batch)
     right = jax.vmap(correct, (1, None, 1), 1)(every, batch.labels, losses)
-    values = {
-        "acc": right[:, -1],
-        "early_acc": right[:, :-1].mean(1),
-        "distance": distance,
-    }
+    values = {"acc": right[:, -1], "early_acc": right[:, :-1].mean(1), "distance": distance}
     extra = (early * losses[:, :-1] + distill * divergence).mean(1)
     return losses[:, -1] + extra + graph * distance, values
 

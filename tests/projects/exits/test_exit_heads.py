@@ -36,11 +36,7 @@ def shallow(model, tree, own, number):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [
-        dict(),
-        pytest.param(dict(unroll=3), marks=pytest.mark.slow),
-        dict(pool="avg", registers=2),
-    ],
+    [dict(), pytest.param(dict(unroll=3), marks=pytest.mark.slow), dict(pool="avg", registers=2)],
     ids=str,
 )
 def test_an_exit_is_a_shallower_network(options):

@@ -84,10 +84,7 @@ def test_what_has_no_curve_is_said(runs, tmp_path):
         command.chooser(path, other)
     for change, message in (
         ({"accuracy": {"test_acc": None}}, "was never tested .config.protocol=tune.: leave it out"),
-        (
-            {"backbone_sha256": "a"},
-            "is a run with backbone_sha256=a, the first with .*: give",
-        ),
+        ({"backbone_sha256": "a"}, "is a run with backbone_sha256=a, the first with .*: give"),
     ):
         with pytest.raises(UserError, match=message):
             command._check(path, {**adapter.card, **change}, adapter.card)

@@ -73,8 +73,7 @@ def test_a_zero_head_gives_no_other_gradient(frozen):
 
 
 @pytest.mark.parametrize(
-    "name, kwargs",
-    [pytest.param("rlrr", {}, marks=pytest.mark.slow), ("linear", {}), ("bitfit", {})],
+    "name, kwargs", [pytest.param("rlrr", {}, marks=pytest.mark.slow), ("linear", {}), ("bitfit", {})]
 )
 def test_a_single_image_is_found_by_its_gradient(frozen, name, kwargs):
     c, (images, labels) = client(frozen, name, **kwargs), pictures(12)

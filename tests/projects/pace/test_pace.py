@@ -231,8 +231,7 @@ SHORT = ("rlrr",)  # the others with -m slow
 
 
 @pytest.mark.parametrize(
-    "name",
-    [x if x in SHORT else pytest.param(x, marks=pytest.mark.slow) for x in methods.METHODS],
+    "name", [x if x in SHORT else pytest.param(x, marks=pytest.mark.slow) for x in methods.METHODS]
 )
 def test_without_noise_it_is_the_merged_model(name):
     method, frozen = methods.get(name), frozen_tree()
@@ -313,8 +312,7 @@ def train_two_epochs(loss, devices, hypers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "loss",
-    [*(pytest.param(x, marks=pytest.mark.slow) for x in ("pace", "pace_lazy")), "pace_fast"],
+    "loss", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("pace", "pace_lazy")), "pace_fast"]
 )
 def test_one_device_equals_four_and_trials_equal_single_runs(loss):
     hypers = [hyper(), hyper(1, lam=0.1, sigma=0.4)]
