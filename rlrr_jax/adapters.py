@@ -8,7 +8,6 @@
 An adapter is a trained tree with a card: what it belongs to and what it was trained on.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -220,14 +219,7 @@ def add_flags(parser: Any) -> None:
     text = "downloads the backbone that the adapter names, if it is not on this machine"
     parser.add_argument("--fetch", action="store_true", help=text)
     text = "code that an adapter needs, such as mygain:method; read it before. Or images, hf:user/name"
-    parser.add_argument("--import", metavar="PATH", action=_Allow, help=text)
-
-
-class _Allow(argparse.Action):
-    """Lets the path of a flag be imported, before anything is read that names it."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        lookup.allow(values)
+    parser.add_argument("--import", metavar="PATH", type=lookup.allow, help=text)
 
 
 def given(args: Any) -> dict[str, Any]:

@@ -50,13 +50,7 @@ def applied(recipe: Recipe, frozen: Any, limits: Any) -> tuple[Recipe, Any]:
 
 
 def check(method: Method, loss: losses.Loss, frozen: Any) -> tuple[str, ...]:
-    """UserError if a method, a loss or a model is not merged block by block; where the blocks are.
-
-    Args:
-      method: a `Method`.
-      loss: the `losses.Loss`.
-      frozen: the backbone's tree, of arrays or of shapes.
-    """
+    """UserError if a method, a loss or a model is not merged block by block; where the blocks are."""
     if methods.asks_training(method):
         raise UserError(f"{_TOLD}, and this method looks at the training images: {_OUT}")
     if not loss.plain:

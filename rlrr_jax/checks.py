@@ -59,11 +59,11 @@ def check(config: ConfigDict) -> None:
         if config[key] is None:
             raise UserError(f"config.{key} must have a value: leave it as it is, or set one")
     for key, allowed in CHOICES.items():
-        value = at(config, key)
+        value = config[key]
         if value is not None and value not in allowed:
             raise unknown(f"value of config.{key}", value, allowed)
     for key in POSITIVE:
-        value = at(config, key)
+        value = config[key]
         if value is not None and not value > 0:  # NaN is not, either
             raise UserError(f"config.{key}={value} must be greater than 0")
     hyper("config", {key: config[key] for key in GRID if config[key] is not None})
@@ -105,10 +105,6 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_numbers(config):
-    if not 0 <= config.checkpoint_seconds < math.inf:
-        raise UserError(
-            f"config.checkpoint_seconds={config.checkpoint_seconds} must be finite and not negative"
-        )
     seeds = (0,) if config.seeds is None else config.seeds
     if not seeds or not all(map(_seed, seeds)) or len(set(seeds)) < len(seeds):
         raise UserError(
@@ -118,15 +114,16 @@ def _check_numbers(config):
     for key in ("registers", "projection"):
         if (config.model[key] or 0) < 0:
             raise UserError(f"config.model.{key}={config.model[key]} must not be negative")
-    for key in ("mixup", "cutmix"):
+    for key in ("checkpoint_seconds", "mixup", "cutmix"):
         if not 0 <= config[key] < math.inf:
             raise UserError(f"config.{key}={config[key]} must be finite and not negative")
     for key in ("label_smoothing", "average"):
         if config[key] is not None and not 0 <= config[key] < 1:
             raise UserError(f"config.{key}={config[key]} must be at least 0 and less than 1")
-    restarts = config.restarts
-    if restarts is not None and (len(restarts) != 2 or not all(_whole(n) and n > 0 for n in restarts)):
-        raise UserError(f"config.restarts={restarts} must be two whole numbers, such as (10, 2)")
+    for key, example in (("restarts", "(10, 2)"), ("pretrained.grid", "(14,14)")):
+        pair = config[key]
+        if pair is not None and (len(pair) != 2 or not all(_whole(n) and n > 0 for n in pair)):
+            raise UserError(f"config.{key}={pair} must be two whole numbers, such as {example}")
     for key in ("val", "test"):
         value = config.own[key]
         if value is None or not 0 <= value <= 0.9:
@@ -139,9 +136,6 @@ def _check_numbers(config):
             f"config.model.position_noise={noise} must be a shift of at least 0 and two factors of at "
             f"least 1, such as (0,1,2)"
         )
-    grid = config.pretrained.grid
-    if grid is not None and (len(grid) != 2 or not all(_whole(n) and n > 0 for n in grid)):
-        raise UserError(f"config.pretrained.grid={grid} must be two whole numbers, such as (14,14)")
 
 
 def _check_machine(config):
@@ -202,18 +196,10 @@ def _whole(value):
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def at(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
-    node, last = group(config, key)
-    return node[last]
-
-
 def group(config: Any, key: str) -> tuple[Any, str]:
     """The group of a dotted key, and its name there: `"model.gelu"` -> `(config.model, "gelu")`."""
-    *groups, last = key.split(".")
-    for name in groups:
-        config = config[name]
-    return config, last
+    path, _, last = key.rpartition(".")
+    return (config[path] if path else config), last
 
 
 def fill(node: Any, key: str, value: Any) -> None:
@@ -230,12 +216,10 @@ def kind(config: Any, key: str) -> type:
 
 def has(config: Any, key: str) -> bool:
     """Whether a dotted key is one of the configuration, and no group of keys."""
-    *groups, last = key.split(".")
-    for name in groups:
-        if not isinstance(config.get(name), ConfigDict):
-            return False
-        config = config[name]
-    return last in config and not isinstance(config[last], ConfigDict)
+    try:
+        return not isinstance(config[key], ConfigDict)
+    except (KeyError, TypeError):  # a TypeError where a value has the name of a group
+        return False
 
 
 def family(run: ConfigDict) -> None:
@@ -245,8 +229,7 @@ def family(run: ConfigDict) -> None:
     unused += [] if models.embeds_positions(variant) else ["pretrained.grid", "pretrained.resize"]
     unused += [] if models.family(variant) == "vit" else ["pretrained.resize_patch"]
     for key in unused:
-        node, last = group(run, key)
-        if node[last]:
+        if run[key]:
             raise UserError(f"config.{key} is of no use for {variant}: leave it out")
     if run.model.block is not None and not models.is_vit(variant):
         raise UserError(

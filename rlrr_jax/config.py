@@ -357,11 +357,7 @@ def set_epochs(run: ConfigDict) -> None:
 
 
 def _fill_grid(run: ConfigDict, mine: dict[str, float]) -> None:
-    """Makes the values to choose from those of this method and task.
-
-    Args:
-      mine: the method's own values for the task.
-    """
+    """Makes the values to choose from those of this method and task, `mine`."""
     grid = run.grid.to_dict()
     grid["times_own_lr"] = grid["times_own_lr"] and run.lr is None
     if grid["times_own_lr"]:

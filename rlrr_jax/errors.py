@@ -115,7 +115,7 @@ def leave(text: str, code: int) -> NoReturn:
         signal.signal(name, signal.SIG_IGN)  # the code is decided
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr)
     sys.stdout.flush()
     os._exit(code)
 
@@ -124,7 +124,7 @@ def _end(text, code=1):
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
     sys.unraisablehook = sys.excepthook = lambda *_: None  # what libraries could not clean up
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr)
     sys.exit(code)
 
 
@@ -134,6 +134,5 @@ def _report():
         "\nThis is no error of your input that we know of: if you changed the code, look there; else "
         "please report the lines above, with your command, where you got rlrr_jax from.",
         file=sys.stderr,
-        flush=True,
     )
     sys.exit(1)

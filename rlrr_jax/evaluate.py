@@ -20,15 +20,10 @@ CHECK_SECONDS = 3  # between two looks of several processes at whether to stop
 
 
 def eval_step(model: Any, pixels: tuple, precision: str, params: Any, images: jax.Array) -> jax.Array:
-    """Logits [b, classes] of images [b, h, w, 3] uint8.
+    """Logits [b, classes] of this device's images [b, h, w, 3] uint8.
 
-    Args:
-      model: the flax model.
-      pixels: side of the images that it takes (None: they are outputs of first blocks, see `prefix`),
-        and of what their middle is cut from, or None.
-      precision: precision of matmuls.
-      params: its parameters.
-      images: this device's.
+    `pixels` are the side of the images that the model takes (None: they are outputs of first blocks,
+    see `prefix`), and of what their middle is cut from, or None.
     """
     with jax.default_matmul_precision(precision):
         inputs = images if pixels[0] is None else normalize(images, *pixels)

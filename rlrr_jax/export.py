@@ -175,7 +175,7 @@ def _write_beside(adapter, to, made, out):
     """Writes what a format has beside its weights; a card that somebody edited stays as it is."""
     if to == "hub":
         if model_card.is_edited(out / model_card.NAME):
-            print(f"note: {out / model_card.NAME} was edited, and is kept", flush=True)
+            print(f"note: {out / model_card.NAME} was edited, and is kept")
         else:
             files.write(made / model_card.NAME, model_card.text(adapter.card))
     elif to == "transformers":

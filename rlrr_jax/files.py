@@ -218,7 +218,6 @@ def lock(folder: Any, name: str = ".lock", wait: bool = False) -> Iterator[bool]
                 print(
                     f"warning: {folder} cannot be locked ({e.strerror}): start no second process there",
                     file=sys.stderr,
-                    flush=True,
                 )
             _told.add(str(folder))
         yield held

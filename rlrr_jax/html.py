@@ -94,7 +94,7 @@ def section(group: list[dict], name: str, folder: Any, **options: Any) -> str:
         answers = answer(folder, **options)
     except UserError as e:
         parts.append(f"<p>Without accuracy of classes: {html.escape(str(e))}</p>")
-        print(f"note: {folder} is shown without accuracy of classes: {e}", flush=True)
+        print(f"note: {folder} is shown without accuracy of classes: {e}")
     else:
         parts += sections.of(answers)
     return "\n".join([*parts, *_ends(folder, row)])

@@ -176,13 +176,12 @@ def build(
     if "block" in recipe.method.DEFAULTS and distributed.is_process_zero():
         print(
             f"{run.label}: folds into no weight, a tuned model computes "
-            f"{overhead(recipe, frozen):.1%} more for each image",
-            flush=True,
+            f"{overhead(recipe, frozen):.1%} more for each image"
         )
     if run.class_weights is not None and distributed.is_process_zero():
         (weights,) = answers.class_weights(run.class_weights, labels, run.task).values()
         least, most = weights.min(), weights.max()
-        print(f"{run.label}: images count {least:.3g} to {most:.3g} times, by their class", flush=True)
+        print(f"{run.label}: images count {least:.3g} to {most:.3g} times, by their class")
     mesh = run_lib.mesh_of(runs, jax.devices())
     known, every = {} if known is None else known, (images, *(x for x, _ in held_out))
     recipe, frozen, every = prefix.applied(recipe, frozen, every, mesh, run, known)
@@ -236,8 +235,7 @@ def feed_of(runs: list[Run], images: Any, labels: Any, budget: float) -> feed_li
         takes = math.prod(images.shape) * images.dtype.itemsize / 1e9
         print(
             f"{run.task.name}: {len(labels):,} training images take {takes:.3g} GB, more than the "
-            f"{budget / 1e9:.3g} GB for them on a device: {feed.slots:,} are there at once",
-            flush=True,
+            f"{budget / 1e9:.3g} GB for them on a device: {feed.slots:,} are there at once"
         )
     return feed
 

@@ -20,24 +20,21 @@ from rlrr_jax.runtime import mesh as mesh_lib
 NONE = -1  # epoch of a trial that has kept none
 
 
-def start(trained: Any, mesh: Mesh, trials: int) -> dict[str, Any]:
-    """What is kept before the first epoch: `tree`, its `score` and `epoch`, the `last` epoch [T].
+@functools.lru_cache(8)
+def map_start(mesh: Mesh) -> Callable:
+    """A jitted function from trained trees [T, ...] to what is kept before the first epoch.
 
-    `last` is the epoch after which patience was over, or `NONE`.
+    That is `tree`, its `score` and `epoch`, and the `last` epoch [T], after which patience was over, or
+    `NONE`.
     """
-    fill = lambda value: mesh_lib.put(mesh, P("trial"), value)
-    return {
-        "tree": _copied(mesh)(trained),
-        "score": fill(np.full(trials, -np.inf, np.float32)),
-        "epoch": fill(np.full(trials, NONE, np.int32)),
-        "last": fill(np.full(trials, NONE, np.int32)),
-    }
 
+    def start(trained: Any) -> dict[str, Any]:
+        tree = jax.tree.map(jnp.copy, trained)  # training donates what it is given
+        score = jnp.full(len(jax.tree.leaves(tree)[0]), -jnp.inf, jnp.float32)
+        epoch, last = (jnp.full(len(score), NONE, jnp.int32) for _ in range(2))  # both are donated
+        return _placed({"tree": tree, "score": score, "epoch": epoch, "last": last}, mesh)
 
-def shapes(trained: Any, mesh: Mesh, trials: int) -> dict[str, Any]:
-    """Shapes and shardings of what `start` returns for shapes of trained trees."""
-    one = lambda kind: jax.ShapeDtypeStruct((trials,), kind, sharding=NamedSharding(mesh, P("trial")))
-    return {"tree": trained, "score": one(jnp.float32), "epoch": one(jnp.int32), "last": one(jnp.int32)}
+    return jax.jit(start)
 
 
 def update(
@@ -58,12 +55,6 @@ def update(
     filled += filled[-1:] * (number - len(filled))  # spares are the last trial again
     given = mesh_lib.put(mesh, P("trial"), np.array(filled, np.float32))
     return _update(mesh)(kept, trained, given, np.int32(epoch), np.int32(patience or 2**30))
-
-
-@functools.lru_cache(8)
-def _copied(mesh: Mesh) -> Callable:
-    """A jitted copy: training donates what it is given."""
-    return jax.jit(lambda tree: _placed(jax.tree.map(jnp.copy, tree), mesh))
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:

@@ -79,6 +79,8 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"{argv[1]!r} belongs to no flag: a task is written --config configs/vtab.py:cifar"
         )
+    import jax
+
     from rlrr_jax import report, suite  # not before: --help and wrong flags are answered at once
     from rlrr_jax.runs import parts
     from rlrr_jax.runtime import distributed
@@ -98,15 +100,14 @@ def main(argv: list[str]) -> None:
             f"{part}: the processes deal out the runs, in a workdir that all must share; --part=off "
             f"trains each run on the devices of all",
             file=sys.stderr,
-            flush=True,
         )
     _cache_programs()
-    if jax_x64():
+    if jax.config.jax_enable_x64:
         raise UserError("JAX_ENABLE_X64 is set, and everything here is float32: unset it")
     if not distributed.is_process_zero():
         sys.stdout = open(os.devnull, "w")  # process 0 shows what all do
     if config.task is None and config.own.path is None:
-        print(BUNDLED, flush=True)
+        print(BUNDLED)
     stop = Stop()
     try:
         with distributed.together(Stopped, STOPPED):
@@ -118,9 +119,9 @@ def main(argv: list[str]) -> None:
     except Stopped:
         leave(distributed.STOPPED_TEXT, STOPPED)
     if rows:
-        print(f"\n{report.show(rows)}", flush=True)
+        print(f"\n{report.show(rows)}")
     if problems:
-        print("\nnot finished:", *suite.explain(problems), sep="\n", flush=True)
+        print("\nnot finished:", *suite.explain(problems), sep="\n")
         names = ", ".join(dict.fromkeys(label.split()[0] for label in problems))
         of = "" if part else f" of {len(rows) + len(problems)}"  # a part has the rows of others, too
         raise UserError(
@@ -136,13 +137,6 @@ def _quiet_orbax(logging):
     handler.addFilter(lambda record: "orbax" not in record.pathname)
 
 
-def jax_x64() -> bool:
-    """Whether JAX was told to compute in float64."""
-    import jax
-
-    return jax.config.jax_enable_x64
-
-
 def _cache_programs():
     """Keeps compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR says where already."""
     import jax
@@ -154,7 +148,7 @@ def _cache_programs():
     try:
         folder = files.cache() / "compiled"
     except UserError as e:
-        print(f"warning: compiled programs are not kept: {e}", file=sys.stderr, flush=True)
+        print(f"warning: compiled programs are not kept: {e}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -171,9 +165,7 @@ def _replace_damaged(folder):
             return show(message, *rest, **more)
         for path in folder.glob(f"{found[1]}-*-cache"):
             path.unlink(missing_ok=True)
-        print(
-            f"note: compiled programs {found[1]} in {folder} were damaged: compiled again", flush=True
-        )
+        print(f"note: compiled programs {found[1]} in {folder} were damaged: compiled again")
 
     warnings.showwarning = heard
 
@@ -269,12 +261,11 @@ def _plainly(text):
 
 def _unset(config, key):
     """Sets a key, such as "model.gelu", to None, its value where nothing was set."""
-    *groups, last = key.split(".")
-    for group in groups:
-        config = config[group]
-    if last not in config:
-        raise unknown("key in a --config flag", last, config.keys())
-    config[last] = None
+    group, _, last = key.rpartition(".")
+    node = config[group] if group else config
+    if last not in node:
+        raise unknown("key in a --config flag", last, node.keys())
+    node[last] = None
 
 
 if __name__ == "__main__":

@@ -15,15 +15,6 @@ SCHEDULES = ("official", "cosine", "bigvision", "restarts")
 RESTARTS = (10, 2)  # the authors' for their augmented recipe
 
 
-def adamw(
-    method: methods.Method, trainable: Any, lr: Any, weight_decay: Any
-) -> optax.GradientTransformation:
-    """AdamW as the authors use it; `lr` and `weight_decay` may be traced."""
-    return optax.adamw(
-        lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=methods.decay(method, trainable)
-    )
-
-
 class Optimizer(NamedTuple):
     """How gradients become updates.
 
@@ -52,14 +43,13 @@ def build(
     key: jax.Array | None = None,
 ) -> optax.GradientTransformation:
     """The optax transformation; `lr`, `weight_decay` and `key`, for `gradients`, may be traced."""
-    if optimizer.name == "adamw":
-        tx = adamw(method, trainable, lr, weight_decay)
-    elif optimizer.name != "momentum":
-        raise unknown("optimizer", optimizer.name, ("adamw", "momentum"))
+    mask = methods.decay(method, trainable)
+    if optimizer.name == "adamw":  # as the authors use it
+        tx = optax.adamw(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=mask)
     else:
         tx = optax.chain(
             optax.trace(0.9, accumulator_dtype=optimizer.momentum_dtype),
-            optax.add_decayed_weights(weight_decay, mask=methods.decay(method, trainable)),
+            optax.add_decayed_weights(weight_decay, mask=mask),
             optax.scale_by_learning_rate(lr),
         )
     if (clip := optimizer.grad_clip) is not None:

@@ -174,7 +174,7 @@ def check(args: Any) -> tuple[list, list[adapters.Adapter]]:
     if not images:
         raise UserError("no images are named: give files, folders or patterns behind the adapter")
     places = [adapters.find(name) for name in names]
-    paths = find(images, note=lambda text: print(text, file=sys.stderr, flush=True))
+    paths = find(images, note=lambda text: print(text, file=sys.stderr))
     read = [adapters.read(path) for path in places]
     kinds = {cards.answers(adapter.card)["kind"] for adapter in read}
     if args.format == "csv" and len(kinds) > 1:
@@ -232,7 +232,7 @@ def show_all(
     if args.out:
         files.write(files.local(args.out), text)
     else:
-        print(text, end="", flush=True)
+        print(text, end="")
     if bad:
         print("not read:", *bad, sep="\n", file=sys.stderr)
         raise UserError(f"{len(bad)} of {len(paths)} files could not be read: see above")

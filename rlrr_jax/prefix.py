@@ -49,11 +49,9 @@ class Head(nn.Module):
 
 
 def blocks(recipe: Recipe, run: Run) -> int:
-    """How many of the first blocks a run leaves alone, or `HEAD`; 0 if nothing can be computed once.
+    """How many of the first blocks a group of trials, of which `run` is the first, leaves alone.
 
-    Args:
-      recipe: the `Recipe` of a group of trials.
-      run: the first.
+    `HEAD` is all but the head; 0 if nothing can be computed once.
     """
     noisy = recipe.drop_path or recipe.mixing.images or run.crop is not None
     noisy = noisy or not losses.of(recipe).plain  # others may look at pixels, or at all blocks
@@ -149,11 +147,6 @@ def _program(model: Any, number: int, precision: str, pixels: tuple, mesh: Mesh)
     return jax.jit(both, out_shardings=NamedSharding(mesh, P()))
 
 
-def _print(text: str) -> None:
-    if distributed.is_process_zero():
-        print(text, flush=True)
-
-
 def rest(recipe: Recipe, frozen: Any, number: int) -> tuple[Any, Any]:
     """The recipe and tree of what comes after the first blocks; it takes their outputs for images."""
     model: Any
@@ -197,12 +190,12 @@ def applied(recipe: Recipe, frozen: Any, data: tuple, mesh: Mesh, run: Run, know
     wanted, kept = _bytes(recipe, number, data, run.flip), _keys(recipe, frozen, data, number, run)
     in_memory = wanted <= MOST_BYTES or all(key in known for key in kept)
     if not distributed.broadcast(in_memory) and wanted > (free := _free()):
-        _print(
+        print(
             f"{run.label}: what reaches {where} would take {wanted / 1e9:.1f} GB, more than "
             f"the {free / 1e9:.1f} GB for it, and is computed each time"
         )
         return recipe, frozen, data
-    _print(f"{run.label}: what reaches {where} is computed once; images/s is of the rest")
+    print(f"{run.label}: what reaches {where} is computed once; images/s is of the rest")
     out = []
     for i, (images, key) in enumerate(zip(data, kept)):
         what = "held-out" if i else "training"

@@ -62,7 +62,7 @@ def main() -> None:
         except (UserError, OSError) as e:
             problems[name] = "wrong" if _is_there(name, data_dir, args.source) else "missing"
             line = f"not ready: {first_line(e)}"
-        print(f"[{i}/{len(names)}] {name}: {line}", flush=True)
+        print(f"[{i}/{len(names)}] {name}: {line}")
     print(summary(names, problems, manual))
     if problems:
         raise UserError(f"{len(problems)} of {len(names)} tasks are not ready: {', '.join(problems)}")
@@ -118,11 +118,11 @@ def prepare(names: list[str], data_dir: Any, manual: Any) -> None:
     datasets = list(dict.fromkeys(f"{tasks.get(n).tfds}:{tasks.get(n).version}" for n in absent))
     for i, dataset in enumerate(datasets, 1):
         label = f"[{i}/{len(datasets)}] {dataset}"
-        print(f"{label}: preparing", flush=True)
+        print(f"{label}: preparing")
         try:
-            print(f"{label}: {_prepare_one(dataset, data_dir, manual)}", flush=True)
+            print(f"{label}: {_prepare_one(dataset, data_dir, manual)}")
         except Exception as e:  # a builder can raise anything; the others go on
-            print(f"{label}: failed: {type(e).__name__}: {first_line(e)}", flush=True)
+            print(f"{label}: failed: {type(e).__name__}: {first_line(e)}")
 
 
 def _prepare_one(dataset, data_dir, manual):

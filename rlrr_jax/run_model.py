@@ -98,12 +98,7 @@ def _check_contracts(
 
 
 def follow(run: ConfigDict, path: str) -> list[str]:
-    """Fills in what a run takes from its weights' card; returns notes where the run differs from it.
-
-    Args:
-      run: the configuration.
-      path: where the weight file is.
-    """
+    """Fills in what a run takes from the card of its weights at a path; notes where it differs."""
     name, given, model = run.pretrained.name, run.pretrained, run.model
     how = dict(variant=model.variant, ignore=given.ignore_json, resized=given.resize_patch)
     card = preprocessing.read(path, name, needed=given.mean is None, **how)

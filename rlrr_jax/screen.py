@@ -54,7 +54,7 @@ def prepare() -> None:
         if stream is None:
             stream = open(os.devnull, "w")
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="rlrr_jax.plain")
+            stream.reconfigure(errors="rlrr_jax.plain", line_buffering=True)
         setattr(sys, name, stream if isinstance(stream, Tolerant) else Tolerant(stream))
 
 

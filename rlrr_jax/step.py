@@ -28,16 +28,9 @@ Tree = Any  # a pytree of arrays
 
 
 def init_state(recipe: Recipe, key: jax.Array, frozen: Tree) -> Tree:
-    """What training changes. `frozen` is not in it.
+    """What training changes, from the key of the first values: `{"trainable", "opt_state"}`.
 
-    Args:
-      recipe: the `Recipe`.
-      key: of the first values.
-      frozen: the backbone's weights.
-
-    Returns:
-      `{"trainable", "opt_state"}`; with an average `"average"`, and with a loss that remembers
-      `"remembered"` [N, classes], too.
+    With an average `"average"`, and with a loss that remembers `"remembered"` [N, classes], too.
     """
     trainable = losses.start(losses.of(recipe), recipe.method, key, frozen)
     tx = optim.build(recipe.optimizer, recipe.method, trainable, 0.0, 0.0, key)

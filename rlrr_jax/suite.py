@@ -77,20 +77,20 @@ def run(
     survive = functools.partial(_survive, problems, alone=alone, pass_over=part is not None)
     heads.share(runs)
     if part:
-        workdir.write_list(folder, [_folder(folder, run) for run in runs])
+        workdir.write_list(folder, [rows_lib.folder(folder, run) for run in runs])
     works = locate(parts.share(runs, part) if part else runs, folder, survive)
     _check_alike([work.found and work.found.dataset for work in works], _OTHER_IMAGES)
     if not works and problems and not part:
         raise UserError(f"no task can run; {explain(problems)[0]}")
-    print(f"workdir: {folder}", flush=True)
+    print(f"workdir: {folder}")
     if part:
-        print(f"{part}: {len(works)} of {len(runs)} runs", flush=True)
+        print(f"{part}: {len(works)} of {len(runs)} runs")
     rows = _finish(works, survive, stop, part) if works else []
     if not rows and problems and not part:
         raise UserError(f"every run failed; {explain(problems)[0]}")
     if part:
         rows = _finished(runs, folder)
-        print(f"{part}: {len(rows)} of {len(runs)} runs are finished", flush=True)
+        print(f"{part}: {len(rows)} of {len(runs)} runs are finished")
     if rows and distributed.is_process_zero():
         _report(folder, part)
     distributed.wait("reported")
@@ -108,7 +108,7 @@ def _finish(works: list[Work], survive: Callable, stop: Stop, part: Part | None)
         text(run) for text in (_augmentation, _set_aside, _folds) for run in left
     ):
         if line:
-            _print(line)
+            print(line)
     forecast = Forecast(works, str(part or ""))
     train_all = functools.partial(group.finish, load=load, forecast=forecast, stop=stop)
     rows, later = [], []
@@ -130,19 +130,14 @@ def _finish(works: list[Work], survive: Callable, stop: Stop, part: Part | None)
         try:
             train(alike)
         except files.Held:
-            print(f"{part}: {alike[0].label}: left to the process that is training it", flush=True)
+            print(f"{part}: {alike[0].label}: left to the process that is training it")
     return rows
 
 
 def _finished(runs: list, folder: Any) -> list[dict]:
     """The rows of all runs that are finished, by whichever part."""
-    paths = [_folder(folder, run) / "result.json" for run in runs]
+    paths = [rows_lib.folder(folder, run) / "result.json" for run in runs]
     return [rows_lib.read(path) for path in paths if path.exists()]
-
-
-def _folder(folder: Any, run: Any) -> Any:
-    """The folder of a run."""
-    return folder / workdir.task_folder(run) / workdir.method_folder(run) / workdir.run_folder(run)
 
 
 def _report(folder: Any, part: Part | None) -> None:
@@ -154,7 +149,7 @@ def _report(folder: Any, part: Part | None) -> None:
     except OSError as e:
         if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        _print(f"note: {folder} cannot be written ({e.strerror}), and keeps the tables that it has")
+        print(f"note: {folder} cannot be written ({e.strerror}), and keeps the tables that it has")
 
 
 def explain(problems: dict[str, str]) -> list[str]:
@@ -231,7 +226,7 @@ def locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
     works, entries = [], []
     entry = functools.cache(store.locate)  # the runs of a task share it
     for r in runs:
-        own = _folder(folder, r)
+        own = rows_lib.folder(folder, r)
         own.mkdir(parents=True, exist_ok=True)
         label = f"{r.task} {workdir.method_folder(r)} seed {r.seed}" + f" {r.trial}" * bool(r.trial)
         work = Work(r, own, None, label)
@@ -260,7 +255,7 @@ def locate(runs: list, folder: Any, survive: Callable) -> list[Work]:
             works.append(work._replace(found=found))
     if wanted := store.missing_bytes(entries):
         there = cache.described(runs[0].data.cache_dir)
-        print(f"decoded images to write: {wanted / 1e9:.2f} GB{there}", flush=True)
+        print(f"decoded images to write: {wanted / 1e9:.2f} GB{there}")
         cache.check_space(wanted, runs[0].data.cache_dir)
     return works
 
@@ -277,7 +272,7 @@ def _listed(error: Unusable, folder: Any) -> UserError:
 def _say_devices(number: int | None) -> None:
     """Prints on what is trained, and warns of a GPU or TPU that is there and unused."""
     devices = jax.devices()
-    _print(f"training on {memory.words(memory.machine(number or len(devices)))}")
+    print(f"training on {memory.words(memory.machine(number or len(devices)))}")
     there = {"cuda13": glob.glob("/dev/nvidia[0-9]*"), "tpu": glob.glob("/dev/accel[0-9]*")}
     for extra, found in there.items():
         if found and devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
@@ -285,7 +280,6 @@ def _say_devices(number: int | None) -> None:
                 f"warning: {found[0]} is there and not used, since this JAX knows only the CPU: pip "
                 f"install 'jax[{extra}]'",
                 file=sys.stderr,
-                flush=True,
             )
 
 
@@ -328,7 +322,7 @@ def _augmentation(run: Any) -> str:
 def _describe(task: Task, folder: Any) -> None:
     """Prints what there is to know of a task's images, and writes their splits beside the runs."""
     for note in task.notes:
-        _print(f"{task.name}: {note}")
+        print(f"{task.name}: {note}")
     path = folder / workdir.task_folder({"task": task.name}) / "split.csv"
     if task.listing and distributed.is_process_zero():
         if not path.exists() or path.read_text() != task.listing:
@@ -344,7 +338,7 @@ def open_weights(works: list[Work]) -> group.Loaders:
         path = names.split_subtree(weights[work.run.pretrained.name][0])[0]
         notes += run_model.follow(work.run, path)
     for note in dict.fromkeys(notes):
-        _print(note)
+        print(note)
     for work in works:
         run_model.check_contracts(work.run)  # on the model that the weights made it
     mine = [identity.fingerprint([work.run for work in works])]
@@ -352,7 +346,7 @@ def open_weights(works: list[Work]) -> group.Loaders:
     _check_alike(mine, _OTHER_WEIGHTS)
     for work in works:
         workdir.check_folder(work, weights[work.run.pretrained.name][1])
-    load_weights = loaders.weights_reader(weights, _print)
+    load_weights = loaders.weights_reader(weights, print)
     load_weights(works[0].run, run_model.build_model(works[0].run))  # a misfit is no task's fault
     folds_of = max(work.run.grid.folds if "grid" in work.run else 0 for work in works)
     return group.Loaders(weights, load_weights, loaders.images_reader(8 + 2 * folds_of), {})
@@ -361,11 +355,7 @@ def open_weights(works: list[Work]) -> group.Loaders:
 @functools.cache
 def _say(text: str) -> None:
     """Prints a line once."""
-    _print(text)
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
+    print(text)
 
 
 @contextlib.contextmanager
@@ -393,5 +383,5 @@ def _survive(problems: dict[str, str], *works: Work, alone: bool, pass_over: boo
             files.write(path, text if expected else traceback.format_exc())
             why = text if expected else f"{text} ({works[0].folder / 'error.txt'})"
             if why not in problems.values():  # once for all seeds
-                print(f"{work.label}: failed: {why}", flush=True)
+                print(f"{work.label}: failed: {why}")
             problems[work.label] = why

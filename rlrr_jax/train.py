@@ -74,11 +74,11 @@ def train(
     before = write_configs(job, outputs)
     with checkpoint.open_manager(outputs.checkpoints) as manager:
         pack = functools.partial(mesh_lib.without_spares, mesh=job.mesh, number=len(job.runs))
-        keeper = checkpoint.Keeper(manager, job.runs[0].limits.checkpoint_seconds, pack)
+        keeper = checkpoint.Keeper(manager, job.runs[0].limits.checkpoint_seconds, stop, pack)
         progress = start_or_resume(job, outputs, keeper, clock)
         if progress.epoch or progress.step:
             print_resumed(outputs, progress, before, job.mesh.size)
-        saver = checkpoint.Saver(progress, keeper, stop)
+        check = functools.partial(keeper.stop_if_asked, progress)
         left = progress.epoch < job.epochs and not keeping.over(progress.kept)
         with stop.training():  # an exception in the middle of compiling would leave it in pieces
             train_steps: Any = job.compile(progress.state, progress.metrics) if left else None
@@ -91,16 +91,16 @@ def train(
             job.parts(progress.epoch, progress.step) as parts,
         ):
             for epoch, until, data in parts if left else ():
-                train_part(job, train_steps, data, until, progress, saver, bar)
+                train_part(job, train_steps, data, until, progress, keeper, bar)
                 if until == job.steps(epoch):
-                    finish_epoch(job, outputs, progress, evaluate_epoch(job, progress, saver))
+                    finish_epoch(job, outputs, progress, evaluate_epoch(job, progress, check))
                     log([history[-1] for history in progress.histories])
                     ended = epoch + 1 == job.epochs or keeping.over(progress.kept)
-                    saver.save_if_due(last=ended)
+                    keeper.save_if_due(progress, last=ended)
                     on_epoch(clock, epoch + 1)
                     if ended:
                         break
-        ends = final.settle(job, progress, saver.stop_if_asked)
+        ends = final.settle(job, progress, check)
     write_results(job, outputs, progress, ends)
 
 
@@ -108,12 +108,13 @@ def start_or_resume(job: Job, outputs: Outputs, keeper: checkpoint.Keeper, clock
     """The progress to go on from: the newest whole checkpoint's, or the beginning."""
     (state, sums), keep, trials = job.shapes(), job.runs[0].keep, len(job.init_keys)
     if keep:
-        state = {**state, "kept": keeping.shapes(step.tuned(state), job.mesh, trials)}
+        kept = mesh_lib.abstract(keeping.map_start(job.mesh), job.mesh, step.tuned(state))
+        state = {**state, "kept": kept}
     like = mesh_lib.without_spares((state, sums), job.mesh, len(job.runs))
     found = keeper.restore(like, len(clock.numbers(0, 0)))
     if found is None:
         state, sums = job.start()
-        kept = keeping.start(step.tuned(state), job.mesh, trials) if keep else None
+        kept = keeping.map_start(job.mesh)(step.tuned(state)) if keep else None
         return Progress(state, sums, 0, 0, clock, [[] for _ in job.runs], kept)
     *tree, numbers = found
     state, sums = mesh_lib.with_spares(tuple(tree), job.mesh, trials)
@@ -138,7 +139,7 @@ def train_part(
     data: dict,
     until: int,
     progress: Progress,
-    saver: checkpoint.Saver,
+    keeper: checkpoint.Keeper,
     bar: tqdm,
 ) -> None:
     """Trains up to step `until` of an epoch, in one dispatch where the machine is fast enough."""
@@ -155,9 +156,9 @@ def train_part(
         sums = distributed.fetch(progress.metrics)
         check_finite(job, sums["loss"], progress.epoch, start, stop, progress.state["trainable"])
         progress.step = stop
-        saver.stop_if_asked()
+        keeper.stop_if_asked(progress)
         if stop < job.steps(progress.epoch):
-            saver.save_if_due()
+            keeper.save_if_due(progress)
         means = rows.means(recipe, sums, 0, stop)  # of the first trial
         shown = {name: means.get(f"train_{name}") or math.nan for name in ("loss", "acc")}
         text = {"epoch": f"{progress.epoch + 1}/{job.epochs}"}
@@ -200,14 +201,14 @@ def check_finite(job: Job, losses: np.ndarray, epoch: int, start: int, stop: int
     )
 
 
-def evaluate_epoch(job: Job, progress: Progress, saver: checkpoint.Saver) -> list[dict]:
+def evaluate_epoch(job: Job, progress: Progress, check: Callable) -> list[dict]:
     """Held-out metrics of each trial after an epoch; empty where the protocol has none."""
     run, epoch = job.runs[0], progress.epoch
     if not run.evaluated[epoch]:
         return [{}] * len(job.runs)
     title = f"evaluating epoch {epoch + 1}"
     trees, (images, labels) = step.tuned(progress.state), job.held_out
-    logits = evaluate.trials(job, trees, images, title, saver.stop_if_asked)
+    logits = evaluate.trials(job, trees, images, title, check)
     found = [answers.judged(run.task, each, labels) for each in logits]
     if progress.kept is not None:
         score = answers.chooses(run.task, run.class_weights)

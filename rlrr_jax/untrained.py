@@ -10,7 +10,6 @@ from rlrr_jax.errors import UserError
 from rlrr_jax.final import Final
 from rlrr_jax.job import Job
 from rlrr_jax.results.outputs import Outputs, write_configs, write_results
-from rlrr_jax.runtime import distributed
 from rlrr_jax.runtime.clock import Clock
 from rlrr_jax.train import Progress
 
@@ -37,12 +36,10 @@ def finish(job: Job, outputs: Outputs) -> None:
     judge = lambda votes: _judged(job, votes, val[1])[score]
     chosen = how.choose(bank, known, judge)
     said = ", ".join(f"{key}={value}" for key, value in chosen.items())
-    if distributed.is_process_zero():
-        print(
-            f"{run.label}: trains nothing; {said}; class weights, temperature and the best epoch are "
-            f"of no use to it",
-            flush=True,
-        )
+    print(
+        f"{run.label}: trains nothing; {said}; class weights, temperature and the best epoch are of no "
+        f"use to it"
+    )
     first = how.answer(bank, known[0], **chosen)
     own = _judged(job, how.answer(bank, bank[0], same=True, **chosen), job.feed.labels)
     row = {"epoch": 0, "lr": None, **{f"train_{name}": x for name, x in own.items()}}

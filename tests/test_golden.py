@@ -55,11 +55,11 @@ def test_ten_steps_of_adamw(case):
     @jax.jit
     def step(trainable, opt_state, lr):
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-        tx = optim.adamw(RLRR, trainable, lr, weight_decay)
+        tx = optim.build(optim.Optimizer(), RLRR, trainable, lr, weight_decay)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, loss
 
-    opt_state = optim.adamw(RLRR, trainable, 0.0, 0.0).init(trainable)
+    opt_state = optim.build(optim.Optimizer(), RLRR, trainable, 0.0, 0.0).init(trainable)
     assert len(golden.data["lrs"]) == 10
     for i, lr in enumerate(golden.data["lrs"]):
         trainable, opt_state, loss = step(trainable, opt_state, lr)

@@ -430,7 +430,7 @@ def test_weight_decay_pulls_only_what_it_should():
     """With zero gradients AdamW leaves a leaf alone or shrinks it by lr * weight_decay."""
     tree = methods.start(METHOD, jax.random.key(0), FROZEN)
     tree = jax.tree.map(lambda x: x + 1.0, tree)
-    tx = optim.adamw(METHOD, tree, 0.1, 0.5)
+    tx = optim.build(optim.Optimizer(), METHOD, tree, 0.1, 0.5)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree), tree)
     decayed = flatten_dict(methods.decay(METHOD, tree))
     for name, update in flatten_dict(updates).items():

@@ -428,10 +428,10 @@ def test_goes_on_elsewhere_with_a_note(tmp_path, monkeypatch, capsys):
     settings = config("digits,method=linear", checkpoint_seconds=0.0, epochs=3)
     stop, evaluate_epoch = Stop(), train.evaluate_epoch
 
-    def then_stop(job, progress, saver):
+    def then_stop(job, progress, check):
         stop.asked = progress.epoch == 1
-        saver.stop_if_asked()
-        return evaluate_epoch(job, progress, saver)
+        check()
+        return evaluate_epoch(job, progress, check)
 
     monkeypatch.setattr(train, "evaluate_epoch", then_stop)
     with pytest.raises(Stopped):

@@ -12,15 +12,9 @@ from rlrr_jax.methods.base import Method
 
 
 def check(name: str, method: Method, frozen: Any) -> Any:
-    """Checks what a method promises, without computing anything.
+    """Checks what a method promises on a model's tree, without computing anything.
 
-    Args:
-      name: the method's name, for the message.
-      method: a `Method`.
-      frozen: a model's tree of arrays or of shapes.
-
-    Returns:
-      The shapes of the adapter.
+    Returns the shapes of the adapter.
 
     Raises UserError, naming the leaf, if `init` makes what cannot be trained and read back from a file,
     if `merge` returns other names, shapes or dtypes than the frozen tree's, if either gives two results

@@ -45,15 +45,7 @@ def method(k: int = 0, temperature: float = 0.07) -> Method:
 
 
 def choose(bank: tuple, held_out: tuple, judge: Callable, k: int, temperature: float) -> dict:
-    """The number of neighbours: the smallest of `KS` with the best score on held-out images.
-
-    Args:
-      bank: features [N, D] and targets [N, C] of training images.
-      held_out: features of the images set aside, which `judge` knows.
-      judge: function from logits to their score.
-      k: the number that was given, or 0.
-      temperature: by which similarities are divided.
-    """
+    """The number of neighbours, see `Untrained`: the smallest of `KS` with the best score, or `k`."""
     if k:
         return {"k": k}
     tried = [n for n in KS if n <= len(bank[0])]
@@ -63,15 +55,7 @@ def choose(bank: tuple, held_out: tuple, judge: Callable, k: int, temperature: f
 
 
 def answer(bank: tuple, features: Any, k: int, temperature: float, same: bool = False) -> np.ndarray:
-    """Logits [n, C] of features [n, D].
-
-    Args:
-      bank: features [N, D] and targets [N, C] of training images.
-      features: what the head would get.
-      k: number of neighbours.
-      temperature: by which similarities are divided.
-      same: whether these are the images of the bank, none of which votes for itself.
-    """
+    """Mean targets [n, C] of features [n, D] by `k` neighbours, see `Untrained`."""
     return votes(*neighbours(bank[0], features, k, same), bank[1], k, temperature)
 
 

@@ -49,11 +49,7 @@ class Site(NamedTuple):
 
 
 def sites(frozen: Any) -> list[Site]:
-    """All layers but the head, in the order of their paths.
-
-    Args:
-      frozen: a model's tree, of arrays or of shapes.
-    """
+    """All layers of a tree, of arrays or of shapes, but the head, in the order of their paths."""
     return list(_walk(frozen, ()))
 
 

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     parts, name = _PARTS.value, _TOPOLOGY.value
     with topology.compiling_for(topology.share(name, parts) if parts > 1 else name) as devices:
-        done = groups.measured(config, devices, functools.partial(print, flush=True), parts)
+        done = groups.measured(config, devices, functools.partial(print), parts)
     text = page.text(devices, done, parts)
     print(text)
     if out:

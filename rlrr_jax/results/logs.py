@@ -32,8 +32,6 @@ def open_logs(kind: str | None, job: Any, outputs: Outputs, epoch: int) -> Itera
       job: the `job.Job`.
       outputs: where the files of the trials are.
       epoch: the first epoch that is logged; later ones of an interrupted start are replaced.
-
-    Raises UserError if the package that it needs is not installed.
     """
     if kind is None or not distributed.is_process_zero():
         yield lambda rows: None
@@ -52,10 +50,7 @@ def open_logs(kind: str | None, job: Any, outputs: Outputs, epoch: int) -> Itera
 
 
 def _tensorboard(job, outputs, epoch):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as e:
-        raise UserError("config.log=tensorboard needs tensorboardX: pip install tensorboardX") from e
+    from tensorboardX import SummaryWriter
 
     def one(folder):
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
@@ -71,10 +66,8 @@ def _tensorboard(job, outputs, epoch):
 
 
 def _wandb(job, outputs, epoch):
-    try:
-        import wandb
-    except ImportError as e:
-        raise UserError("config.log=wandb needs wandb: pip install wandb") from e
+    import wandb
+
     from rlrr_jax.runs import identity
 
     def one(run, folder, label):
@@ -94,7 +87,6 @@ def _wandb(job, outputs, epoch):
                 f"warning: {label} has no curves in wandb ({first_line(e)}): set WANDB_MODE=offline to "
                 f"keep them here",
                 file=sys.stderr,
-                flush=True,
             )
             return lambda row: None, lambda: None
         return lambda row: started.log(_numbers(row), step=row["epoch"]), started.finish

@@ -144,7 +144,7 @@ def push(folder: Any, repository: str, card: dict, public: bool = False) -> str:
             theirs = api.hf_hub_download(repository, NAME)
             if is_edited(pathlib.Path(theirs)):
                 uploaded = [FILE]
-                print(f"note: the card of hf:{repository} was edited, and is kept", flush=True)
+                print(f"note: the card of hf:{repository} was edited, and is kept")
         except EntryNotFoundError:
             pass
         api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=uploaded)

@@ -52,12 +52,11 @@ def print_resumed(outputs: Outputs, progress: Any, before: dict | None, devices:
       devices: number of devices of this start.
     """
     where = f"epoch {progress.epoch + 1}, step {progress.step}"
-    print(f"{outputs.title}: goes on at {where}", flush=True)
+    print(f"{outputs.title}: goes on at {where}")
     if before and before != (machine := memory.machine(devices)):
         print(
             f"note: it was begun on {memory.words(before)} and goes on on {memory.words(machine)}: "
-            f"sums are taken in another order, and the last digits differ",
-            flush=True,
+            f"sums are taken in another order, and the last digits differ"
         )
 
 
@@ -92,7 +91,7 @@ def write_results(job: Any, outputs: Outputs, progress: Any, ends: list) -> None
             elif all(np.isfinite(x).all() for x in jax.tree.leaves(end.trained)):
                 adapters.write(folder / "adapter.safetensors", adapters.Adapter(end.trained, card))
             else:
-                print(f"warning: {outputs.labels[i]} diverged: it leaves no adapter", flush=True)
+                print(f"warning: {outputs.labels[i]} diverged: it leaves no adapter")
             files.write_json(folder / "result.json", row)
         write_metrics(outputs, progress.histories)  # without epochs after a trial's end
         shown = zip(outputs.labels, outputs.folders, progress.histories)

@@ -57,7 +57,7 @@ def save(path: Any, draw: Any, *args: Any) -> bool:
             files.write(path, picture)
         return bool(picture)
     except Exception as e:  # whatever a drawing library can raise
-        print(f"warning: {path} was not drawn ({first_line(e)})", file=sys.stderr, flush=True)
+        print(f"warning: {path} was not drawn ({first_line(e)})", file=sys.stderr)
         return False
 
 

@@ -227,6 +227,6 @@ def fold(rows: list[dict]) -> list[list[dict]]:
 
 
 def folder(workdir: Any, row: dict) -> Any:
-    """The folder of a row's run."""
+    """The folder of a run, or of a row's."""
     parts = workdir_lib.task_folder, workdir_lib.method_folder, workdir_lib.run_folder
     return workdir.joinpath(*(name(row) for name in parts))

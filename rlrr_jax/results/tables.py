@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from tabulate import tabulate
 
 from rlrr_jax import metrics
@@ -231,15 +232,7 @@ def labels(groups: list[list[dict]], shown: Iterable[str] = (), seed: bool = Tru
 
 def settings(row: dict) -> dict[str, Any]:
     """Settings of a row by their dotted names, see `identity.setting`."""
-    return flat(identity.setting(row["config"]))
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    """`{"model.gelu": "tanh", ...}` of nested dicts."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+    return flatten_dict(identity.setting(row["config"]), sep=".")
 
 
 def differing(each: list[dict], shown: Iterable[str] = ()) -> list[list[str]]:

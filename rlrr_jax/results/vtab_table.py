@@ -7,6 +7,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tabulate import tabulate
 
 from rlrr_jax.data import tasks
@@ -143,7 +144,7 @@ def _line(rows, key, suffix):
         seeds=tuple(sorted({row["seed"] for row in rows})),
         counts=" to ".join(map(str, sorted({min(counts), max(counts)}))),
         source="",
-        settings=tables.flat(identity.across_tasks(first["config"])),
+        settings=flatten_dict(identity.across_tasks(first["config"]), sep="."),
     )
 
 

@@ -75,22 +75,19 @@ class Forecast:
             f"{total.images:,} training images, "
             f"{total.evaluations:,} evaluation(s) of {total.evaluated:,} images in all"
             + f"; {before} finished before"
-            * bool(before),
-            flush=True,
+            * bool(before)
         )
         if any(search.extends(work.run) for work in works if not work.finished):
             print(
                 f"a search whose best lies at an end of its grid goes on beyond it, up to "
-                f"{search.STEPS} times: that is not counted",
-                flush=True,
+                f"{search.STEPS} times: that is not counted"
             )
         share = total.evaluated / 3 / (total.passes or 1)
         often = lambda run: run.protocol == "official" and run.get("eval_every", 1) == 1
         if share > 0.5 and any(often(work.run) for work in works):
             print(
                 f"testing after every epoch is about {share:.0%} of the work: --config.eval_every=10 "
-                f"tests every tenth, --config.protocol=fast the last alone",
-                flush=True,
+                f"tests every tenth, --config.protocol=fast the last alone"
             )
 
     def expect(self, works: list[Work]) -> None:
@@ -127,10 +124,7 @@ class Forecast:
             if work.label in left:  # else it finished before, and is trained again with its group
                 left[work.label] -= cost(work.run, epochs).passes
         seconds = sum(left[k] / self.speed.get(m, now) for k, (m, _) in self.left.items())
-        print(
-            f"\n{self.name}about {duration(seconds)} left, {method} trains {now:,.0f} images/s",
-            flush=True,
-        )
+        print(f"\n{self.name}about {duration(seconds)} left, {method} trains {now:,.0f} images/s")
 
     def finished(self, work: Work) -> None:
         """Takes a run off what is left."""

@@ -45,7 +45,7 @@ def finish(works: list[Work], load: Loaders, forecast: Forecast, stop: Stop) -> 
         train_group(group, load, forecast, stop)
     for work in works:
         if work.label in forecast.before and work.folder.parent.name != "search":
-            print(f"{forecast.title(work)}: finished before", flush=True)
+            print(f"{forecast.title(work)}: finished before")
         forecast.finished(work)
     read = lambda: [rows_lib.read(work.folder / "result.json") for work in works]
     return distributed.broadcast(read() if distributed.is_process_zero() else None)
@@ -68,7 +68,7 @@ def _waiting(works: list[Work]) -> list[list[int]]:
             else:
                 groups.append(group)
         elif set(begun) & names.keys():
-            print(f"note: {path.parent} was begun with other runs, too: these start again", flush=True)
+            print(f"note: {path.parent} was begun with other runs, too: these start again")
     rest = []
     for i in names.values():
         if not works[i].finished:
@@ -166,9 +166,9 @@ def smaller(works: list, runs: list[ConfigDict], error: TooLarge, title: str) ->
       title: text before what is printed.
     """
     if fits := error.fits:
-        print(f"{title}: {error.why}", flush=True)
+        print(f"{title}: {error.why}")
         return [works[i : i + fits] for i in range(0, len(works), fits)]
-    print(f"{title}: not enough memory, so activations are computed twice (model.remat)", flush=True)
+    print(f"{title}: not enough memory, so activations are computed twice (model.remat)")
     for run in runs:
         run.model.remat = True
     return [works]

@@ -41,6 +41,11 @@ PLACES = (
     "tried",  # which values those were
     "head_classes",  # of a head that tasks of one start share, see `heads`
 )
+# Keys that came later, and were None before.
+_NONE_BEFORE = (
+    *("average", "class_weights", "keep", "patience", "temperature"),
+    *("restarts", "gradients", "warmup_epochs", "image_width"),
+)
 
 
 def recipe(task: Task, method_name: str) -> dict[str, Any]:
@@ -89,11 +94,9 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
     code_of = variant is None or lookup.is_path(variant)  # which a row must not import
     heads = None if code_of else models.sizes(str(variant)).get("num_heads")
     new: tuple = (
-        (given, "mean", preprocessing.HALF),
-        (given, "std", preprocessing.HALF),
+        *((given, key, preprocessing.HALF) for key in ("mean", "std")),
+        *((given, key, False) for key in ("resize_patch", "ignore_json")),
         (given, "resize", "linear"),
-        (given, "resize_patch", False),
-        (given, "ignore_json", False),
         (model, "num_heads", heads),
         (model, "norm_eps", 1e-6),
         *((model, key, None) for key in (*vit.PARTS, *vit.CHOSEN)),
@@ -102,19 +105,10 @@ def described(run: Any, provenance: dict | None = None) -> dict[str, Any]:
         *((plain.get("grid") or {}, key, ()) for key in tuple(plain.get("grid") or ())),
         (plain, "loss", "cross_entropy"),
         (plain, "loss_kwargs", {}),
-        (plain, "mixup", 0.0),
-        (plain, "cutmix", 0.0),
-        (plain, "label_smoothing", 0.0),
-        *(
-            (plain, key, None)
-            for key in ("average", "class_weights", "keep", "patience", "temperature")
-        ),
-        (plain, "restarts", None),
-        (plain, "gradients", None),
         (plain, "frozen_dtype", "float32"),
-        (plain, "warmup_epochs", None),
-        (plain, "image_width", None),
         (plain, "eval_every", 1),
+        *((plain, key, 0.0) for key in ("mixup", "cutmix", "label_smoothing")),
+        *((plain, key, None) for key in _NONE_BEFORE),
     )
     for node, key, before in new:
         value = tuple(node[key]) if isinstance(node.get(key), list) else node.get(key)

@@ -16,7 +16,6 @@ from rlrr_jax import config as config_lib
 from rlrr_jax.errors import UserError
 from rlrr_jax.runs import workdir
 from rlrr_jax.runs.workdir import Work
-from rlrr_jax.runtime import distributed
 
 STEPS = 6  # how often a search goes beyond an end of its grid
 LIMITS = {"drop_path": 1.0, "weight_decay": 1.0}  # it stays below
@@ -76,9 +75,7 @@ def _trial(run: ConfigDict, change: dict, fold: tuple[str, int, int] | None) -> 
     trial.update(protocol="tune", seed=0, trial=name, searching=True)
     if fold:
         trial.fold = fold
-    for key, value in change.items():
-        node, last = checks.group(trial, key)
-        node[last] = value
+    trial.update_from_flattened_dict(change)
     del trial.grid
     config_lib.set_epochs(trial)
     return trial
@@ -114,8 +111,7 @@ def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> 
     for _ in range(STEPS if first.run.grid.extend else 0):
         if not (beyond := _beyond(best, found)):
             break
-        if distributed.is_process_zero():
-            _say(first, best, beyond)
+        _say(first, best, beyond)
         found += _measured(first, [{**best.values, **change} for change in beyond], train_all)
         best = _best(first.run, found)
     tried = {key: tuple(sorted({t.values[key] for t in found})) for key in best.values}
@@ -131,9 +127,7 @@ def choose(works: list[Work], train_all: Callable[[list[Work]], list[dict]]) -> 
 def _with(run: ConfigDict, chosen: dict) -> ConfigDict:
     """A run with what a search chose."""
     run = ConfigDict(run.to_dict())
-    for key, value in chosen.items():
-        node, last = checks.group(run, key)
-        node[last] = value
+    run.update_from_flattened_dict(chosen)
     return run
 
 
@@ -165,7 +159,7 @@ def _measured(
     out = []
     for i in range(each):
         run, same = works[i].run, rows[i::each]  # one of each fold
-        values = {key: checks.at(run, key) for key in keys}
+        values = {key: run[key] for key in keys}
         task, weights = run_images.task_of(run), run.get("class_weights")
         out.append(Tried(values, *_means(same, answers.chooses(task, weights))))
     return out
@@ -225,6 +219,5 @@ def _say(work: Work, best: Tried, beyond: list[dict]) -> None:
     new = [f"{key}={value:g}" for change in beyond for key, value in change.items()]
     print(
         f"{work.run.task} {workdir.method_folder(work.run)}: the best, {' and '.join(of)}, lies at an "
-        f"end of what was tried, so {' and '.join(new)} is tried, too",
-        flush=True,
+        f"end of what was tried, so {' and '.join(new)} is tried, too"
     )

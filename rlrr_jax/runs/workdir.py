@@ -94,12 +94,7 @@ def locked(works: Iterable[Work]) -> Iterator[None]:
 
 
 def check_folder(work: Work, sha256: str) -> None:
-    """UserError if another run is in a folder.
-
-    Args:
-      work: the run that is to be there.
-      sha256: digest of its weights.
-    """
+    """UserError if another run is in a folder, or this one with weights of another digest."""
     path = work.folder / "config.json"
     if not path.exists():
         return

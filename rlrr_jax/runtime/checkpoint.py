@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,11 +31,12 @@ def open_manager(folder: Any) -> ocp.CheckpointManager:
 
 
 class Keeper:
-    """Saves a run at most every so many seconds, and finds where it stopped.
+    """Saves a run at most every so many seconds, or if it is asked to stop; finds where it stopped.
 
     Args:
       manager: where checkpoints are, see `open_manager`.
       seconds: time between two checkpoints.
+      stop: whether to stop.
       pack: function that leaves out of a tree what needs not be saved.
     """
 
@@ -43,20 +44,23 @@ class Keeper:
         self,
         manager: ocp.CheckpointManager,
         seconds: float,
+        stop: Stop,
         pack: Callable[[Any], Any] = lambda tree: tree,
     ) -> None:
-        self.manager, self.seconds, self.pack = manager, seconds, pack
+        self.manager, self.seconds, self.stop, self.pack = manager, seconds, stop, pack
         self.saved = time.monotonic()
 
-    def save_if_due(
-        self, state: Any, metrics: Any, numbers: Sequence[float], last: bool = False
-    ) -> None:
+    def stop_if_asked(self, progress: Any) -> None:
+        """Saves and raises Stopped if a process was asked to stop."""
+        if distributed.any_of(self.stop()):
+            self.save_if_due(progress, last=True)
+            raise Stopped
+
+    def save_if_due(self, progress: Any, last: bool = False) -> None:
         """Saves all that is needed to go on, whole or not at all.
 
         Args:
-          state: trained trees and optimiser states.
-          metrics: values of the epoch so far.
-          numbers: how far the run is.
+          progress: the `train.Progress`.
           last: whether to save even if not enough time has passed.
 
         Raises UserError if it cannot be written.
@@ -64,7 +68,8 @@ class Keeper:
         if not distributed.broadcast(last or time.monotonic() - self.saved >= self.seconds):
             return
         begun = time.monotonic()
-        state, metrics = self.pack(state), self.pack(metrics)
+        numbers = progress.clock.numbers(progress.epoch, progress.step)
+        state, metrics = self.pack(progress.saved), self.pack(progress.metrics)
         tree = {"state": state, "metrics": metrics, "numbers": np.asarray(numbers, np.float64)}
         tree["crc32"] = _checksums(tree)
         try:
@@ -99,7 +104,7 @@ class Keeper:
             if problem is None:
                 if problems and distributed.is_process_zero():
                     text = f"warning: {problems[0]}: the one before it is taken"
-                    print(text, file=sys.stderr, flush=True)
+                    print(text, file=sys.stderr)
                 return found["state"], found["metrics"], np.asarray(found["numbers"])
             problems.append(f"checkpoint {number} {problem}")
         if problems:
@@ -125,31 +130,6 @@ class Keeper:
         if (wrong := _checksums(found) != saved).any():
             return None, f"is damaged (its array {list(_shapes(found))[int(wrong.argmax())]})"
         return found, None
-
-
-class Saver:
-    """Saves the progress of a group of trials, and stops it if that was asked for.
-
-    Args:
-      progress: the `train.Progress`, which changes as training goes on.
-      keeper: what saves.
-      stop: whether to stop.
-    """
-
-    def __init__(self, progress: Any, keeper: Keeper, stop: Stop) -> None:
-        self.progress, self.keeper, self.stop = progress, keeper, stop
-
-    def save_if_due(self, last: bool = False) -> None:
-        """Saves if enough time has passed, or if this is the last call."""
-        now = self.progress
-        numbers = now.clock.numbers(now.epoch, now.step)
-        self.keeper.save_if_due(now.saved, now.metrics, numbers, last)
-
-    def stop_if_asked(self) -> None:
-        """Saves and raises Stopped if a process was asked to stop."""
-        if distributed.any_of(self.stop()):
-            self.save_if_due(last=True)
-            raise Stopped
 
 
 def _checksums(tree: Any) -> np.ndarray:

@@ -85,7 +85,7 @@ def check_apart(timeout: int) -> None:
     Raises UserError if they are. If it has to wait for others so many seconds, it ends with a sentence.
     """
     text = f"error: gave up after {timeout} s: this process finds no devices of its own: add --part=off"
-    timer = threading.Timer(timeout, lambda: (print(text, file=sys.stderr, flush=True), os._exit(1)))
+    timer = threading.Timer(timeout, lambda: (print(text, file=sys.stderr), os._exit(1)))
     timer.daemon = True
     timer.start()
     number = jax.process_count()
@@ -147,7 +147,6 @@ def start(mode: str = "auto", timeout: int = 300) -> None:
             f"warning: no cluster can be asked for other processes ({type(e).__name__}): going alone, "
             f"as with --distributed=off",
             file=sys.stderr,
-            flush=True,
         )
         return
     finally:
@@ -164,7 +163,6 @@ def start(mode: str = "auto", timeout: int = 300) -> None:
             f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
             f"{jax.device_count()} {jax.default_backend()} devices",
             file=sys.stderr,
-            flush=True,
         )
 
 
@@ -229,7 +227,6 @@ def _waiting(number, timeout):
         + "; http_proxy is set, which reaches no host of a cluster: set no_proxy"
         * _proxied(),
         file=sys.stderr,
-        flush=True,
     )
 
 
@@ -246,7 +243,6 @@ def _give_up(timeout, number, mine):
         f"{where} (this is {this}): see whether the same command runs on every host, raise "
         f"--distributed_timeout, or add --distributed=off to go alone",
         file=sys.stderr,
-        flush=True,
     )
     os._exit(1)
 
@@ -365,7 +361,7 @@ def _leave(text, code, seconds):
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the code is decided
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr)
     time.sleep(seconds + 6 * is_process_zero())
     os._exit(code)
 

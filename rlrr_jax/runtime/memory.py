@@ -45,11 +45,7 @@ def _width(dtype: Any) -> int:
 
 
 def machine(devices: int) -> dict[str, Any]:
-    """What decides the order of sums, and so the last bits: devices and, for CPUs, cores.
-
-    Args:
-      devices: number of devices of the run.
-    """
+    """What decides the order of sums, and so the last bits: devices and, for CPUs, cores."""
     device = jax.devices()[0]
     cores = _cores() if device.platform == "cpu" else None
     return {"devices": devices, "kind": device.device_kind, "cores": cores}

@@ -19,11 +19,6 @@ def trial_axis(devices: int, trials: int, batch_size: int) -> int:
 
     It is the number with the least work for the busiest device: ceil(trials / groups) trials, each with
     its share of the batch and `TRIAL_COST` for merging and for small matmuls.
-
-    Args:
-      devices: number of devices.
-      trials: number of trials.
-      batch_size: number of images in a batch.
     """
 
     def work(groups: int) -> int:

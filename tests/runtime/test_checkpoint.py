@@ -1,6 +1,7 @@
 """Checkpoints that were damaged, or come from somewhere else."""
 
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,17 @@ METRICS = {"loss": jnp.zeros(4)}
 def save(folder, values=(1.0,), state=STATE):
     """A checkpoint for each value, which says how far the run is."""
     with checkpoint.open_manager(folder / "checkpoints") as manager:
-        keeper = checkpoint.Keeper(manager, 0.0)
+        keeper = checkpoint.Keeper(manager, 0.0, lambda: False)
         for value in values:
-            keeper.save_if_due(state, METRICS, [value])
+            clock = SimpleNamespace(numbers=lambda epoch, step: [epoch])
+            keeper.save_if_due(
+                SimpleNamespace(saved=state, metrics=METRICS, epoch=value, step=0, clock=clock)
+            )
 
 
 def restore(folder):
     with checkpoint.open_manager(folder / "checkpoints") as manager:
-        return checkpoint.Keeper(manager, 0.0).restore((STATE, METRICS), 1)
+        return checkpoint.Keeper(manager, 0.0, lambda: False).restore((STATE, METRICS), 1)
 
 
 def data_files(folder):
@@ -82,7 +86,7 @@ def test_a_flipped_byte_of_an_array_is_named(tmp_path):
         checkpoint.open_manager(tmp_path / "checkpoints") as manager,
         pytest.raises(UserError, match=r"is damaged \(its array state/trainable/scale\)"),
     ):
-        checkpoint.Keeper(manager, 0.0).restore((state, METRICS), 1)
+        checkpoint.Keeper(manager, 0.0, lambda: False).restore((state, METRICS), 1)
 
 
 def test_if_all_are_damaged_a_sentence_says_what_to_do(tmp_path):
