@@ -14,38 +14,10 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     card, classes = adapter.card, len(adapter.card["classes"])
     sizes = {**models.sizes(card["model"]), **run_model.architecture(adapter.run)}
     eps = sizes.pop("norm_eps", 1e-6)
-    if to == "timm" and models.family(card["model"]) == "resnet":
-        return _resnet_advice(card, sizes, out)
-    if to == "timm" and models.family(card["model"]) in ("swinv2", "convnext"):
-        (name,) = [x.name for x in architectures.TIMM.values() if x.variant == card["model"]]
-        size = f", img_size={card['image_size']}" if models.family(card["model"]) == "swinv2" else ""
-        return (
-            f'timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.create_model("{name}"'
-            f"{size}, num_classes={classes}); "
-            f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
-        )
-    if to == "timm" and models.family(card["model"]) == "swin":
-        return (
-            f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.swin_transformer."
-            f"SwinTransformer(img_size={card['image_size']}, num_classes={classes}, embed_dim="
-            f"{sizes['width']}, depths={sizes['depths']}, num_heads={sizes['num_heads']}, window_size="
-            f'{sizes["window"]}); model.load_state_dict(safetensors.torch.load_file("{out}"))'
-        )
-    if to == "timm" and models.family(card["model"]) == "rope_vit":
-        return _rope_advice(card, sizes, out)
     if to == "timm":
-        ratio = sizes["mlp_dim"] / sizes["width"]
-        act = {"tanh": ', act_layer="gelu_tanh"', "quick": ', act_layer="quick_gelu"'}
-        act = act.get(card["gelu"], "")
-        plain = "vision_transformer.VisionTransformer"
-        kind = "deit.VisionTransformerDistilled" if sizes.get("dist_token") else plain
-        act += "".join(f", {k}={v}" for k, v in _timm_arguments(sizes).items())
-        act += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps:g})" if eps != 1e-6 else ""
+        pixels, model = _timm(card, sizes, eps)
         return (
-            f"timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.models.{kind}("
-            f"img_size={cards.image_size(card)}, patch_size={sizes['patch_size']}, "
-            f"num_classes={classes}, embed_dim={sizes['width']}, depth={sizes['depth']}, "
-            f"num_heads={sizes['num_heads']}, mlp_ratio={ratio:g}{act}); "
+            f"timm, with pixels {pixels}: model = {model}; "
             f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
         )
     if to in ("adapter", "hub"):
@@ -66,8 +38,40 @@ def advice(to: str, adapter: Any, out: Any) -> str:
     return text
 
 
-def _rope_advice(card, sizes, out):
-    """How timm loads one of its models with rotary positions."""
+def _timm(card, sizes, eps):
+    """The pixels that timm's model takes, and the call that builds it."""
+    family, number = models.family(card["model"]), f"num_classes={len(card['classes'])}"
+    pixels, side = "in [-1, 1] (mean = std = 0.5)", f"img_size={cards.image_size(card)}"
+    if family == "resnet":
+        name = card["model"]
+        name = name.replace("bit_", "resnetv2_") + "_bit" if name.startswith("bit") else name
+        pixels = f"of mean={sizes.get('mean', (0.5,) * 3)}, std={sizes.get('std', (0.5,) * 3)}"
+        return pixels, f'timm.create_model("{name}", {number})'
+    if family in ("swinv2", "convnext"):
+        (name,) = [x.name for x in architectures.TIMM.values() if x.variant == card["model"]]
+        size = f"{side}, " * (family == "swinv2")
+        return pixels, f'timm.create_model("{name}", {size}{number})'
+    if family == "swin":
+        theirs = {"embed_dim": "width", "depths": "depths", "num_heads": "num_heads"}
+        more = "".join(f", {k}={sizes[x]}" for k, x in {**theirs, "window_size": "window"}.items())
+        return pixels, f"timm.models.swin_transformer.SwinTransformer({side}, {number}{more})"
+    if family == "rope_vit":
+        name, more = _rope_arguments(card, sizes)
+        return pixels, f'timm.create_model("{name}", {side}, {number}{more})'
+    act = {"tanh": ', act_layer="gelu_tanh"', "quick": ', act_layer="quick_gelu"'}
+    more = act.get(card["gelu"], "") + "".join(f", {k}={v}" for k, v in _vit_arguments(sizes).items())
+    more += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps:g})" if eps != 1e-6 else ""
+    plain = "vision_transformer.VisionTransformer"
+    kind = "deit.VisionTransformerDistilled" if sizes.get("dist_token") else plain
+    return pixels, (
+        f"timm.models.{kind}({side}, patch_size={sizes['patch_size']}, {number}, "
+        f"embed_dim={sizes['width']}, depth={sizes['depth']}, num_heads={sizes['num_heads']}, "
+        f"mlp_ratio={sizes['mlp_dim'] / sizes['width']:g}{more})"
+    )
+
+
+def _rope_arguments(card, sizes):
+    """timm's name of a model with rotary positions, and its other arguments."""
     fitting = [name for name, found in architectures.TIMM.items() if found.variant == card["model"]]
     name = ([x for x in fitting if x.endswith("_qkvb") and sizes.get("qkv_bias") != ""] or fitting)[0]
     whole = models.sizes(card["model"])
@@ -75,15 +79,10 @@ def _rope_advice(card, sizes, out):
     if (pool := sizes.get("pool", "token")) != "map":
         normed = bool(sizes.get("fc_norm"))
         more |= dict(global_pool=pool, use_fc_norm=normed, use_post_transformer_norm=not normed)
-    more = "".join(f", {key}={value!r}" for key, value in more.items())
-    return (
-        f'timm, with pixels in [-1, 1] (mean = std = 0.5): model = timm.create_model("{name}", '
-        f"img_size={cards.image_size(card)}, num_classes={len(card['classes'])}{more}); "
-        f'model.load_state_dict(safetensors.torch.load_file("{out}"))'
-    )
+    return name, "".join(f", {key}={value!r}" for key, value in more.items())
 
 
-def _timm_arguments(sizes):
+def _vit_arguments(sizes):
     """Arguments of timm's ViT beside its sizes, of our attributes."""
     out = {}
     pool = sizes.get("pool", "token")
@@ -94,14 +93,3 @@ def _timm_arguments(sizes):
     if sizes.get("registers"):
         out |= {"reg_tokens": sizes["registers"], "no_embed_class": True}
     return out
-
-
-def _resnet_advice(card, sizes, out):
-    """How a ResNet is used with timm."""
-    variant = card["model"]
-    name = variant.replace("bit_", "resnetv2_") + "_bit" if variant.startswith("bit") else variant
-    pixels = f"mean={sizes.get('mean', (0.5,) * 3)}, std={sizes.get('std', (0.5,) * 3)}"
-    return (
-        f'timm, with pixels of {pixels}: model = timm.create_model("{name}", num_classes='
-        f'{len(card["classes"])}); model.load_state_dict(safetensors.torch.load_file("{out}"))'
-    )
