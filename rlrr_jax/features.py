@@ -136,8 +136,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command line."""
-    assert __doc__ is not None
-    main_lib.command(main, __doc__)
+    main_lib.command(main, __doc__ or "")
 
 
 if __name__ == "__main__":

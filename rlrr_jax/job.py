@@ -173,12 +173,12 @@ def build(
             f"{recipe.num_images}: correct its sizes"
         )
     frozen = load_weights(recipe.model)
-    if "block" in recipe.method.DEFAULTS and distributed.is_process_zero():
+    if "block" in recipe.method.DEFAULTS:
         print(
             f"{run.label}: folds into no weight, a tuned model computes "
             f"{overhead(recipe, frozen):.1%} more for each image"
         )
-    if run.class_weights is not None and distributed.is_process_zero():
+    if run.class_weights is not None:
         (weights,) = answers.class_weights(run.class_weights, labels, run.task).values()
         least, most = weights.min(), weights.max()
         print(f"{run.label}: images count {least:.3g} to {most:.3g} times, by their class")
@@ -231,7 +231,7 @@ def feed_of(runs: list[Run], images: Any, labels: Any, budget: float) -> feed_li
     if steps and len({r.seed for r in runs}) > 1:
         raise memory.TooLarge(1, "one after another, since streamed images come in the order of a seed")
     feed = feed_lib.Feed(images, labels, size, steps or None, run.keys[2])
-    if steps and distributed.is_process_zero():
+    if steps:
         takes = math.prod(images.shape) * images.dtype.itemsize / 1e9
         print(
             f"{run.task.name}: {len(labels):,} training images take {takes:.3g} GB, more than the "

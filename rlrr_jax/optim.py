@@ -46,6 +46,8 @@ def build(
     mask = methods.decay(method, trainable)
     if optimizer.name == "adamw":  # as the authors use it
         tx = optax.adamw(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=mask)
+    elif optimizer.name != "momentum":
+        raise unknown("optimizer", optimizer.name, ("adamw", "momentum"))
     else:
         tx = optax.chain(
             optax.trace(0.9, accumulator_dtype=optimizer.momentum_dtype),

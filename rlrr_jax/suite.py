@@ -40,8 +40,8 @@ def run(
     """Trains and evaluates all runs of a configuration.
 
     Runs that are finished in the workdir are not repeated; an interrupted one goes on; where there
-    are several tasks, one that fails does not stop the others. In several processes, each calls this;
-    process 0 writes.
+    are several tasks, one that fails does not stop the others. In several processes, each calls this,
+    and process 0 writes; main silences the others.
 
     Args:
       config: the configuration.
@@ -58,6 +58,8 @@ def run(
         task at once, of several only if none of them can run.
       Stopped: if `stop` said so, when all is saved.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # of a script that calls this, too: lines come when printed
+        sys.stdout.reconfigure(line_buffering=True)
     stop = stop or Stop()
     run_images.forget_images()  # a notebook's folder may have changed
     _describe.cache_clear()

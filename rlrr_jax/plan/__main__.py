@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before JAX: nothing is run, and nobody's device is
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")
 
-import functools
 import pathlib
 
 from absl import flags
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     parts, name = _PARTS.value, _TOPOLOGY.value
     with topology.compiling_for(topology.share(name, parts) if parts > 1 else name) as devices:
-        done = groups.measured(config, devices, functools.partial(print), parts)
+        done = groups.measured(config, devices, print, parts)
     text = page.text(devices, done, parts)
     print(text)
     if out:
@@ -55,8 +54,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """The command."""
-    assert __doc__ is not None
-    main_lib.command(main, __doc__)
+    main_lib.command(main, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Curves for TensorBoard or Weights & Biases, under the names that `metrics.jsonl` has."""
 
 import contextlib
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,9 +17,15 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def check(kind: str | None) -> None:
-    """UserError if the package that a kind of log needs is not installed."""
-    if kind is not None and importlib.util.find_spec(PACKAGES[kind]) is None:
-        raise UserError(f"config.log={kind} needs {PACKAGES[kind]}: pip install {PACKAGES[kind]}")
+    """UserError if the package that a kind of log needs is not installed, or cannot be imported."""
+    if kind is None:
+        return
+    try:
+        importlib.import_module(PACKAGES[kind])
+    except ImportError as e:
+        raise UserError(
+            f"config.log={kind} needs {PACKAGES[kind]}: pip install {PACKAGES[kind]}"
+        ) from e
 
 
 @contextlib.contextmanager

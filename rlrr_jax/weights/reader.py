@@ -117,7 +117,7 @@ def load(
     ours = lambda key: head or not key.startswith("head/")
     flat = {k: v for k, v in flat.items() if ours(k) or k not in shapes}
     wanted = {k: v.shape for k, v in shapes.items() if ours(k)}
-    unused = sorted(key for key in flat if key not in wanted and layouts.UNUSED.fullmatch(key))
+    unused = {key for key in flat if key not in wanted and layouts.UNUSED.fullmatch(key)}
     flat = {key: value for key, value in flat.items() if key not in unused}
     if note and (unused or outside):
         note(f"note: {path} has arrays that this model does not use: {_some([*outside, *unused])}")
