@@ -109,7 +109,8 @@ def trained(text, folder, data, dinov2):
     elif "dinov3" in text:
         words += [*SMALL, "--config.pretrained.name=bundled", f"--config.data.dir={data}"]
     elif "hf:timm" in text:
-        words = [word for word in words if "grid.lr" not in word]  # tuples of two flags are joined
+        twice = ("grid.lr", "config.seeds")  # tuples of two flags are joined
+        words = [word for word in words if not any(key in word for key in twice)]
         words += [*SMALL, "--config.pretrained.name=bundled", "--config.grid.lr=(1.0,)"]
         words += ["--config.seeds=(0,)"]
     elif "cifar" in text or ":all" in text:
