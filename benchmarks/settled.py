@@ -13,6 +13,7 @@ import json
 import pathlib
 import statistics
 
+from rlrr_jax.errors import one_sentence
 from rlrr_jax.results import paired, plots, rows, tables
 
 
@@ -20,6 +21,7 @@ def main():
     """The command."""
     args = arguments()
     found = rows.find([], [args.rows])
+    paired.differences(found, args.against)  # a name of no line ends it here
     cost = costs(json.loads(args.cost.read_text())["rows"], args.images)
     table = paired.by_task(found, args.against).splitlines()
     head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
@@ -63,4 +65,4 @@ def costs(cases, images):
 
 
 if __name__ == "__main__":
-    main()
+    one_sentence(main)

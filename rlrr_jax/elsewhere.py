@@ -52,8 +52,9 @@ def _timm(card, sizes, eps):
         size = f"{side}, " * (family == "swinv2")
         return pixels, f'timm.create_model("{name}", {size}{number})'
     if family == "swin":
-        theirs = {"embed_dim": "width", "depths": "depths", "num_heads": "num_heads"}
-        more = "".join(f", {k}={sizes[x]}" for k, x in {**theirs, "window_size": "window"}.items())
+        ours = ("width", "depths", "num_heads", "window")
+        theirs = ("embed_dim", "depths", "num_heads", "window_size")
+        more = "".join(f", {key}={sizes[name]}" for key, name in zip(theirs, ours))
         return pixels, f"timm.models.swin_transformer.SwinTransformer({side}, {number}{more})"
     if family == "rope_vit":
         name, more = _rope_arguments(card, sizes)

@@ -261,8 +261,9 @@ def _plainly(text):
 
 def _unset(config, key):
     """Sets a key, such as "model.gelu", to None, its value where nothing was set."""
-    group, _, last = key.rpartition(".")
-    node = config[group] if group else config
+    from rlrr_jax import checks
+
+    node, last = checks.group(config, key)
     if last not in node:
         raise unknown("key in a --config flag", last, node.keys())
     node[last] = None

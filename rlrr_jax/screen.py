@@ -40,7 +40,8 @@ class Tolerant:
 def prepare() -> None:
     """Makes both streams usable: closed ones (`2>&-`), pipes that break, encodings without `±`.
 
-    And Python does not warn of large images: those that Pillow refuses are named.
+    Lines come when they are printed, through pipes, too. And Python does not warn of large images:
+    those that Pillow refuses are named.
     """
     warnings.filterwarnings("ignore", r"Image size .* exceeds limit")
     for descriptor in (0, 1, 2):  # a free one would be given to the next file that is opened

@@ -101,3 +101,21 @@ def test_interrupted_says_what_is_true(tmp_path):
     code = "from rlrr_jax.errors import one_sentence\ndef f(): raise KeyboardInterrupt\none_sentence(f)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "from rlrr_jax import screen; screen.prepare()",
+        "from rlrr_jax import suite; import contextlib\nwith contextlib.suppress(Exception): suite.run({})",
+    ],
+    ids=["command", "script"],
+)
+def test_a_line_comes_when_it_is_printed(begin, tmp_path):
+    """Through a pipe, and though the process is killed after it."""
+    code = f"{begin}\nprint('a line')\nimport os; os._exit(9)"
+    environment = {key: x for key, x in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = str(ROOT)
+    how = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    assert (done.returncode, done.stdout) == (9, "a line\n"), done.stderr

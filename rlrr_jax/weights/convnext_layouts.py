@@ -46,6 +46,7 @@ _OTHERS = (
     (r"(?:layernorm|layer_norm|norm)\.", "head.norm."),
     (r"(?:classifier|head)\.(weight|bias)", r"head.fc.\1"),
 )
+# Norms of the features between, and other heads.
 UNUSED = re.compile(r"norms\..*|projectors\..*|head\.pre_logits\..*")
 
 

@@ -24,10 +24,8 @@ def to_vit_jax(params: Any) -> dict:
         key = key.replace(f"{ATTENTION}/", "MultiHeadDotProductAttention_1/")
         key = key.replace("/LayerNorm_1/", "/LayerNorm_2/").replace(f"/{MLP}/", "/MlpBlock_3/")
         if key == "pos_embedding":
-            key, value = (
-                "Transformer/posembed_input/pos_embedding",
-                np.pad(value, ((0, 0), (1, 0), (0, 0))),
-            )
+            key = "Transformer/posembed_input/pos_embedding"
+            value = np.pad(value, ((0, 0), (1, 0), (0, 0)))
         out[key] = np.asarray(value, np.float32)
     return out
 
