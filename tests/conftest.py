@@ -7,11 +7,9 @@ import pathlib
 import subprocess
 import sys
 
-from flags import FASTER, GIVEN, xla_flags
+from flags import xla_flags
 
-# Compiled with fewer optimisations and XLA's older way to fuse, which takes a third of the time;
-# processes are as a user has them.
-os.environ["XLA_FLAGS"] = xla_flags(4) + FASTER * (not GIVEN)
+os.environ["XLA_FLAGS"] = xla_flags(4)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
@@ -76,6 +74,6 @@ def tuned_runs(tmp_path_factory, worker_id):
         ):  # finished ones are not repeated
             command = [sys.executable, "-m", "rlrr_jax.main", f"--config=configs/vtab.py:{arg}"]
             command += ["--config.epochs=2", f"--workdir={shared / 'tuned'}"]
-            root = pathlib.Path(__file__).parents[1]  # and a process compiles as a user's does
+            root = pathlib.Path(__file__).parents[1]
             subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": xla_flags()}, check=True)
     return shared / "tuned"

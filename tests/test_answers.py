@@ -73,6 +73,7 @@ def tuned(runs, name):
 # Results --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_kind_is_learnt_by_both_methods(runs):
     rows, _ = runs
     for method in ("linear", "knn"):
@@ -176,6 +177,7 @@ def test_a_stopped_run_keeps_the_same_epoch(lists, tmp_path):
     assert read("parts") == read("whole")
 
 
+@pytest.mark.slow
 def test_trials_end_each_for_itself(lists, tmp_path):
     """Two that train together keep what each keeps alone; one is over before the other."""
     config = config_of(lists / "classes.csv", patience=2, runs=({"lr": (1e-4, 0.05)},))
@@ -339,6 +341,7 @@ def test_neighbours_vote_as_scikit_learns_do():
         np.testing.assert_allclose(knn.answer((made[0], values), queries, k, 0.07), wanted, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_search_without_a_score_says_so(lists, tmp_path):
     """All validation images have one value, so that R² is of no use."""
     rows = list(csv.DictReader((lists / "values.csv").open()))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax._src.ad_checkpoint import saved_residuals  # which JAX prints alone
+from marks import quick
 from models.test_vit import SMALL, random_tree
 from test_step import CLASSES, DATA, hyper
 
@@ -83,11 +84,9 @@ def test_nothing_asked_changes_nothing():
 
 
 # Values for each block, for all blocks, for some; the others take a minute.
-FAST = ("rlrr", "vera", "last")
-EVERY = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(methods.METHODS)]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr", "last"))
 def test_every_method_gives_the_gradient_of_the_whole_tree_or_is_refused(name):
     whole = recipe(name)
     if name in REFUSED:
@@ -144,6 +143,7 @@ def test_one_block_is_merged_like_many():
     same(found[1], whole[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_shares_are_over_all_devices_of_several_trials():
     config = vtab.get_config("digits,method=rlrr")
     config.seeds, config.model.depth = (0, 1, 2, 3), 2
@@ -178,6 +178,7 @@ def test_trials_share_the_weights():
     assert found[2]["acc"] == result["acc"]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_that_of_the_frozen_weights_alone():
     frozen, found, _ = trained(recipe(), Limits(frozen_dtype="bfloat16"))
     blocks = frozen["Transformer"]["encoderblock"]["whole"]

@@ -90,7 +90,13 @@ def test_seeds_are_folded_with_their_deviation():
 
 
 @pytest.mark.parametrize(
-    ("table", "number"), [("table6", 6), ("table10", 5), ("table11", 3), ("rank", 4)]
+    ("table", "number"),
+    [
+        ("table6", 6),
+        ("table11", 3),
+        pytest.param("table10", 5, marks=pytest.mark.slow),
+        pytest.param("rank", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_ablations_resolve_on_any_task(table, number):
     for task in ("hearts", "cifar"):

@@ -247,14 +247,8 @@ def test_preparing(text, data, tmp_path):
         assert "error: preparing needs " in out and "pip install -e '.[prepare]'" in out
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param(t, marks=pytest.mark.slow) if "--parts" in t else t
-        for t in COMMANDS
-        if rule(t) == "plan"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [t for t in COMMANDS if rule(t) == "plan"])
 def test_planning(text, tmp_path):
     """For CPUs, which are known everywhere, and a small network."""
     words = re.sub(r"--topology \S+", "--topology cpu:2", text)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from flags import xla_flags
+from marks import quick
 from squeeze import squeeze
 
 from rlrr_jax import methods, models
@@ -76,7 +77,7 @@ def run(workdir, init="pass", merge="pass", decay="base.decay_of('kernel')", **e
     )
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", quick(WRONG, "init", "OSError"))
 def test_a_forks_own_mistake_keeps_its_traceback(what, tmp_path):
     changes, last = WRONG[what]
     done = run(tmp_path, **changes, RLRR_JAX_TRACEBACK="1")

@@ -80,6 +80,7 @@ def test_others_compute_the_same_from_the_files(run, tuned, images, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_a_backbone_again(run, tuned, images, tmp_path):
     export.export(adapters.read(run / "adapter.safetensors"), "timm", tmp_path / "x.safetensors")
     tree = reader.load(str(tmp_path / "x.safetensors"), model=tuned.model, image_size=32)
@@ -343,6 +344,7 @@ def test_transformers_crops_as_the_run_did(run, tmp_path):
     np.testing.assert_allclose(theirs, np.float32(square) / 127.5 - 1, rtol=0, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_projection_and_a_head_are_one_head():
     from rlrr_jax import models
 

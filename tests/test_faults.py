@@ -189,6 +189,7 @@ def test_rank_dropout_masks_ranks_and_no_channels():
             assert (ranks == ranks[:1]).all() and set(np.unique(ranks)) <= {0.0, 2.0}
 
 
+@pytest.mark.slow
 def test_sensitivity_is_of_what_the_head_gets():
     """A Swin has no class token: its first token is a corner."""
     from rlrr_jax.models import head_inputs

@@ -92,6 +92,7 @@ def test_wrong_commands_are_one_sentence(folder, tmp_path, monkeypatch):
         features.main(["features", "more"])
 
 
+@pytest.mark.slow
 def test_a_task_of_ours(tmp_path):
     found = features.table(vtab.get_config("digits"))
     assert len(found["features"]) == 1797 and set(found["label"]) == {str(i) for i in range(10)}

@@ -116,6 +116,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @given(seeds, st.sampled_from(sorted(ARRAYS)), st.sampled_from(["value", "name", "lost", "also"]))
 def test_weight_files_with_other_arrays(weights, seed, kind, where):
     folder, good = weights

@@ -9,6 +9,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from marks import quick
 from PIL import Image
 
 from rlrr_jax import adapters, cards, export, graphs, models
@@ -47,6 +48,7 @@ def test_a_graph_gives_what_predict_gives(name, adapter, tmp_path):
     export.export(adapter, name, out)  # again, over what is there
 
 
+@pytest.mark.slow
 def test_the_loader_needs_nothing_of_ours(adapter, tmp_path):
     need("stablehlo")
     paths = pictures(tmp_path)
@@ -77,7 +79,12 @@ def test_the_loader_needs_nothing_of_ours(adapter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "variant", ["swin_t", "swinv2_t", "resnet50", "bit_50x1", "convnext_t", "dinov3_s16"]
+    "variant",
+    quick(
+        ["swin_t", "swinv2_t", "resnet50", "bit_50x1", "convnext_t", "dinov3_s16"],
+        "bit_50x1",
+        "dinov3_s16",
+    ),
 )
 def test_every_family_traces_for_any_batch(variant):
     """Shapes alone: whole models take minutes; the slow test below runs some."""

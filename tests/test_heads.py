@@ -96,6 +96,7 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_tasks_with_other_classes_share_their_programs(tmp_path, compiled):
     """The second of the bundled tasks compiles no step, and has the adapter and row of its own task."""
     job.forget()  # other tests may have compiled them

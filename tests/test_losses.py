@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from marks import quick
 from named import register
 
 from rlrr_jax import losses, methods, models
@@ -92,7 +93,7 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("what", MISFITS)
+@pytest.mark.parametrize("what", quick(MISFITS, "a mean", "no accuracy"))
 def test_a_loss_that_returns_something_else_is_refused(what, monkeypatch):
     loss, message = MISFITS[what]
     register(monkeypatch, "loss", what, loss)

@@ -175,6 +175,7 @@ def test_the_second_start_compiles_nothing(tmp_path):
     assert kept[0] == kept[1] and any("train_steps" in name for name in kept[0])
 
 
+@pytest.mark.slow
 def test_programs_are_cached_below_home_by_default(tmp_path):
     environment = {"HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [f"{CONFIG}:digits,method=linear", "--config.epochs=1", "--config.num_devices=1"]

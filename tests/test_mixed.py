@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from marks import quick
 from PIL import Image
 
 from rlrr_jax import adapters, mixed, predict
@@ -27,7 +28,7 @@ def images():
 NAMES = ["digits/rlrr", "hearts/rlrr", "hearts/rlrr"] * 3
 
 
-@pytest.mark.parametrize("merge", [True, False, None])
+@pytest.mark.parametrize("merge", quick([True, False, None], True, False))
 def test_each_image_is_answered_by_its_own_adapter(paths, images, merge):
     given = {name: paths[name] for name in set(NAMES)}
     found = adapters.predict_mixed(given, images, NAMES, merge=merge)
@@ -40,6 +41,7 @@ def test_each_image_is_answered_by_its_own_adapter(paths, images, merge):
             np.testing.assert_allclose(found[i], wanted[i], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_adapters_of_any_method_are_merged_once(paths, images, monkeypatch):
     names = [*paths] * 2 + [*paths][:1]
     merged, load = [], adapters.load
@@ -111,6 +113,7 @@ def files(images, tmp_path):
     return sorted(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_several_adapters_read_each_image_once(paths, files, monkeypatch, capsys):
     chosen = [paths["digits/rlrr"], paths["hearts/rlrr"]]
     alone = [

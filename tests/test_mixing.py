@@ -144,8 +144,8 @@ def train_in_numpy(how):
         pytest.param(Mixing(mixup=0.8), marks=pytest.mark.slow),
         pytest.param(Mixing(cutmix=1.0), marks=pytest.mark.slow),
         Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1),
-        Mixing(smoothing=0.1),
-        Mixing(),
+        pytest.param(Mixing(smoothing=0.1), marks=pytest.mark.slow),
+        pytest.param(Mixing(), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -161,6 +161,7 @@ def test_thirty_steps(how):
     assert step.tuned(state) is state["average"]
 
 
+@pytest.mark.slow
 def test_mixing_does_not_depend_on_the_number_of_devices():
     """Partners lie on other devices; images are flipped by their own key before they are mixed."""
     r = recipe(Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1))

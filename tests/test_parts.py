@@ -301,6 +301,7 @@ ARGUMENTS = ("--config=configs/vtab.py:task=hearts+digits,method=linear+rlrr", "
 ARGUMENTS += ("--config.model.depth=2",)
 
 
+@pytest.mark.slow
 def test_two_announced_processes_take_half_each_and_need_no_coordinator(whole, tmp_path):
     every = ended(
         *(start(tmp_path, *ARGUMENTS, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)) for i in range(2))

@@ -72,6 +72,7 @@ def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsy
         )
 
 
+@pytest.mark.slow
 def test_the_second_view_is_flipped():
     """Of images that are flipped, what the head gets of both, against the whole model."""
     model = models.build("bundled", 4, depth=1)
@@ -109,7 +110,7 @@ def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
     [
         dict(drop_path=0.1),
         pytest.param(dict(mixup=0.8), marks=pytest.mark.slow),
-        dict(loss="of_a_fork"),
+        pytest.param(dict(loss="of_a_fork"), marks=pytest.mark.slow),
         pytest.param(dict(method="rlrr"), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -138,6 +138,7 @@ def test_fingerprints_are_recorded_once_and_compared(small, tmp_path):
         vtab_check.check("smallnorb_ele", tmp_path)
 
 
+@pytest.mark.slow
 def test_dsprites_labels_follow_from_the_factors():
     """The first labels were computed elsewhere, from the order of tfds and of the file."""
     for name, split, first in (

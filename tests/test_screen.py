@@ -39,6 +39,7 @@ def workdir(tmp_path_factory):
     return folder / "w"
 
 
+@pytest.mark.slow
 def test_ascii_and_foreign_plot_settings_cost_nothing(workdir):
     from PIL import Image
 

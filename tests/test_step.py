@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from float64 import double, in_float64
 from golden import Golden
 from jax.sharding import PartitionSpec as P
+from marks import quick
 from models.test_vit import SMALL, random_tree
 
 from rlrr_jax import batch as batch_lib
@@ -379,7 +380,7 @@ def test_an_epoch_shows_every_image_once():
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("size", [1, 5, 8, 64])
+@pytest.mark.parametrize("size", quick([1, 5, 8, 64], 5))
 def test_evaluation_counts_every_image_once(devices, size):
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     tree = random_tree(MODEL, SIZE)
@@ -397,7 +398,7 @@ def test_evaluation_counts_every_image_once(devices, size):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", quick([jnp.float32, jnp.bfloat16], jnp.bfloat16))
 def test_the_step_lowers_for_machines_that_are_not_here(platform, dtype):
     model = models.build("B/16", 100, dtype=dtype)
     r = Recipe(model, METHOD, 32, 1000, 224)

@@ -284,6 +284,7 @@ def test_four_devices_give_the_losses_of_one(tmp_path):
     assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_bit_identical_after_a_run(tmp_path, monkeypatch):
     jobs, build = [], job.build
     monkeypatch.setattr(job, "build", lambda *a: jobs.append(build(*a)) or jobs[-1])

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from marks import quick
 from PIL import Image
 
 from rlrr_jax.data import resize
@@ -16,7 +17,7 @@ def pictures(height, width):
     return np.concatenate([noise, edges, np.full((1, height, width, 3), 127, np.uint8)])
 
 
-@pytest.mark.parametrize("size", [224, 384])
+@pytest.mark.parametrize("size", quick([224, 384], 224))
 @pytest.mark.parametrize("shape", [(32, 32), (64, 64), (96, 96), (8, 8), (223, 223), (30, 70)])
 def test_bit_equal_to_pillow(shape, size):
     images = pictures(*shape)

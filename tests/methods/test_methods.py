@@ -10,6 +10,7 @@ import pytest
 import reference
 from flax.traverse_util import flatten_dict
 from float64 import double, in_float64
+from marks import quick
 from methods.direct import DIRECT
 from models.test_vit import SMALL, apply, images, random_tree
 
@@ -20,7 +21,7 @@ from rlrr_jax.runtime import mesh as mesh_lib
 
 MODEL = vit.ViT(**{**SMALL, "depth": 2})
 LABELS = jnp.array([0, 3, 6, 1, 2])
-SOME = ("rlrr", "linear", "full", "lora", "ssf", "fact", "glora", "last")  # the others with -m slow
+SOME = ("rlrr", "linear", "lora", "ssf", "fact", "last")  # the others with -m slow
 EVERY = [
     (name, {}) if name in SOME else pytest.param(name, {}, marks=pytest.mark.slow)
     for name in methods.METHODS
@@ -53,7 +54,7 @@ OPTIONS = [
     ("pissa", dict(rank=3, targets="key+Dense_0")),
     ("hira", dict(rank=3, targets="query+Dense_1")),
 ]
-QUICK = (0, 12)  # of the options; the others with -m slow
+QUICK = (0,)  # of the options; the others with -m slow
 OPTIONS = [
     case if i in QUICK else pytest.param(*case, marks=pytest.mark.slow)
     for i, case in enumerate(OPTIONS)
@@ -183,11 +184,7 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
         assert no_gradient or jnp.abs(grad).max() > 0, leaf
 
 
-FEW = ("rlrr", "full", "lora", "fact", "glora")
-MAPPED = [x if x in FEW else pytest.param(x, marks=pytest.mark.slow) for x in methods.METHODS]
-
-
-@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr", "lora", "fact"))
 def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, frozen):
     method = methods.get(name)
     start, merge = (functools.partial(f, method) for f in (methods.start, methods.merge))

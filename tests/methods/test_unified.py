@@ -46,12 +46,17 @@ def inside(x, y):
     [
         ("lora", dict(rank=3), "query", 3),
         ("vera", dict(rank=5), "query", 5),
-        ("vera", dict(rank=256), "query", 32),
         ("fact", dict(rank=4), "out", 4),
-        ("fact", dict(rank=4, kind="tk"), "out", 4),
-        ("arc", dict(bottleneck=5), "Dense_0", 5),
-        ("repadapter", dict(hidden=6), "Dense_0", 6),
-        ("hta", dict(rank=1), "query", 32),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("vera", dict(rank=256), "query", 32),
+                ("fact", dict(rank=4, kind="tk"), "out", 4),
+                ("arc", dict(bottleneck=5), "Dense_0", 5),
+                ("repadapter", dict(hidden=6), "Dense_0", 6),
+                ("hta", dict(rank=1), "query", 32),
+            )
+        ),
         ("ssf", dict(), "Dense_0", 32),
         ("rlrr", dict(), "query", 32),
         ("rlrr", dict(with_weight=False), "query", 1),
@@ -69,6 +74,7 @@ def test_rlrrs_factor_has_its_rank_and_the_change_has_full_rank(r, frozen):
         assert rank(after - before) == 32
 
 
+@pytest.mark.slow
 def test_one_sided_changes_keep_one_of_the_singular_subspaces(frozen):
     """Of kernels that are not square: the column space of [64, 32], the row space of [32, 64]."""
     for method, options in (

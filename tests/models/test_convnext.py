@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
+from marks import quick
 from scipy.special import erf
 
 from rlrr_jax import methods, models
@@ -119,7 +120,13 @@ def as_convolutions(state):
     return {k: x[..., None, None] if ".mlp." in k and x.ndim == 2 else x for k, x in state.items()}
 
 
-LAYOUTS = [lambda x: x, official, hugging, hugging_dinov3, as_convolutions]
+LAYOUTS = {
+    "timm": lambda x: x,
+    "official": official,
+    "transformers": hugging,
+    "dinov3": hugging_dinov3,
+    "conv_mlp": as_convolutions,
+}
 
 
 def tree(state, folder, size=(16, 24)):
@@ -133,16 +140,15 @@ def logits(params, x, **other):
         return np.asarray(jax.jit(TINY.clone(**other).apply)({"params": params}, x))
 
 
-@pytest.mark.parametrize(
-    "layout", LAYOUTS, ids=["timm", "official", "transformers", "dinov3", "conv_mlp"]
-)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, "timm", "dinov3"))
 def test_files_give_what_the_definition_gives(layout, state, tmp_path):
-    params = tree(layout(state), tmp_path)
+    params = tree(LAYOUTS[layout](state), tmp_path)
     for size in ((16, 24), (32, 32)):
         wanted = forward(state, images(size))
         assert np.abs(logits(params, images(size)) - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_all_ways_to_run_the_blocks_give_the_same(state, tmp_path):
     params, x = tree(state, tmp_path), images((16, 24))
     want = logits(params, x)
@@ -161,6 +167,7 @@ def test_both_ways_to_convolve_each_channel_are_one():
     np.testing.assert_allclose(convnext._shifted(x, kernel), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_drop_path_leaves_out_whole_branches(state, tmp_path):
     params, x = tree(state, tmp_path), images((16, 24))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -180,6 +187,7 @@ def test_what_is_written_is_what_was_read(state, tmp_path):
         np.testing.assert_array_equal(two[key], x, err_msg=str(key))
 
 
+@pytest.mark.slow
 def test_rlrr_rescales_each_channels_kernel(state, tmp_path):
     """A depthwise kernel is a matrix of (1, column) by (channel, row), as every convolution's."""
     params = tree(state, tmp_path)

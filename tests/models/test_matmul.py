@@ -112,7 +112,10 @@ def test_trials_together_are_trials_alone(axes):
 @pytest.mark.parametrize(
     "variant, size", [("bundled", 32), pytest.param("swin_t_2", 64, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("precision, dtype", [("bfloat16", "float32"), ("default", "bfloat16")])
+@pytest.mark.parametrize(
+    "precision, dtype",
+    [("bfloat16", "float32"), pytest.param("default", "bfloat16", marks=pytest.mark.slow)],
+)
 def test_a_network_in_bfloat16_is_nearly_that_in_float32(variant, size, precision, dtype):
     def run(precision, dtype):
         model = models.build(variant, 10, dtype=jnp.dtype(dtype))

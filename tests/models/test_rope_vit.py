@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rope_kinds
+from marks import quick
 
 from rlrr_jax import checks, lookup, methods, models
 from rlrr_jax.errors import UserError
@@ -113,7 +114,7 @@ RECORDED = {  # timm 1.0.31's logits of `rope_kinds`, at 20 x 20 and at 12 x 28 
 }
 
 
-@pytest.mark.parametrize("kind", RECORDED)
+@pytest.mark.parametrize("kind", quick(RECORDED, "dinov3", "eva02"))
 def test_logits_are_those_recorded_from_timm(kind, tmp_path):
     for size, wanted in zip(((20, 20), (12, 28)), RECORDED[kind]):
         got = rope_kinds.logits_of_a_file(kind, size, images(size), tmp_path)
@@ -132,6 +133,7 @@ def test_all_ways_to_run_the_blocks_give_the_same(tree):
     assert np.linalg.norm(got - want) < 2e-2 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_a_model_in_two_parts_is_the_whole(tree):
     first, own = vit.part(TINY, tree, slice(2))
     rest, left = vit.part(TINY, tree, slice(2, None), GRID)
@@ -143,6 +145,7 @@ def test_a_model_in_two_parts_is_the_whole(tree):
     np.testing.assert_allclose(got, highest(tree, images()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_are_moved_in_training_alone_each_image_by_its_own_key(tree):
     keys = jax.random.split(jax.random.key(0), 2)
     moved = TINY.clone(position_noise=(0.1, 1.1, 2.0))

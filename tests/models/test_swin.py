@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import quick
 
 from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
@@ -36,7 +37,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("variant", COUNTS)
+@pytest.mark.parametrize("variant", quick(COUNTS, "swin_t", "swin_b_12"))
 def test_variants_have_the_public_number_of_parameters(variant):
     size = 384 if variant.endswith("12") else 224
     tree = models.shapes(models.build(variant, 1), size)

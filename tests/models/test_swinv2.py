@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 import swinv2_kinds
 from flax.traverse_util import flatten_dict
+from marks import quick
 
 from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
@@ -26,7 +27,7 @@ def tree(tmp_path_factory):
     return swinv2_kinds.tree("plain", tmp_path_factory.mktemp("swinv2"))
 
 
-@pytest.mark.parametrize("kind", RECORDED)
+@pytest.mark.parametrize("kind", quick(RECORDED, "pretrained"))
 def test_logits_are_those_recorded_from_timm(kind, tmp_path):
     params = swinv2_kinds.tree(kind, tmp_path)
     np.testing.assert_allclose(swinv2_kinds.logits(kind, params), RECORDED[kind], rtol=2e-5, atol=2e-5)
@@ -41,6 +42,7 @@ def test_distances_are_the_papers():
     assert wide.max() == pytest.approx(np.log2(17) / 3)
 
 
+@pytest.mark.slow
 def test_all_ways_to_run_the_blocks_give_the_same(tree):
     want = swinv2_kinds.logits("plain", tree)
     for options in ({"unroll": 2}, {"remat": True}):
@@ -49,6 +51,7 @@ def test_all_ways_to_run_the_blocks_give_the_same(tree):
     assert np.linalg.norm(low - want) < 2e-2 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_rlrr_leaves_what_computes_positions_alone(tree):
     """Scales and shifts of every Dense but those, of the merging and of every norm; keys have no shift."""
     method = methods.get("rlrr")
@@ -134,7 +137,7 @@ def test_layouts_are_read_alike(layout, tree, tmp_path):
         np.testing.assert_array_equal(found[key], x, err_msg=str(key))
 
 
-@pytest.mark.parametrize("window, before", [(8, 0), (4, 3)])
+@pytest.mark.parametrize("window, before", [(4, 3), pytest.param(8, 0, marks=pytest.mark.slow)])
 def test_buffers_of_other_windows_are_refused(window, before, tmp_path):
     """No other array shows them."""
     state, side = older(swinv2_kinds.state("plain")), 2 * window - 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 from float64 import double, in_float64
+from marks import quick
 
 from rlrr_jax import models
 from rlrr_jax.models import matmul, noise, vit
@@ -30,7 +31,7 @@ def images(number=5, size=48, seed=1):
     return jax.random.uniform(jax.random.key(seed), (number, size, size, 3), minval=-1)
 
 
-@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+@pytest.mark.parametrize("gelu", quick(["tanh", "exact"], "tanh"))
 @in_float64
 def test_logits_equal_the_second_formulation(gelu):
     model = vit.ViT(**SMALL, gelu=gelu, dtype=jnp.float64)
@@ -49,7 +50,7 @@ def test_gelus_differ():
 @pytest.mark.parametrize(
     ("size", "pool"),
     [
-        (48, "token"),
+        pytest.param(48, "token", marks=pytest.mark.slow),
         pytest.param(48, "avg", marks=pytest.mark.slow),
         pytest.param(40, "token", marks=pytest.mark.slow),
     ],
@@ -102,7 +103,7 @@ def test_trials_have_lengths_of_their_own(monkeypatch):
     assert out.shape == (4, 3, 6, 2, 8) and (out == 5).all()
 
 
-@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("unroll", quick([1, 3], 3))
 @in_float64
 def test_remat_changes_no_gradient(unroll):
     params = double(random_tree(vit.ViT(**SMALL), 48))
@@ -197,7 +198,7 @@ def keys(number):
     return jax.vmap(jax.random.key)(jnp.arange(number))
 
 
-@pytest.mark.parametrize("mode", ["element", "sample"])
+@pytest.mark.parametrize("mode", quick(["element", "sample"], "sample"))
 def test_drop_path_of_one_branch(mode):
     x, rates = jnp.ones((400, 4, 6)), jnp.array([0.0, 0.25])
     masks = noise.drop_path_masks(keys(400), rates, x.shape[1:], mode)
@@ -223,6 +224,7 @@ def test_drop_path_rate_zero_changes_no_bit():
     assert (apply(model, params, images(), 0.5, keys(5)) != plain).any()
 
 
+@pytest.mark.slow
 def test_drop_path_rises_from_zero_at_the_first_block():
     model = vit.ViT(**{**SMALL, "depth": 1})
     params = random_tree(model, 48)

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from marks import quick
 
 from rlrr_jax import backend, job, models, suite
 from rlrr_jax import config as config_lib
@@ -39,7 +40,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "three seeds on four devices", "an average, mixing"))
 def test_what_is_compiled_is_what_a_run_compiles(case, tmp_path, monkeypatch):
     """Recipe, shapes, dtypes and shardings of everything that a job has."""
     arg, changes = CASES[case]
@@ -128,6 +129,7 @@ def test_seeds_whose_images_are_streamed_are_planned_one_after_another():
     assert [each.runs for each in found] == [1, 1]
 
 
+@pytest.mark.slow
 def test_seconds_are_turns_of_the_roofline():
     (found,), devices = planned("digits,method=rlrr", 2**34, epochs=3, protocol="official")
     train, evaluated = found.programs["train"], found.programs["evaluate"]
@@ -142,6 +144,7 @@ def test_seconds_are_turns_of_the_roofline():
     assert "| rlrr" in text and "of chips" in text
 
 
+@pytest.mark.slow
 def test_parts_are_those_of_a_run_and_the_longest_decides():
     argument, number = "task=hearts+digits,method=linear+rlrr", 3
     chip = topology.Chip("cpu", 2**34, 1e10, 1e11, 2e10, 1e9)

@@ -53,6 +53,7 @@ def test_training(text, data, dinov2, tmp_path):
     assert "| test acc |" in squeeze(out) or "(val)" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [t for t in COMMANDS if kind(t) == "analysis"])
 def test_analysing(text, tuned_runs, tmp_path):
     *words, workdir = docs.program(text)

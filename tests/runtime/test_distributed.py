@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from flags import xla_flags
 from float64 import near
+from marks import quick
 
 from rlrr_jax import files
 from rlrr_jax.main import STOPPED
@@ -161,7 +162,7 @@ def test_a_process_that_fails_ends_all_with_its_message(tmp_path):
     assert time.monotonic() - begun < 60
 
 
-@pytest.mark.parametrize("mine", [0, 1])
+@pytest.mark.parametrize("mine", quick([0, 1], 0))
 def test_others_that_do_not_come(tmp_path, mine):
     (process,) = start(
         tmp_path,
@@ -175,6 +176,7 @@ def test_others_that_do_not_come(tmp_path, mine):
     assert f"this is process {mine}" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_on_without_others(tmp_path):
     ((_, err),) = end(start(tmp_path, "--distributed=on"), 1)
     assert err.startswith("error: --distributed=on found no other processes") and "SLURM" in err

@@ -13,6 +13,7 @@ import time
 import kill_runs
 import pytest
 from flags import xla_flags
+from marks import quick
 
 from rlrr_jax import files, suite
 from rlrr_jax.configs import vtab
@@ -114,7 +115,7 @@ def test_a_signal_while_python_imports_ends_with_the_code_of_a_stop(seconds, tmp
     assert process.returncode == STOPPED
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("kind", quick([signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], signal.SIGTERM))
 def test_a_signal_before_there_is_anything_to_save_ends_at_once(kind, tmp_path):
     process = start(tmp_path)
     assert process.stdout.readline() == f"workdir: {tmp_path}\n"  # then it compiles

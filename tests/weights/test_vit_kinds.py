@@ -8,6 +8,7 @@ import named_vits
 import numpy as np
 import pytest
 import safetensors.numpy
+from marks import quick
 
 from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
@@ -47,12 +48,7 @@ def load(name, folder):
     return weights, pool, gelu, parts, model, tree
 
 
-QUICK = ("distilled", "clip", "fc_norm")
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
-)
+@pytest.mark.parametrize("name", quick(KINDS, "clip", "fc_norm"))
 def test_a_kind_is_seen_in_its_file_and_computed_as_timm_does(name, pictures, tmp_path):
     weights, pool, gelu, parts, model, tree = load(name, tmp_path)
     assert parts == KINDS[name]

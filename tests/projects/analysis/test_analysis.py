@@ -67,6 +67,7 @@ def test_where_the_answer_is_known(rng):
         assert analyze.compare(w, w + flat)["effective_rank"] == pytest.approx(rank, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rlrr_with_zero_scales_changes_exactly_nothing(tuned_runs):
     adapter = adapters.read(tuned_runs / "digits/rlrr/seed0/adapter.safetensors")
     zero = adapter._replace(
@@ -94,6 +95,7 @@ def analysis(tuned_runs, tmp_path_factory):
     return out, json.loads((out / "analysis.json").read_text())
 
 
+@pytest.mark.slow
 def test_methods_show_what_they_are(analysis):
     """LoRA's change has the rank of its factors and only in its targets; the others' has far more."""
     _, found = analysis

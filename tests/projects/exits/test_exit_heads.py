@@ -52,6 +52,7 @@ def test_an_exit_is_a_shallower_network(options):
     np.testing.assert_allclose(logits[:, -1], whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tree_for_each_exit_is_one_tree_where_they_are_equal():
     """With drop path, whose rates are those of the whole depth."""
     tree, own, x = random_tree(MODEL, 48), random_heads(), images()

@@ -67,6 +67,7 @@ def test_images_leave_where_they_are_sure_and_the_rest_is_skipped(tuned, wanted,
     assert passed == batches and (quantile == 1 or passed[2] < 21)
 
 
+@pytest.mark.slow
 def test_a_tree_for_each_exit_begins_again(tuned):
     """Each with its own answer: those of three trees."""
     own = tuned._replace(trees=[random_tree(MODEL, 48, seed) for seed in (1, 2, 3)])

@@ -215,6 +215,7 @@ def test_counts_and_recipes_are_the_authors():
     assert (run.epochs, run.restarts) == (110, (10, 2))
 
 
+@pytest.mark.slow
 def test_a_run_crops_mixes_and_averages(small, tmp_path):
     """The augmented recipe, with squares cut on the device, from start to a tested result."""
     root = tmp_path / "CUB_200_2011"

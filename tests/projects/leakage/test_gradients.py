@@ -73,7 +73,8 @@ def test_a_zero_head_gives_no_other_gradient(frozen):
 
 
 @pytest.mark.parametrize(
-    "name, kwargs", [pytest.param("rlrr", {}, marks=pytest.mark.slow), ("linear", {}), ("bitfit", {})]
+    "name, kwargs",
+    [("linear", {}), *(pytest.param(x, {}, marks=pytest.mark.slow) for x in ("rlrr", "bitfit"))],
 )
 def test_a_single_image_is_found_by_its_gradient(frozen, name, kwargs):
     c, (images, labels) = client(frozen, name, **kwargs), pictures(12)
@@ -156,6 +157,7 @@ def test_an_inversion_falls_and_is_the_written_out_attack(frozen):
     np.testing.assert_allclose(loss, objective(image)[0], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_head_can_be_withheld(frozen):
     c, (images, labels) = client(frozen, "bitfit"), pictures(1)
     shared = gradients.gradient(c, images, labels)

@@ -39,7 +39,11 @@ def test_runs_are_attacked_and_the_page_says_how(tuned_runs, tmp_path, capsys):
     [
         (["{tmp}"], "there is no finished run in .*: give a --workdir"),
         (["{runs}/digits", "{runs}/hearts"], "is a run with task=hearts, the first with digits: give"),
-        (["{runs}/digits", "--candidates=99999"], "--candidates=99999 is more than the .* test images"),
+        pytest.param(
+            ["{runs}/digits", "--candidates=99999"],
+            "--candidates=99999 is more than the .* test images",
+            marks=pytest.mark.slow,
+        ),
         (
             ["{runs}/digits", "--candidates=4", "--batches=8"],
             "--batches=8 is more than the 4 candidates: ask for fewer",

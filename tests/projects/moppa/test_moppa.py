@@ -20,6 +20,7 @@ def frozen():
     return random_tree(MODEL, 48)
 
 
+@pytest.mark.slow
 def test_it_keeps_its_contract_and_starts_near_the_identity(frozen):
     method = methods.get("moppa")
     methods.check("moppa", method, frozen)

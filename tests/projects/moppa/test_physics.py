@@ -39,6 +39,7 @@ def only(path, v, x=X):
     return np.asarray(physics.before_attention({**v, "route": route}, tokens, GRID)[0])
 
 
+@pytest.mark.slow
 @in_float64
 def test_heat():
     v, matrix, flat = values(), laplacian(), X.reshape(-1, WIDTH)
@@ -52,6 +53,7 @@ def test_heat():
     assert (found.var(0) < flat.var(0)).all()
 
 
+@pytest.mark.slow
 @in_float64
 def test_wave():
     v, matrix, flat = values(), laplacian(), X.reshape(-1, WIDTH)

@@ -12,6 +12,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from golden import DATA
 from jax.sharding import PartitionSpec as P
+from marks import quick
 
 from rlrr_jax import losses, methods, models, step, suite, train
 from rlrr_jax.configs import vtab
@@ -227,12 +228,7 @@ def test_loss_and_gradient_are_those_of_weights_of_each_image(name):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * float(jnp.abs(y).max()) + 1e-6)
 
 
-SHORT = ("rlrr",)  # the others with -m slow
-
-
-@pytest.mark.parametrize(
-    "name", [x if x in SHORT else pytest.param(x, marks=pytest.mark.slow) for x in methods.METHODS]
-)
+@pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr"))
 def test_without_noise_it_is_the_merged_model(name):
     method, frozen = methods.get(name), frozen_tree()
     params = methods.merge(method, frozen, trained_tree(method))
@@ -401,6 +397,7 @@ def test_the_table_of_fast_is_in_the_checkpoint(tmp_path, monkeypatch):
     assert whole[0][0]["train_distance"] > 0
 
 
+@pytest.mark.slow
 def test_pace_has_noise_on_a_projection_without_a_bias():
     model = models.build("bundled", 2, projection=8)
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)), jnp.float32)
@@ -427,9 +424,10 @@ TINY_SWIN = swin.Swin(8, (2, 2), (1, 2), 4, 4, num_classes=3)
 
 @pytest.mark.parametrize(
     ("model", "side"),
-    [(models.build("bundled", 5, pool="map"), 32), pytest.param(TINY_SWIN, 32, marks=pytest.mark.slow)],
+    [(models.build("bundled", 5, pool="map"), 32), (TINY_SWIN, 32)],
     ids=["map", "swin"],
 )
+@pytest.mark.slow
 def test_other_models_without_noise_are_merged(model, side):
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, side, side, 3)), jnp.float32)
     frozen = jax.jit(model.init)(jax.random.key(0), images)["params"]
@@ -442,6 +440,7 @@ def test_other_models_without_noise_are_merged(model, side):
     assert jnp.abs(noisy(5.0) - plain).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_noise_of_a_map_head_is_of_each_output():
     model = models.build("bundled", 2, class_token=False, pool="map")
     shapes = models.shapes(model, 32)
