@@ -61,6 +61,15 @@ def trained(recipe, limits, devices=1, trials=1, steps=3):
     return frozen, jax.device_get((state["trainable"], metrics["loss"][:, :steps], found)), params
 
 
+def rounded():
+    """`FROZEN` with blocks that were bfloat16."""
+    transformer = dict(FROZEN["Transformer"])
+    transformer["encoderblock"] = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(np.float32), transformer["encoderblock"]
+    )
+    return {**FROZEN, "Transformer": transformer}
+
+
 def same(a, b, **tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), a, b)
 
@@ -83,10 +92,7 @@ def test_nothing_asked_changes_nothing():
     assert found is plain and tree is FROZEN
 
 
-# Values for each block, for all blocks, for some; the others take a minute.
-
-
-@pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr", "last"))
+@pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr", "vera", "last"))
 def test_every_method_gives_the_gradient_of_the_whole_tree_or_is_refused(name):
     whole = recipe(name)
     if name in REFUSED:
@@ -130,6 +136,10 @@ def test_the_gradient_keeps_no_merged_block(name):
     kept = [a for a, why in saved_residuals(loss, start) if "argument" not in why]
     kernels = [a for a in kept if a.shape[:1] == (3,) and a.size >= 3 * 32 * 32]
     assert kernels and {a.dtype for a in kernels} == {jnp.dtype("bfloat16")}
+    assert tree["embedding"]["kernel"].dtype == jnp.float32
+    params = methods.merge(recipe(name).method, rounded(), start)
+    wanted = (MODEL.apply({"params": params}, jnp.ones((1, 16, 16, 3))) ** 2).mean()
+    np.testing.assert_allclose(loss(start), wanted, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -184,11 +194,8 @@ def test_bfloat16_is_that_of_the_frozen_weights_alone():
     blocks = frozen["Transformer"]["encoderblock"]["whole"]
     assert {str(x.dtype) for x in jax.tree.leaves(blocks)} == {"bfloat16"}
     assert frozen["embedding"]["kernel"].dtype == jnp.float32
-    rounded = lambda x: x.astype(jnp.bfloat16).astype(np.float32)
-    transformer = dict(FROZEN["Transformer"])
-    transformer["encoderblock"] = jax.tree.map(rounded, transformer["encoderblock"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "FROZEN", {**FROZEN, "Transformer": transformer})
+        patch.setitem(globals(), "FROZEN", rounded())
         _, whole, _ = trained(recipe(), Limits())
     same(found[1], whole[1], rtol=1e-5)
     same_state(found[0], whole[0])

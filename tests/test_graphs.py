@@ -48,7 +48,6 @@ def test_a_graph_gives_what_predict_gives(name, adapter, tmp_path):
     export.export(adapter, name, out)  # again, over what is there
 
 
-@pytest.mark.slow
 def test_the_loader_needs_nothing_of_ours(adapter, tmp_path):
     need("stablehlo")
     paths = pictures(tmp_path)

@@ -143,6 +143,10 @@ def test_adapters_of_one_task_are_called_as_they_were_named(paths, files, monkey
     head, *rows = csv.reader(io.StringIO(text))
     assert head == ["file", "adapter", "class1", "p1", "class2", "p2"]
     assert [row[1] for row in rows] == [str(path) for path in chosen] * 3
+    for adapter in chosen:  # and each says what it does alone
+        text = run(monkeypatch, capsys, "--adapter", adapter, *files, "--format", "csv", "--top_k", 2)
+        _, *alone = csv.reader(io.StringIO(text))
+        assert alone == [[row[0], *row[2:]] for row in rows if row[1] == str(adapter)]
 
 
 def test_images_may_stand_before_the_adapters(paths, files, monkeypatch, capsys):

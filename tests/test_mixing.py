@@ -150,7 +150,7 @@ def train_in_numpy(how):
     ids=str,
 )
 def test_thirty_steps(how):
-    state, losses = train(recipe(how))
+    state, losses = train(recipe(how), devices=4)
     weights, average, expected = train_in_numpy(how)
     np.testing.assert_allclose(losses, expected, rtol=2e-4)
     assert len(set(np.round(expected, 3))) > 20

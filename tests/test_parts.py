@@ -14,6 +14,7 @@ import pytest
 from flags import xla_flags
 from safetensors.numpy import load_file
 
+from rlrr_jax import adapters as adapters_lib
 from rlrr_jax import config as config_lib
 from rlrr_jax import files, report, suite
 from rlrr_jax.configs import vtab
@@ -235,6 +236,13 @@ def test_parts_give_the_bits_of_the_whole_and_restart_as_other_parts(whole, tmp_
     assert "not finished" not in (tmp_path / "results.md").read_text()
     assert len(json.loads((tmp_path / "results.json").read_text())) == 4
     same(adapters(whole), adapters(tmp_path))
+    for task, classes in (
+        ("digits", 10),
+        ("hearts", 16),
+    ):  # trained with one head, saved with their own
+        (adapter, *_) = (whole / task).glob("*/*/adapter.safetensors")
+        bias = adapters_lib.read(adapter).trainable["head"]["bias"]
+        assert bias.shape == (classes,) and np.abs(bias).max() < 10
 
 
 def test_a_folder_that_another_process_holds_is_passed_over_and_looked_at_again(tmp_path, capsys):

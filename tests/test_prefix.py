@@ -72,7 +72,6 @@ def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsy
         )
 
 
-@pytest.mark.slow
 def test_the_second_view_is_flipped():
     """Of images that are flipped, what the head gets of both, against the whole model."""
     model = models.build("bundled", 4, depth=1)

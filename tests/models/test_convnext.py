@@ -187,7 +187,6 @@ def test_what_is_written_is_what_was_read(state, tmp_path):
         np.testing.assert_array_equal(two[key], x, err_msg=str(key))
 
 
-@pytest.mark.slow
 def test_rlrr_rescales_each_channels_kernel(state, tmp_path):
     """A depthwise kernel is a matrix of (1, column) by (channel, row), as every convolution's."""
     params = tree(state, tmp_path)

@@ -114,7 +114,7 @@ RECORDED = {  # timm 1.0.31's logits of `rope_kinds`, at 20 x 20 and at 12 x 28 
 }
 
 
-@pytest.mark.parametrize("kind", quick(RECORDED, "dinov3", "eva02"))
+@pytest.mark.parametrize("kind", quick(RECORDED, "dinov3", "eva02", "pe_core"))
 def test_logits_are_those_recorded_from_timm(kind, tmp_path):
     for size, wanted in zip(((20, 20), (12, 28)), RECORDED[kind]):
         got = rope_kinds.logits_of_a_file(kind, size, images(size), tmp_path)

@@ -224,7 +224,6 @@ def test_drop_path_rate_zero_changes_no_bit():
     assert (apply(model, params, images(), 0.5, keys(5)) != plain).any()
 
 
-@pytest.mark.slow
 def test_drop_path_rises_from_zero_at_the_first_block():
     model = vit.ViT(**{**SMALL, "depth": 1})
     params = random_tree(model, 48)

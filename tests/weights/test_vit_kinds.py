@@ -48,7 +48,7 @@ def load(name, folder):
     return weights, pool, gelu, parts, model, tree
 
 
-@pytest.mark.parametrize("name", quick(KINDS, "clip", "fc_norm"))
+@pytest.mark.parametrize("name", quick(KINDS, "distilled", "clip", "fc_norm"))
 def test_a_kind_is_seen_in_its_file_and_computed_as_timm_does(name, pictures, tmp_path):
     weights, pool, gelu, parts, model, tree = load(name, tmp_path)
     assert parts == KINDS[name]
