@@ -49,7 +49,7 @@ def returned():
     """Memory is given back: the allocator keeps gigabytes of what compilers used, JAX the programs."""
     yield
     for drop in (lambda: None, jax.clear_caches):
-        if resident() > 2**30:
+        if resident() > 1.5 * 2**30:
             drop()
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
