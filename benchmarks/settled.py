@@ -13,7 +13,7 @@ import json
 import pathlib
 import statistics
 
-from rlrr_jax.errors import one_sentence
+from rlrr_jax.errors import UserError, one_sentence
 from rlrr_jax.results import paired, plots, rows, tables
 
 
@@ -22,7 +22,7 @@ def main():
     args = arguments()
     found = rows.find([], [args.rows])
     paired.differences(found, args.against)  # a name of no line ends it here
-    cost = costs(json.loads(args.cost.read_text())["rows"], args.images)
+    cost = costs(measured(args.cost), args.images)
     table = paired.by_task(found, args.against).splitlines()
     head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     by_label = {}
@@ -48,6 +48,16 @@ def arguments():
     parser.add_argument("--images", type=int, required=True, help="training images of a run")
     parser.add_argument("--out", type=pathlib.Path, help="a .png")
     return parser.parse_args()
+
+
+def measured(path):
+    """The cases of what benchmarks/step.py printed last."""
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(
+            f"{path} is not what benchmarks/step.py prints last: save that line alone"
+        ) from e
 
 
 def key(row):

@@ -69,7 +69,8 @@ def tuned_runs(tmp_path_factory, worker_id):
     shared = shared if worker_id == "master" else shared.parent  # of all workers of pytest-xdist
     root, finished = pathlib.Path(__file__).parents[1], shared / "tuned.finished"
     with files.lock(shared, "tuned.lock", wait=True):
-        for arg in ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr") * (not finished.exists()):
+        every = () if finished.exists() else ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr")
+        for arg in every:
             command = [sys.executable, "-m", "rlrr_jax.main", f"--config=configs/vtab.py:{arg}"]
             command += ["--config.epochs=2", f"--workdir={shared / 'tuned'}"]
             subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": xla_flags()}, check=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from marks import quick
 
 from rlrr_jax import methods, mixing, optim, step
 from rlrr_jax.mixing import Mixing
@@ -138,15 +139,12 @@ def train_in_numpy(how):
     return weights, average, losses
 
 
+ALL = Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1)
+
+
 @pytest.mark.parametrize(
     "how",
-    [
-        pytest.param(Mixing(mixup=0.8), marks=pytest.mark.slow),
-        pytest.param(Mixing(cutmix=1.0), marks=pytest.mark.slow),
-        Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1),
-        pytest.param(Mixing(smoothing=0.1), marks=pytest.mark.slow),
-        pytest.param(Mixing(), marks=pytest.mark.slow),
-    ],
+    quick([ALL, Mixing(mixup=0.8), Mixing(cutmix=1.0), Mixing(smoothing=0.1), Mixing()], ALL),
     ids=str,
 )
 def test_thirty_steps(how):

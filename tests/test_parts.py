@@ -236,10 +236,8 @@ def test_parts_give_the_bits_of_the_whole_and_restart_as_other_parts(whole, tmp_
     assert "not finished" not in (tmp_path / "results.md").read_text()
     assert len(json.loads((tmp_path / "results.json").read_text())) == 4
     same(adapters(whole), adapters(tmp_path))
-    for task, classes in (
-        ("digits", 10),
-        ("hearts", 16),
-    ):  # trained with one head, saved with their own
+    for task, classes in (("digits", 10), ("hearts", 16)):
+        # Trained with one head, saved with their own.
         (adapter, *_) = (whole / task).glob("*/*/adapter.safetensors")
         bias = adapters_lib.read(adapter).trainable["head"]["bias"]
         assert bias.shape == (classes,) and np.abs(bias).max() < 10

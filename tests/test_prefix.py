@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from marks import quick
 from named import register
 
 from rlrr_jax import adapters, losses, methods, models, prefix, suite
@@ -41,16 +42,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "the last two blocks",
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in ("linear, flipped", "two seeds at once")
-        ),
-    ],
-)
+@pytest.mark.parametrize("what", quick(CASES, "the last two blocks"))
 def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsys):
     arg, changes = CASES[what]
     rows, lines, tree = train(tmp_path / "once", arg, **changes)
@@ -106,12 +98,10 @@ def test_a_search_passes_each_image_once_for_all_trials(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [
+    quick(
+        [dict(drop_path=0.1), dict(mixup=0.8), dict(loss="of_a_fork"), dict(method="rlrr")],
         dict(drop_path=0.1),
-        pytest.param(dict(mixup=0.8), marks=pytest.mark.slow),
-        pytest.param(dict(loss="of_a_fork"), marks=pytest.mark.slow),
-        pytest.param(dict(method="rlrr"), marks=pytest.mark.slow),
-    ],
+    ),
     ids=str,
 )
 def test_nothing_is_computed_once_where_noise_or_training_reaches(changes, tmp_path, monkeypatch):

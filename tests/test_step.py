@@ -133,8 +133,8 @@ def gradient_on(devices, trainable, number, flip, drop_path, accumulate=1):
     return mapped(frozen_tree(), DATA, hyper(flip=flip), trainable, number)
 
 
-@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 3])  # 6 images, and 4
-@pytest.mark.parametrize("noise", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("number", quick([0, 3], 3))  # 6 images, and 4
+@pytest.mark.parametrize("noise", quick([False, True], True))
 @in_float64
 def test_gradient_and_sgd_step_are_those_of_one_device(number, noise, trainable):
     kwargs, trainable = dict(flip=noise, drop_path=noise), double(trainable)

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from flags import xla_flags
 from flax.traverse_util import unflatten_dict
+from marks import quick
 from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
@@ -245,7 +246,7 @@ def test_same_seed_gives_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["digits", pytest.param("hearts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", quick(["digits", "hearts"], "digits"))
 def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
     """scikit-learn on the same features, its C chosen on val200."""
     from sklearn.linear_model import LogisticRegression

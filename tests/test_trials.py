@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from flags import xla_flags
 from float64 import near
+from marks import quick
 from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
@@ -92,7 +93,7 @@ def test_each_trial_has_its_row_and_folder(group):
     assert len(json.loads((workdir / "results.json").read_text())) == 5
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (3, 4))])
+@pytest.mark.parametrize("number", quick([0, 3, 4], 0))
 def test_a_trial_equals_the_same_trial_alone(group, number, tmp_path):
     workdir, rows = group
     keys = ("lr", "weight_decay", "drop_path")
