@@ -9,8 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax._src.ad_checkpoint import saved_residuals  # which JAX prints alone
 from marks import quick
-from models.test_vit import SMALL, random_tree
+from models.test_vit import SMALL
 from test_step import CLASSES, DATA, hyper
+from trees import folded, images, moved, random_tree, started
 
 from rlrr_jax import blockwise, evaluate, losses, methods, models, step
 from rlrr_jax import config as config_lib
@@ -100,15 +101,13 @@ def test_every_method_gives_the_gradient_of_the_whole_tree_or_is_refused(name):
             blockwise.applied(whole, FROZEN, Limits(shard_weights=True))
         return
     made, tree = blockwise.applied(whole, FROZEN, Limits(shard_weights=True))
-    start = methods.start(whole.method, jax.random.key(0), FROZEN)
-    noisy = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), start)
-    images = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
+    noisy, pixels = moved(started(whole.method, FROZEN), 0.02), images(4, 16)
 
     def logits(recipe, frozen, trainable):
         params = methods.merge(recipe.method, frozen, trainable)
         with jax.default_matmul_precision("highest"):
             return recipe.model.apply(
-                {"params": params}, images, 0.3, jax.random.split(jax.random.key(3), 4)
+                {"params": params}, pixels, 0.3, jax.random.split(jax.random.key(3), 4)
             )
 
     value = lambda recipe, frozen: jax.jit(
@@ -119,15 +118,14 @@ def test_every_method_gives_the_gradient_of_the_whole_tree_or_is_refused(name):
     same(one_loss, loss, rtol=1e-5)
     size = max(np.abs(x).max() for x in jax.tree.leaves(grads))
     same(one_grads, grads, rtol=1e-3, atol=1e-5 * size)
-    begun = made.method.init(jax.random.key(0), tree)
-    same(begun, whole.method.init(jax.random.key(0), FROZEN), rtol=1e-6)
+    same(started(made.method, tree), started(whole.method, FROZEN), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["fact", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_gradient_keeps_no_merged_block(name):
     """Of arrays of all blocks with the size of a kernel, only the frozen ones; of any method."""
     made, tree = blockwise.applied(recipe(name), FROZEN, Limits(frozen_dtype="bfloat16"))
-    start = methods.start(recipe(name).method, jax.random.key(0), FROZEN)
+    start = started(recipe(name).method, FROZEN)
 
     def loss(trainable):
         params = methods.merge(made.method, tree, trainable)
@@ -137,7 +135,7 @@ def test_the_gradient_keeps_no_merged_block(name):
     kernels = [a for a in kept if a.shape[:1] == (3,) and a.size >= 3 * 32 * 32]
     assert kernels and {a.dtype for a in kernels} == {jnp.dtype("bfloat16")}
     assert tree["embedding"]["kernel"].dtype == jnp.float32
-    params = methods.merge(recipe(name).method, rounded(), start)
+    params = folded(recipe(name).method, rounded(), start)
     wanted = (MODEL.apply({"params": params}, jnp.ones((1, 16, 16, 3))) ** 2).mean()
     np.testing.assert_allclose(loss(start), wanted, rtol=1e-5)
 

@@ -17,7 +17,8 @@ from float64 import double, in_float64
 from golden import Golden
 from jax.sharding import PartitionSpec as P
 from marks import quick
-from models.test_vit import SMALL, random_tree
+from models.test_vit import SMALL
+from trees import random_tree, started
 
 from rlrr_jax import batch as batch_lib
 from rlrr_jax import evaluate, methods, metrics, models, optim, step
@@ -109,7 +110,7 @@ def one_gradient(r, frozen, data, hyper, trainable, number):
 
 @pytest.fixture(scope="module")
 def trainable():
-    tree = methods.start(METHOD, jax.random.key(0), FROZEN)
+    tree = started(METHOD, FROZEN)
     head = random_tree(MODEL, SIZE, seed=9)["head"]  # a zero head would hide most gradients
     return {**tree, "head": head}
 
@@ -429,7 +430,7 @@ def test_learning_rate_schedules():
 
 def test_weight_decay_pulls_only_what_it_should():
     """With zero gradients AdamW leaves a leaf alone or shrinks it by lr * weight_decay."""
-    tree = methods.start(METHOD, jax.random.key(0), FROZEN)
+    tree = started(METHOD, FROZEN)
     tree = jax.tree.map(lambda x: x + 1.0, tree)
     tx = optim.build(optim.Optimizer(), METHOD, tree, 0.1, 0.5)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree), tree)

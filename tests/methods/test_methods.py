@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from float64 import double, in_float64
 from marks import quick
 from methods.direct import DIRECT
-from models.test_vit import SMALL, apply, images, random_tree
+from models.test_vit import SMALL
+from trees import apply, folded, images, moved, random_tree, started, zero_head
 
 from rlrr_jax import methods, models, step
 from rlrr_jax.models import vit
@@ -128,17 +129,7 @@ def b16_shapes(name, **options):
 
 @pytest.fixture(scope="module")
 def frozen():
-    tree = random_tree(MODEL, 48)
-    return {**tree, "head": jax.tree.map(jnp.zeros_like, tree["head"])}
-
-
-def moved(tree, seed=3):
-    """Every leaf moved, as after training."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        structure, [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    )
+    return zero_head(random_tree(MODEL, 48))
 
 
 def loss_of(logits):
@@ -160,11 +151,12 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
     """Logits and gradients."""
     method = methods.get(name, **options)
     frozen = double(frozen)
-    trainable = moved(methods.start(method, jax.random.key(0), frozen))
-    params, back = jax.vjp(lambda t: methods.merge(method, frozen, t), trainable)
+    trainable = moved(started(method, frozen))
+    merge = lambda t: methods.merge(method, frozen, t)
+    params = jax.jit(merge)(trainable)
     assert {x.dtype for x in jax.tree.leaves((trainable, params))} == {jnp.dtype("float64")}
     ours, grads = plain_gradient(params)
-    (grads,) = back(grads)
+    (grads,) = jax.jit(lambda t, g: jax.vjp(merge, t)[1](g))(trainable, grads)
 
     def direct(trainable):
         params = {**frozen, "head": trainable["head"]}
@@ -173,7 +165,7 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
         around = DIRECT[name](frozen, trainable["adapter"], **options)
         return loss_of(reference.forward(params, images(), 4, "tanh", around))
 
-    (_, theirs), other_grads = jax.value_and_grad(direct, has_aux=True)(trainable)  # compiles least
+    (_, theirs), other_grads = jax.jit(jax.value_and_grad(direct, has_aux=True))(trainable)
     assert float(jnp.abs(ours).max()) > 0.1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
     grads, other_grads = (flatten_dict(tree, sep="/") for tree in (grads, other_grads))
@@ -181,7 +173,7 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
         np.testing.assert_allclose(grad, other_grads[leaf], rtol=0, atol=1e-10, err_msg=leaf)
         # Softmax does not see what all keys share.
         no_gradient = leaf.endswith(("key/shift", "key/bias", "key/e")) or "/fixed/" in leaf
-        assert no_gradient or jnp.abs(grad).max() > 0, leaf
+        assert no_gradient or np.asarray(grad).any(), leaf
 
 
 @pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr", "lora", "fact"))
@@ -195,7 +187,7 @@ def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, frozen):
     trained = moved(trained)
     both = jax.jit(jax.vmap(merge, (None, 0)))(frozen, trained)
     for i in (0, 1):
-        one = merge(frozen, jax.tree.map(lambda x: x[i], trained))
+        one = folded(method, frozen, jax.tree.map(lambda x: x[i], trained))
         assert jax.tree.structure(one) == jax.tree.structure(frozen)
         for a, b, c in zip(*map(jax.tree.leaves, (one, frozen, both)), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -206,22 +198,21 @@ def test_merging_gives_a_plain_tree_under_jit_vmap_and_eval_shape(name, frozen):
 def test_start(name, frozen):
     """Most start at the identity, and all with a zero head."""
     method = methods.get(name)
-    merged = methods.merge(method, frozen, methods.start(method, jax.random.key(0), frozen))
-    assert all((x == 0).all() for x in jax.tree.leaves(merged["head"]))
+    merged = folded(method, frozen, started(method, frozen))
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(merged["head"]))
     assert method.DEFAULTS.keys() == {"lr", "weight_decay", "drop_path"}
-    same = jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, 0, 1e-7)), merged, frozen))
+    same = jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, 0, 5e-7), merged, frozen))
     assert all(same) == (name not in NOT_IDENTITY)
     head = random_tree(MODEL, 48)["head"]
     ours, theirs = (apply(MODEL, {**tree, "head": head}, images()) for tree in (merged, frozen))
-    assert bool(jnp.allclose(ours, theirs, 0, 1e-6)) == (name not in NOT_IDENTITY)
+    assert np.allclose(ours, theirs, 0, 1e-6) == (name not in NOT_IDENTITY)
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name in methods.METHODS])
 def test_only_its_own_leaves_change(name, frozen):
     method = methods.get(name)
-    trained = moved(methods.start(method, jax.random.key(0), frozen))
-    merged = methods.merge(method, frozen, trained)
-    ours, theirs = (flatten_dict(tree, sep="/") for tree in (merged, frozen))
+    merged = folded(method, frozen, moved(started(method, frozen)))
+    ours, theirs = (flatten_dict(jax.tree.map(np.asarray, x), sep="/") for x in (merged, frozen))
     changed = {key for key in ours if (ours[key] != theirs[key]).any()}
     may = {key for key in ours if key.startswith("head/") or key.endswith(CHANGES[name] or "-")}
     assert changed == may
@@ -255,7 +246,9 @@ def test_counts_of_options(name, options, count):
 def test_decay(name, frozen):
     """The head's kernel decays, its bias does not; nor do biases, shifts of outputs and norms."""
     method = methods.get(name)
-    decay = methods.decay(method, methods.start(method, jax.random.key(0), frozen))
+    decay = methods.decay(
+        method, jax.eval_shape(functools.partial(methods.start, method), jax.random.key(0), frozen)
+    )
     assert decay["head"] == {"kernel": True, "bias": False}
     names = {"/".join(k) for k, v in flatten_dict(decay).items() if v and k[0] != "head"}
     if name in ("linear", "knn", "bitfit", "norm", "ssf", "difffit", "oft", "gps"):
@@ -373,7 +366,7 @@ def test_glora_contains_rlrr_lora_and_prompts(frozen):
     """The same factors under other names give the same weights."""
     rlrr = methods.get("rlrr", where="mha+ffn")
     glora = methods.get("glora", a="low", c="none", d="none", e="vector", rank=1)
-    ours = moved(rlrr.init(jax.random.key(0), frozen))
+    ours = moved(jax.jit(rlrr.init)(jax.random.key(0), frozen))
     flat, as_glora = flatten_dict(ours, sep="/"), {}
     for path, x in flat.items():
         *_, name, leaf = path.split("/")
@@ -383,21 +376,21 @@ def test_glora_contains_rlrr_lora_and_prompts(frozen):
         else:
             side, axes = ("down", (len(x), -1, 1)) if leaf == "scale_in" else ("up", (len(x), 1, -1))
             node["a"][side] = x.reshape(axes)
-    expected = kernels(rlrr.merge(frozen, ours))
-    for key, x in kernels(glora.merge(frozen, as_glora)).items():
+    expected = kernels(jax.jit(rlrr.merge)(frozen, ours))
+    for key, x in kernels(jax.jit(glora.merge)(frozen, as_glora)).items():
         np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-6, err_msg=key)
     lora = methods.get("lora", rank=3)
-    tree = moved(lora.init(jax.random.key(1), frozen))
+    tree = moved(jax.jit(lora.init)(jax.random.key(1), frozen))
     only_b = methods.get("glora", a="none", b="low", c="none", d="none", rank=3, targets="query+value")
     same = {name: {"b": node} for name, node in tree.items()}
-    expected = kernels(lora.merge(frozen, tree))
-    for key, x in kernels(only_b.merge(frozen, same)).items():
+    expected = kernels(jax.jit(lora.merge)(frozen, tree))
+    for key, x in kernels(jax.jit(only_b.merge)(frozen, same)).items():
         np.testing.assert_allclose(x, expected[key], rtol=0, atol=1e-6, err_msg=key)
 
 
 def test_oft_keeps_lengths_and_angles_of_kernels(frozen):
     method = methods.get("oft", block=8)
-    merged = method.merge(frozen, moved(method.init(jax.random.key(0), frozen)))
+    merged = jax.jit(method.merge)(frozen, moved(jax.jit(method.init)(jax.random.key(0), frozen)))
     attention = lambda tree: tree["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
     ours, theirs = (
         np.asarray(attention(t)["query"]["kernel"]).reshape(2, 32, -1) for t in (merged, frozen)
@@ -409,7 +402,7 @@ def test_oft_keeps_lengths_and_angles_of_kernels(frozen):
 
 def test_pissa_starts_at_the_largest_singular_vectors(frozen):
     method = methods.get("pissa", rank=4)
-    adapter = method.init(jax.random.key(0), frozen)
+    adapter = jax.jit(method.init)(jax.random.key(0), frozen)
     attention = frozen["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
     for block in range(3):
         kernel = np.asarray(attention["query"]["kernel"][block]).reshape(32, -1)
@@ -444,7 +437,7 @@ def test_what_is_fixed_stays_in_training(frozen):
 def test_dropout_of_ranks(name, factor, frozen):
     """Each layer's ranks are dropped on their own at the rate, the rest enlarged; merged has all."""
     method = methods.get(name, rank=4, rank_dropout=0.25)
-    adapter = moved(method.init(jax.random.key(0), frozen))
+    adapter = moved(jax.jit(method.init)(jax.random.key(0), frozen))
     before, seen = flatten_dict(adapter, sep="/"), []
     for number in range(60):
         dropped = flatten_dict(method.drop(jax.random.key(number), adapter), sep="/")
@@ -460,7 +453,7 @@ def test_dropout_of_ranks(name, factor, frozen):
     assert abs(seen.mean() - 0.25) < 0.02 and len({tuple(x) for x in seen}) > 8
     trained = {"adapter": adapter, "head": frozen["head"]}
     plain, noisy = (methods.merge(method, frozen, trained, key) for key in (None, jax.random.key(0)))
-    expected = method.merge(frozen, adapter)["Transformer"]
+    expected = jax.jit(method.merge)(frozen, adapter)["Transformer"]
     jax.tree.map(np.testing.assert_array_equal, plain["Transformer"], expected)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), noisy["Transformer"], expected)
     assert not all(jax.tree.leaves(same))
@@ -469,21 +462,22 @@ def test_dropout_of_ranks(name, factor, frozen):
 def test_scales_of_ranks_are_those_of_mlae(frozen):
     """One of 1 is LoRA; each rank's outer product is times its own, and dropped with it."""
     method = methods.get("lora", rank=4, rank_dropout=0.5, rank_scale=1.0)
-    adapter = moved(method.init(jax.random.key(0), frozen))
+    adapter = moved(jax.jit(method.init)(jax.random.key(0), frozen))
     plain = {name: {k: node[k] for k in ("down", "up")} for name, node in adapter.items()}
     scaled = {name: {**node, "scale": jnp.ones_like(node["scale"])} for name, node in adapter.items()}
-    same = methods.get("lora", rank=4).merge(frozen, plain)
-    jax.tree.map(np.testing.assert_array_equal, method.merge(frozen, scaled), same)
+    same = jax.jit(methods.get("lora", rank=4).merge)(frozen, plain)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(method.merge)(frozen, scaled), same)
     kernel = lambda tree: attention(tree)["query"]["kernel"]
     attention = lambda tree: tree["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
-    change = kernel(method.merge(frozen, adapter)) - kernel(frozen)
+    change = kernel(jax.jit(method.merge)(frozen, adapter)) - kernel(frozen)
     node = jax.tree.map(lambda x: np.asarray(x, np.float64), adapter["query"])
     terms = [
         node["scale"][:, k, None, None] * node["down"][:, :, k, None] * node["up"][:, None, k]
         for k in range(4)
     ]
     np.testing.assert_allclose(change.reshape(terms[0].shape), sum(terms), rtol=1e-3, atol=1e-6)
-    starts = methods.get("lora", rank_scale=0.25).init(jax.random.key(0), frozen)["value"]["scale"]
+    quarter = methods.get("lora", rank_scale=0.25)
+    starts = jax.jit(quarter.init)(jax.random.key(0), frozen)["value"]["scale"]
     assert starts.shape == (len(node["down"]), 8) and (starts == 0.25).all()
     assert not method.decay(adapter)["query"]["scale"]
 

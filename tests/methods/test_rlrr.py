@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from models.test_vit import SMALL, images, random_tree
+from models.test_vit import SMALL
+from trees import images, random_tree
 
 from rlrr_jax import methods, models
 from rlrr_jax.errors import UserError
@@ -23,20 +24,21 @@ def frozen():
 
 def test_merging_zero_scales_changes_no_bit(frozen):
     method = methods.get("rlrr")
-    zero = jax.tree.map(jnp.zeros_like, method.init(jax.random.key(0), frozen))
+    shapes = jax.eval_shape(method.init, jax.random.key(0), frozen)
+    zero = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)
     names = flatten_dict(zero, sep="/")
     ones = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.ones_like(x) if path[-1].key == "scale" else x, zero
+        lambda path, x: x + 1 if path[-1].key == "scale" else x, zero
     )
-    merged = method.merge(frozen, ones)
+    merged = jax.jit(method.merge)(frozen, ones)
     jax.tree.map(np.testing.assert_array_equal, merged, frozen)
     assert sum(name.endswith("/scale") for name in names) == 4
 
 
 def test_identity_start_changes_no_bit_and_has_a_gradient(frozen):
     method = methods.get("rlrr", init="identity")
-    trainable = method.init(jax.random.key(0), frozen)
-    merged = method.merge(frozen, trainable)
+    trainable = jax.jit(method.init)(jax.random.key(0), frozen)
+    merged = jax.jit(method.merge)(frozen, trainable)
     jax.tree.map(np.testing.assert_array_equal, merged, frozen)
 
     def loss(trainable):
@@ -68,7 +70,7 @@ def test_published_counts(variant, size, count, head):
 def test_start_has_the_authors_distribution():
     model = vit.ViT(width=96, depth=6, mlp_dim=384, num_heads=3, patch_size=8, num_classes=2)
     frozen = random_tree(model, 48)
-    tree = methods.get("rlrr").init(jax.random.key(5), frozen)
+    tree = jax.jit(methods.get("rlrr").init)(jax.random.key(5), frozen)
     fan_in = {"query": 96, "key": 96, "value": 96, "out": 96, "Dense_0": 96, "Dense_1": 384}
     for name, x in flatten_dict(tree, sep="/").items():
         module, leaf = name.split("/")[-2:]
@@ -91,7 +93,7 @@ def test_start_has_the_authors_distribution():
 
 def test_damped_is_the_paper_start_with_a_tenth_of_scale_in(frozen):
     paper, damped = (
-        flatten_dict(methods.get("rlrr", init=i).init(jax.random.key(0), frozen), sep="/")
+        flatten_dict(jax.jit(methods.get("rlrr", init=i).init)(jax.random.key(0), frozen), sep="/")
         for i in ("paper", "damped")
     )
     for name, x in paper.items():
@@ -100,7 +102,7 @@ def test_damped_is_the_paper_start_with_a_tenth_of_scale_in(frozen):
 
 
 def test_leaves_draw_different_numbers(frozen):
-    tree = flatten_dict(methods.get("rlrr").init(jax.random.key(0), frozen), sep="/")
+    tree = flatten_dict(jax.jit(methods.get("rlrr").init)(jax.random.key(0), frozen), sep="/")
     first = [
         float(x.ravel()[0]) for k, x in tree.items() if k.endswith(("scale_in", "scale_out", "/scale"))
     ]
@@ -108,7 +110,7 @@ def test_leaves_draw_different_numbers(frozen):
 
 
 def test_shapes_have_the_kernels_axes(frozen):
-    tree = methods.get("rlrr").init(jax.random.key(0), frozen)
+    tree = jax.jit(methods.get("rlrr").init)(jax.random.key(0), frozen)
     attention = tree["Transformer"]["encoderblock"]["MultiHeadDotProductAttention_0"]
     shapes = jax.tree.map(jnp.shape, attention, is_leaf=lambda x: hasattr(x, "shape"))
     assert shapes["query"] == {"scale_in": (3, 32), "scale_out": (3, 4, 8), "shift": (3, 4, 8)}
@@ -127,9 +129,9 @@ def test_layers_of_any_network():
     }
     method = methods.get("rlrr", where="norm+conv+dense")
     methods.check("rlrr", method, frozen)
-    adapter = method.init(jax.random.key(0), frozen)
+    adapter = jax.jit(method.init)(jax.random.key(0), frozen)
     adapter["first"]["shift"] += 0.5
-    merged = method.merge(frozen, adapter)
+    merged = jax.jit(method.merge)(frozen, adapter)
     left, right = (np.asarray(adapter["first"][name]) for name in ("scale_in", "scale_out"))
     for i, column, o, row in ((0, 0, 0, 0), (2, 1, 3, 0), (1, 0, 2, 1)):
         weight = frozen["first"]["kernel"][row, column, i, o]
@@ -140,7 +142,7 @@ def test_layers_of_any_network():
     weight = frozen["second"]["kernel"]
     np.testing.assert_allclose(merged["second"]["kernel"], weight + weight * scales, rtol=1e-5)
     assert merged["second"].keys() == {"kernel"} == frozen["second"].keys()
-    assert methods.get("rlrr").init(jax.random.key(0), frozen).keys() == {"first"}
+    assert jax.jit(methods.get("rlrr").init)(jax.random.key(0), frozen).keys() == {"first"}
     norm = {**frozen, "norm": {"scale": draw(5)}}
     with pytest.raises(
         UserError, match="does not fit this model: .* has no bias: leave norms out of its"
@@ -152,7 +154,9 @@ def test_layers_of_any_network():
 def test_scaled_is_the_paper_start_less_where_a_kernel_is_narrow(frozen):
     """So on a backbone as wide as ViT-B the two are one."""
     paper, scaled = (
-        flatten_dict(methods.get("rlrr", init=i, rank=2).init(jax.random.key(0), frozen), sep="/")
+        flatten_dict(
+            jax.jit(methods.get("rlrr", init=i, rank=2).init)(jax.random.key(0), frozen), sep="/"
+        )
         for i in ("paper", "scaled")
     )
     for name, x in paper.items():
@@ -161,7 +165,7 @@ def test_scaled_is_the_paper_start_less_where_a_kernel_is_narrow(frozen):
         np.testing.assert_allclose(scaled[name], factor * x, rtol=1e-6, err_msg=name)
     wide = {"Dense_0": {"kernel": jnp.ones((768, 3)), "bias": jnp.ones(3)}}
     starts = [
-        methods.get("rlrr", init=i, where="ffn").init(jax.random.key(0), wide)
+        jax.jit(methods.get("rlrr", init=i, where="ffn").init)(jax.random.key(0), wide)
         for i in ("paper", "scaled")
     ]
     jax.tree.map(np.testing.assert_array_equal, *starts)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods.test_methods import moved
-from models.test_vit import SMALL, random_tree
+from models.test_vit import SMALL
+from trees import moved, random_tree
 
 from rlrr_jax import methods
 from rlrr_jax.methods import base
@@ -26,7 +26,7 @@ def matrices(tree, name):
 def pair(frozen, method, name, **options):
     """W and W' of every block after all adapters have moved."""
     method = methods.get(method, **options)
-    merged = method.merge(frozen, moved(method.init(jax.random.key(0), frozen)))
+    merged = jax.jit(method.merge)(frozen, moved(jax.jit(method.init)(jax.random.key(0), frozen)))
     return list(zip(matrices(frozen, name), matrices(merged, name)))
 
 
@@ -94,7 +94,7 @@ def test_one_sided_changes_keep_one_of_the_singular_subspaces(frozen):
 def test_ssf_is_rlrr_on_the_right_without_the_residual(frozen):
     """On kernels; its scaled bias is absorbed by the free shift."""
     ssf, rlrr = methods.get("ssf"), methods.get("rlrr", sides="right", residual=False)
-    theirs = moved(ssf.init(jax.random.key(0), frozen))
+    theirs = moved(jax.jit(ssf.init)(jax.random.key(0), frozen))
 
     def translate(ours, node, weights):
         if "scale" not in node:
@@ -104,17 +104,17 @@ def test_ssf_is_rlrr_on_the_right_without_the_residual(frozen):
         shift = node["shift"] + weights["bias"] * (node["scale"] - 1)
         return {"scale_out": node["scale"], "shift": shift}
 
-    shapes = rlrr.init(jax.random.key(0), frozen)
+    shapes = jax.jit(rlrr.init)(jax.random.key(0), frozen)
     parts = {k: translate(shapes[k], theirs[k], frozen[k]) for k in ("Transformer", "embedding")}
-    a = ssf.merge(frozen, theirs)
-    b = rlrr.merge(frozen, parts)
+    a = jax.jit(ssf.merge)(frozen, theirs)
+    b = jax.jit(rlrr.merge)(frozen, parts)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a, b)
 
 
 def test_lora_with_a_shift_is_rlrr_without_the_weight(frozen):
     rlrr = methods.get("rlrr", with_weight=False, where="mha", rank=2)
     lora = methods.get("lora", targets="query+key+value+out", rank=2)
-    tree = moved(rlrr.init(jax.random.key(0), frozen))
+    tree = moved(jax.jit(rlrr.init)(jax.random.key(0), frozen))
     nodes = base.subtree(tree, base.dense(frozen)["query"].path[:-1])
     same = {}
     for name, node in nodes.items():
@@ -122,18 +122,20 @@ def test_lora_with_a_shift_is_rlrr_without_the_weight(frozen):
         down = node["scale_in"].reshape(depth, -1, 2)
         same[name] = {"down": down, "up": node["scale_out"].reshape(depth, 2, -1)}
     for name in nodes:
-        ours, theirs = (matrices(m.merge(frozen, t), name) for m, t in ((rlrr, tree), (lora, same)))
+        ours, theirs = (
+            matrices(jax.jit(m.merge)(frozen, t), name) for m, t in ((rlrr, tree), (lora, same))
+        )
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_dora_is_lora_with_its_columns_rescaled(frozen):
     method = methods.get("dora", rank=3)
-    tree = moved(method.init(jax.random.key(0), frozen))
-    after = matrices(method.merge(frozen, tree), "query")
+    tree = moved(jax.jit(method.init)(jax.random.key(0), frozen))
+    after = matrices(jax.jit(method.merge)(frozen, tree), "query")
     np.testing.assert_allclose(
         np.linalg.norm(after, axis=1), jnp.abs(tree["query"]["magnitude"]), rtol=1e-4
     )
-    lora = matrices(methods.get("lora", rank=3).merge(frozen, tree), "query")
+    lora = matrices(jax.jit(methods.get("lora", rank=3).merge)(frozen, tree), "query")
     ratio = after / lora
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-3)
 

@@ -7,28 +7,12 @@ import pytest
 import reference
 from float64 import double, in_float64
 from marks import quick
+from trees import apply, images, random_tree
 
 from rlrr_jax import models
 from rlrr_jax.models import matmul, noise, vit
 
 SMALL = dict(width=32, depth=3, mlp_dim=64, num_heads=4, patch_size=8, num_classes=7)
-
-
-def random_tree(model, size, seed=0):
-    """A tree whose every leaf is random, so that none can be forgotten unseen."""
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, leaves)
-
-
-def apply(model, params, *args):
-    return jax.jit(model.apply)({"params": params}, *args)
-
-
-def images(number=5, size=48, seed=1):
-    return jax.random.uniform(jax.random.key(seed), (number, size, size, 3), minval=-1)
 
 
 @pytest.mark.parametrize("gelu", quick(["tanh", "exact"], "tanh"))
@@ -69,7 +53,7 @@ def test_fused_attention_is_attention(size, pool, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
     kind = dict(pool=pool, class_token=pool == "token", unroll=3)
     params = random_tree(vit.ViT(**SMALL, **kind), size)
-    cotangent = jax.random.normal(jax.random.key(4), (5, 7))
+    cotangent = np.random.default_rng(4).normal(size=(5, 7))
 
     def values(attention):
         model = vit.ViT(**SMALL, **kind, attention=attention)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.ndimage
 from flax.traverse_util import flatten_dict
-from models.test_vit import SMALL, random_tree
+from models.test_vit import SMALL
+from trees import random_tree
 
 from rlrr_jax.errors import UserError
 from rlrr_jax.models import vit

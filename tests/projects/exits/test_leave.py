@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_vit import random_tree
 from projects.exits.test_exit_heads import AT, MODEL, random_heads
+from trees import random_tree
 
 from rlrr_jax import adapters, models
 from rlrr_jax.errors import UserError

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_vit import images, random_tree
 from projects.exits.test_exit_heads import AT, MODEL, random_heads
+from trees import folded, images, moved, random_tree, started
 
 from rlrr_jax import losses, methods
 from rlrr_jax.errors import UserError
@@ -18,30 +18,25 @@ def frozen():
 def tuned(frozen, seed=1):
     """A trained tree without a zero in it."""
     method = methods.get("met", exits=2, bottleneck=5)
-    trained = methods.start(method, jax.random.key(0), frozen)
-    leaves, tree = jax.tree.flatten(trained)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    return method, jax.tree.unflatten(tree, leaves)
+    return method, moved(started(method, frozen), 0.3, seed)
 
 
 def test_it_keeps_its_contract_and_starts_as_the_backbone(frozen):
     method = methods.get("met", exits=2, bottleneck=5)
     methods.check("met", method, frozen)
-    trained = methods.start(method, jax.random.key(0), frozen)
+    trained = started(method, frozen)
     # Two projections; for three ends, three blocks and two places a diagonal and a shift.
     assert methods.trainable_count(trained) == 2 * 32 * 5 + 3 * 3 * 2 * (5 + 32)
-    merged = method.merge(frozen, trained["adapter"])
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), merged, frozen))
+    merged = jax.jit(method.merge)(frozen, trained["adapter"])
+    assert jax.tree.all(jax.tree.map(np.allclose, merged, frozen))
 
 
 def test_each_exit_has_its_own_adapters_before_attention_and_mlp(frozen):
     method, trained = tuned(frozen)
     trees = met.trees(frozen, trained)
     assert len(trees) == 3
-    merged = methods.merge(method, frozen, trained)
-    same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), trees[-1], merged)
-    assert jax.tree.all(same)
+    merged = folded(method, frozen, trained)
+    assert jax.tree.all(jax.tree.map(np.allclose, trees[-1], merged))
     x = jax.random.normal(jax.random.key(3), (6, 32))
     adapter, block = trained["adapter"], "encoderblock"
     for number, tree in enumerate(trees):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from methods import test_methods as contract
-from models.test_vit import SMALL, random_tree
+from models.test_vit import SMALL
+from trees import random_tree, zero_head
 
 from rlrr_jax import methods, models, suite
 from rlrr_jax.configs import vtab
@@ -95,9 +96,11 @@ def test_gps_takes_the_entries_with_the_largest_gradients():
     training = methods.Training(None, None, (), "", None)
     training.once = lambda *_: grads
     adapter = method.init(jax.random.key(0), frozen, training=training)
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), method.init(jax.random.key(0), frozen))
+    shapes = jax.tree.map(
+        lambda x: (x.shape, x.dtype), jax.eval_shape(method.init, jax.random.key(0), frozen)
+    )
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), adapter)
-    same = method.merge(frozen, adapter)
+    same = jax.jit(method.merge)(frozen, adapter)
     jax.tree.map(np.testing.assert_array_equal, same, frozen)
     of = lambda tree: tree["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]
     sizes = np.abs(np.asarray(of(grads)["kernel"]))
@@ -111,8 +114,7 @@ def test_gps_takes_the_entries_with_the_largest_gradients():
 
 @pytest.fixture(scope="module")
 def frozen():
-    tree = random_tree(contract.MODEL, 48)
-    return {**tree, "head": jax.tree.map(jnp.zeros_like, tree["head"])}
+    return zero_head(random_tree(contract.MODEL, 48))
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_vit import SMALL, random_tree
+from models.test_vit import SMALL
+from trees import random_tree
 
 from rlrr_jax import methods, models, suite
 from rlrr_jax.configs import vtab
@@ -54,20 +55,21 @@ def test_entries_are_trained_as_they_are_in_the_layers_that_need_them():
     training = methods.Training(None, None, (), "", None)
     training.once = lambda *_: grads
     adapter = method.init(jax.random.key(0), FROZEN, training=training)
-    before = method.init(jax.random.key(0), FROZEN)
+    before = jax.eval_shape(method.init, jax.random.key(0), FROZEN)
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, adapter)
-    jax.tree.map(np.testing.assert_array_equal, method.merge(FROZEN, adapter), FROZEN)
-    others = methods.get("gps", entries=2).init(jax.random.key(0), FROZEN)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(method.merge)(FROZEN, adapter), FROZEN)
+    others = jax.eval_shape(methods.get("gps", entries=2).init, jax.random.key(0), FROZEN)
     assert adapter["values"].size == sum(x.size for x in jax.tree.leaves(others["values"]))
     moved = {**adapter, "values": adapter["values"] + 1}
-    after = method.merge(FROZEN, moved)
+    after = jax.jit(method.merge)(FROZEN, moved)
     number = {}
     for s in gps.layers(FROZEN, 2):
         change = np.asarray(gps.kernel(after, s) - gps.kernel(FROZEN, s))
         assert set(np.unique(change.round(3))) <= {0.0, 1.0}
         number[s.path[-1]] = (change > 0.5).sum() / s.outputs / (s.depth or 1)
     assert number["Dense_0"] > 3 and 0 < number["Dense_1"] < 1.5  # of large and of small gradients
-    grad = jax.grad(lambda a: gps.kernel(method.merge(FROZEN, a), site).sum(), allow_int=True)(adapter)
+    total = lambda a: gps.kernel(method.merge(FROZEN, a), site).sum()
+    grad = jax.jit(jax.grad(total, allow_int=True))(adapter)
     assert (grad["fixed"]["first"] == 0).all() and set(np.unique(grad["values"])) == {0.0, 1.0}
     methods.check("gps_layers", method, models.shapes(models.build("resnet18", 2), 32))
 

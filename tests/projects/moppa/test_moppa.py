@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_vit import SMALL, images, random_tree
+from models.test_vit import SMALL
+from trees import images, random_tree
 
 from rlrr_jax import adapters, export, job, losses, methods, models, step
 from rlrr_jax.errors import UserError

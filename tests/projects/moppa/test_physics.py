@@ -7,7 +7,8 @@ import pytest
 import scipy.fft
 import scipy.linalg
 from float64 import in_float64
-from models.test_vit import SMALL, images, random_tree
+from models.test_vit import SMALL
+from trees import images, random_tree
 
 from rlrr_jax.models import vit
 from rlrr_jax.projects.moppa import block as physics

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden import DATA
 from jax.sharding import PartitionSpec as P
 from marks import quick
+from trees import folded, moved, started, zero_head
 
 from rlrr_jax import losses, methods, models, step, suite, train
 from rlrr_jax.configs import vtab
@@ -50,7 +51,7 @@ class Recorded:
         self.data, self.depth, self.heads = data, depth, heads
         self.model = vit.ViT(width, depth, 2 * width, heads, patch, classes, gelu="exact")
         self.frozen = self.ours(self.under("pretrained/"))
-        self.frozen["head"] = jax.tree.map(jnp.zeros_like, self.frozen["head"])
+        self.frozen = zero_head(self.frozen)
 
     def under(self, prefix):
         return {k.removeprefix(prefix): v for k, v in self.data.items() if k.startswith(prefix)}
@@ -162,15 +163,11 @@ def frozen_tree():
     rng = np.random.default_rng(0)
     drawn = [jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32) for x in leaves]
     tree = jax.tree.unflatten(structure, drawn)
-    return {**tree, "head": jax.tree.map(jnp.zeros_like, tree["head"])}
+    return zero_head(tree)
 
 
 def trained_tree(method, seed=3):
-    tree = methods.start(method, jax.random.key(seed), frozen_tree())
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    move = lambda key, x: x + 0.1 * jax.random.normal(key, x.shape)
-    return jax.tree.unflatten(structure, [move(k, x) for k, x in zip(keys, leaves)])
+    return moved(started(method, frozen_tree(), seed), seed=seed)
 
 
 def each_image_its_own_weights(frozen, params, z):
@@ -231,7 +228,7 @@ def test_loss_and_gradient_are_those_of_weights_of_each_image(name):
 @pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr"))
 def test_without_noise_it_is_the_merged_model(name):
     method, frozen = methods.get(name), frozen_tree()
-    params = methods.merge(method, frozen, trained_tree(method))
+    params = folded(method, frozen, trained_tree(method))
     noise = change.Noise(jax.random.split(jax.random.key(0), 4), 0.0)
     with jax.default_matmul_precision("highest"):
         ours = change.apply(MODEL, frozen, params, noise, IMAGES[:4])
@@ -245,7 +242,7 @@ def test_without_noise_it_is_the_merged_model(name):
 @pytest.mark.parametrize("options", [dict(unroll=3), dict(remat=True)], ids=str)
 def test_noise_is_the_same_however_the_blocks_are_run(options):
     method, frozen = methods.get("rlrr"), frozen_tree()
-    params = methods.merge(method, frozen, trained_tree(method))
+    params = folded(method, frozen, trained_tree(method))
     noise = change.Noise(jax.random.split(jax.random.key(0), 4), 0.7)
 
     def gradient(model):

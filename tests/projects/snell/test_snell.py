@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.test_vit import SMALL, random_tree
+from models.test_vit import SMALL
+from trees import random_tree
 
 from rlrr_jax import methods, suite
 from rlrr_jax.configs import vtab
@@ -34,12 +35,12 @@ def in_loops(node, sparsity, softmax):
 @pytest.mark.parametrize("softmax", [False, True])
 def test_the_change_is_that_of_the_formula(softmax):
     snell = method(rank=4, sparsity=0.7, softmax=softmax)
-    adapter = snell.init(jax.random.key(0), FROZEN)
+    adapter = jax.jit(snell.init)(jax.random.key(0), FROZEN)
     moved = jax.tree.map(lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), adapter)
     sizes = base.dense(FROZEN)
     for name in ("query", "Dense_1"):
         before, after = (
-            base.weights(tree, sizes[name])[0] for tree in (FROZEN, snell.merge(FROZEN, moved))
+            base.weights(tree, sizes[name])[0] for tree in (FROZEN, jax.jit(snell.merge)(FROZEN, moved))
         )
         for block in range(len(before)):
             node = jax.tree.map(lambda x, block=block: np.asarray(x[block]), moved[name])
@@ -50,11 +51,11 @@ def test_the_change_is_that_of_the_formula(softmax):
 
 def test_a_gradient_goes_through_what_stays_alone_and_not_through_its_size():
     snell = method(rank=4, sparsity=0.5)
-    adapter = snell.init(jax.random.key(0), FROZEN)
+    adapter = jax.jit(snell.init)(jax.random.key(0), FROZEN)
     node = jax.tree.map(lambda x: x[:1], adapter["query"])
     site = base.dense(FROZEN)["query"]
     kernel = lambda a: base.weights(snell.merge(FROZEN, a), site)[0][0]
-    grads = jax.grad(lambda a: kernel(a).sum())(adapter)["query"]["inputs"][0]
+    grads = jax.jit(jax.grad(lambda a: kernel(a).sum()))(adapter)["query"]["inputs"][0]
     left, right = (np.asarray(node[key][0], np.float64) for key in ("inputs", "outputs"))
     apart = np.linalg.norm(left[:, :, None] - right[:, None], axis=-1)  # [2, in, out]
     change = 0.1 * (apart[0] - apart[1])
@@ -66,14 +67,15 @@ def test_a_gradient_goes_through_what_stays_alone_and_not_through_its_size():
 
 def test_it_starts_near_the_identity_and_keeps_its_contract():
     methods.check("snell", methods.get("snell"), FROZEN)
-    adapter = methods.get("snell").init(jax.random.key(0), FROZEN)
+    adapter = jax.jit(methods.get("snell").init)(jax.random.key(0), FROZEN)
     site = base.dense(FROZEN)["query"]
     assert adapter["query"]["inputs"].shape == (site.depth, 2, site.inputs, 16)
-    params = methods.get("snell").merge(FROZEN, adapter)
+    params = jax.jit(methods.get("snell").merge)(FROZEN, adapter)
     change = np.abs(np.asarray(base.weights(params, site)[0] - base.weights(FROZEN, site)[0]))
     assert 0 < change.max() < 0.004 and abs((change == 0).mean() - 0.8) < 0.01
     same = jax.tree.map(lambda x: x * 0 + 0.5, adapter)  # all distances are alike: no NaN at 0
-    grads = jax.grad(lambda a: base.weights(methods.get("snell").merge(FROZEN, a), site)[0].sum())(same)
+    total = lambda a: base.weights(methods.get("snell").merge(FROZEN, a), site)[0].sum()
+    grads = jax.jit(jax.grad(total))(same)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(grads))
 
 
