@@ -175,8 +175,16 @@ def _dot(a: jax.Array, b: jax.Array, transposed: bool, kind: Any = jnp.float32) 
     return lax.dot_general(a, b, (axes, (batch, batch)), preferred_element_type=kind)
 
 
+def _library(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """A product of bfloat16 that stays as it is: XLA would swap the factors where it is transposed.
+
+    Its library takes no first factor transposed in place, and nothing else multiplies these.
+    """
+    return lax.optimization_barrier(_dot(a, b, transposed))
+
+
 def _written_transposed(x: jax.Array) -> jax.Array:
-    """A transpose that XLA writes in order: its library takes no first factor transposed in place."""
+    """A transpose that XLA writes in order, for a first factor."""
     return lax.optimization_barrier(jnp.swapaxes(x, -1, -2)[None])[0]
 
 
@@ -188,14 +196,14 @@ def _narrow_product(a: jax.Array, b: jax.Array, transposed: bool) -> jax.Array:
 def _forward(a: jax.Array, b: jax.Array, transposed: bool) -> tuple:
     kinds = jnp.zeros(0, a.dtype), jnp.zeros(0, b.dtype)  # the dtypes of the gradients
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return _dot(a, b, transposed), (a, b, kinds)
+    return _library(a, b, transposed), (a, b, kinds)
 
 
 def _backward(transposed: bool, kept: tuple, g: jax.Array) -> tuple:
     a, b, kinds = kept
     g = g.astype(jnp.bfloat16)
     left, right = (g, a) if transposed else (a, g)  # g^T a, or a^T g
-    grads = _dot(g, b, not transposed), _dot(_written_transposed(left), right, False)
+    grads = _library(g, b, not transposed), _library(_written_transposed(left), right)
     return tuple(grad.astype(kind.dtype) for grad, kind in zip(grads, kinds))
 
 

@@ -60,6 +60,18 @@ def test_a_dense_layer_sums_the_products_of_rounded_inputs_in_float32(precision,
         assert np.abs(found[0] - np.tensordot(x, kernel, number)).max() > 1e-3
 
 
+def test_what_is_transposed_beside_a_product_is_computed_too():
+    """XLA swaps the factors of a product whose result is transposed, to a form without bfloat16."""
+    x, kernel = draw(51, 24), draw(24, 40)
+    layer = lambda x, kernel: matmul.dot_general(x, kernel, (((1,), (0,)), ((), ())))
+    g, found = graded(lambda x, kernel: layer(x, kernel).T, "bfloat16", x, kernel)
+    a, w, dy = (rounded(v) for v in (x, kernel, g.T))
+    close(found, [(a @ w).T, dy @ w.T, a.T @ dy])
+    g, found = graded(lambda x, kernel: layer(x, kernel.T), "bfloat16", x, kernel.T)
+    dy = rounded(g)
+    close(found, [a @ w, dy @ w.T, dy.T @ a])
+
+
 def softmax(x):
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
