@@ -1,5 +1,7 @@
 """Independent plain ViTs that know their weights only by big_vision's or timm's names."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ def norm(x, scale, bias):
 
 
 @jax.numpy_rank_promotion("allow")  # it is written like NumPy
+@functools.partial(jax.jit, static_argnames="gelu")
 def big_vision(weights, images, gelu="tanh"):
     """Logits of big_vision's `models/vit.py` with `pool_type="tok"`, by its names without `params/`."""
     w = {k.removeprefix("params/"): jnp.asarray(v) for k, v in weights.items()}
@@ -41,6 +44,7 @@ def big_vision(weights, images, gelu="tanh"):
 
 
 @jax.numpy_rank_promotion("allow")
+@functools.partial(jax.jit, static_argnames=("num_heads", "gelu", "pool"))
 def timm(weights, images, num_heads, gelu="exact", pool="token"):
     """Logits of timm's `VisionTransformer` by its names, with what the weights have of LayerScale,
     registers, norms before the blocks, of queries and keys or after pooling, a second head.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from marks import quick
 from named import register
+from trees import random_tree
 
 from rlrr_jax import adapters, losses, methods, models, prefix, suite
 from rlrr_jax.configs import vtab
@@ -67,13 +68,14 @@ def test_the_same_losses_and_the_same_adapter(what, tmp_path, monkeypatch, capsy
 def test_the_second_view_is_flipped():
     """Of images that are flipped, what the head gets of both, against the whole model."""
     model = models.build("bundled", 4, depth=1)
-    frozen = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"]
+    frozen = random_tree(model, 32)
     recipe = Recipe(model, methods.get("linear"), 4, 6, 32)
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     mesh = mesh_lib.make_mesh(jax.devices(), 1, 4)
+    features = jax.jit(lambda tree, x: models.head_inputs(model, tree, normalize(x, 32)))
     found = prefix.outputs(recipe, frozen, prefix.HEAD, images, mesh, True, "")
     for view, shown in enumerate((images, images[:, :, ::-1])):
-        wanted = models.head_inputs(model, frozen, normalize(shown, 32))
+        wanted = features(frozen, shown)
         np.testing.assert_allclose(found[:, view], wanted, rtol=1e-4, atol=1e-5)
     assert np.abs(found[:, 0] - found[:, 1]).max() > 1e-2
 

@@ -191,13 +191,14 @@ def test_rlrr_rescales_each_channels_kernel(state, tmp_path):
     """A depthwise kernel is a matrix of (1, column) by (channel, row), as every convolution's."""
     params = tree(state, tmp_path)
     method = methods.get("rlrr")
-    adapter = method.init(jax.random.key(0), params)
+    adapter = jax.jit(method.init)(jax.random.key(0), params)
     node = adapter["stage_1"]["encoderblock"]["dwconv"]
     assert {k: x.shape for k, x in node.items()} == {
         "scale_in": (2, 1, 7), "scale_out": (2, 16, 7), "shift": (2, 16),
     }  # fmt: skip
-    merged = method.merge(params, adapter)["stage_1"]["encoderblock"]["dwconv"]["kernel"]
+    merged = jax.jit(method.merge)(params, adapter)["stage_1"]["encoderblock"]["dwconv"]["kernel"]
     kernel = params["stage_1"]["encoderblock"]["dwconv"]["kernel"]
+    node = jax.tree.map(np.asarray, node)
     factor = 1 + np.einsum("lw,loh->lhwo", node["scale_in"][:, 0], node["scale_out"])
     np.testing.assert_allclose(merged, kernel * factor[:, :, :, None], rtol=1e-5, atol=1e-6)
     assert set(adapter["stage_1"]) == {"encoderblock", "merge"} and "patch_embed" not in adapter

@@ -78,10 +78,10 @@ def test_a_convolution_is_rescaled_as_the_matrix_of_the_paper(rank):
 def test_a_tuned_model_is_the_plain_one_on_merged_weights_and_zero_changes_nothing(model):
     tree = random_tree(model)
     zero = methods.get("rlrr", init="identity")
-    same = zero.merge(tree, zero.init(jax.random.key(0), tree))
+    same = jax.jit(zero.merge)(tree, jax.jit(zero.init)(jax.random.key(0), tree))
     jax.tree.map(np.testing.assert_array_equal, same, tree)
     method = methods.get("rlrr")
-    merged = method.merge(tree, method.init(jax.random.key(0), tree))
+    merged = jax.jit(method.merge)(tree, jax.jit(method.init)(jax.random.key(0), tree))
     assert np.abs(logits(model, merged, pictures()) - logits(model, tree, pictures())).max() > 1e-3
 
 

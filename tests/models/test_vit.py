@@ -178,6 +178,9 @@ def test_size_that_the_patch_does_not_divide():
         vit.ViT(**SMALL).init(jax.random.key(0), jnp.zeros((1, 50, 50, 3)))
 
 
+drawn = jax.jit(noise.drop_path_masks, static_argnums=(2, 3))
+
+
 def keys(number):
     return jax.vmap(jax.random.key)(jnp.arange(number))
 
@@ -185,7 +188,7 @@ def keys(number):
 @pytest.mark.parametrize("mode", quick(["element", "sample"], "sample"))
 def test_drop_path_of_one_branch(mode):
     x, rates = jnp.ones((400, 4, 6)), jnp.array([0.0, 0.25])
-    masks = noise.drop_path_masks(keys(400), rates, x.shape[1:], mode)
+    masks = drawn(keys(400), rates, x.shape[1:], mode)
     assert masks.shape == (2, 2, 400, *((4, 2) if mode == "element" else (1, 1)))
     whole = noise.unpacked(masks, 6) if mode == "element" else masks
     assert whole[0].all()
@@ -225,7 +228,7 @@ def test_drop_path_noise_belongs_to_the_example_not_to_the_batch():
 
 
 def test_branches_and_blocks_draw_different_noise():
-    masks = np.asarray(noise.drop_path_masks(keys(50), jnp.full(3, 0.5), (4, 6), "element"))
+    masks = np.asarray(drawn(keys(50), jnp.full(3, 0.5), (4, 6), "element"))
     draws = np.asarray(noise.unpacked(jnp.asarray(masks), 6)).reshape(6, -1)
     agreement = [(a == b).mean() for i, a in enumerate(draws) for b in draws[:i]]
     assert max(agreement) < 0.6

@@ -121,7 +121,7 @@ def test_twelve_heads_are_not_six(tmp_path):
     model = vit.ViT(48, 2, 96, 12, 4, 5, gelu="exact")
     images = np.random.default_rng(1).random((2, 12, 12, 3), np.float32)
     tree = reader.load(str(path), model=model, image_size=12, head=True)
-    ours = model.apply({"params": tree}, images)
+    ours = jax.jit(model.apply)({"params": tree}, images)
     np.testing.assert_allclose(ours, named_vits.timm(weights, images, 12), rtol=0, atol=1e-4)
     assert np.abs(ours - named_vits.timm(weights, images, 6)).max() > 0.01
     with pytest.raises(UserError, match=r"has 12 attention heads \(config.json says so\), the model 6"):

@@ -1,5 +1,6 @@
 """Files of ViTs with rotary positions: DINOv3's own, transformers', timm's; and what is refused."""
 
+import functools
 import json
 
 import jax
@@ -149,7 +150,8 @@ def encoded(path, kind, images, notes=None):
     size = images.shape[1:3]
     tree = reader.load(path, model=model, image_size=size, how=rope_kinds.HOW, note=note)
     with jax.default_matmul_precision("highest"):
-        _, kept = model.apply({"params": tree}, images, mutable=["intermediates"])
+        run = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+        _, kept = run({"params": tree}, images)
     return np.asarray(kept["intermediates"]["encoded"][0])
 
 

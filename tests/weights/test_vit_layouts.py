@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 import scipy.ndimage
 from PIL import Image
+from trees import apply
 
 from rlrr_jax import config as config_lib
 from rlrr_jax import models, run_model
@@ -49,7 +50,7 @@ def write(path, weights, metadata=None):
 
 def logits(params, images, model=MODEL):
     with jax.default_matmul_precision("highest"):
-        return model.apply({"params": params}, images)
+        return apply(model, params, images)
 
 
 def close(a, b, tolerance=1e-5):

@@ -8,6 +8,7 @@ import pytest
 import rope_kinds
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
+from trees import folded, started
 
 from rlrr_jax import adapters, cards, export, methods, models
 from rlrr_jax.errors import UserError
@@ -60,21 +61,22 @@ def test_what_is_written_is_what_pefts_definition_says(of, name, options):
     model, to_timm = MODELS[of]
     frozen = random(models.shapes(model, 16), 0)
     method = methods.get(name, **options)
-    trained = random(methods.start(method, jax.random.key(0), frozen), 1)
+    trained = random(started(method, frozen), 1)
     kind, lows = layers.of_adapter(name, options, trained["adapter"], frozen)
     flat = layers.to_peft(kind, lows, trained["head"], gated="gated" in of)
     rank = {x.shape[0] for key, x in flat.items() if key.endswith(layers.KINDS[kind][0])}
     assert len(rank) == 1  # of all layers, since PEFT 0.21 passes over other ranks of HiRA's
     said = {"peft_type": kind, "r": rank.pop()}
     said["lora_alpha"] = said["r"]
-    wanted = to_timm(methods.merge(method, frozen, trained))
+    merged = folded(method, frozen, trained)
+    wanted = to_timm(merged)
     found = defined(said, flat, to_timm(frozen))
     assert found.keys() == wanted.keys()
     for key, x in wanted.items():
         np.testing.assert_allclose(found[key], x, rtol=2e-5, atol=2e-5, err_msg=key)
     again, given, adapter, head = layers.of_peft(said, flat, frozen, "x")
-    back = methods.merge(methods.get(again, **given), frozen, {"adapter": adapter, "head": head})
-    one, two = (flatten_dict(tree) for tree in (back, methods.merge(method, frozen, trained)))
+    back = folded(methods.get(again, **given), frozen, {"adapter": adapter, "head": head})
+    one, two = map(flatten_dict, (back, merged))
     for key, x in two.items():
         np.testing.assert_allclose(one[key], x, rtol=2e-5, atol=2e-5, err_msg=str(key))
 
