@@ -1,8 +1,10 @@
 """Errors that a user can cause and put right, and how a command ends."""
 
 import argparse
+import atexit
 import difflib
 import errno
+import gc
 import os
 import re
 import signal
@@ -68,6 +70,7 @@ def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") 
       interrupted: what is printed after Ctrl-C.
     """
     screen.prepare()
+    atexit.register(gc.freeze)  # or Python's end looks through every object of JAX, for half a second
     try:
         program()
     except UserError as e:

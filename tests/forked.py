@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 from flags import xla_flags
 
@@ -42,7 +43,7 @@ def main():
             os.dup2(files[0].fileno(), 1), os.dup2(files[1].fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.argv = [name, *arguments]
-            return getattr(modules[name], "run", modules[name].main)
+            end(getattr(modules[name], "run", modules[name].main))
         running[pid] = (i, files, time.monotonic())
         while len(running) > 1 or (running and i + 1 == len(commands)):
             pid, status = os.wait()
@@ -52,10 +53,28 @@ def main():
             times = {"seconds": time.monotonic() - begun}
             answers[j] = {"code": code, "out": texts[0], "err": texts[1], **times}
     print(json.dumps([answers[i] for i in range(len(commands))]))
-    return lambda: None
+
+
+def end(program):
+    """Runs a command to the end of its process, without Python's own, which takes longer than most."""
+    from rlrr_jax.errors import one_sentence
+
+    code = 0
+    try:
+        one_sentence(program)
+    except SystemExit as e:
+        code = e.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    from rlrr_jax.errors import one_sentence
-
-    one_sentence(main())
+    main()
