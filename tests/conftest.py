@@ -70,9 +70,16 @@ def tuned_runs(tmp_path_factory, worker_id):
     root, finished = pathlib.Path(__file__).parents[1], shared / "tuned.finished"
     with files.lock(shared, "tuned.lock", wait=True):
         every = () if finished.exists() else ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr")
-        for arg in every:
-            command = [sys.executable, "-m", "rlrr_jax.main", f"--config=configs/vtab.py:{arg}"]
-            command += ["--config.epochs=2", f"--workdir={shared / 'tuned'}"]
-            subprocess.run(command, cwd=root, env={**os.environ, "XLA_FLAGS": xla_flags()}, check=True)
+        command = [sys.executable, "-m", "rlrr_jax.main", "--config.epochs=2"]
+        environment = {**os.environ, "XLA_FLAGS": xla_flags()}
+        both = [  # at once, since other workers may wait
+            subprocess.Popen(
+                [*command, f"--config=configs/vtab.py:{arg}", f"--workdir={shared / 'tuned'}"],
+                cwd=root,
+                env=environment,
+            )
+            for arg in every
+        ]
+        assert not any([process.wait() for process in both])
         finished.touch()
     return shared / "tuned"
