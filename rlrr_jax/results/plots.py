@@ -4,6 +4,7 @@ import io
 import os
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,11 @@ def subplots(rows: int = 1, columns: int = 1, size: tuple = (6.4, 4.8), **option
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def wrapped(name: str) -> str:
+    """A name for a legend, of at most 40 characters a line where it has spaces or plus signs."""
+    return textwrap.fill(name.replace("+", "+ "), 40, break_long_words=False).replace("+ ", "+")
+
+
 def png(figure: Any, dpi: int = 120) -> bytes:
     """A figure as PNG bytes."""
     picture = io.BytesIO()
@@ -70,7 +76,8 @@ def curves(histories: dict[str, list[dict]]) -> bytes:
     figure, ((left, right),) = subplots(1, 2, (9, 3.5))
     for name, rows in histories.items():
         epochs = [row["epoch"] + 1 for row in rows]
-        (line,) = left.plot(epochs, [row["train_loss"] for row in rows], label=name)
+        losses = [row["train_loss"] for row in rows]
+        (line,) = left.plot(epochs, losses, label=wrapped(name))
         if "train_acc" in rows[0]:
             right.plot(epochs, [row["train_acc"] for row in rows], ":", color=line.get_color())
         seen = {key for row in rows for key in row}
@@ -83,7 +90,7 @@ def curves(histories: dict[str, list[dict]]) -> bytes:
         dotted = "training (labels that are right)" if score == "map" else "training"
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     right.set(xlabel="epoch", ylabel=name, title=f"dotted: {dotted}, solid: held out")
-    left.legend()
+    left.legend(fontsize=8)
     return png(figure)
 
 
@@ -166,5 +173,5 @@ def comparison(groups: list[list[dict]], seconds: Callable | None = None) -> byt
         axis.set(xlabel="seconds of training, a run", ylabel=above.get_ylabel())
         axis.margins(x=0.1)
         axis.grid(alpha=0.3)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=9)
+    figure.legend(drawn.values(), map(wrapped, drawn), loc="outside right upper", fontsize=9)
     return png(figure)

@@ -298,7 +298,9 @@ def picture(every: list[Line]) -> bytes:
         label = ", ".join(filter(None, [line.label, line.protocol or "published", line.pixels]))
         style = dict(fmt="o", mfc="none", alpha=0.6) if line.source else dict(fmt="s", capsize=2)
         errors = None if line.source else [100 * (s or 0) for s in sd]
-        axes.errorbar(x, [100 * m for m in mean], errors, ms=4, ls="none", label=label, **style)
+        axes.errorbar(
+            x, [100 * m for m in mean], errors, ms=4, ls="none", label=plots.wrapped(label), **style
+        )
     axes.set_xticks(range(len(names)), [short[n] for n in names], rotation=60)
     axes.set(ylabel="test accuracy [%]", xlim=(-0.6, len(names) - 0.4))
     axes.grid(axis="y", alpha=0.3)
