@@ -19,5 +19,5 @@ def test_a_long_name_is_written_in_lines():
 def test_curves_of_a_run_with_a_long_name_fill_their_picture():
     rows = [{"epoch": i, "train_loss": 2.0**-i, "train_acc": i / 9, "test_acc": 0.5} for i in range(9)]
     with pictures.drawn(), warnings.catch_warnings(action="error"), plots.settings():
-        picture = plots.curves({LONG: rows, f"{LONG} seed 1": rows})
+        picture = plots.curves({f"{LONG} {LONG}": rows, f"{LONG} {LONG} seed 1": rows})
     pictures.look(picture, (1080, 420), colours=1)
