@@ -4,9 +4,8 @@ import ctypes
 import gc
 import os
 import pathlib
-import subprocess
-import sys
 
+import forked
 from flags import xla_flags
 
 os.environ["XLA_FLAGS"] = xla_flags(4)
@@ -67,19 +66,11 @@ def tuned_runs(tmp_path_factory, worker_id):
 
     shared = tmp_path_factory.getbasetemp()
     shared = shared if worker_id == "master" else shared.parent  # of all workers of pytest-xdist
-    root, finished = pathlib.Path(__file__).parents[1], shared / "tuned.finished"
+    finished = shared / "tuned.finished"
     with files.lock(shared, "tuned.lock", wait=True):
         every = () if finished.exists() else ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr")
-        command = [sys.executable, "-m", "rlrr_jax.main", "--config.epochs=2"]
-        environment = {**os.environ, "XLA_FLAGS": xla_flags()}
-        both = [  # at once, since other workers may wait
-            subprocess.Popen(
-                [*command, f"--config=configs/vtab.py:{arg}", f"--workdir={shared / 'tuned'}"],
-                cwd=root,
-                env=environment,
-            )
-            for arg in every
-        ]
-        assert not any([process.wait() for process in both])
+        command = ["rlrr_jax.main", "--config.epochs=2", f"--workdir={shared / 'tuned'}"]
+        both = [forked.start([*command, f"--config=configs/vtab.py:{arg}"]) for arg in every]  # at once
+        assert not any([process.wait() for process in both]), [process.stderr for process in both]
         finished.touch()
     return shared / "tuned"

@@ -54,7 +54,7 @@ def answers(tuned_runs, tmp_path_factory):
     np.savez(new / "other.npz", **{**good, "params/cls": good["params/cls"] + np.float16(1)})
     fill = lambda text: text.format(new=new, run=tuned_runs)
     commands = [[f"rlrr_jax.{args[0]}", *map(fill, args[1:])] for args, _ in WRONG.values()]
-    found = dict(zip(WRONG, forked.ask(commands, ROOT)))
+    found = dict(zip(WRONG, forked.ask(commands)))
     assert sorted(p.name for p in new.iterdir()) == [
         "foreign.safetensors",
         "other.npz",
@@ -66,7 +66,7 @@ def answers(tuned_runs, tmp_path_factory):
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_sentence(case, answers):
     answer, message = answers[case]
-    *before, last = answer["err"].strip().splitlines()
-    assert answer["code"] == 1 and last.startswith("error: ") and message in last, answer
-    assert not before or before[0] == "not read:", answer
-    assert "Traceback" not in answer["out"] + answer["err"] and answer["seconds"] < 60, answer
+    *before, last = answer.stderr.strip().splitlines()
+    assert answer.returncode == 1 and last.startswith("error: ") and message in last, answer.stderr
+    assert not before or before[0] == "not read:", before
+    assert "Traceback" not in answer.stdout + answer.stderr

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 
+import forked
 import named_vits
 import numpy as np
 import pytest
@@ -83,14 +84,21 @@ def dinov2(tmp_path_factory):
 
 
 def run(words, cwd, code=0, **environment):
-    extra = {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(
-        list(map(str, words)),
-        **dict(cwd=cwd, env={**os.environ, **extra}, capture_output=True, text=True, timeout=900),
-    )
+    words = list(map(str, words))
+    if words[:2] == [sys.executable, "-m"]:
+        done = forked.run(words[2:], cwd, 900, **environment)
+    else:
+        done = real(words, cwd, **environment)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
+
+
+def real(words, cwd, **environment):
+    extra = {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        words, **dict(cwd=cwd, env={**os.environ, **extra}, capture_output=True, text=True, timeout=900)
+    )
 
 
 def program(text):

@@ -1,15 +1,11 @@
 """A method, a loss and a data source of a fork: files beside the run, no file of ours touched."""
 
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import forked
 import pytest
-from flags import xla_flags
 from squeeze import squeeze
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,10 +19,7 @@ def block(page, word):
 
 
 def run(folder, *words):
-    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
-    environment["RLRR_JAX_CACHE"] = str(folder / "cache")
-    command = [sys.executable, "-m", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return forked.run(words, folder, RLRR_JAX_CACHE=str(folder / "cache"))
 
 
 TRAIN = ("rlrr_jax.main", "--config=configs/vtab.py:stripes:TASK,method=gain:method,loss=smooth:smooth")
@@ -161,8 +154,8 @@ def test_what_a_path_names_must_be_of_its_kind(tmp_path):
         flags = [flag] if given else []
         commands.append(["rlrr_jax.main", f"--config=configs/vtab.py:{argument}", *flags])
     for (flag, message), done in zip(cases, forked.ask(commands, tmp_path)):
-        lines = done["err"].splitlines()
-        assert done["code"] == 1 and len(lines) == 1 and message in lines[0], (flag, done)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 1 and len(lines) == 1 and message in lines[0], (flag, lines)
     assert not (tmp_path / "runs").exists()
 
 

@@ -5,12 +5,11 @@ import io
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
-from flags import xla_flags
 from PIL import Image
 
 from rlrr_jax import adapters, export, files, predict
@@ -51,11 +50,8 @@ def test_fine_tuned_exported_predicted_is_what_the_run_counted(run, pictures, tm
     """2,000 files; the accuracy is the one in result.json, to the last image."""
     folder, labels = pictures
     export.export(adapters.read(run / "adapter.safetensors"), "adapter", tmp_path / "a.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-m", "rlrr_jax.predict", folder, "--adapter", tmp_path / "a.safetensors"]
-        + ["--format", "jsonl", "--top_k", "16", "--batch_size", "256"],
-        **dict(cwd=ROOT, env={**os.environ, "XLA_FLAGS": xla_flags()}, capture_output=True, text=True),
-    )
+    words = ["rlrr_jax.predict", folder, "--adapter", tmp_path / "a.safetensors"]
+    done = forked.run([*words, "--format", "jsonl", "--top_k", "16", "--batch_size", "256"])
     out, error = done.stdout, done.returncode
     rows = [json.loads(line) for line in out.splitlines()]
     assert not error and [row["file"] for row in rows] == sorted(str(p) for p in folder.iterdir())

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -177,13 +178,7 @@ def test_a_dsprites_folder_is_checked_by_its_labels(right, tmp_path):
 
 
 def command(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "rlrr_jax.prepare", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return forked.run(["rlrr_jax.prepare", *args])
 
 
 def test_check_ends_with_a_table_and_the_manual_steps(tmp_path):

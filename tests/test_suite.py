@@ -1,20 +1,17 @@
 """Suites of tasks: killed and resumed, broken in part, chosen by val200, counted beforehand."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
+import forked
 import pictures
 import pytest
 import vtab_data
-from flags import xla_flags
 from ml_collections import ConfigDict
 
 from rlrr_jax import checks, files, report, suite
@@ -52,14 +49,7 @@ def arguments(data_dir, workdir, cache):
 
 
 def start(*args):
-    return subprocess.Popen(
-        [sys.executable, "-m", "rlrr_jax.main", *args],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": xla_flags()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forked.start(["rlrr_jax.main", *args])
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +103,7 @@ def test_a_killed_suite_resumes_without_repeating_and_reports_the_same(whole, da
     for _ in range(60 * 50):
         if half.exists():
             break
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -126,10 +116,9 @@ def test_a_killed_suite_resumes_without_repeating_and_reports_the_same(whole, da
     assert {p: p.stat().st_mtime_ns for p in done} == done
     assert report_of(tmp_path / "run") == report_of(folder / "run")
 
-    script = [sys.executable, "-m", "rlrr_jax.report"]
     for path in (tmp_path / "run").glob("*.*"):
         path.unlink()
-    again = subprocess.run([*script, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True)
+    again = forked.run(["rlrr_jax.report", tmp_path / "run"])
     assert again.returncode == 0 and "RLRR (ViT-B/16)" in again.stdout, again.stderr
     assert report_of(tmp_path / "run") == report_of(folder / "run")
 
@@ -137,7 +126,7 @@ def test_a_killed_suite_resumes_without_repeating_and_reports_the_same(whole, da
         shutil.copytree(tmp_path / "run" / name, tmp_path / "other" / name)
         shutil.rmtree(tmp_path / "run" / name)
     both = [tmp_path / "run", tmp_path / "other", "--out", tmp_path / "both"]
-    merged = subprocess.run([*script, *both], cwd=ROOT, capture_output=True, text=True)
+    merged = forked.run(["rlrr_jax.report", *both])
     assert merged.returncode == 0, merged.stderr
     assert report_of(tmp_path / "both")[1:] == report_of(folder / "run")[1:]
 

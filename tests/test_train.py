@@ -2,20 +2,17 @@
 
 import itertools
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
+import forked
 import jax
 import numpy as np
 import pictures
 import pytest
 import safetensors.numpy
-from flags import xla_flags
 from flax.traverse_util import unflatten_dict
 from marks import quick
 from squeeze import squeeze
@@ -102,21 +99,17 @@ def run(config, workdir):
 
 
 def start(workdir, *args):
-    command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
+    command = ["rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=4", "--config.protocol=official", "--config.checkpoint_seconds=0"]
     command += ["--config.drop_path=0.1", "--config.flip", "--config.model.depth=2"]
-    command += [f"--workdir={workdir}", *args]
-    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return forked.start([*command, f"--workdir={workdir}", *args])
 
 
 def wait_for(what, process, seconds=120):
     for _ in range(seconds * 50):
         if what():
             return
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr
         time.sleep(0.02)
     raise AssertionError("waited in vain")
 

@@ -4,16 +4,14 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
+import forked
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from flags import xla_flags
 from float64 import near
 from marks import quick
 from squeeze import squeeze
@@ -115,13 +113,9 @@ def test_four_devices_share_the_trials(group, tmp_path):
 
 def start(workdir):
     trials = "({'lr':(0.02,0.005),'drop_path':(0.0,0.2)},)"
-    command = [sys.executable, "-m", "rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
+    command = ["rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=3", "--config.protocol=official", "--config.checkpoint_seconds=0"]
-    command += [f"--config.runs={trials}", f"--workdir={workdir}"]
-    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return forked.start([*command, f"--config.runs={trials}", f"--workdir={workdir}"])
 
 
 def contents(workdir):
@@ -148,7 +142,7 @@ def test_a_killed_group_goes_on_as_the_same_group(tmp_path):
     for _ in range(120 * 50):
         if rows() >= 2:
             break
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
