@@ -103,3 +103,17 @@ def test_no_circle_of_imports():
         [sys.executable, "-c", code, *sorted(names)], cwd=ROOT.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+COMMANDS = [path for path in sorted(ROOT.rglob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_command_starts_by_itself(path):
+    """Other tests fork commands from a process that has imported more than each of them does."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    name = ".".join(part for part in parts if part != "__main__")
+    done = subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"python -m {name}" in done.stdout or "usage: " in done.stdout

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ import numpy as np
 import pictures
 import pytest
 import safetensors.numpy
+from flags import xla_flags
 from flax.traverse_util import unflatten_dict
 from marks import quick
 from squeeze import squeeze
@@ -98,11 +102,11 @@ def run(config, workdir):
     return rows
 
 
-def start(workdir, *args):
+def words(workdir):
     command = ["rlrr_jax.main", "--config=configs/vtab.py:digits,method=rlrr"]
     command += ["--config.epochs=4", "--config.protocol=official", "--config.checkpoint_seconds=0"]
     command += ["--config.drop_path=0.1", "--config.flip", "--config.model.depth=2"]
-    return forked.start([*command, f"--workdir={workdir}", *args])
+    return [*command, f"--workdir={workdir}"]
 
 
 def wait_for(what, process, seconds=120):
@@ -128,17 +132,18 @@ def accuracies_and_losses(workdir):
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     """SIGKILL in the middle of the first epoch, then after two; every bit is as without."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    reference = start(whole)
+    how = dict(cwd=ROOT, env={**os.environ, "XLA_FLAGS": xla_flags()}, stdout=subprocess.DEVNULL)
+    reference = subprocess.Popen([sys.executable, "-m", *words(whole)], **how)  # no fork
     folder = broken / "digits/rlrr/seed0"
     checkpoint = lambda: (folder / "checkpoints/1/_CHECKPOINT_METADATA").exists()
     rows = lambda: len(files.read_rows(folder / "metrics.jsonl")) >= 2
     for what in (checkpoint, rows):
-        process = start(broken)
+        process = forked.start(words(broken))
         wait_for(what, process)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not (folder / "result.json").exists()
-    last = start(broken)
+    last = forked.start(words(broken))
     out, err = last.communicate(timeout=300)
     assert last.returncode == 0, err
     assert "goes on at epoch" in err + out
@@ -146,7 +151,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     assert accuracies_and_losses(broken) == accuracies_and_losses(whole)
     pictures.look(whole / "digits/rlrr/seed0/curves.png", (1080, 420), colours=1)
 
-    again = start(broken)  # and a finished run only says so
+    again = forked.start(words(broken))  # and a finished run only says so
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     assert "finished before" in out and "| digits | rlrr" in squeeze(out)

@@ -41,7 +41,8 @@ def subplots(rows: int = 1, columns: int = 1, size: tuple = (6.4, 4.8), **option
 
 def wrapped(name: str) -> str:
     """A name for a legend, of at most 40 characters a line where it has spaces or plus signs."""
-    return textwrap.fill(name.replace("+", "+ "), 40, break_long_words=False).replace("+ ", "+")
+    text = name.replace("+", "+ ")
+    return textwrap.fill(text, 40, break_long_words=False, break_on_hyphens=False).replace("+ ", "+")
 
 
 def png(figure: Any, dpi: int = 120) -> bytes:

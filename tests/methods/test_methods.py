@@ -173,7 +173,7 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
         np.testing.assert_allclose(grad, other_grads[leaf], rtol=0, atol=1e-10, err_msg=leaf)
         # Softmax does not see what all keys share.
         no_gradient = leaf.endswith(("key/shift", "key/bias", "key/e")) or "/fixed/" in leaf
-        assert no_gradient or np.asarray(grad).any(), leaf
+        assert no_gradient or np.abs(grad).max() > 0, leaf
 
 
 @pytest.mark.parametrize("name", quick(methods.METHODS, "rlrr", "lora", "fact"))
@@ -201,7 +201,8 @@ def test_start(name, frozen):
     merged = folded(method, frozen, started(method, frozen))
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(merged["head"]))
     assert method.DEFAULTS.keys() == {"lr", "weight_decay", "drop_path"}
-    same = jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, 0, 5e-7), merged, frozen))
+    near = 5e-7 if name == "dora" else 1e-7  # DoRA divides by lengths and multiplies with them
+    same = jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, 0, near), merged, frozen))
     assert all(same) == (name not in NOT_IDENTITY)
     head = random_tree(MODEL, 48)["head"]
     ours, theirs = (apply(MODEL, {**tree, "head": head}, images()) for tree in (merged, frozen))
@@ -453,7 +454,7 @@ def test_dropout_of_ranks(name, factor, frozen):
     assert abs(seen.mean() - 0.25) < 0.02 and len({tuple(x) for x in seen}) > 8
     trained = {"adapter": adapter, "head": frozen["head"]}
     plain, noisy = (methods.merge(method, frozen, trained, key) for key in (None, jax.random.key(0)))
-    expected = jax.jit(method.merge)(frozen, adapter)["Transformer"]
+    expected = method.merge(frozen, adapter)["Transformer"]
     jax.tree.map(np.testing.assert_array_equal, plain["Transformer"], expected)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), noisy["Transformer"], expected)
     assert not all(jax.tree.leaves(same))

@@ -11,6 +11,7 @@ LONG = "lora rank_dropout=0.5 rank_scale=1.0 targets=query+key+value+out+Dense_0
 
 def test_a_long_name_is_written_in_lines():
     assert plots.wrapped("rlrr init=damped") == "rlrr init=damped"
+    assert plots.wrapped(f"{'a' * 35} vit-b-16") == f"{'a' * 35}\nvit-b-16"
     lines = plots.wrapped(LONG).split("\n")
     assert len(lines) == 3 and max(map(len, lines)) <= 40
     assert "".join(x if x.endswith("+") else f"{x} " for x in lines).strip() == LONG
