@@ -81,5 +81,27 @@ def _distances(left: jax.Array, right: jax.Array) -> jax.Array:
 def _sparse(change: jax.Array, sparsity: float) -> jax.Array:
     """The entries of each block above the quantile of their sizes, times their size."""
     size = jax.lax.stop_gradient(jnp.abs(change))
-    least = jnp.quantile(size, sparsity, axis=(1, 2), keepdims=True)
-    return change * jnp.where(size > least, size, 0)
+    return change * jnp.where(size > quantile(size, sparsity), size, 0)
+
+
+def quantile(sizes: jax.Array, share: float) -> jax.Array:
+    """`jnp.quantile` of each block, [L, 1, 1], without sorting it: on CPUs that took twelve steps' time.
+
+    Args:
+      sizes: float32 values of at least 0, [L, in, out].
+      share: the quantile, from 0 to 1.
+    """
+    place = share * (sizes[0].size - 1)
+    k = min(int(place), sizes[0].size - 2)
+    bits = jax.lax.bitcast_convert_type(sizes, jnp.int32)  # ordered as their values
+    count = lambda below: below.sum((1, 2), keepdims=True)
+
+    def set_bit(i, found):  # the largest number that at most k values are below is value k of all
+        higher = found | (1 << (30 - i))
+        return jnp.where(count(bits < higher) <= k, higher, found)
+
+    low = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros((len(sizes), 1, 1), jnp.int32))
+    above = jnp.where(bits > low, bits, jnp.iinfo(jnp.int32).max).min((1, 2), keepdims=True)
+    high = jnp.where(count(bits <= low) > k + 1, low, above)
+    low, high = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in (low, high))
+    return low * (1 - (place - k)) + high * (place - k)

@@ -12,7 +12,7 @@ from rlrr_jax.configs import vtab
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 from rlrr_jax.models import vit
-from rlrr_jax.projects.snell.method import method
+from rlrr_jax.projects.snell.method import method, quantile
 
 FROZEN = random_tree(vit.ViT(**SMALL), 16)
 
@@ -30,6 +30,15 @@ def in_loops(node, sparsity, softmax):
             out[i] += node["alpha"] * exps / exps.sum() + node["beta"]
     least = np.quantile(np.abs(out), sparsity)
     return np.where(np.abs(out) > least, out * np.abs(out), 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35, 0.8, 1.0])
+def test_the_quantile_is_numpys(share):
+    """Of values of which many are alike, too."""
+    x = np.abs(np.random.default_rng(0).normal(size=(3, 24, 40))).astype(np.float32)
+    x[1, :10], x[2] = 0.5, 0
+    found = jax.jit(quantile, static_argnums=1)(x, share)
+    np.testing.assert_allclose(found, np.quantile(x, share, (1, 2), keepdims=True), rtol=1e-6)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
