@@ -35,7 +35,10 @@ def _panels(what, draw, found):
 
 def _legend(figure, axes):
     lines, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 4), fontsize=9)
+    names = list(map(plots.wrapped, labels))
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    columns = min(len(names), 4, 125 // (longest + 5))  # 125 characters fit
+    figure.legend(lines, names, loc="outside upper center", ncols=columns, fontsize=9)
 
 
 def change(found: dict) -> bytes:
@@ -55,7 +58,7 @@ def change(found: dict) -> bytes:
         axis.set_visible(False)
     for axis, (label, table) in zip(axes.flat, tables.items()):
         image = axis.imshow(table, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-        axis.set_title(label, fontsize=10)
+        axis.set_title(plots.wrapped(label), fontsize=10)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xticks(range(depth), range(1, depth + 1), fontsize=8 if depth <= 12 else 5)
         for (y, x), value in np.ndenumerate(table) if depth <= 12 else ():
