@@ -11,7 +11,6 @@ from rlrr_jax import checks, lookup, methods, models
 from rlrr_jax.errors import UserError
 from rlrr_jax.methods import base
 from rlrr_jax.models import rope_vit, vit
-from rlrr_jax.projects.moppa import block as moppa
 
 TINY = rope_kinds.model("dinov3, gated", depth=3)
 GRID = (12, 20)  # pixels, 3 x 5 patches
@@ -175,12 +174,16 @@ def test_positions_are_moved_as_far_as_asked():
 
 
 def test_a_block_of_vits_gets_the_rotation_unless_it_attends_by_itself(monkeypatch):
-    block = models.build("dinov3_t16", 2, block="moppa").block
-    assert issubclass(block, moppa.Block) and block.attend is rope_vit.Block.attend
-    assert models.build("dinov3_t16", 2, block="moppa").block is block  # programs are kept by it
-    monkeypatch.setattr(lookup, "_ALLOWED", {"test_rope_vit:Attends"})
+    monkeypatch.setattr(lookup, "_ALLOWED", {"test_rope_vit:Own", "test_rope_vit:Attends"})
+    block = models.build("dinov3_t16", 2, block="test_rope_vit:Own").block
+    assert "Own" in [c.__name__ for c in block.__mro__] and block.attend is rope_vit.Block.attend
+    assert models.build("dinov3_t16", 2, block="test_rope_vit:Own").block is block  # programs are kept
     with pytest.raises(UserError, match=r"has another attend than rlrr_jax.models.rope_vit.Block: der"):
         models.build("dinov3_t16", 2, block="test_rope_vit:Attends")
+
+
+class Own(vit.Block):
+    pass
 
 
 class Attends(vit.Block):
