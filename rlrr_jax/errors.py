@@ -70,7 +70,7 @@ def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") 
       interrupted: what is printed after Ctrl-C.
     """
     screen.prepare()
-    atexit.register(gc.freeze)  # or Python's end looks through every object of JAX, for half a second
+    atexit.register(gc.freeze)  # or Python, as it ends, looks through every object of JAX
     try:
         program()
     except UserError as e:

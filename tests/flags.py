@@ -1,7 +1,8 @@
 """$XLA_FLAGS of the tests and of the processes that they start.
 
-Programs are compiled with fewer optimisations and XLA's older way to fuse, which is quicker. Flags that the tests are started with hold instead, such as XLA_FLAGS=--xla_cpu_max_isa=AVX2; with
-XLA_FLAGS= they compile as a user's run does. So does the README's first command, which CI runs.
+Programs are compiled with fewer optimisations and XLA's older way to fuse, which is quicker. Flags that
+the tests are started with hold instead, such as XLA_FLAGS=--xla_cpu_max_isa=AVX2; with XLA_FLAGS= they
+compile as a user's run does. So does the README's first command, which CI runs.
 """
 
 import importlib.metadata

@@ -5,23 +5,13 @@ looked for devices, so $XLA_FLAGS and what else is read as a command runs are it
 are those of the tests. How processes start is tested with real ones: test_imports.py, test_stop.py.
 """
 
-import atexit
-import contextlib
-import functools
-import gc
-import importlib
-import json
+import multiprocessing
 import os
 import pathlib
 import runpy
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-import traceback
 import weakref
 
 import jax
@@ -32,56 +22,49 @@ ROOT = pathlib.Path(__file__).parents[1]
 IMPORTED = [f"rlrr_jax.{name}" for name in ("suite", "report", "export", "html", "predict", "combine")]
 IMPORTED += ["absl.app", "ml_collections.config_flags", "matplotlib.figure"]
 IMPORTED += ["matplotlib.backends.backend_agg"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(IMPORTED)
 
 
 class Process:
     """A command that runs, with the part of `subprocess.Popen` that tests use."""
 
     def __init__(self, words, cwd, environment):
-        self.folder = pathlib.Path(tempfile.mkdtemp())
-        self.returncode = self.pid = None
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        for name in ("out", "err"):
-            (self.folder / name).touch()
-        job = {"words": [str(x) for x in words], "cwd": str(cwd), "environment": environment}
-        _server().stdin.write(json.dumps({**job, "folder": str(self.folder)}) + "\n")
-        _server().stdin.flush()
-        self.pid = int(self._said("pid", 600))
-        weakref.finalize(self, _kill, self.folder, self.pid)  # before its folder goes
+        self.folder = tempfile.TemporaryDirectory()
+        how = (list(map(str, words)), str(cwd), environment, self.folder.name)
+        self.process = FORKS.Process(target=_command, args=how, daemon=True)  # it ends with the tests
+        self.process.start()
+        weakref.finalize(self, self.process.kill)
 
-    def _said(self, name, seconds):
-        end = time.monotonic() + seconds
-        while not (self.folder / name).exists():
-            assert _server().poll() is None, "the process that is forked has ended"
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("a fork", seconds)
-            time.sleep(0.01)
-        return (self.folder / name).read_text()
+    @property
+    def returncode(self):
+        """Its exit code, that of a signal negative; None while it runs."""
+        return self.process.exitcode
 
     def poll(self):
-        return self.wait(0) if self.returncode is not None or (self.folder / "code").exists() else None
+        return self.returncode
 
     def wait(self, timeout=600):
-        """Its exit code, that of a signal negative; afterwards `stdout` and `stderr` are its texts."""
+        self.process.join(timeout)
         if self.returncode is None:
-            code = int(self._said("code", timeout))
-            self.stdout, self.stderr = ((self.folder / x).read_text() for x in ("out", "err"))
-            self.returncode = code
+            raise subprocess.TimeoutExpired("a fork", timeout)
         return self.returncode
+
+    @property
+    def stdout(self):
+        return pathlib.Path(self.folder.name, "out").read_text()
+
+    @property
+    def stderr(self):
+        return pathlib.Path(self.folder.name, "err").read_text()
 
     def communicate(self, timeout=600):
         self.wait(timeout)
         return self.stdout, self.stderr
 
     def send_signal(self, number):
-        _kill(self.folder, self.pid, number)
-
-
-def _kill(folder, pid, number=signal.SIGKILL):
-    """Sends a signal to a command that has not ended."""
-    if not (folder / "code").exists():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
 
 
 def start(words, cwd=ROOT, **environment):
@@ -109,80 +92,19 @@ def ask(commands, cwd=ROOT):
     return processes
 
 
-# The process that is forked ---------------------------------------------------------------------
-
-
-@functools.cache
-def _server():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    pipes = dict(stdin=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    server = subprocess.Popen([sys.executable, __file__], **pipes)
-    atexit.register(server.kill)
-    return server
-
-
-def serve():
-    """Forks for each line of standard input."""
-    for name in IMPORTED:
-        importlib.import_module(name)
+def _command(words, cwd, environment, folder):
+    """What `python -m MODULE ARGUMENT...` does, in the fork."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(pathlib.Path(folder, name), os.O_RDWR | os.O_CREAT), number)
     assert not jax._src.xla_bridge._backends, "devices were looked for"
-    gc.collect()
-    gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for line in sys.stdin:
-        if not os.fork():
-            signal.signal(signal.SIGINT, interrupt)
-            keep(json.loads(line))
-
-
-def keep(job):
-    """Forks a command and says how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if not (pid := os.fork()):
-        command(job)
-    say(job, "pid", pid)
-    say(job, "code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    os._exit(0)
-
-
-def say(job, name, number):
-    part = pathlib.Path(job["folder"], f"{name}.part")
-    with contextlib.suppress(FileNotFoundError):  # nobody asks any more
-        part.write_text(str(number))
-        part.rename(part.with_suffix(""))
-
-
-def command(job):
-    """What `python -m MODULE ARGUMENT...` does."""
-    code = 1
-    try:
-        for number, name in enumerate((os.devnull, "out", "err")):
-            os.dup2(os.open(pathlib.Path(job["folder"], name), os.O_RDWR), number)
-        os.environ.clear()
-        os.environ.update(job["environment"])
-        os.chdir(job["cwd"])
-        first = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        sys.path[:3] = [job["cwd"], *filter(None, first), str(ROOT)]
-        module, *sys.argv[1:] = job["words"]
-        if not hasattr(sys.modules.get(module), "__path__"):
-            sys.modules.pop(module, None)  # it is run, not imported
-        np.random.seed()
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        if not isinstance(e.code, int | None):
-            print(e.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:  # as Python ends, but for what it destroys
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    serve()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    first = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    others = [path for path in sys.path if not path.startswith(str(ROOT / "tests"))]
+    sys.path[:] = [cwd, *first, str(ROOT), *others]
+    module, *sys.argv[1:] = words
+    if not hasattr(sys.modules.get(module), "__path__"):
+        sys.modules.pop(module, None)  # it is run, not imported
+    np.random.seed()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 
-import forked
 import jax
 import numpy as np
 import pytest
+from flags import xla_flags
 from safetensors.numpy import load_file
 
 from rlrr_jax import adapters as adapters_lib
@@ -291,7 +291,10 @@ def test_a_part_without_runs(tmp_path, capsys):
 
 
 def start(workdir, *arguments, **environment):
-    return forked.start(["rlrr_jax.main", f"--workdir={workdir}", *arguments], **environment)
+    command = [sys.executable, "-m", "rlrr_jax.main", f"--workdir={workdir}", *arguments]
+    place = {**os.environ, "XLA_FLAGS": xla_flags(), **environment}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=place, **pipes)
 
 
 def ended(*processes):
@@ -339,7 +342,7 @@ def test_a_part_that_is_killed_goes_on_alone_and_three_as_two(tmp_path):
     while not list(folder.glob("*/*/seed0/checkpoints/*/*")):
         time.sleep(0.05)
     for process in three:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
     assert {process.wait(60) for process in three} <= {0, 75}
     every = ended(*(start(folder, *long, f"--part={i}/2") for i in (1, 2)))
     assert "6 of 6 runs are finished" in "".join(every)

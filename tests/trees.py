@@ -30,10 +30,8 @@ def random_tree(model, size, seed=0):
 
 def zero_head(tree):
     """A tree whose head is zero, as that of a run at its start."""
-    return {
-        **tree,
-        "head": jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), tree["head"]),
-    }
+    zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), tree["head"])
+    return {**tree, "head": zeros}
 
 
 def images(number=5, size=48, seed=1):

@@ -37,7 +37,7 @@ def _legend(figure, axes):
     lines, labels = axes.flat[0].get_legend_handles_labels()
     names = list(map(plots.wrapped, labels))
     longest = max(len(line) for name in names for line in name.split("\n"))
-    columns = min(len(names), 4, 125 // (longest + 5))  # 125 characters fit
+    columns = max(1, min(len(names), 4, 125 // (longest + 5)))  # 125 characters fit
     figure.legend(lines, names, loc="outside upper center", ncols=columns, fontsize=9)
 
 

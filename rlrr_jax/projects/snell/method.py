@@ -85,7 +85,7 @@ def _sparse(change: jax.Array, sparsity: float) -> jax.Array:
 
 
 def quantile(sizes: jax.Array, share: float) -> jax.Array:
-    """`jnp.quantile` of each block, [L, 1, 1], without sorting: on a CPU a twelfth of the time.
+    """`jnp.quantile` of each block, [L, 1, 1], without sorting, which takes long on a CPU.
 
     Args:
       sizes: float32 values of at least 0, [L, in, out].
