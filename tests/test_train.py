@@ -22,7 +22,7 @@ from marks import quick
 from squeeze import squeeze
 
 from rlrr_jax import config as config_lib
-from rlrr_jax import evaluate, files, job, methods, run_model, suite
+from rlrr_jax import evaluate, files, job, methods, models, run_model, suite
 from rlrr_jax import run as run_lib
 from rlrr_jax.configs import vtab
 from rlrr_jax.data import store
@@ -210,6 +210,22 @@ def test_other_configuration_in_the_same_workdir_is_refused(finished):
         run(small_config(protocol="official", depth=None, epochs=3), finished[0])
 
 
+def test_a_model_is_traced_once_for_all_checks_of_its_shapes(monkeypatch):
+    """When its weights say of it what was known before, nothing is checked again."""
+    checked, check = [], methods.check
+    monkeypatch.setattr(methods, "check", lambda *a: checked.append(a[0]) or check(*a))
+    (config,) = config_lib.resolve(small_config(depth=1))
+    assert checked == ["rlrr"]
+    traced = models.cached_shapes.cache_info().misses
+    run_model.follow(config, names.fetch("bundled")[0])
+    run_model.check_contracts(config)
+    assert config.model.num_heads == 3  # which the file says
+    assert (checked, models.cached_shapes.cache_info().misses) == (["rlrr"], traced)
+    config.model.pool = "avg"
+    run_model.check_contracts(config)
+    assert checked == ["rlrr", "rlrr"]
+
+
 @pytest.mark.slow
 def test_tune_protocol_never_looks_at_the_test_set(tmp_path, monkeypatch):
     seen = []
@@ -249,7 +265,7 @@ def test_linear_reaches_an_l2_logistic_probe(task, tmp_path):
     """scikit-learn on the same features, its C chosen on val200."""
     from sklearn.linear_model import LogisticRegression
 
-    config = small_config(f"{task},method=linear", epochs=None)
+    config = small_config(f"{task},method=linear", epochs=None, depth=None)
     model = run_model.build_model(config_lib.resolve(config)[0])
     frozen = reader.load("bundled", model=model, image_size=32)
 

@@ -322,4 +322,5 @@ DIRECT = {
     **dict(ssf=ssf, lora=lora, dora=dora, vera=vera, fact=fact, arc=arc, repadapter=repadapter),
     **dict(apla=apla, hta=hta, glora=glora, difffit=difffit, oft=oft, pissa=pissa, hira=hira),
     "gps": gps,
+    "knn": linear,  # its weights are the backbone's; its answers are tested in test_answers.py
 }

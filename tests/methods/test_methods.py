@@ -151,7 +151,7 @@ def test_merged_equals_the_methods_own_definition(name, options, frozen):
     """Logits and gradients."""
     method = methods.get(name, **options)
     frozen = double(frozen)
-    trainable = moved(started(method, frozen))
+    trainable = moved(double(started(method, frozen)))
     merge = lambda t: methods.merge(method, frozen, t)
     params = jax.jit(merge)(trainable)
     assert {x.dtype for x in jax.tree.leaves((trainable, params))} == {jnp.dtype("float64")}

@@ -59,6 +59,7 @@ def test_the_100_drawings_differ():
 @pytest.mark.slow
 def test_pretraining_learns():
     """500 of the 4,750 steps: far above chance at full difficulty is not to be had, at h < 1 it is."""
-    params, accuracy = make.pretrain(steps=500)
-    assert accuracy > 0.03  # chance is 0.01
+    with jax.numpy_rank_promotion("allow"):  # as where nothing is asked
+        params, accuracy = make.pretrain(steps=500)
+    assert accuracy > 0.02  # chance is 0.01, with a deviation of 0.0014 for 5,000 images
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))

@@ -310,6 +310,7 @@ def test_a_run_says_what_was_guessed_and_keeps_it(tiny, tmp_path, capsys):
     config = vtab.get_config("digits,method=linear")
     config.model.variant, config.pretrained.name, config.image_size = "Ti/16", str(tiny), 48
     config.pretrained.mean = config.pretrained.std = preprocessing.HALF
+    config.model.gelu = "exact"
     config.epochs, config.num_devices = 1, 1
     (row,), _ = suite.run(config, tmp_path / "a")
     out = capsys.readouterr().out
