@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from rlrr_jax import answers, blockwise, evaluate, heads, methods, prefix, sides, step
+from rlrr_jax import answers, blockwise, evaluate, heads, methods, models, prefix, sides, step
 from rlrr_jax import feed as feed_lib
 from rlrr_jax import run as run_lib
 from rlrr_jax.data import folds, resize
@@ -255,7 +255,7 @@ def _whole(recipe: Recipe, mesh: Mesh, feed: feed_lib.Feed, budget: float) -> di
 def forget() -> None:
     """Forgets all compiled programs: where code was edited and loaded again in a running Python."""
     run_lib.forget()
-    kept = _compiled, step.map_start, step.map_merge, evaluate.map_eval_step
+    kept = _compiled, step.map_start, step.map_merge, evaluate.map_eval_step, models.cached_shapes
     for cached in kept:
         cached.cache_clear()
 

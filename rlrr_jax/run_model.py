@@ -67,34 +67,40 @@ def check_contracts(run: ConfigDict) -> tuple[str, ...]:
     `losses.check_contract`.
     """
     sizes = {key: value for key, value in architecture(run).items() if key not in ("mean", "std")}
-    of = json.dumps([run.method_kwargs.to_dict(), sizes, run.loss_kwargs.to_dict()], sort_keys=True)
-    names, size = (run.method, run.model.variant, run.loss), size_of(run)
-    _check_contracts(names, methods.find(run.method), size, of)
-    loss = losses.find(run.loss)
+    build = lambda classes: models.build(run.model.variant, classes, **sizes)
+    options = [json.dumps(x.to_dict(), sort_keys=True) for x in (run.method_kwargs, run.loss_kwargs)]
+    loss, size, task = losses.find(run.loss), size_of(run), task_of(run)
+    of_method = run.method, methods.find(run.method), options[0]
+    _check_method(of_method, build(2), size)
     if blockwise.asked(run):
-        model = models.build(run.model.variant, 2, **json.loads(of)[1])
-        method = methods.get(run.method, **run.method_kwargs.to_dict())
-        blockwise.check(method, loss, models.shapes(model, size))
+        blockwise.check(_method(of_method), loss, models.shapes(build(2), size))
     ours = loss.function is losses.cross_entropy  # which does alike for any number of classes
-    task = task_of(run)
-    labels = (2, "class") if ours else (task.classes, task.kind)
-    return _check_contracts(names, loss, size, of, labels)
+    classes, kind = (2, "class") if ours else (task.classes, task.kind)
+    return _check_loss((run.loss, loss, options[1]), of_method, build(classes), size, kind)
+
+
+def _method(of: tuple) -> methods.Method:
+    """The method of a name and its options; a list is a tuple."""
+    return methods.get(of[0], **_options(of))
+
+
+def _options(of: tuple) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(of[2]).items()}
+
+
+# What is checked is kept by name, function and options: another function after an edit in a notebook,
+# or another model when its weights are known, is checked again.
 
 
 @functools.lru_cache(256)
-def _check_contracts(
-    names: tuple, of: Any, size: Size, options: str, labels: tuple[int, str] = (0, "")
-) -> tuple:
-    del of  # another one after an edit in a notebook is checked again
-    plain = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
-    given, (classes, kind) = [plain(group) for group in json.loads(options)], labels
-    model, method = models.build(names[1], classes or 2, **given[1]), methods.get(names[0], **given[0])
-    frozen = models.shapes(model, size)
-    if not classes:
-        methods.check(names[0], method, frozen)
-        return ()
-    of_loss = names[2], given[2], (model, method, frozen), sides.pair(size)
-    return losses.check_contract(*of_loss, kind)
+def _check_method(of: tuple, model: Any, size: Size) -> None:
+    methods.check(of[0], _method(of), models.shapes(model, size))
+
+
+@functools.lru_cache(256)
+def _check_loss(of: tuple, of_method: tuple, model: Any, size: Size, kind: str) -> tuple:
+    net = model, _method(of_method), models.shapes(model, size)
+    return losses.check_contract(of[0], _options(of), net, sides.pair(size), kind)
 
 
 def follow(run: ConfigDict, path: str) -> list[str]:

@@ -24,7 +24,7 @@ def check(name: str, method: Method, frozen: Any) -> Any:
     if missing := {"lr", "weight_decay", "drop_path"} - method.DEFAULTS.keys():
         raise UserError(f"{told}its DEFAULTS have no {', '.join(sorted(missing))}: add them")
     try:
-        adapter = jax.eval_shape(method.init, jax.random.key(0), frozen)
+        start, adapter = _traced(method.init, jax.random.key(0), frozen)
     except UserError as e:
         reason = f"method {name!r} does not fit this model: {e}"
         more = "" if ": " in str(e) else " (python -m rlrr_jax.methods --model NAME lists what fits)"
@@ -40,13 +40,13 @@ def check(name: str, method: Method, frozen: Any) -> Any:
         raise UserError(
             f"{told}{changed[0]} depends on the number of classes: leave the head out of init"
         )
-    params = jax.eval_shape(method.merge, frozen, adapter)
+    merged, params = _traced(method.merge, frozen, adapter)
     found, wanted = leaves(params), leaves(frozen)
     if "block" in method.DEFAULTS:  # which reads more
         found = {key: found[key] for key in wanted if key in found}
     _same_leaves(f"{told}merge returns ", found, wanted)
-    _check_pure(f"{told}init", method.init, jax.random.key(0), frozen)
-    _check_pure(f"{told}merge", method.merge, frozen, adapter)
+    _check_pure(f"{told}init", start, method.init, jax.random.key(0), frozen)
+    _check_pure(f"{told}merge", merged, method.merge, frozen, adapter)
     decay = method.decay(adapter)
     structure: Any = jax.tree.structure(decay)
     if structure != jax.tree.structure(adapter) or not all(
@@ -78,9 +78,14 @@ def _check_leaves(told: str, node: Any, path: tuple[str, ...] = ()) -> None:
         raise UserError(f"{told}{where} is {node.dtype}{list(node.shape)}: init must return float32")
 
 
-def _check_pure(what: str, function: Callable, *arguments: Any) -> None:
-    """UserError if a function gives two results for one input, as NumPy's random numbers do."""
-    first, second = (jax.make_jaxpr(lambda *args: function(*args))(*arguments) for _ in range(2))
+def _traced(function: Callable, *arguments: Any) -> Any:
+    """The program of a function, traced anew, and the shapes that it returns."""
+    return jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*arguments)
+
+
+def _check_pure(what: str, first: Any, function: Callable, *arguments: Any) -> None:
+    """UserError if a function gives two programs for one input, as NumPy's random numbers do."""
+    second, _ = _traced(function, *arguments)
     same = str(first.jaxpr) == str(second.jaxpr) and len(first.consts) == len(second.consts)
     same = same and all(map(_equal, first.consts, second.consts))
     if not same:

@@ -173,7 +173,13 @@ def shapes(model: Any, image_size: Size) -> Any:
       model: a model made by `build`.
       image_size: size of its images in pixels, see `sides`.
     """
-    image = jax.ShapeDtypeStruct((1, *pair(image_size), 3), "float32")
+    return jax.tree.map(lambda x: x, cached_shapes(model, pair(image_size)))
+
+
+@functools.lru_cache(64)
+def cached_shapes(model: Any, size: tuple[int, int]) -> Any:
+    """As `shapes`, the same tree each time: a run asks several times, and each takes a trace."""
+    image = jax.ShapeDtypeStruct((1, *size, 3), "float32")
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
