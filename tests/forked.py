@@ -5,6 +5,7 @@ looked for devices, so $XLA_FLAGS and what else is read as a command runs are it
 are those of the tests. How processes start is tested with real ones: test_imports.py, test_stop.py.
 """
 
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -107,4 +108,5 @@ def _command(words, cwd, environment, folder):
     if not hasattr(sys.modules.get(module), "__path__"):
         sys.modules.pop(module, None)  # it is run, not imported
     np.random.seed()
+    gc.freeze()  # garbage is not looked for among what was imported
     runpy.run_module(module, run_name="__main__", alter_sys=True)
