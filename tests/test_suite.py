@@ -43,7 +43,8 @@ def data_dir(tmp_path_factory):
 def arguments(data_dir, workdir, cache):
     return [
         *(f"--config=configs/vtab.py:{','.join(NAMES)},method=linear", "--config.seeds=(0,1)"),
-        *("--config.model.variant=bundled", "--config.epochs=2", "--config.checkpoint_seconds=0"),
+        *("--config.model.variant=bundled", "--config.model.depth=1", "--config.epochs=2"),
+        "--config.checkpoint_seconds=0",
         *(f"--config.data.dir={data_dir}", f"--config.data.cache_dir={cache}", f"--workdir={workdir}"),
     ]
 
