@@ -70,7 +70,8 @@ def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") 
       interrupted: what is printed after Ctrl-C.
     """
     screen.prepare()
-    atexit.register(gc.freeze)  # or Python, as it ends, looks through every object of JAX
+    gc.set_threshold(5_000)  # imports and traces make objects that stay: Python looked through them
+    atexit.register(gc.freeze)  # a tenth of the time of a short run, and through all as it ended
     try:
         program()
     except UserError as e:
