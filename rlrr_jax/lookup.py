@@ -1,6 +1,6 @@
 """What a name stands for: a short one of a table, or a path `module:object` to anybody's code.
 
-Ours are in `NAMES`; the folder `projects`, where it is there, has a table of its own. A path is
+Ours are in `NAMES`; the folders of `projects`, where there are any, bring their own. A path is
 imported as Python finds it, from the working directory too: `method=mygain:method` is `method` of
 `mygain.py`. Only what a user typed is imported (see `allow`), never what a card or a row names.
 """
