@@ -122,8 +122,9 @@ def canonical(name: str) -> str:
 def expand(names: Iterable[str]) -> list[str]:
     """Names of tasks for names, aliases, groups and "all", each once."""
     groups = {**GROUPS, "all": tuple(VTAB), "bundled": tuple(BUNDLED), "full": tuple(FULL)}
-    groups |= {name: lookup.find("tasks", name) for name in lookup.names("tasks")}
-    every = [task for name in names for task in groups.get(name) or (canonical(name),)]
+    theirs = lookup.names("tasks")
+    of = lambda name: lookup.find("tasks", name) if name in theirs else (canonical(name),)
+    every = [task for name in names for task in groups.get(name) or of(name)]
     return list(dict.fromkeys(every))
 
 
