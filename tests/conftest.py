@@ -68,7 +68,7 @@ hypothesis.settings.load_profile("short")
 
 @pytest.fixture(scope="session")
 def tuned_runs(tmp_path_factory, worker_id):
-    """A workdir with runs: RLRR, LoRA and SSF on digits, RLRR on hearts, all trained briefly."""
+    """A workdir with runs: RLRR, LoRA and SSF on digits, RLRR on hearts, two blocks, trained briefly."""
     from rlrr_jax import files
 
     shared = tmp_path_factory.getbasetemp()
@@ -76,7 +76,8 @@ def tuned_runs(tmp_path_factory, worker_id):
     finished = shared / "tuned.finished"
     with files.lock(shared, "tuned.lock", wait=True):
         if not finished.exists():
-            command = ["rlrr_jax.main", "--config.epochs=2", f"--workdir={shared / 'tuned'}"]
+            command = ["rlrr_jax.main", "--config.epochs=2", "--config.model.depth=2"]
+            command += [f"--workdir={shared / 'tuned'}"]
             tasks = ("digits,method=rlrr+lora+ssf", "hearts,method=rlrr")
             done = forked.ask([[*command, f"--config=configs/vtab.py:{arg}"] for arg in tasks])
             done.append(forked.run(["rlrr_jax.report", shared / "tuned"]))  # the rows of both

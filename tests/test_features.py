@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 def config_of(folder):
     config = own_config.get_config(f"{folder}/list.csv")
-    config.model.variant = "bundled"
+    config.model.variant, config.model.depth = "bundled", 2  # as the runs
     return config
 
 
