@@ -20,7 +20,7 @@ def test_runs_are_attacked_and_the_page_says_how(tuned_runs, tmp_path, capsys):
     rows = found["reidentification"]
     assert len(rows) == 2 * 2 * (1 + 4)  # states, sizes of batches, four defences and none
     plain = {(r["run"], r["gradient at"], r["batch"]): r for r in rows if r["defence"] == "none"}
-    for run in ("rlrr",):
+    for run in ("rlrr depth=2",):
         start, trained = plain[run, "start", 1], plain[run, "trained", 1]
         assert start["adapter"]["mrr"] == pytest.approx(1 / 15.5)  # all are equal: in the middle
         assert start["head"] == trained["adapter"] == trained["both"] == {"top1": 1.0, "mrr": 1.0}
