@@ -70,8 +70,10 @@ def one_sentence(program: Callable[[], None], interrupted: str = "interrupted") 
       interrupted: what is printed after Ctrl-C.
     """
     screen.prepare()
-    gc.set_threshold(5_000)  # imports and traces make objects that stay: Python looked through them
-    atexit.register(gc.freeze)  # a tenth of the time of a short run, and through all as it ended
+    # What imports and traces make stays: Python would look through it for garbage every 700 objects, a
+    # tenth of a short run's time, and once more as it ends.
+    gc.set_threshold(5_000)
+    atexit.register(gc.freeze)
     try:
         program()
     except UserError as e:

@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -69,38 +69,42 @@ def check_contracts(run: ConfigDict) -> tuple[str, ...]:
     sizes = {key: value for key, value in architecture(run).items() if key not in ("mean", "std")}
     build = lambda classes: models.build(run.model.variant, classes, **sizes)
     options = [json.dumps(x.to_dict(), sort_keys=True) for x in (run.method_kwargs, run.loss_kwargs)]
+    method = _Chosen(run.method, methods.find(run.method), options[0])
     loss, size, task = losses.find(run.loss), size_of(run), task_of(run)
-    of_method = run.method, methods.find(run.method), options[0]
-    _check_method(of_method, build(2), size)
+    _check_method(method, build(2), size)
     if blockwise.asked(run):
-        blockwise.check(_method(of_method), loss, models.shapes(build(2), size))
+        blockwise.check(_method(method), loss, models.shapes(build(2), size))
     ours = loss.function is losses.cross_entropy  # which does alike for any number of classes
     classes, kind = (2, "class") if ours else (task.classes, task.kind)
-    return _check_loss((run.loss, loss, options[1]), of_method, build(classes), size, kind)
+    return _check_loss(_Chosen(run.loss, loss, options[1]), method, build(classes), size, kind)
 
 
-def _method(of: tuple) -> methods.Method:
-    """The method of a name and its options; a list is a tuple."""
-    return methods.get(of[0], **_options(of))
+class _Chosen(NamedTuple):
+    """A method or a loss with its options, in JSON; one that was edited in a notebook is another."""
+
+    name: str
+    function: Any
+    options: str
+
+    @property
+    def given(self) -> dict:
+        options = json.loads(self.options).items()
+        return {key: tuple(x) if isinstance(x, list) else x for key, x in options}
 
 
-def _options(of: tuple) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(of[2]).items()}
-
-
-# What is checked is kept by name, function and options: another function after an edit in a notebook,
-# or another model when its weights are known, is checked again.
+def _method(chosen: _Chosen) -> methods.Method:
+    return methods.get(chosen.name, **chosen.given)
 
 
 @functools.lru_cache(256)
-def _check_method(of: tuple, model: Any, size: Size) -> None:
-    methods.check(of[0], _method(of), models.shapes(model, size))
+def _check_method(method: _Chosen, model: Any, size: Size) -> None:
+    methods.check(method.name, _method(method), models.shapes(model, size))
 
 
 @functools.lru_cache(256)
-def _check_loss(of: tuple, of_method: tuple, model: Any, size: Size, kind: str) -> tuple:
-    net = model, _method(of_method), models.shapes(model, size)
-    return losses.check_contract(of[0], _options(of), net, sides.pair(size), kind)
+def _check_loss(loss: _Chosen, method: _Chosen, model: Any, size: Size, kind: str) -> tuple:
+    net = model, _method(method), models.shapes(model, size)
+    return losses.check_contract(loss.name, loss.given, net, sides.pair(size), kind)
 
 
 def follow(run: ConfigDict, path: str) -> list[str]:

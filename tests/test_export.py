@@ -225,6 +225,12 @@ def test_a_folder_that_is_not_ours_is_left_alone(run, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "new"]
 
 
+def test_characters_that_control_a_screen_reach_no_card():
+    assert (
+        model_card.plain("caf\u00e9\0 \x1b[31mred\x9b \u202egpj.\u2066") == "caf\u00e9 \\[31mred gpj."
+    )
+
+
 @pytest.mark.parametrize(
     "name", ["a|b", "a\nb\n---\n# c", "[x](http://y)", "<script>", "`rm`", "*b*", "$x$", "\u2028"]
 )

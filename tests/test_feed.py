@@ -210,7 +210,8 @@ np.asarray(mesh_lib.put(mesh, P(), np.zeros((8, 32, 32, 3), np.uint8)))  # JAX i
 before, seen, most = ours(), 0, 0
 with feed.ahead(load, some.parts(0, 0, -(-number // 32))) as parts:
     for data in parts:
-        seen += sum((np.asarray(data["images"][i : i + 9999]) == 7).all((1, 2, 3)).sum() for i in range(0, len(data["images"]), 9999))
+        pieces = (data["images"][i : i + 9999] for i in range(0, len(data["images"]), 9999))
+        seen += sum((np.asarray(x) == 7).all((1, 2, 3)).sum() for x in pieces)
         most = max(most, ours())
 print(seen, most - before)
 """

@@ -84,7 +84,8 @@ def is_edited(path: pathlib.Path) -> bool:
 def plain(value: object) -> str:
     """Text that Markdown and HTML show as it is, in a cell of a table, too."""
     text = " ".join(str(value).split())  # also without line breaks
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)  # or what turns it round
+    # Nor control characters, and those that reverse the direction of what follows.
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
     return re.sub(r"([\\`*_{}\[\]<>()#|~!$])", r"\\\1", text)
 
 
